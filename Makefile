@@ -1,0 +1,43 @@
+# `make train` and `make test` set up what they need on first use; the raw commands stand in README.md.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: train test test-all lint bench clean
+
+train: $(VENV)/.ready
+	@if [ -f fsdp_train.py ]; then $(BIN)/torchrun fsdp_train.py; \
+	else echo "Nothing trained: fsdp_train.py, the trainer, is not written yet. 'make test' runs what there is."; fi
+
+test: $(VENV)/.ready-test
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -m ""
+
+lint: $(VENV)/.ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.ready-bench
+	$(BIN)/python bench/load.py
+
+clean:
+	rm -rf $(VENV) *.egg-info
+
+# One environment, filled as far as asked: .ready runs, .ready-test also tests, .ready-bench also compares.
+$(VENV)/.ready: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+$(VENV)/.ready-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[$*]'
+	@touch $@ $(VENV)/.ready
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	  { echo "Python's venv module is missing: sudo apt install python3-venv"; exit 2; }
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,375 @@
+"""Weights and config on disk ↔ a model, one tensor at a time.
+
+    python checkpoint.py convert llama/7B llama-7b-hf --dtype bf16
+
+Read are Hugging Face folders (`config.json`; `model.safetensors` or `pytorch_model.bin`, whole or
+in shards with an index) and Meta's (`params.json`; see meta_layout.py). Written are Hugging Face
+folders in safetensors that transformers opens as they are.
+
+  - Files are memory-mapped: a tensor costs memory when it is copied into the model, not before, so
+    loading peaks at the size of the model that is made, in the dtype that is asked for.
+  - Pickles (`.bin`, `.pth`) are read with `weights_only=True`: tensors and nothing that runs.
+  - All that is wrong with a checkpoint stands in one error: missing, unexpected, misshapen tensors.
+  - A config field that changes the computation in a way model.py does not know is refused by name.
+  - A folder appears under its name when every byte of it is on disk, and not before.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+import console
+import meta_layout
+from console import listed, read_json
+from model import Llama, LlamaConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+SHARD_BYTES = 5_000_000_000
+
+# The fields of config.json that change the computation, and the values under which it is ours.
+UNDERSTOOD = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu", None),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "attention_dropout": (0, None),
+    "sliding_window": (None,),
+    "partial_rotary_factor": (1, None),
+    "rope_interleaved": (False, None),
+    "quantization_config": (None,),
+}
+REQUIRED = (
+    *("vocab_size", "hidden_size", "intermediate_size"),
+    *("num_hidden_layers", "num_attention_heads"),
+)
+OBSOLETE = re.compile(r"rotary_emb\.inv_freq|rope\.freqs")  # tables that old files carry along
+TOKENIZER_FILES = (
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+)
+TOKENIZER_CONFIG = {  # beside a bare tokenizer.model: without it AutoTokenizer forgets BOS
+    "tokenizer_class": "LlamaTokenizer",
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "clean_up_tokenization_spaces": False,
+}
+
+
+class Stored(NamedTuple):
+    """A tensor on disk: what it is, and the function that maps it into memory."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
+def read_config(folder: str | Path) -> LlamaConfig:
+    """The architecture of a checkpoint folder, or a ValueError naming what is not supported."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    if not (folder / "config.json").exists() and not (folder / "params.json").exists():
+        raise ValueError(f"{folder}: no config.json (Hugging Face) or params.json (Meta) in it")
+    where = folder / ("params.json" if is_meta(folder) else "config.json")
+    try:
+        if is_meta(folder):
+            return meta_layout.config(read_json(where), load_shards(folder))
+        return config_from_json(read_json(where))
+    except ValueError as mistake:
+        said = str(mistake)
+        raise ValueError(said if str(folder) in said else f"{where}: {said}") from None
+
+
+def is_meta(folder: Path) -> bool:
+    return not (folder / "config.json").exists() and (folder / "params.json").exists()
+
+
+def config_from_json(fields: dict[str, Any]) -> LlamaConfig:
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}  # transformers 5; 4
+    flat = {**fields, **rope}
+    if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        raise ValueError(f"rope scaling {kind!r} is not supported")
+    for name, values in UNDERSTOOD.items():
+        if flat.get(name) not in values:
+            raise ValueError(f"{name} {flat.get(name)!r} is not supported, only {values[0]!r} is")
+    if absent := [name for name in REQUIRED if flat.get(name) is None]:
+        raise ValueError(f"{listed(absent)} is missing")
+    known = {}
+    for name, field in LlamaConfig.__dataclass_fields__.items():
+        kind = type(field.default) if field.default is not None else int
+        if (value := flat.get(name)) is not None:
+            if type(value) is not kind and (kind, type(value)) != (float, int):
+                raise ValueError(f"{name} is {value!r}, where {kind.__name__} was expected")
+            known[name] = value
+    return LlamaConfig(**known)
+
+
+def config_to_json(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The spelling that transformers 4 and 5 both read."""
+    fixed = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+    return {**fixed, **vars(config), "torch_dtype": str(dtype).removeprefix("torch.")}
+
+
+def stored_tensors(folder: str | Path) -> dict[str, Stored]:
+    """Hugging Face name → tensor on disk, for every tensor of a checkpoint folder."""
+    folder, found = Path(folder), {}
+    if is_meta(folder):
+        entries = meta_layout.renamed(load_shards(folder), read_config(folder))
+        found = {name: Stored(*entry) for name, entry in entries.items()}
+    else:
+        for file, promised in weight_files(folder).items():
+            here = {name: Stored(t.shape, t.dtype, lambda t=t: t) for name, t in open_file(file)}
+            if promised is not None and (odd := sorted(promised ^ here.keys())):
+                raise ValueError(f"{file}: holds other tensors than its index says: {listed(odd)}")
+            found |= here
+    return {name: stored for name, stored in found.items() if not OBSOLETE.search(name)}
+
+
+def tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Every (name, tensor) of a checkpoint; a tensor's bytes are read when they are touched."""
+    return ((name, stored.read()) for name, stored in stored_tensors(folder).items())
+
+
+def weight_files(folder: Path) -> dict[Path, set[str] | None]:
+    """A Hugging Face folder's weight files, each with what its index promises (None: no index)."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return {folder / name: None}
+        index = folder / f"{name}.index.json"
+        if not index.exists():
+            continue
+        files: dict[Path, set[str]] = {}
+        for tensor, file in read_json(index).get("weight_map", {}).items():
+            if file != os.path.basename(file):
+                raise ValueError(f"{index}: {file!r} is not the name of a file beside it")
+            files.setdefault(folder / file, set()).add(tensor)
+        if absent := [file.name for file in files if not file.exists()]:
+            raise ValueError(f"{index}: names files that are not there: {listed(absent)}")
+        return files
+    raise ValueError(f"{folder}: no model.safetensors or pytorch_model.bin, nor an index of shards")
+
+
+def open_file(file: Path) -> Iterable[tuple[str, Tensor]]:
+    """The tensors of one file, memory-mapped. A pickle that would run code is refused unrun."""
+    try:
+        if file.suffix == ".safetensors":
+            handle = safe_open(file, framework="pt")
+            return [(name, handle.get_tensor(name)) for name in handle.keys()]  # noqa: SIM118
+        table = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except SafetensorError as mistake:
+        raise ValueError(f"{file}: damaged or cut short ({mistake})") from None
+    except Exception as mistake:  # whatever a damaged or hostile pickle provokes
+        reason = str(mistake).strip().split("\n")[0]
+        raise ValueError(f"{file}: not a readable file of plain tensors ({reason})") from None
+    if not isinstance(table, dict) or not all(isinstance(t, Tensor) for t in table.values()):
+        raise ValueError(f"{file}: not a flat table of tensors")
+    return table.items()
+
+
+def load_shards(folder: Path) -> list[dict[str, Tensor]]:
+    """A Meta folder's consolidated.*.pth, in order and without gaps."""
+    names = sorted(file.name for file in folder.glob("consolidated.*.pth"))
+    complete = [f"consolidated.{i:02}.pth" for i in range(len(names))] or ["consolidated.00.pth"]
+    if absent := [name for name in complete if name not in names]:
+        raise ValueError(f"{folder}: {listed(absent)} is missing")
+    shards = [dict(open_file(folder / name)) for name in complete]
+    for name, shard in zip(complete, shards, strict=True):
+        if odd := sorted(shard.keys() ^ shards[0].keys()):
+            raise ValueError(f"{folder / name}: not the tensors of {complete[0]}: {listed(odd)}")
+    return shards
+
+
+def parameter_shapes(config: LlamaConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: p.shape for name, p in Llama(config).named_parameters()}
+
+
+def check_tensors(found: dict[str, Stored], config: LlamaConfig, where: str | Path) -> None:
+    """Every tensor the config calls for, in its shape, and no other; or one error with them all."""
+    wanted, problems = parameter_shapes(config), []
+    extra = found.keys() - wanted.keys()
+    if config.tie_word_embeddings and "lm_head.weight" in extra:
+        extra.remove("lm_head.weight")
+        head, embedding = found["lm_head.weight"], found.get("model.embed_tokens.weight")
+        if embedding and not torch.equal(head.read(), embedding.read()):
+            problems.append("lm_head.weight is not the embedding, though tie_word_embeddings is on")
+    if absent := [name for name in wanted if name not in found]:
+        problems.append(f"missing {listed(absent)}")
+    if extra:
+        problems.append(f"unexpected {listed(sorted(extra))}")
+    for name in (name for name in wanted if name in found):
+        if found[name].shape != wanted[name]:
+            shapes = list(found[name].shape), list(wanted[name])
+            problems.append(f"{name} is {shapes[0]} where the config says {shapes[1]}")
+        elif found[name].dtype not in SAFETENSORS:
+            problems.append(f"{name} is {found[name].dtype}, not one of {', '.join(DTYPES)}")
+    if problems:
+        raise ValueError(f"{where}: {'; '.join(problems)}")
+
+
+def load_model(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Llama:
+    """A checkpoint as a model; `dtype` None keeps the one it is stored in (the embedding's)."""
+    config, found = read_config(folder), stored_tensors(folder)
+    check_tensors(found, config, folder)
+    with torch.device("meta"):
+        model = Llama(config)
+    model.to(dtype or found["model.embed_tokens.weight"].dtype).to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(found[name].read())
+    return model
+
+
+def save_model(
+    source: Llama | Iterable[tuple[str, Tensor]],
+    config: LlamaConfig,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    tokenizer: str | Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a Hugging Face folder from a model, or from (name, tensor) pairs in any order.
+
+    One tensor is in memory at a time: the config tells beforehand where each will stand. `dtype`
+    None keeps the first tensor's; `tokenizer` is the folder, or the file, to copy beside."""
+    pairs = iter(source.named_parameters() if isinstance(source, Llama) else source)
+    first = next(pairs)
+    dtype = dtype or first[1].dtype
+    if dtype not in SAFETENSORS:
+        raise ValueError(f"weights are written as {', '.join(DTYPES)}, not as {dtype}")
+    with console.atomic_folder(folder) as partial, ExitStack() as files:
+        places = lay_out(parameter_shapes(config), dtype, shard_bytes, partial, files)
+        for name, tensor in chain([first], pairs):
+            if name not in places:
+                raise ValueError(f"{folder}: unexpected or repeated tensor {name}")
+            file, offset, shape = places.pop(name)
+            if tensor.shape != shape:
+                raise ValueError(f"{folder}: {name} is {list(tensor.shape)}, not {list(shape)}")
+            file.seek(offset)
+            file.write(tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy())
+        if places:
+            raise ValueError(f"{folder}: missing {listed(places)}")
+        write_json(partial / "config.json", config_to_json(config, dtype))
+        ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+        write_json(partial / "generation_config.json", ends)
+        if tokenizer is not None:
+            copy_tokenizer(Path(tokenizer), partial)
+
+
+def lay_out(shapes, dtype, shard_bytes, folder: Path, files: ExitStack) -> dict[str, tuple]:
+    """Open the shards and write their headers: tensor name → (file, offset, shape).
+
+    A safetensors file is a length in eight bytes, a JSON header of that length, and the data."""
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    shards, room = [], 0
+    for name, size in sizes.items():
+        if not shards or size > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= size
+    places, weight_map = {}, {}
+    for number, names in enumerate(shards, 1):
+        title = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        if len(shards) == 1:
+            title = "model.safetensors"
+        header, end = {"__metadata__": {"format": "pt"}}, 0
+        for name in names:
+            start, end = end, end + sizes[name]
+            place = {"shape": list(shapes[name]), "data_offsets": [start, end]}
+            header[name] = {"dtype": SAFETENSORS[dtype], **place}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # the data starts aligned
+        file = files.enter_context(Path.open(folder / title, "wb"))
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            start = 8 + len(text) + header[name]["data_offsets"][0]
+            places[name], weight_map[name] = (file, start, shapes[name]), title
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+    return places
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for file in [source] if source.is_file() else found:
+        name = "tokenizer.model" if file == source else file.name
+        shutil.copyfile(file, folder / name)
+    if not any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
+        raise ValueError(f"{source}: no tokenizer.model or tokenizer.json there")
+    if not (folder / "tokenizer_config.json").exists():
+        write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def convert(source: Path, target: Path, dtype: torch.dtype | None, tokenizer: Path | None) -> None:
+    """Any checkpoint this project reads → a Hugging Face folder in safetensors."""
+    config, found = read_config(source), stored_tensors(source)
+    check_tensors(found, config, source)
+    if tokenizer is None:  # Meta's download keeps it one folder up
+        here = any((source / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+        tokenizer = source if here else source.parent / "tokenizer.model"
+        if not tokenizer.exists():
+            raise ValueError(f"{source}: no tokenizer.model there: name one with --tokenizer FILE")
+    names = parameter_shapes(config)
+    progress = console.Progress(sum(math.prod(shape) for shape in names.values()), "weights")
+
+    def pairs() -> Iterator[tuple[str, Tensor]]:
+        for name, shape in names.items():
+            yield name, found[name].read()
+            progress.step(math.prod(shape))
+
+    save_model(pairs(), config, target, dtype, tokenizer)
+    progress.close(f"{target}, {config.max_position_embeddings} positions")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verb = verbs.add_parser(
+        "convert", help="write any readable checkpoint as a Hugging Face folder"
+    )
+    verb.add_argument("source", type=Path, help="Hugging Face or Meta folder to read")
+    verb.add_argument("target", type=Path, help="folder to write, which must not exist yet")
+    verb.add_argument(
+        "--dtype", choices=DTYPES, help="what to write the weights as (default: what they are)"
+    )
+    verb.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="tokenizer.model, or folder, to copy (default: the source's or the folder's above it)",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    convert(args.source, args.target, DTYPES.get(args.dtype), args.tokenizer)
+
+
+if __name__ == "__main__":
+    console.run(main)

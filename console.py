@@ -1,0 +1,265 @@
+"""What every command here shares: errors, progress, files that are whole or absent, logs, a chart.
+
+    run(main)                    a user's mistake becomes one line on stderr and exit code 2
+    Progress(total, "tokens")    one line: done/total, rate, time left; all but silent when piped
+    atomic_file, atomic_folder   a reader sees the old state or the new one, whatever was killed
+    append_jsonl, read_jsonl     a log that survives a kill in the middle of a line
+    read_json, listed            files a user wrote, and lists of names, for one-line errors
+    line_chart                   a small SVG
+
+`ValueError` is for what a user can cause, `assert` for what only a bug can: a bug keeps its
+traceback. ALPACA_TRACEBACK=1 shows one for a user's mistake too.
+"""
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from html import escape
+from pathlib import Path
+from typing import IO, Any
+
+QUIET_SECONDS = 30.0  # how often a progress line appears where nobody watches it move
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a command: exit 0 when done, 2 for a user's mistake, 130 for Ctrl-C."""
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `… | head` has read enough, and that is no mistake
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        notice("interrupted")
+        sys.exit(130)
+    except (ValueError, OSError) as mistake:
+        if os.environ.get("ALPACA_TRACEBACK"):
+            raise
+        said = str(mistake)
+        if isinstance(mistake, OSError) and mistake.strerror:
+            said = ": ".join(str(part) for part in (mistake.filename, mistake.strerror) if part)
+        notice("error: " + " ".join(said.split()))
+        sys.exit(2)
+
+
+def notice(text: str) -> None:
+    """One line for a person. Under torchrun every rank meets the same mistake: rank 0 says it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
+
+
+class Progress:
+    """A line that redraws itself: `12/290 tensors  4.1 tensors/s  1:08 left  (more)`."""
+
+    def __init__(self, total: float, unit: str, stream: IO[str] | None = None):
+        self.total, self.unit, self.stream = total, unit, stream or sys.stderr
+        self.live = self.stream.isatty()
+        self.done, self.start, self.width = 0.0, time.monotonic(), 0
+        self.shown = -math.inf if self.live else self.start
+
+    def step(self, amount: float = 1, more: str = "") -> None:
+        self.done += amount
+        if time.monotonic() - self.shown >= (0.1 if self.live else QUIET_SECONDS):
+            self.shown = time.monotonic()
+            self._show(more, end="\r" if self.live else "\n")
+
+    def close(self, more: str = "") -> None:
+        """The last line stays, on a terminal and in a log alike."""
+        self._show(more, end="\n")
+
+    def _show(self, more: str, end: str) -> None:
+        seconds = time.monotonic() - self.start
+        rate = self.done / max(seconds, 1e-9)
+        left = f"{clock((self.total - self.done) / rate if rate else math.inf)} left"
+        parts = [
+            f"{human(self.done)}/{human(self.total)} {self.unit}",
+            f"{human(rate)} {self.unit}/s",
+            left if self.done < self.total else f"in {clock(seconds)}",
+        ]
+        line = "  ".join(part for part in (*parts, more) if part)
+        print(line.ljust(self.width), end=end, file=self.stream, flush=True)
+        self.width = len(line) if self.live else 0
+
+
+def human(number: float) -> str:
+    """7, 3.2, 512, 14.3K, 6.7G: few enough figures for a person to compare."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "K")):
+        if abs(number) >= size:
+            return f"{number / min(size, 1e3 if letter == 'K' else size):.1f}{letter}"
+    return f"{number:.0f}" if number == int(number) or abs(number) >= 100 else f"{number:.2g}"
+
+
+def clock(seconds: float) -> str:
+    """0:07, 12:30, 3:05:00, or ? when nobody can know yet."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """`a, b, c and 12 more`."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file, or a ValueError naming the file."""
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except ValueError as mistake:
+        raise ValueError(f"{path}: not JSON ({mistake})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a JSON object was expected")
+    return content
+
+
+@contextmanager
+def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
+    """Yield a file under a temporary name; a body that ends well moves it to `path`."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield `NAME.partial` beside `path`; a body that ends well renames it to `path`.
+
+    `path` may not hold anything yet. What a killed run left under the partial name is cleared; a
+    lock on it, which dies with its process, keeps two writers out of each other's way."""
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} exists already: name a new folder, or remove it first")
+    partial = path.with_name(path.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ValueError(f"{partial} is being written by another process") from None
+    try:
+        for leftover in partial.iterdir():
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        yield partial
+        for file in (*partial.rglob("*"), partial):
+            sync(file)
+        os.rename(partial, path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # it is gone already if all went well
+        os.close(lock)
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a folder's names, outlast a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def append_jsonl(path: str | Path, *records: dict) -> None:
+    """Add records, a line each, durable on return. A line torn by a kill is cut off first."""
+    with open(path, "ab+") as file:
+        start, tail = _last_line(file)
+        if tail and is_json(tail):  # whole but for its newline
+            file.write(b"\n")
+        elif tail:
+            file.truncate(start)
+        file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _last_line(file: IO[bytes]) -> tuple[int, bytes]:
+    """What follows the last newline, and where it starts."""
+    start, tail = file.seek(0, os.SEEK_END), b""
+    while start > 0 and b"\n" not in tail:
+        step = min(start, 1 << 16)
+        start -= step
+        file.seek(start)
+        tail = file.read(step) + tail
+    head, newline, tail = tail.rpartition(b"\n")
+    return start + len(head) + len(newline), tail
+
+
+def is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def read_jsonl(path: str | Path, skip_torn: bool = False) -> Iterator[dict]:
+    """The records of a JSONL file. `skip_torn` is for our own logs, whose last line a kill may have
+    torn; in a user's file that is an error like any other."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if skip_torn and not line.endswith(b"\n") and not is_json(line):
+                return
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as mistake:
+                raise ValueError(f"{path}, line {number}: not JSON ({mistake})") from None
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}, line {number}: a JSON object was expected")
+            yield record
+
+
+def line_chart(title: str, x_label: str, lines: dict[str, list[tuple[float, float]]]) -> str:
+    """An SVG of named lines over (x, y) points. Points that are not finite are left out."""
+    width, height, left, top, right, bottom = 720, 400, 64, 40, 16, 48
+    colours = ("#1f6feb", "#d1570a", "#1a7f37", "#8250df", "#9a6700", "#57606a")
+    finite = {
+        name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+        for name, points in lines.items()
+    }
+    xs, ys = zip(*(p for points in finite.values() for p in points), strict=True)
+    (x0, x1), (y0, y1) = (
+        (min(v) - (min(v) == max(v)), max(v) + (min(v) == max(v))) for v in (xs, ys)
+    )
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = left + (x - x0) / (x1 - x0) * (width - left - right)
+        down = height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom)
+        return round(across, 1), round(down, 1)
+
+    parts = [f'<text x="{width / 2}" y="22" text-anchor="middle" font-size="15">{escape(title)}']
+    parts.append(f'</text><text x="{width / 2}" y="{height - 8}" text-anchor="middle">')
+    parts.append(f"{escape(x_label)}</text>")
+    for step in range(6):  # five intervals of grid, with their figures
+        x, y = x0 + (x1 - x0) * step / 5, y0 + (y1 - y0) * step / 5
+        across, down = place(x, y)
+        parts.append(f'<path d="M{left} {down}H{width - right}" stroke="#d0d7de"/>')
+        parts.append(f'<text x="{left - 6}" y="{down + 4}" text-anchor="end">{y:.4g}</text>')
+        parts.append(f'<text x="{across}" y="{height - bottom + 18}" text-anchor="middle">')
+        parts.append(f"{x:.4g}</text>")
+    for index, (name, points) in enumerate(finite.items()):
+        colour = colours[index % len(colours)]
+        path = " ".join("{},{}".format(*place(x, y)) for x, y in points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<text x="{width - right - 4}" y="{top + 14 + 16 * index}" fill="{colour}" ')
+        parts.append(f'text-anchor="end">{escape(name)}</text>')
+    style = 'font-family="sans-serif" font-size="12" style="background:#fff"'
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{"".join(parts)}</svg>\n'

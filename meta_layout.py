@@ -1,0 +1,111 @@
+"""Meta's own LLaMA release, seen as a Hugging Face checkpoint.
+
+A release folder holds `params.json` and `consolidated.00.pth`, `.01`, … to as many files as the
+model was split over (7B one, 13B two, 30B four, 65B eight). Three things differ from Hugging Face:
+
+  - Names: `layers.0.attention.wq` is `model.layers.0.self_attn.q_proj`.
+  - Every matrix is cut along one axis and each file holds a slice: output features for projections
+    that fan out (wq, wk, wv, w1, w3, output), input features for those that gather (wo, w2).
+  - Rotary embedding turns neighbouring channels (x0, y0, x1, y1, …) where Hugging Face turns halves
+    (x0, x1, …, y0, y1, …). The rows of wq and wk are reordered once, here (`half_split`); as the
+    same order applies to queries and keys, their dot products do not change.
+
+`params.json` leaves out what the tensors tell (vocabulary, ffn width) and what nothing tells: the
+number of positions trained on. `positions` says how that is inferred.
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import LlamaConfig
+
+NAMES = {  # Meta's name: Hugging Face's, and the axis the files split it along (None: each has it)
+    "tok_embeddings": ("model.embed_tokens", 1),
+    "norm": ("model.norm", None),
+    "output": ("lm_head", 0),
+    "attention_norm": ("input_layernorm", None),
+    "attention.wq": ("self_attn.q_proj", 0),
+    "attention.wk": ("self_attn.k_proj", 0),
+    "attention.wv": ("self_attn.v_proj", 0),
+    "attention.wo": ("self_attn.o_proj", 1),
+    "ffn_norm": ("post_attention_layernorm", None),
+    "feed_forward.w1": ("mlp.gate_proj", 0),
+    "feed_forward.w2": ("mlp.down_proj", 1),
+    "feed_forward.w3": ("mlp.up_proj", 0),
+}
+REFUSED = ("moe", "sliding_window", "quantization_args", "lora_args", "use_scaled_rope")
+
+
+def config(params: dict[str, Any], shards: list[dict[str, Tensor]]) -> LlamaConfig:
+    """The architecture, from params.json and the shapes of the tensors in the files."""
+    if unknown := [name for name in REFUSED if params.get(name)]:
+        raise ValueError(f"{unknown[0]} is not supported")
+    try:
+        width, layers, heads = (params[name] for name in ("dim", "n_layers", "n_heads"))
+        embedding, wq, w1 = (
+            shards[0][f"{name}.weight"].shape
+            for name in ("tok_embeddings", "layers.0.attention.wq", "layers.0.feed_forward.w1")
+        )
+    except KeyError as name:
+        raise ValueError(f"{name} is missing") from None
+    if len(shards) != width // wq[0]:
+        raise ValueError(f"{len(shards)} of {width // wq[0]} consolidated.*.pth files are there")
+    return LlamaConfig(
+        vocab_size=embedding[0] * (len(shards) if embedding[1] == width else 1),
+        hidden_size=width,
+        intermediate_size=w1[0] * len(shards),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=params.get("n_kv_heads"),
+        max_position_embeddings=positions(params),
+        rms_norm_eps=params.get("norm_eps", 1e-6),
+        rope_theta=params.get("rope_theta", 10000.0),
+    )
+
+
+def positions(params: dict[str, Any]) -> int:
+    """CodeLlama, the first with a rope_theta of its own, knows 16384. Llama 2 knows 4096 and is
+    told by its eps, which of LLaMA 1 only the 65B shares. The others know 2048."""
+    if params.get("rope_theta", 10000.0) != 10000.0:
+        return 16384
+    llama2 = params.get("norm_eps") == 1e-5 and (params["dim"] != 8192 or "n_kv_heads" in params)
+    return 4096 if llama2 else 2048
+
+
+def half_split(weight: Tensor, heads: int) -> Tensor:
+    """The rows of each head from (x0, y0, x1, y1, …) to (x0, x1, …, y0, y1, …)."""
+    rows, width = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, width)
+    return pairs.transpose(1, 2).reshape(rows, width)
+
+
+def renamed(shards: list[dict[str, Tensor]], config: LlamaConfig) -> dict[str, tuple]:
+    """Hugging Face name → (shape, dtype, function that puts the tensor together)."""
+    heads = {"attention.wq": config.num_attention_heads, "attention.wk": config.num_key_value_heads}
+    found = {}
+    for name in shards[0]:
+        layer, short = re.fullmatch(r"(layers\.\d+\.)?(.*?)(?:\.weight)?", name).groups(default="")
+        ours, axis = NAMES.get(short, (None, None))
+        if ours is None:  # left as it is: whoever checks the names will report it
+            ours, layer = name.removesuffix(".weight"), ""
+        parts = [shard[name] for shard in shards]
+        if axis == 1 and short == "tok_embeddings" and parts[0].shape[1] == config.hidden_size:
+            axis = 0  # Llama 3 splits the embedding by rows
+        prefix = f"model.{layer}" if layer else ""
+        found[f"{prefix}{ours}.weight"] = merged(parts, axis, heads.get(short))
+    return found
+
+
+def merged(parts: list[Tensor], axis: int | None, heads: int | None) -> tuple:
+    shape = list(parts[0].shape)
+    if axis is not None:
+        shape[axis] = sum(part.shape[axis] for part in parts)
+
+    def read() -> Tensor:
+        whole = parts[0] if axis is None or len(parts) == 1 else torch.cat(parts, dim=axis)
+        return whole if heads is None else half_split(whole, heads)
+
+    return torch.Size(shape), parts[0].dtype, read

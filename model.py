@@ -1,0 +1,309 @@
+"""The LLaMA transformer, whole, in one file.
+
+A LLaMA is an embedding, a stack of identical blocks, a norm and a linear head. A block adds two
+things to the residual stream: what attention gathers from earlier tokens, and what a gated MLP
+makes of each token by itself. Definitions run leaf to root. Worth knowing before reading on:
+
+  - Parameter names are Hugging Face's, so an HF checkpoint needs no key map, and the logits are
+    HF's too (tests/test_model.py; a wrong rotary layout would be off by 6, we are off by 0).
+  - Attention goes three ways that give the same numbers: a plain batch, packed documents
+    (`cu_seqlens`), and a key/value cache for decoding.
+  - The rotary tables are computed in fp32 from each call's positions. There is no buffer that a
+    cast to bf16 could round, meta-device construction leave empty, or a checkpoint contradict.
+
+Shapes: B batch, T tokens, C width, H query heads, K key/value heads, D head width, V vocabulary,
+L stored tokens. Papers: LLaMA arXiv:2302.13971, RMSNorm 1910.07467, RoPE 2104.09864, SwiGLU
+2002.05202, grouped queries 2305.13245.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+
+from loss import summed_cross_entropy
+
+IGNORE = -100  # a label that is not learned from
+
+SIZES = {  # LLaMA 1 as released: width, ffn width, layers, heads, norm eps
+    "7B": (4096, 11008, 32, 32, 1e-6),
+    "13B": (5120, 13824, 40, 40, 1e-6),
+    "30B": (6656, 17920, 60, 52, 1e-6),
+    "65B": (8192, 22016, 80, 64, 1e-5),
+}
+
+
+@dataclass
+class LlamaConfig:
+    """The architecture; field names and meanings are config.json's."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+
+    def __post_init__(self):
+        heads = self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = heads
+        if self.head_dim is None:
+            if heads < 1 or self.hidden_size % heads:
+                raise ValueError(f"hidden_size {self.hidden_size} does not divide by {heads} heads")
+            self.head_dim = self.hidden_size // heads
+        for name, value in vars(self).items():
+            if type(value) is int and value < 1 and not name.endswith("token_id"):
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {heads} does not divide by num_key_value_heads "
+                f"{self.num_key_value_heads}: every key head serves equally many query heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding turns pairs")
+
+    @classmethod
+    def preset(cls, name: str) -> "LlamaConfig":
+        """`tiny` trains on two CPU cores in about a minute; the others are LLaMA 1's four sizes."""
+        if name == "tiny":  # its vocabulary is data/tokenizer.model's
+            return cls(1024, 128, 352, 4, 4, max_position_embeddings=512)
+        if name not in SIZES:
+            raise ValueError(f"no preset {name!r}: choose from tiny, {', '.join(SIZES)}")
+        width, ffn, layers, heads, eps = SIZES[name]
+        return cls(32000, width, ffn, layers, heads, rms_norm_eps=eps)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight: LayerNorm without mean or bias, its statistics in fp32."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.type_as(x)
+
+
+def rotary_tables(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · theta^(-2i/D): the angle that channel pair i is turned by."""
+    even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
+    speed = 1.0 / config.rope_theta ** (even / config.head_dim)  # (D/2)
+    angles = positions[..., None].float() * speed  # (B, T, D/2)
+    angles = torch.cat([angles, angles], dim=-1)[:, :, None]  # (B, T, 1, D)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x[i], x[i + D/2]), the "half-split" layout; Meta's files pair neighbours."""
+    first, second = x.float().chunk(2, dim=-1)  # (B, T, H, D/2) each
+    turned = torch.cat([-second, first], dim=-1)
+    return (x * cos + turned * sin).type_as(x)
+
+
+class Layout:
+    """Where the tokens of a call stand and what they may see: made once, shared by all blocks.
+
+    (Not a dataclass: FSDP looks into those, and would cast the tables to bf16.)"""
+
+    def __init__(self, ids: Tensor, config: LlamaConfig, cu_seqlens: Tensor | None, cache):
+        (B, T), device, known = ids.shape, ids.device, config.max_position_embeddings
+        steps = torch.arange(T, device=device)
+        row, position = torch.arange(B, device=device)[:, None], steps[None]  # (B, 1) and (1, T)
+        self.mask = None  # cache: (B, 1, T, L), which stored tokens a token sees
+        if cu_seqlens is not None:
+            assert B == 1, "packed documents are one row of ids"
+            document = torch.searchsorted(cu_seqlens, steps, right=True) - 1
+            row, position = document[None], (steps - cu_seqlens[document])[None]  # (1, T) both
+        elif cache is not None:
+            position = cache.lengths[:, None] + steps  # (B, T)
+            # On CUDA the mask spans the whole cache: static shapes, so a step can be a CUDA graph.
+            reach = cache.k.shape[3] if ids.is_cuda else int(position.max()) + 1
+            self.mask = torch.arange(reach, device=device) <= position[:, None, :, None]
+        elif known < T:
+            raise ValueError(f"{T} tokens are too many: the model knows {known} positions")
+        self.cos, self.sin = rotary_tables(position, config)  # (B, T, 1, D), fp32
+        self.cu_seqlens = cu_seqlens  # document i is tokens cu_seqlens[i] … cu_seqlens[i + 1]
+        self.longest = min(T, known)  # no document is longer
+        self.slots = (row, position)  # where the cache keeps each token
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √D) v over the tokens up to one's own. q (B, T, H, D); k, v (B, T, K, D)."""
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T, D)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return out.transpose(1, 2)  # (B, T, H, D)
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    """Causal attention inside each document of one row, q (1, T, H, D), and no work across them."""
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):  # all documents in one kernel
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+        ends, causal = (cu_seqlens, cu_seqlens, longest, longest), (-1, 0)
+        return varlen_attn(q[0], k[0], v[0], *ends, window_size=causal)[None]
+    documents = [slice(a, b) for a, b in pairwise(cu_seqlens.tolist()) if a < b]
+    return torch.cat([causal_attention(q[:, d], k[:, d], v[:, d]) for d in documents], dim=1)
+
+
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """New tokens over stored ones. q (B, T, H, D); k and v (B, K, ≥ L, D); mask (B, 1, T, L).
+
+    The G query heads of a key head are laid side by side as if they were tokens: each key is read
+    once for all of them, and reading keys is what decoding spends its time on."""
+    (B, T, H, D), K, L = q.shape, k.shape[1], mask.shape[-1]
+    G = H // K
+    q = q.view(B, T, K, G, D).permute(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
+    mask = mask.expand(B, G, T, L).reshape(B, 1, G * T, L)
+    out = F.scaled_dot_product_attention(q, k[:, :, :L], v[:, :, :L], attn_mask=mask)
+    return out.view(B, K, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, layout: Layout, stored: tuple[Tensor, Tensor] | None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.heads, self.head_dim)
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        q, k = rotate(q, layout.cos, layout.sin), rotate(k, layout.cos, layout.sin)
+        if stored is not None:
+            row, position = layout.slots
+            stored[0][row, :, position] = k  # (B, T, K, D) into (rows, K, max_length, D)
+            stored[1][row, :, position] = v
+        if layout.cu_seqlens is not None:
+            out = packed_attention(q, k, v, layout.cu_seqlens, layout.longest)
+        elif stored is not None:
+            out = cached_attention(q, *stored, layout.mask)
+        else:
+            out = causal_attention(q, k, v)
+        return self.o_proj(out.reshape(B, T, self.heads * self.head_dim))
+
+
+class MLP(nn.Module):
+    """SwiGLU, down(silu(gate(x)) · up(x)): the gate says how much of each channel passes."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, layout: Layout, stored=None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), layout, stored)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class KVCache:
+    """Keys and values of the tokens so far, a row a sequence: a new token costs one token's work.
+
+    `lengths[r]` is how much of row r is filled; 0 means the row is free. Two calls fill rows:
+      - `model(ids, cu_seqlens, cache)`: document i *starts* row i, whatever the row held before;
+      - `model(ids, cache=cache)`, ids (rows, T): row r *goes on* by T tokens.
+    `cache[2:5]` is rows 2 to 4 of the same memory, so prompts can join while others decode."""
+
+    def __init__(self, config: LlamaConfig, rows: int, max_length: int, device=None, dtype=None):
+        known = config.max_position_embeddings
+        if max_length > known:
+            raise ValueError(f"{max_length} tokens are too many: the model knows {known} positions")
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, max_length)
+        self.k = torch.zeros(*shape, config.head_dim, device=device, dtype=dtype)
+        self.v = torch.zeros_like(self.k)
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def __getitem__(self, rows: slice) -> "KVCache":
+        part = object.__new__(KVCache)
+        part.k, part.v, part.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
+        return part
+
+
+class Llama(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.init_weights()
+
+    def _apply(self, *args, **kwargs):
+        """Tie again after `to` and the like: leaving the meta device makes new parameters."""
+        super()._apply(*args, **kwargs)
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        return self
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Fill every parameter afresh; after `to_empty` they hold whatever was in memory."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, self.config.initializer_range)
+
+    def forward(
+        self,
+        ids: Tensor,  # (B, T); packed documents are one row, (1, T)
+        cu_seqlens: Tensor | None = None,  # int32, 0 … T; may repeat T to keep its own length
+        cache: KVCache | None = None,
+        labels: Tensor | None = None,  # (B, T), aligned with ids: the shift by one happens here
+    ) -> Tensor:
+        """Logits (B, T, V), or with labels the cross-entropy summed over those not IGNORE.
+
+        The first label of a packed document must be IGNORE: the token before it is another's."""
+        hidden = self.hidden(ids, cu_seqlens, cache)
+        if labels is None:
+            return self.lm_head(hidden)
+        learned = labels[:, 1:] != IGNORE
+        hidden, targets = hidden[:, :-1][learned], labels[:, 1:][learned]  # (N, C) and (N)
+        return summed_cross_entropy(hidden, self.lm_head.weight, targets)
+
+    def hidden(self, ids: Tensor, cu_seqlens=None, cache: KVCache | None = None) -> Tensor:
+        """What the head reads, (B, T, C): decoding wants the last logits of a prompt, not all."""
+        layout = Layout(ids, self.config, cu_seqlens, cache)
+        x = self.model.embed_tokens(ids)
+        for i, block in enumerate(self.model.layers):
+            x = block(x, layout, None if cache is None else (cache.k[i], cache.v[i]))
+        if cache is not None:
+            longer = cache.lengths + ids.shape[1]
+            cache.lengths.copy_(longer if cu_seqlens is None else cu_seqlens.diff())
+        return self.model.norm(x)

@@ -1,0 +1,176 @@
+"""One-line errors, progress, files that are whole or absent, logs that survive a kill."""
+
+import io
+import os
+import shlex
+import subprocess
+import sys
+import time
+import types
+import xml.etree.ElementTree as ET
+
+import pytest
+from conftest import ROOT, assert_refused
+
+import console
+
+
+def failing(error):
+    def main():
+        raise error
+
+    return types.SimpleNamespace(__name__="tool", main=main)
+
+
+def test_a_users_mistake_is_one_line_and_exit_2(command, tmp_path):
+    assert_refused(
+        command(failing(ValueError("line 3:\n  no field"))), "tool.py: error: line 3: no"
+    )
+
+    tool = types.SimpleNamespace(__name__="tool", main=(tmp_path / "absent").read_bytes)
+    assert_refused(command(tool), f"{tmp_path}/absent: No such file or directory")
+
+
+def test_a_bug_keeps_its_traceback(command):
+    with pytest.raises(AssertionError):
+        command(failing(AssertionError("a bug")))
+
+
+def test_the_traceback_of_a_mistake_can_be_asked_for(command, monkeypatch):
+    monkeypatch.setenv("ALPACA_TRACEBACK", "1")
+    with pytest.raises(ValueError):
+        command(failing(ValueError("x")))
+
+
+def test_ctrl_c_is_130_and_other_ranks_are_silent(command, monkeypatch):
+    assert command(failing(KeyboardInterrupt())) == (130, "", "tool.py: interrupted\n")
+    monkeypatch.setenv("RANK", "3")
+    assert command(failing(ValueError("everybody sees this"))) == (2, "", "")
+
+
+def test_a_reader_that_left_is_no_mistake():
+    program = "import console\nconsole.run(lambda: [print('x' * 999) for _ in range(9999)])"
+    run = subprocess.run(
+        f"{sys.executable} -c {shlex.quote(program)} | head -1; exit ${{PIPESTATUS[0]}}",
+        shell=True, executable="/bin/bash", cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_one_line_on_a_terminal_and_seldom_in_a_log(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    screen, log = Terminal(), io.StringIO()
+    shown, logged = console.Progress(200, "steps", screen), console.Progress(200, "steps", log)
+    for _ in range(200):
+        now[0] += 1
+        shown.step(more="loss 1.5")
+        logged.step()
+    shown.close()
+    logged.close()
+    assert screen.getvalue().count("\n") == 1 and screen.getvalue().count("\r") == 200
+    assert "50/200 steps  1 steps/s  2:30 left  loss 1.5" in screen.getvalue()
+    lines = log.getvalue().splitlines()
+    assert len(lines) == 7 and lines[0].startswith("30/200 steps")
+    assert lines[-1] == "200/200 steps  1 steps/s  in 3:20"
+
+
+def test_numbers_and_times_read_well():
+    pairs = {0: "0", 7: "7", 0.123: "0.12", 3.25: "3.2", 512.6: "513", 9999: "9999"}
+    for number, text in {**pairs, 14300: "14.3K", 6.7e9: "6.7G", 1e6: "1.0M", 2e12: "2.0T"}.items():
+        assert console.human(number) == text
+    for seconds, text in {7: "0:07", 750: "12:30", 11100: "3:05:00", float("inf"): "?"}.items():
+        assert console.clock(seconds) == text
+    assert console.listed("abc") == "a, b, c"
+    assert console.listed("abcdefghij") == "a, b, c, d, e, f, g, h and 2 more"
+
+
+def test_atomic_file_leaves_the_old_content_when_its_writer_fails(tmp_path):
+    path = tmp_path / "state.json"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), console.atomic_file(path, "w") as file:
+        file.write("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    with console.atomic_file(path, "w") as file:
+        file.write("nëw")
+        file.flush()
+        assert path.read_text() == "old"
+    assert path.read_text() == "nëw" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_atomic_folder_appears_only_when_its_writer_is_done(tmp_path):
+    path = tmp_path / "out"
+    with pytest.raises(RuntimeError), console.atomic_folder(path) as partial:
+        (partial / "half").write_text("x")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "left by a killed run").write_text("x")
+    with console.atomic_folder(path) as partial:
+        (partial / "whole").write_text("x")
+        assert not path.exists()
+        with pytest.raises(ValueError, match="being written by another process"):
+            console.atomic_folder(path).__enter__()
+    assert [entry.name for entry in path.iterdir()] == ["whole"]
+    with pytest.raises(ValueError, match="out exists already"), console.atomic_folder(path):
+        pass
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_log_survives_a_line_torn_by_a_kill(tmp_path):
+    path = tmp_path / "log.jsonl"
+    console.append_jsonl(path, {"n": 1}, {"text": "zwölf\u2028\n"})
+    whole = path.read_bytes()
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        kept = list(console.read_jsonl(path, skip_torn=True))
+        console.append_jsonl(path, {"n": 3})
+        assert list(console.read_jsonl(path)) == [*kept, {"n": 3}], whole[:cut]
+    path.write_bytes(b'{"n": 1}\n' + b'{"torn": "' + b"x" * 200_000)
+    console.append_jsonl(path, {"n": 2})
+    assert list(console.read_jsonl(path)) == [{"n": 1}, {"n": 2}]
+
+
+def test_a_users_jsonl_is_read_whole_or_refused_by_line(tmp_path):
+    path = tmp_path / "user.jsonl"
+    path.write_text('{"n": 1}\n\n{"n": 2}')
+    assert list(console.read_jsonl(path)) == [{"n": 1}, {"n": 2}]
+    for content, words in (
+        ('{"n": 1}\n{"n": ', "line 2: not JSON"),
+        ("[1]\n", "line 1: a JSON object was expected"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=words):
+            list(console.read_jsonl(path))
+    path.write_bytes(b'{"n": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match="line 1: not JSON"):
+        list(console.read_jsonl(path))
+
+
+def test_the_chart_is_well_formed_and_its_lines_stay_inside():
+    points = [(step, 5 / (step + 1)) for step in range(20)] + [(20, float("nan"))]
+    svg = console.line_chart(
+        "loss <&>", "step", {"train": points, "held out": [(0, 4.0), (9, 4.0)]}
+    )
+    root = ET.fromstring(svg)
+    space = "{http://www.w3.org/2000/svg}"
+    lines = root.findall(space + "polyline")
+    assert len(lines) == 2 and root.find(space + "text").text == "loss <&>"
+    for line in lines:
+        for point in line.get("points").split():
+            x, y = map(float, point.split(","))
+            assert 0 <= x <= 720 and 0 <= y <= 400
+    assert len(lines[0].get("points").split()) == 20
+    ET.fromstring(console.line_chart("one point", "step", {"a": [(1, 1)]}))
+
+
+def test_every_module_can_be_imported_without_a_command_line():
+    files = sorted(file for file in os.listdir(ROOT) if file.endswith(".py"))
+    names = ", ".join(file.removesuffix(".py") for file in files)
+    subprocess.run([sys.executable, "-c", f"import {names}"], cwd=ROOT, check=True)

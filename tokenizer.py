@@ -1,0 +1,184 @@
+"""Text ↔ ids: SentencePiece, wrapped thinly.
+
+    python tokenizer.py train corpus.txt --vocab-size 1024 --out my.model
+
+  - `encode` gives SentencePiece's own ids. BOS and EOS are added as ids, never parsed out of text:
+    a user who types `</s>` gets a few ordinary tokens, and ends nothing.
+  - LLaMA's vocabulary holds all 256 bytes as pieces, so any text can be written, if need be byte by
+    byte, and decoding gives it back. Only U+2581, SentencePiece's own mark for a space, does not
+    survive: it returns as a space.
+  - A character can be spread over several tokens. `stream` holds its bytes back until it is whole;
+    what it returns, joined, is what `decode` makes of all the ids at once.
+
+SentencePiece: arXiv:1808.06226; byte-pair encoding: arXiv:1508.07909.
+"""
+
+import argparse
+import codecs
+import io
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+import console
+
+SPACE = "\u2581"
+
+
+class Tokenizer:
+    def __init__(self, path: str | Path):
+        """`path` is a tokenizer.model, or a folder that holds one."""
+        path = Path(path)
+        file = path / "tokenizer.model" if path.is_dir() else path
+        if not file.is_file():
+            hint = ""
+            if (path / "tokenizer.json").exists():
+                hint = " (tokenizer.json is not read: get the SentencePiece file it was made from)"
+            raise ValueError(f"{file}: no such file{hint}")
+        self.pieces = SentencePieceProcessor()
+        try:
+            self.pieces.LoadFromSerializedProto(file.read_bytes())
+        except RuntimeError:
+            raise ValueError(f"{file}: not a SentencePiece model") from None
+        self.path, self.vocab_size = file, self.pieces.vocab_size()
+        self.unk_id, self.bos_id, self.eos_id = (
+            self.pieces.unk_id(),
+            self.pieces.bos_id(),
+            self.pieces.eos_id(),
+        )
+        for name, token in (("unk", self.unk_id), ("bos", self.bos_id), ("eos", self.eos_id)):
+            if token < 0:
+                raise ValueError(f"{file}: it has no {name} piece, so no LLaMA was trained with it")
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        try:
+            text.encode()  # JSON can smuggle in what no file may hold
+        except UnicodeEncodeError as mistake:
+            at = f"{text[mistake.start]!r} at character {mistake.start}"
+            raise ValueError(f"half a surrogate pair is not text: {at}") from None
+        return [self.bos_id] * bos + self.pieces.encode(text) + [self.eos_id] * eos
+
+    def decode(self, ids: list[int]) -> str:
+        return self.pieces.decode(ids)
+
+    def stream(self, after: list[int] = ()) -> "TextStream":
+        """A decoder fed one id at a time; `after` are the ids its text goes on from."""
+        stream = TextStream(self.pieces)
+        for token in after:
+            stream.push(token)
+        return stream
+
+    def check(self, rows: int, bos_id: int, eos_id: int) -> None:
+        """Does it fit a model with so many embedding rows? Call it wherever both are loaded."""
+        if self.vocab_size > rows:
+            raise ValueError(
+                f"{self.path} has {self.vocab_size} pieces, the model only {rows} embedding rows: "
+                "they do not belong together"
+            )
+        if self.vocab_size < rows:
+            extra = f"rows {self.vocab_size} to {rows - 1} have no piece and are never sampled"
+            console.notice(f"the model has {rows} embedding rows: {extra}")
+        if (bos_id, eos_id) != (self.bos_id, self.eos_id):
+            ours = f"the tokenizer's bos {self.bos_id} and eos {self.eos_id} are used"
+            console.notice(f"config.json has bos {bos_id} and eos {eos_id}: {ours}")
+
+
+class TextStream:
+    """Ids to text as they come, whole characters only.
+
+    It follows SentencePiece's decoder: pieces are text, byte pieces in a row are UTF-8 together,
+    each byte of theirs that fits no character is U+FFFD, control pieces are nothing, and the space
+    that encoding put before the first word is taken off again."""
+
+    def __init__(self, pieces: SentencePieceProcessor):
+        self.pieces, self.bytes, self.started = pieces, b"", False
+
+    def push(self, token: int) -> str:
+        if self.pieces.is_byte(token):
+            self.bytes += bytes([int(self.pieces.id_to_piece(token)[3:5], 16)])  # <0xE4>
+            return self._characters(final=False)
+        before = self._characters(final=True)
+        if self.pieces.is_control(token):
+            return before
+        if self.pieces.is_unknown(token):
+            piece = self.pieces.decode([token])
+        else:
+            piece = self.pieces.id_to_piece(token)
+            if not self.started and piece.startswith(SPACE):
+                self.started, piece = True, piece[1:]
+        self.started = self.started or piece != ""
+        return before + piece.replace(SPACE, " ")
+
+    def flush(self) -> str:
+        """What is left when no more ids come: bytes of a character that never became whole."""
+        return self._characters(final=True)
+
+    def _characters(self, final: bool) -> str:
+        text = ""
+        while self.bytes:
+            try:
+                whole, used = codecs.utf_8_decode(self.bytes, "strict", final)
+            except UnicodeDecodeError as bad:
+                whole, used = self.bytes[: bad.start].decode() + "\ufffd", bad.start + 1
+            text, self.bytes = text + whole, self.bytes[used:]
+            if not used:
+                break
+        self.started = self.started or text != ""
+        return text
+
+
+def train(files: list[Path], vocab_size: int, out: Path) -> None:
+    """A tokenizer of LLaMA's kind: pair merges, byte fallback, single digits, spaces kept."""
+    if missing := [str(file) for file in files if not file.is_file()]:
+        raise ValueError(f"no such file: {console.listed(missing)}")
+    lines = []
+    for file in files:
+        try:
+            lines += file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as mistake:
+            raise ValueError(f"{file}: not UTF-8 at byte {mistake.start}") from None
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            character_coverage=0.99995,
+            max_sentence_length=1 << 20,
+            num_threads=1,  # the same text makes the same model
+            minloglevel=2,
+        )
+    except RuntimeError as mistake:
+        raise ValueError(f"SentencePiece: {str(mistake).rpartition('] ')[2]}") from None
+    with console.atomic_file(out) as file:
+        file.write(model.getvalue())
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verb = verbs.add_parser("train", help="make a tokenizer.model from text files")
+    verb.add_argument("files", type=Path, nargs="+", help="UTF-8 text, a sentence or so a line")
+    verb.add_argument(
+        "--vocab-size", type=int, default=1024, help="pieces, 259 of them fixed (default: 1024)"
+    )
+    verb.add_argument("--out", type=Path, required=True, help="the tokenizer.model to write")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    train(args.files, args.vocab_size, args.out)
+    print(f"{args.out}: {Tokenizer(args.out).vocab_size} pieces")
+
+
+if __name__ == "__main__":
+    console.run(main)

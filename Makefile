@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+BENCHES = load
 
 .PHONY: train test test-all lint bench clean
 
@@ -20,8 +21,13 @@ lint: $(VENV)/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Every script prints its table; together they are bench/RESULTS.md.
 bench: $(VENV)/.ready-bench
-	$(BIN)/python bench/load.py
+	@rm -f bench/RESULTS.md.partial
+	@for script in $(BENCHES); do \
+	  $(BIN)/python bench/$$script.py >>bench/RESULTS.md.partial || exit 1; \
+	done
+	@mv bench/RESULTS.md.partial bench/RESULTS.md && cat bench/RESULTS.md
 
 clean:
 	rm -rf $(VENV) *.egg-info

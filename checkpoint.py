@@ -6,8 +6,8 @@ Read are Hugging Face folders (`config.json`; `model.safetensors` or `pytorch_mo
 in shards with an index) and Meta's (`params.json`; see meta_layout.py). Written are Hugging Face
 folders in safetensors that transformers opens as they are.
 
-  - Files are memory-mapped: a tensor costs memory when it is copied into the model, not before, so
-    loading peaks at the size of the model that is made, in the dtype that is asked for.
+  - Files are memory-mapped: a weight that needs no other dtype or device is used where it lies, any
+    other is converted by itself, so loading never takes more memory than the model it makes.
   - Pickles (`.bin`, `.pth`) are read with `weights_only=True`: tensors and nothing that runs.
   - All that is wrong with a checkpoint stands in one error: missing, unexpected, misshapen tensors.
   - A config field that changes the computation in a way model.py does not know is refused by name.
@@ -86,14 +86,12 @@ def read_config(folder: str | Path) -> LlamaConfig:
         raise ValueError(f"{folder}: no such folder")
     if not (folder / "config.json").exists() and not (folder / "params.json").exists():
         raise ValueError(f"{folder}: no config.json (Hugging Face) or params.json (Meta) in it")
-    where = folder / ("params.json" if is_meta(folder) else "config.json")
+    file = folder / ("params.json" if is_meta(folder) else "config.json")
+    fields, shards = read_json(file), load_shards(folder) if is_meta(folder) else []
     try:
-        if is_meta(folder):
-            return meta_layout.config(read_json(where), load_shards(folder))
-        return config_from_json(read_json(where))
+        return meta_layout.config(fields, shards) if shards else config_from_json(fields)
     except ValueError as mistake:
-        said = str(mistake)
-        raise ValueError(said if str(folder) in said else f"{where}: {said}") from None
+        raise ValueError(f"{file}: {mistake}") from None
 
 
 def is_meta(folder: Path) -> bool:
@@ -155,8 +153,11 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
         if not index.exists():
             continue
         files: dict[Path, set[str]] = {}
-        for tensor, file in read_json(index).get("weight_map", {}).items():
-            if file != os.path.basename(file):
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index}: it has no weight_map")
+        for tensor, file in weight_map.items():
+            if not isinstance(file, str) or file != os.path.basename(file):
                 raise ValueError(f"{index}: {file!r} is not the name of a file beside it")
             files.setdefault(folder / file, set()).add(tensor)
         if absent := [file.name for file in files if not file.exists()]:
@@ -226,15 +227,18 @@ def check_tensors(found: dict[str, Stored], config: LlamaConfig, where: str | Pa
 def load_model(
     folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> Llama:
-    """A checkpoint as a model; `dtype` None keeps the one it is stored in (the embedding's)."""
+    """A checkpoint as a model; `dtype` None keeps the one it is stored in (the embedding's).
+
+    On the CPU, weights whose dtype does not change stay in the file's pages: nothing is read until
+    it is used, and the files must not be written to (replacing or deleting them is fine)."""
     config, found = read_config(folder), stored_tensors(folder)
     check_tensors(found, config, folder)
+    dtype = dtype or found["model.embed_tokens.weight"].dtype
     with torch.device("meta"):
         model = Llama(config)
-    model.to(dtype or found["model.embed_tokens.weight"].dtype).to_empty(device=device)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(found[name].read())
+    weights = {name: found[name].read().to(device, dtype) for name, _ in model.named_parameters()}
+    model.load_state_dict(weights, assign=True, strict=False)  # check_tensors was strict
+    model.tie_weights()
     return model
 
 
@@ -256,6 +260,8 @@ def save_model(
     if dtype not in SAFETENSORS:
         raise ValueError(f"weights are written as {', '.join(DTYPES)}, not as {dtype}")
     with console.atomic_folder(folder) as partial, ExitStack() as files:
+        if tokenizer is not None:
+            copy_tokenizer(Path(tokenizer), partial)
         places = lay_out(parameter_shapes(config), dtype, shard_bytes, partial, files)
         for name, tensor in chain([first], pairs):
             if name not in places:
@@ -270,8 +276,6 @@ def save_model(
         write_json(partial / "config.json", config_to_json(config, dtype))
         ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
         write_json(partial / "generation_config.json", ends)
-        if tokenizer is not None:
-            copy_tokenizer(Path(tokenizer), partial)
 
 
 def lay_out(shapes, dtype, shard_bytes, folder: Path, files: ExitStack) -> dict[str, tuple]:
@@ -298,7 +302,7 @@ def lay_out(shapes, dtype, shard_bytes, folder: Path, files: ExitStack) -> dict[
             header[name] = {"dtype": SAFETENSORS[dtype], **place}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # the data starts aligned
-        file = files.enter_context(Path.open(folder / title, "wb"))
+        file = files.enter_context((folder / title).open("wb"))
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             start = 8 + len(text) + header[name]["data_offsets"][0]

@@ -64,8 +64,8 @@ class LlamaConfig:
                 raise ValueError(f"hidden_size {self.hidden_size} does not divide by {heads} heads")
             self.head_dim = self.hidden_size // heads
         for name, value in vars(self).items():
-            if type(value) is int and value < 1 and not name.endswith("token_id"):
-                raise ValueError(f"{name} must be at least 1, not {value}")
+            if type(value) in (int, float) and not value > 0 and not name.endswith("token_id"):
+                raise ValueError(f"{name} must be above 0, not {value}")
         if heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {heads} does not divide by num_key_value_heads "
@@ -260,15 +260,17 @@ class Llama(nn.Module):
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.tie_weights()
         self.init_weights()
 
-    def _apply(self, *args, **kwargs):
-        """Tie again after `to` and the like: leaving the meta device makes new parameters."""
-        super()._apply(*args, **kwargs)
+    def tie_weights(self) -> None:
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def _apply(self, *args, **kwargs):
+        """`to` and the like. Leaving the meta device makes new parameters: tie them again."""
+        super()._apply(*args, **kwargs)
+        self.tie_weights()
         return self
 
     @torch.no_grad()

@@ -68,8 +68,9 @@ class Tokenizer:
             stream.push(token)
         return stream
 
-    def check(self, rows: int, bos_id: int, eos_id: int) -> None:
-        """Does it fit a model with so many embedding rows? Call it wherever both are loaded."""
+    def check(self, config) -> None:
+        """Does it fit the model with that LlamaConfig? Call it wherever both are loaded."""
+        rows = config.vocab_size
         if self.vocab_size > rows:
             raise ValueError(
                 f"{self.path} has {self.vocab_size} pieces, the model only {rows} embedding rows: "
@@ -78,9 +79,10 @@ class Tokenizer:
         if self.vocab_size < rows:
             extra = f"rows {self.vocab_size} to {rows - 1} have no piece and are never sampled"
             console.notice(f"the model has {rows} embedding rows: {extra}")
-        if (bos_id, eos_id) != (self.bos_id, self.eos_id):
+        theirs = config.bos_token_id, config.eos_token_id
+        if theirs != (self.bos_id, self.eos_id):
             ours = f"the tokenizer's bos {self.bos_id} and eos {self.eos_id} are used"
-            console.notice(f"config.json has bos {bos_id} and eos {eos_id}: {ours}")
+            console.notice(f"config.json has bos {theirs[0]} and eos {theirs[1]}: {ours}")
 
 
 class TextStream:

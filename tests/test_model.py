@@ -329,6 +329,8 @@ def test_presets_have_llamas_parameter_counts():
         with torch.device("meta"):
             assert sum(p.numel() for p in Llama(LlamaConfig.preset(name)).parameters()) == count
     assert sum(p.numel() for p in Llama(LlamaConfig.preset("tiny")).parameters()) < 3e6
+    eps = {name: LlamaConfig.preset(name).rms_norm_eps for name in ("7B", "13B", "30B", "65B")}
+    assert eps == {"7B": 1e-6, "13B": 1e-6, "30B": 1e-6, "65B": 1e-5}
 
 
 @pytest.mark.parametrize(
@@ -340,9 +342,11 @@ def test_presets_have_llamas_parameter_counts():
             "num_attention_heads 4 does not divide by num_key_value_heads",
         ),
         ({"head_dim": 15}, "head_dim 15 is odd"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be above 0"),
         ({"num_attention_heads": 0}, "0 heads"),
-        ({"vocab_size": -1}, "vocab_size must be at least 1"),
+        ({"vocab_size": -1}, "vocab_size must be above 0"),
+        ({"rope_theta": 0.0}, "rope_theta must be above 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be above 0"),
     ],
 )
 def test_impossible_shapes_are_refused(changes, message):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
 import tokenizer as tokenizer_module
+from model import LlamaConfig
 from tokenizer import SPACE, Tokenizer
 
 MODELS = [
@@ -53,11 +54,9 @@ def plain(text: str) -> str:
 
 
 def test_the_embedded_model_fits_the_tiny_preset(capsys):
-    from model import LlamaConfig
-
     tokenizer, tiny = Tokenizer(ROOT / "data"), LlamaConfig.preset("tiny")
     assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
-    tokenizer.check(tiny.vocab_size, tiny.bos_token_id, tiny.eos_token_id)
+    tokenizer.check(tiny)
     assert tokenizer.vocab_size == tiny.vocab_size and capsys.readouterr().err == ""
 
 
@@ -113,7 +112,8 @@ def test_ids_equal_hugging_faces_where_it_agrees_with_sentencepiece(tokenizer, t
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     copy_tokenizer(tokenizer.path, tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    for line in (ROOT / "data" / "corpus.txt").read_text().splitlines():
+    corpus = (ROOT / "data" / "corpus.txt").read_text().splitlines()
+    for line in [*corpus, "中文 🦙 é 12 34", "x=1;\ty=2", "tab\tand\nnewline"]:
         assert theirs(line).input_ids == tokenizer.encode(line, bos=True), line
         assert theirs.decode(theirs(line).input_ids, skip_special_tokens=True) == line
 
@@ -126,10 +126,10 @@ def test_a_lone_surrogate_is_refused_by_name(tokenizer):
 def test_the_vocabulary_must_fit_the_model(capsys):
     tokenizer = Tokenizer(ROOT / "data")
     with pytest.raises(ValueError, match="has 1024 pieces, the model only 1023 embedding rows"):
-        tokenizer.check(1023, 1, 2)
-    tokenizer.check(1025, 1, 2)
+        tokenizer.check(LlamaConfig(vocab_size=1023))
+    tokenizer.check(LlamaConfig(vocab_size=1025))
     assert "rows 1024 to 1024 have no piece and are never sampled" in capsys.readouterr().err
-    tokenizer.check(1024, 0, 1)
+    tokenizer.check(LlamaConfig(vocab_size=1024, bos_token_id=0, eos_token_id=1))
     assert "the tokenizer's bos 1 and eos 2 are used" in capsys.readouterr().err
 
 

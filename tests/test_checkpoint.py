@@ -1,0 +1,559 @@
+"""Checkpoints: what we read, what we write, and everything that must be refused."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, assert_refused, hf_model, random_ids, small_config, small_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+from checkpoint import load_model, read_config, save_model, stored_tensors, tensors
+from model import Llama
+
+EMBEDDED = ROOT / "data" / "tokenizer.model"
+
+
+def same(a, b) -> bool:
+    """Equal in every bit, dtype and name."""
+    a, b = dict(a), dict(b)
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and torch.equal(bits(a[name]), bits(b[name])) for name in a
+    )
+
+
+def bits(tensor):
+    return tensor.detach().contiguous().view(torch.uint8)
+
+
+def digests(folder) -> dict[str, str]:
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
+
+
+def edit_json(path, **changes) -> None:
+    fields = json.loads(path.read_text()) | changes
+    kept = {name: value for name, value in fields.items() if value != "remove"}
+    path.write_text(json.dumps(kept))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A whole checkpoint in our own writing, in two shards, with its tokenizer."""
+    save_model(
+        small_model(), small_config(), tmp_path / "m", tokenizer=EMBEDDED, shard_bytes=200_000
+    )
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) == 3
+    return tmp_path / "m"
+
+
+# ---------------------------------------------------------------- Hugging Face folders
+
+
+@pytest.mark.parametrize("shard", ["10GB", "100KB"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_hugging_face_folder_loads_bit_for_bit(tmp_path, shard, tied):
+    theirs = hf_model(small_config(tie_word_embeddings=tied), torch.bfloat16)
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size=shard)
+    assert (tmp_path / "hf" / "model.safetensors.index.json").exists() == (shard == "100KB")
+    ours = load_model(tmp_path / "hf")
+    assert same(ours.named_parameters(), theirs.named_parameters())
+    assert read_config(tmp_path / "hf") == ours.config
+    assert same(tensors(tmp_path / "hf"), theirs.named_parameters())
+
+
+def test_pickled_shards_load_bit_for_bit(folder):
+    expected = {name: tensor.clone() for name, tensor in tensors(folder)}
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    names, weight_map = sorted(expected), {}
+    for number, part in enumerate((names[:9], names[9:]), 1):
+        title = f"pytorch_model-{number:05}-of-00002.bin"
+        table = {name: expected[name] for name in part}
+        if number == 2:
+            table["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(
+                8
+            )  # as old files have
+        torch.save(table, folder / title)
+        weight_map |= dict.fromkeys(table, title)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert same(load_model(folder).named_parameters(), expected)
+
+
+def test_old_and_new_spellings_of_the_config_are_read(tmp_path):
+    hf_model(small_config(rope_theta=1e6)).save_pretrained(tmp_path)
+    new = json.loads((tmp_path / "config.json").read_text())
+    assert "rope_theta" not in new and new["rope_parameters"]["rope_theta"] == 1e6
+    assert read_config(tmp_path) == small_config(rope_theta=1e6)
+    edit_json(tmp_path / "config.json", rope_parameters="remove", rope_theta=1e6, rope_scaling=None)
+    assert read_config(tmp_path) == small_config(rope_theta=1e6)
+    edit_json(tmp_path / "config.json", rope_theta="remove", num_key_value_heads="remove")
+    assert read_config(tmp_path) == small_config(num_key_value_heads=4)
+
+
+def test_dtype_is_converted_on_loading(folder):
+    model = load_model(folder, dtype=torch.bfloat16)
+    expected = {name: tensor.bfloat16() for name, tensor in tensors(folder)}
+    assert same(model.named_parameters(), expected)
+
+
+def test_changing_a_loaded_model_does_not_change_its_files(folder):
+    before = digests(folder)
+    model = load_model(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert digests(folder) == before
+    assert load_model(folder).lm_head.weight.any()
+
+
+# ---------------------------------------------------------------- writing
+
+
+@pytest.mark.parametrize("dtype", checkpoint.DTYPES.values(), ids=checkpoint.DTYPES.keys())
+@pytest.mark.parametrize("tied", [False, True])
+def test_save_load_save_gives_the_same_bytes(tmp_path, dtype, tied):
+    model = small_model(tie_word_embeddings=tied).to(dtype)
+    with torch.no_grad():  # bit patterns that arithmetic would not keep
+        model.model.norm.weight[:3] = torch.tensor([float("nan"), -0.0, float("inf")])
+    save_model(model, model.config, tmp_path / "a", shard_bytes=50_000)
+    loaded = load_model(tmp_path / "a")
+    assert same(loaded.named_parameters(), model.named_parameters())
+    save_model(loaded, read_config(tmp_path / "a"), tmp_path / "b", shard_bytes=50_000)
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    largest = max(model.parameters(), key=lambda p: p.numel())
+    for file in (tmp_path / "a").glob("*.safetensors"):
+        assert file.stat().st_size <= max(50_000, largest.numel() * dtype.itemsize) + 4096
+        assert load_file(file)  # the safetensors library can read it
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": True}, {"rope_theta": 1e6, "head_dim": 24}], ids=str
+)
+@pytest.mark.parametrize("shard_bytes", [10**9, 100_000])
+def test_transformers_opens_what_we_write(tmp_path, changes, shard_bytes):
+    from transformers import AutoModelForCausalLM
+
+    ours = small_model(**changes)
+    save_model(ours, ours.config, tmp_path / "m", tokenizer=EMBEDDED, shard_bytes=shard_bytes)
+    theirs, told = AutoModelForCausalLM.from_pretrained(tmp_path / "m", output_loading_info=True)
+    assert not any(told.values()), told
+    ids = random_ids(2, 24)
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+    assert theirs.generation_config.eos_token_id == 2
+    generated = theirs.generate(ids, max_new_tokens=4, do_sample=False)
+    assert generated.shape[0] == 2
+
+
+@pytest.mark.parametrize("dtype", checkpoint.DTYPES.values(), ids=checkpoint.DTYPES.keys())
+def test_transformers_sees_the_dtype_we_wrote(tmp_path, dtype):
+    from transformers import AutoModelForCausalLM
+
+    save_model(small_model().to(dtype), small_config(), tmp_path / "m")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto")
+    assert theirs.dtype == dtype and same(tensors(tmp_path / "m"), theirs.named_parameters())
+
+
+def test_autotokenizer_keeps_bos_on_what_we_write(folder):
+    from transformers import AutoTokenizer
+
+    from tokenizer import Tokenizer
+
+    theirs, ours = AutoTokenizer.from_pretrained(folder), Tokenizer(folder)
+    text = "Below is an instruction that describes a task."
+    assert theirs(text).input_ids == ours.encode(text, bos=True)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id) == (1, 2, 0)
+
+
+def test_every_tokenizer_file_of_the_base_comes_along(tmp_path, folder):
+    contents = {name: f"content of {name}" for name in checkpoint.TOKENIZER_FILES}
+    for name, content in contents.items():
+        (folder / name).write_text(content)
+    save_model(small_model(), small_config(), tmp_path / "out", tokenizer=folder)
+    for name, content in contents.items():
+        assert (tmp_path / "out" / name).read_text() == content
+
+
+def test_pairs_may_come_in_any_order_but_must_all_come(tmp_path):
+    model = small_model()
+    pairs = list(model.named_parameters())
+    save_model(reversed(pairs), model.config, tmp_path / "out")
+    assert same(tensors(tmp_path / "out"), pairs)
+    for wrong, message in (
+        (pairs[1:], "missing model.embed_tokens.weight"),
+        ([*pairs, pairs[0]], "unexpected or repeated tensor model.embed_tokens.weight"),
+        ([*pairs, ("bias", torch.ones(1))], "unexpected or repeated tensor bias"),
+        ([("lm_head.weight", torch.ones(1))], "lm_head.weight is [1], not [128, 64]"),
+    ):
+        with pytest.raises(ValueError) as told:
+            save_model(wrong, model.config, tmp_path / "bad")
+        assert message in str(told.value)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+KILLED = """
+import sys, time, torch
+from checkpoint import save_model
+from model import Llama, LlamaConfig
+config = LlamaConfig(256, 128, 352, 8, 4)
+torch.manual_seed(0)
+def slowly():
+    for pair in Llama(config).named_parameters():
+        time.sleep(0.01)
+        yield pair
+print("go", flush=True)
+save_model(slowly(), config, sys.argv[1], tokenizer=sys.argv[2], shard_bytes=500_000)
+"""
+
+
+def test_a_write_killed_at_any_moment_leaves_no_folder_that_looks_whole(tmp_path):
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "out"), str(EMBEDDED)]
+    for delay in (0.05, 0.3, 0.6):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    config = read_config(tmp_path / "out")
+    torch.manual_seed(0)
+    assert same(load_model(tmp_path / "out").named_parameters(), Llama(config).named_parameters())
+
+
+# ---------------------------------------------------------------- Meta folders
+
+
+def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Row by row, by the definition: Meta's 2i is our i, its 2i + 1 our i + D/2."""
+    rows = torch.empty_like(weight)
+    width = len(weight) // heads
+    for head in range(heads):
+        for i in range(width // 2):
+            rows[head * width + 2 * i] = weight[head * width + i]
+            rows[head * width + 2 * i + 1] = weight[head * width + i + width // 2]
+    return rows
+
+
+def write_meta(model: Llama, folder, shards: int) -> None:
+    """The model as Meta would have released it, by a table written out anew."""
+    config, folder = model.config, folder
+    folder.mkdir(parents=True)
+    params = {"dim": 64, "n_layers": 2, "multiple_of": 16, "vocab_size": -1, "norm_eps": 1e-6}
+    params["n_heads"] = config.num_attention_heads
+    if config.num_key_value_heads != config.num_attention_heads:
+        params["n_kv_heads"] = config.num_key_value_heads
+    (folder / "params.json").write_text(json.dumps(params))
+    ours = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    rows, columns, whole = 0, 1, None
+    meta = {
+        "tok_embeddings.weight": (ours["model.embed_tokens.weight"], columns),
+        "output.weight": (ours["lm_head.weight"], rows),
+        "norm.weight": (ours["model.norm.weight"], whole),
+        "rope.freqs": (torch.ones(8), whole),
+    }
+    for i in range(config.num_hidden_layers):
+        o, m = f"model.layers.{i}.", f"layers.{i}."
+        q, k = ours[o + "self_attn.q_proj.weight"], ours[o + "self_attn.k_proj.weight"]
+        meta |= {
+            m + "attention.wq.weight": (interleaved(q, config.num_attention_heads), rows),
+            m + "attention.wk.weight": (interleaved(k, config.num_key_value_heads), rows),
+            m + "attention.wv.weight": (ours[o + "self_attn.v_proj.weight"], rows),
+            m + "attention.wo.weight": (ours[o + "self_attn.o_proj.weight"], columns),
+            m + "feed_forward.w1.weight": (ours[o + "mlp.gate_proj.weight"], rows),
+            m + "feed_forward.w2.weight": (ours[o + "mlp.down_proj.weight"], columns),
+            m + "feed_forward.w3.weight": (ours[o + "mlp.up_proj.weight"], rows),
+            m + "attention_norm.weight": (ours[o + "input_layernorm.weight"], whole),
+            m + "ffn_norm.weight": (ours[o + "post_attention_layernorm.weight"], whole),
+        }
+    for shard in range(shards):
+        table = {
+            name: (t if axis is None else t.chunk(shards, axis)[shard]).clone()
+            for name, (t, axis) in meta.items()
+        }
+        torch.save(table, folder / f"consolidated.{shard:02}.pth")
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+@pytest.mark.parametrize("kv_heads", [8, 4])
+def test_metas_folder_is_the_same_model(tmp_path, command, shards, kv_heads):
+    model = small_model(num_attention_heads=8, num_key_value_heads=kv_heads)
+    model.config.max_position_embeddings = 2048  # params.json does not say: LLaMA's is assumed
+    model.config.initializer_range = 0.02
+    write_meta(model, tmp_path / "llama" / "7B", shards)
+    shutil.copy(EMBEDDED, tmp_path / "llama")  # where Meta's download has it
+    assert read_config(tmp_path / "llama" / "7B") == model.config
+    loaded = load_model(tmp_path / "llama" / "7B")
+    assert same(loaded.named_parameters(), model.named_parameters())
+    out = tmp_path / "hf"
+    code, _, err = command(checkpoint, "convert", tmp_path / "llama" / "7B", out, "--dtype", "fp32")
+    assert code == 0 and err.count("\n") == 1 and "2048 positions" in err
+    converted = load_model(out)
+    assert same(converted.named_parameters(), model.named_parameters())
+    ids = random_ids(2, 24)
+    assert torch.equal(converted(ids), model(ids))
+    assert (out / "tokenizer.model").read_bytes() == EMBEDDED.read_bytes()
+
+
+def test_the_positions_meta_does_not_tell_are_those_of_the_release():
+    from meta_layout import positions
+
+    releases = {
+        "LLaMA 7B": ({"dim": 4096, "norm_eps": 1e-6}, 2048),
+        "LLaMA 65B": ({"dim": 8192, "norm_eps": 1e-5}, 2048),
+        "Llama 2 7B": ({"dim": 4096, "norm_eps": 1e-5}, 4096),
+        "Llama 2 70B": ({"dim": 8192, "norm_eps": 1e-5, "n_kv_heads": 8}, 4096),
+        "CodeLlama": ({"dim": 4096, "norm_eps": 1e-5, "rope_theta": 1e6}, 16384),
+    }
+    for name, (params, expected) in releases.items():
+        assert positions(params) == expected, name
+
+
+# ---------------------------------------------------------------- refused, in one line, unwritten
+
+
+def refuse_convert(command, source, *words, args=()):
+    target = source.parent / "target"
+    assert_refused(command(checkpoint, "convert", source, target, *args), *words)
+    assert not list(source.parent.glob("target*")), "something was written"
+
+
+def test_folders_without_config_or_weights_are_refused(tmp_path, command, folder):
+    refuse_convert(command, tmp_path / "absent", "absent: no such folder")
+    (tmp_path / "empty").mkdir()
+    refuse_convert(
+        command, tmp_path / "empty", "no config.json (Hugging Face) or params.json (Meta)"
+    )
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    refuse_convert(command, folder, "no model.safetensors or pytorch_model.bin")
+
+
+def test_damaged_config_is_refused(command, folder):
+    config = folder / "config.json"
+    whole = config.read_text()
+    for content, words in (
+        (whole[:50], "not JSON"),
+        ("[]", "a JSON object was expected"),
+        ("\xff", "not JSON"),
+    ):
+        config.write_bytes(content.encode("latin-1"))
+        refuse_convert(command, folder, "config.json", words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "mistral"}, "model_type 'mistral' is not supported, only 'llama' is"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling 'linear'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling 'llama3'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope scaling 'yarn'"),
+        ({"attention_bias": True}, "attention_bias True"),
+        ({"mlp_bias": True}, "mlp_bias True"),
+        ({"sliding_window": 4096}, "sliding_window 4096"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, only 'silu' is"),
+        ({"attention_dropout": 0.1}, "attention_dropout 0.1"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"hidden_size": "remove"}, "hidden_size is missing"),
+        ({"hidden_size": "64"}, "hidden_size is '64', where int was expected"),
+        ({"rms_norm_eps": True}, "rms_norm_eps is True, where float was expected"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 does not divide"),
+    ],
+    ids=str,
+)
+def test_configs_we_do_not_compute_are_refused_by_name(command, folder, changes, words):
+    edit_json(folder / "config.json", **changes)
+    refuse_convert(command, folder, "config.json", words)
+
+
+def test_truncated_or_missing_shards_are_refused(command, folder):
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    whole = shard.read_bytes()
+    for keep in (0, 4, 100, len(whole) - 1):
+        shard.write_bytes(whole[:keep])
+        refuse_convert(command, folder, shard.name, "damaged or cut short")
+    shard.unlink()
+    refuse_convert(command, folder, "names files that are not there", shard.name)
+
+
+def test_an_index_that_does_not_fit_its_shards_is_refused(command, folder):
+    index = folder / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())["weight_map"]
+    title = whole.pop("model.norm.weight")
+    index.write_text(json.dumps({"weight_map": whole}))
+    refuse_convert(command, folder, title, "other tensors than its index says: model.norm.weight")
+    index.write_text(json.dumps({"weight_map": whole | {"model.norm.weight": "../outside"}}))
+    refuse_convert(command, folder, "'../outside' is not the name of a file beside it")
+    for damaged in ("{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
+        index.write_text(damaged)
+        refuse_convert(command, folder, "model.safetensors.index.json")
+
+
+def test_all_that_is_wrong_with_the_tensors_stands_in_one_line(command, folder):
+    weights = {name: tensor.clone() for name, tensor in tensors(folder)}
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    del weights["model.layers.1.mlp.up_proj.weight"], weights["model.norm.weight"]
+    weights["model.layers.0.self_attn.q_proj.bias"] = torch.ones(64)
+    weights["lm_head.weight"] = torch.ones(129, 64)
+    weights["model.embed_tokens.weight"] = torch.ones(128, 64, dtype=torch.int8)
+    save_file(weights, folder / "model.safetensors")
+    refuse_convert(
+        command,
+        folder,
+        "missing model.layers.1.mlp.up_proj.weight, model.norm.weight",
+        "unexpected model.layers.0.self_attn.q_proj.bias",
+        "lm_head.weight is [129, 64] where the config says [128, 64]",
+        "model.embed_tokens.weight is torch.int8, not one of fp32, bf16, fp16",
+    )
+
+
+def test_a_wrong_vocabulary_is_refused(command, folder):
+    edit_json(folder / "config.json", vocab_size=129)
+    refuse_convert(command, folder, "lm_head.weight is [128, 64] where the config says [129, 64]")
+
+
+def test_a_head_that_contradicts_tied_weights_is_refused(folder, command):
+    edit_json(folder / "config.json", tie_word_embeddings=True)
+    refuse_convert(command, folder, "lm_head.weight is not the embedding")
+
+
+def test_a_missing_tokenizer_is_refused_with_the_way_out(command, folder):
+    (folder / "tokenizer.model").unlink()
+    refuse_convert(command, folder, "name one with --tokenizer FILE")
+    refuse_convert(
+        command, folder, "absent: no tokenizer.model", args=["--tokenizer", folder / "absent"]
+    )
+
+
+def test_an_existing_target_is_not_touched(command, folder, tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "mine").write_text("precious")
+    assert_refused(
+        command(checkpoint, "convert", folder, tmp_path / "target"), "target exists already"
+    )
+    assert digests(tmp_path / "target").keys() == {"mine"}
+
+
+@pytest.mark.parametrize("break_it", ["gap", "end", "truncated", "params", "tensor"])
+def test_incomplete_meta_folders_are_refused(tmp_path, command, break_it):
+    source = tmp_path / "7B"
+    write_meta(small_model(num_attention_heads=8, num_key_value_heads=8), source, shards=4)
+    shutil.copy(EMBEDDED, source)
+    words = {
+        "gap": ["consolidated.01.pth", "missing"],
+        "end": ["3 of 4 consolidated.*.pth files are there"],
+        "truncated": ["consolidated.02.pth", "not a readable file of plain tensors"],
+        "params": ["params.json", "'dim' is missing"],
+        "tensor": ["consolidated.03.pth", "not the tensors of consolidated.00.pth", "norm.weight"],
+    }[break_it]
+    if break_it == "gap":
+        (source / "consolidated.01.pth").unlink()
+    elif break_it == "end":
+        (source / "consolidated.03.pth").unlink()
+    elif break_it == "truncated":
+        file = source / "consolidated.02.pth"
+        file.write_bytes(file.read_bytes()[:-500])
+    elif break_it == "params":
+        edit_json(source / "params.json", dim="remove")
+    else:
+        table = torch.load(source / "consolidated.03.pth", weights_only=True)
+        del table["norm.weight"]
+        torch.save(table, source / "consolidated.03.pth")
+    refuse_convert(command, source, *words)
+
+
+def test_unsupported_meta_params_are_refused(tmp_path, command):
+    write_meta(small_model(num_attention_heads=8, num_key_value_heads=8), tmp_path / "7B", 1)
+    edit_json(tmp_path / "7B" / "params.json", use_scaled_rope=True)
+    refuse_convert(command, tmp_path / "7B", "params.json: use_scaled_rope is not supported")
+
+
+class Hostile:
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_that_would_run_code_is_refused_unrun(tmp_path, command, name, legacy, folder):
+    source, marker = tmp_path / "evil", tmp_path / "it ran"
+    source.mkdir()
+    (source / "params.json").write_text('{"dim": 64, "n_layers": 2, "n_heads": 4}')
+    if name.endswith(".bin"):
+        (source / "params.json").unlink()
+        shutil.copy(folder / "config.json", source)
+    with open(source / name, "wb") as file:
+        if legacy:
+            pickle.dump({"lm_head.weight": Hostile(marker)}, file)
+        else:
+            torch.save({"lm_head.weight": Hostile(marker)}, file)
+    refuse_convert(command, source, name, "not a readable file of plain tensors")
+    assert not marker.exists()
+    if not legacy:  # the trap itself works
+        torch.load(source / name, weights_only=False)
+        assert marker.exists()
+
+
+# ---------------------------------------------------------------- memory
+
+MEASURED = """
+import sys, torch
+from bench.measure import PeakMemory
+from checkpoint import load_model, save_model
+from model import Llama, LlamaConfig
+with torch.device("meta"):
+    Llama(LlamaConfig.preset("tiny"))  # what torch loads on first use is not the checkpoint's
+with PeakMemory() as peak:
+    if sys.argv[1] == "load":
+        model = load_model(sys.argv[2], dtype=getattr(torch, sys.argv[3]))
+    else:
+        from checkpoint import tensors, read_config
+        save_model(tensors(sys.argv[2]), read_config(sys.argv[2]), sys.argv[3], torch.float16)
+print(peak.anonymous)
+"""
+
+
+def peak_memory(*args) -> int:
+    command = [sys.executable, "-c", MEASURED, *map(str, args)]
+    return int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.parametrize("size", ["small", pytest.param("1.1B", marks=pytest.mark.slow)])
+def test_loading_and_writing_stay_within_their_memory(tmp_path, size):
+    from model import LlamaConfig
+
+    shape = (4096, 512, 1536, 12, 8) if size == "small" else (32000, 2048, 5632, 22, 32, 4)
+    torch.set_default_dtype(torch.bfloat16)
+    model = Llama(LlamaConfig(*shape))
+    in_bf16 = sum(p.numel() * 2 for p in model.parameters())
+    largest = max(p.numel() * 2 for p in model.parameters())
+    save_model(model, model.config, tmp_path / "m")
+    del model
+    slack = 24 << 20  # allocator and thread pools
+    assert peak_memory("load", tmp_path / "m", "bfloat16") <= slack  # used where it lies
+    converted = peak_memory("load", tmp_path / "m", "float16")
+    assert 0.9 * in_bf16 <= converted <= 1.15 * in_bf16 + slack
+    assert peak_memory("write", tmp_path / "m", tmp_path / "out") <= 2 * largest + slack
+
+
+def test_shapes_and_dtypes_are_known_without_reading(folder):
+    found = stored_tensors(folder)
+    with safe_open(folder / "model-00001-of-00003.safetensors", "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            assert found[name].shape == file.get_tensor(name).shape
+            assert found[name].dtype == torch.float32

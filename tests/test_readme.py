@@ -1,0 +1,25 @@
+"""The README says what is there."""
+
+import re
+
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_file_table_is_true():
+    listed = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.MULTILINE))
+    counted = {file.name: len(file.read_text().splitlines()) for file in ROOT.glob("*.py")}
+    assert listed.keys() == counted.keys()
+    for name, lines in counted.items():
+        assert abs(int(listed[name]) - lines) <= 10, f"{name} has {lines} lines"
+
+
+def test_links_and_named_files_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_it_is_short_and_starts_with_a_command():
+    lines = README.splitlines()
+    assert len(lines) <= 200 and "make test" in "\n".join(lines[:30])

@@ -259,58 +259,63 @@ def save_model(
     dtype = dtype or first[1].dtype
     if dtype not in SAFETENSORS:
         raise ValueError(f"weights are written as {', '.join(DTYPES)}, not as {dtype}")
-    with console.atomic_folder(folder) as partial, ExitStack() as files:
+    shapes = {name: (shape, dtype) for name, shape in parameter_shapes(config).items()}
+    with console.atomic_folder(folder) as partial, Shards(partial, shapes, shard_bytes) as shards:
         if tokenizer is not None:
             copy_tokenizer(Path(tokenizer), partial)
-        places = lay_out(parameter_shapes(config), dtype, shard_bytes, partial, files)
-        for name, tensor in chain([first], pairs):
-            if name not in places:
-                raise ValueError(f"{folder}: unexpected or repeated tensor {name}")
-            file, offset, shape = places.pop(name)
-            if tensor.shape != shape:
-                raise ValueError(f"{folder}: {name} is {list(tensor.shape)}, not {list(shape)}")
-            file.seek(offset)
-            file.write(tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy())
-        if places:
-            raise ValueError(f"{folder}: missing {listed(places)}")
         write_json(partial / "config.json", config_to_json(config, dtype))
         ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
         write_json(partial / "generation_config.json", ends)
+        for name, tensor in chain([first], pairs):
+            shards.write(name, tensor)
+        if shards.missing:
+            raise ValueError(f"{folder}: missing {listed(shards.missing)}")
 
 
-def lay_out(shapes, dtype, shard_bytes, folder: Path, files: ExitStack) -> dict[str, tuple]:
-    """Open the shards and write their headers: tensor name → (file, offset, shape).
+class Shards(ExitStack):
+    """The safetensors files of a folder, laid out before the first tensor comes, in any order.
 
     A safetensors file is a length in eight bytes, a JSON header of that length, and the data."""
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-    shards, room = [], 0
-    for name, size in sizes.items():
-        if not shards or size > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= size
-    places, weight_map = {}, {}
-    for number, names in enumerate(shards, 1):
-        title = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        if len(shards) == 1:
-            title = "model.safetensors"
-        header, end = {"__metadata__": {"format": "pt"}}, 0
-        for name in names:
-            start, end = end, end + sizes[name]
-            place = {"shape": list(shapes[name]), "data_offsets": [start, end]}
-            header[name] = {"dtype": SAFETENSORS[dtype], **place}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # the data starts aligned
-        file = files.enter_context((folder / title).open("wb"))
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            start = 8 + len(text) + header[name]["data_offsets"][0]
-            places[name], weight_map[name] = (file, start, shapes[name]), title
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
-    return places
+
+    def __init__(self, folder: Path, shapes: dict[str, tuple], shard_bytes: int = SHARD_BYTES):
+        super().__init__()
+        sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in shapes.items()}
+        groups, room = [], 0
+        for name, size in sizes.items():
+            if not groups or size > room:
+                groups.append([])
+                room = shard_bytes
+            groups[-1].append(name)
+            room -= size
+        self.missing, weight_map = {}, {}  # tensor → (file, offset, shape, dtype); → file name
+        for number, names in enumerate(groups, 1):
+            title = f"model-{number:05}-of-{len(groups):05}.safetensors"
+            if len(groups) == 1:
+                title = "model.safetensors"
+            header, end = {"__metadata__": {"format": "pt"}}, 0
+            for name in names:
+                (shape, dtype), start, end = shapes[name], end, end + sizes[name]
+                place = {"shape": list(shape), "data_offsets": [start, end]}
+                header[name] = {"dtype": SAFETENSORS[dtype], **place}
+            text = json.dumps(header).encode()
+            text += b" " * (-len(text) % 8)  # the data starts aligned
+            file = self.enter_context((folder / title).open("wb"))
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                start = 8 + len(text) + header[name]["data_offsets"][0]
+                self.missing[name], weight_map[name] = (file, start, *shapes[name]), title
+        if len(groups) > 1:
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            write_json(folder / "model.safetensors.index.json", index)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        if name not in self.missing:
+            raise ValueError(f"unexpected or repeated tensor {name}")
+        file, offset, shape, dtype = self.missing.pop(name)
+        if tensor.shape != shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}, not {list(shape)}")
+        file.seek(offset)
+        file.write(tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy())
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

@@ -123,6 +123,30 @@ def test_atomic_folder_appears_only_when_its_writer_is_done(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
+def test_the_last_act_of_an_atomic_folder_is_one_rename(tmp_path, monkeypatch):
+    synced, sync = [], console.sync
+    monkeypatch.setattr(console, "sync", lambda path: (synced.append(path.name), sync(path)))
+
+    def no_rename(source, target):
+        assert {"a", "b", "out.partial"} <= set(synced) and not target.exists()
+        raise OSError("power cut")
+
+    monkeypatch.setattr(console.os, "rename", no_rename)
+    with (
+        pytest.raises(OSError, match="power cut"),
+        console.atomic_folder(tmp_path / "out") as folder,
+    ):
+        (folder / "a").write_text("x")
+        (folder / "b").write_text("x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_atomic_folder_makes_the_folders_above_it(tmp_path):
+    with console.atomic_folder(tmp_path / "deep" / "er" / "out"):
+        pass
+    assert (tmp_path / "deep" / "er" / "out").is_dir()
+
+
 def test_a_log_survives_a_line_torn_by_a_kill(tmp_path):
     path = tmp_path / "log.jsonl"
     console.append_jsonl(path, {"n": 1}, {"text": "zwölf\u2028\n"})

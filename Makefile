@@ -32,18 +32,19 @@ bench: $(VENV)/.ready-bench
 clean:
 	rm -rf $(VENV) *.egg-info
 
-# One environment, filled as far as asked: .ready runs, .ready-test also tests, .ready-bench also compares.
-$(VENV)/.ready: pyproject.toml | $(BIN)/python
+# One environment, filled as far as asked: .ready runs, .ready-test also tests, .ready-bench compares.
+$(VENV)/.ready: pyproject.toml | $(VENV)/.made
 	$(BIN)/python -m pip install --quiet -e .
 	@touch $@
 
-$(VENV)/.ready-%: pyproject.toml | $(BIN)/python
+$(VENV)/.ready-%: pyproject.toml | $(VENV)/.made
 	$(BIN)/python -m pip install --quiet -e '.[$*]'
 	@touch $@ $(VENV)/.ready
 
-$(BIN)/python:
+$(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 	  { echo "Python's venv module is missing: sudo apt install python3-venv"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@

@@ -10,7 +10,7 @@ folders in safetensors that transformers opens as they are.
     other is converted by itself, so loading never takes more memory than the model it makes.
   - Pickles (`.bin`, `.pth`) are read with `weights_only=True`: tensors and nothing that runs.
   - All that is wrong with a checkpoint stands in one error: missing, unexpected, misshapen tensors.
-  - A config field that changes the computation in a way model.py does not know is refused by name.
+  - A config that asks for what model.py does not compute is refused by name (config_json.py).
   - A folder appears under its name when every byte of it is on disk, and not before.
 """
 
@@ -20,8 +20,10 @@ import math
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,33 +34,25 @@ from torch import Tensor
 
 import console
 import meta_layout
+from config_json import config_to_json, typed_config, understood
 from console import listed, read_json
 from model import Llama, LlamaConfig
+from tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 SHARD_BYTES = 5_000_000_000
 
-# The fields of config.json that change the computation, and the values under which it is ours.
-UNDERSTOOD = {
-    "model_type": ("llama",),
-    "hidden_act": ("silu", None),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "attention_dropout": (0, None),
-    "sliding_window": (None,),
-    "partial_rotary_factor": (1, None),
-    "rope_interleaved": (False, None),
-    "quantization_config": (None,),
-}
-REQUIRED = (
-    *("vocab_size", "hidden_size", "intermediate_size"),
-    *("num_hidden_layers", "num_attention_heads"),
-)
 OBSOLETE = re.compile(r"rotary_emb\.inv_freq|rope\.freqs")  # tables that old files carry along
 TOKENIZER_FILES = (
-    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json"),
-    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
 )
 TOKENIZER_CONFIG = {  # beside a bare tokenizer.model: without it AutoTokenizer forgets BOS
     "tokenizer_class": "LlamaTokenizer",
@@ -89,39 +83,15 @@ def read_config(folder: str | Path) -> LlamaConfig:
     file = folder / ("params.json" if is_meta(folder) else "config.json")
     fields, shards = read_json(file), load_shards(folder) if is_meta(folder) else []
     try:
-        return meta_layout.config(fields, shards) if shards else config_from_json(fields)
+        return typed_config(
+            meta_layout.config_fields(fields, shards) if shards else understood(fields)
+        )
     except ValueError as mistake:
         raise ValueError(f"{file}: {mistake}") from None
 
 
 def is_meta(folder: Path) -> bool:
     return not (folder / "config.json").exists() and (folder / "params.json").exists()
-
-
-def config_from_json(fields: dict[str, Any]) -> LlamaConfig:
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}  # transformers 5; 4
-    flat = {**fields, **rope}
-    if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        raise ValueError(f"rope scaling {kind!r} is not supported")
-    for name, values in UNDERSTOOD.items():
-        if flat.get(name) not in values:
-            raise ValueError(f"{name} {flat.get(name)!r} is not supported, only {values[0]!r} is")
-    if absent := [name for name in REQUIRED if flat.get(name) is None]:
-        raise ValueError(f"{listed(absent)} is missing")
-    known = {}
-    for name, field in LlamaConfig.__dataclass_fields__.items():
-        kind = type(field.default) if field.default is not None else int
-        if (value := flat.get(name)) is not None:
-            if type(value) is not kind and (kind, type(value)) != (float, int):
-                raise ValueError(f"{name} is {value!r}, where {kind.__name__} was expected")
-            known[name] = value
-    return LlamaConfig(**known)
-
-
-def config_to_json(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The spelling that transformers 4 and 5 both read."""
-    fixed = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-    return {**fixed, **vars(config), "torch_dtype": str(dtype).removeprefix("torch.")}
 
 
 def stored_tensors(folder: str | Path) -> dict[str, Stored]:
@@ -133,7 +103,8 @@ def stored_tensors(folder: str | Path) -> dict[str, Stored]:
     else:
         for file, promised in weight_files(folder).items():
             here = {name: Stored(t.shape, t.dtype, lambda t=t: t) for name, t in open_file(file)}
-            if promised is not None and (odd := sorted(promised ^ here.keys())):
+            odd = sorted(promised ^ here.keys()) if promised is not None else []
+            if odd := [name for name in odd if not OBSOLETE.search(name)]:
                 raise ValueError(f"{file}: holds other tensors than its index says: {listed(odd)}")
             found |= here
     return {name: stored for name, stored in found.items() if not OBSOLETE.search(name)}
@@ -172,7 +143,8 @@ def open_file(file: Path) -> Iterable[tuple[str, Tensor]]:
         if file.suffix == ".safetensors":
             handle = safe_open(file, framework="pt")
             return [(name, handle.get_tensor(name)) for name in handle.keys()]  # noqa: SIM118
-        table = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        zipped = zipfile.is_zipfile(file)  # torch before 1.6 wrote files that cannot be mapped
+        table = torch.load(file, map_location="cpu", mmap=zipped, weights_only=True)
     except SafetensorError as mistake:
         raise ValueError(f"{file}: damaged or cut short ({mistake})") from None
     except Exception as mistake:  # whatever a damaged or hostile pickle provokes
@@ -236,10 +208,22 @@ def load_model(
     dtype = dtype or found["model.embed_tokens.weight"].dtype
     with torch.device("meta"):
         model = Llama(config)
-    weights = {name: found[name].read().to(device, dtype) for name, _ in model.named_parameters()}
+    weights = {
+        name: as_dtype(found[name].read(), dtype, name).to(device)
+        for name, _ in model.named_parameters()
+    }
     model.load_state_dict(weights, assign=True, strict=False)  # check_tensors was strict
     model.tie_weights()
     return model
+
+
+def as_dtype(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The tensor itself if it has that dtype already; an error if its numbers do not fit fp16."""
+    result = tensor.to(dtype)
+    too_large = dtype == torch.float16 != tensor.dtype and result.isinf().any()
+    if too_large and not tensor.isinf().any():
+        raise ValueError(f"{name} holds numbers too large for fp16: use bf16 or fp32")
+    return result
 
 
 def save_model(
@@ -255,7 +239,7 @@ def save_model(
     One tensor is in memory at a time: the config tells beforehand where each will stand. `dtype`
     None keeps the first tensor's; `tokenizer` is the folder, or the file, to copy beside."""
     pairs = iter(source.named_parameters() if isinstance(source, Llama) else source)
-    first = next(pairs)
+    first = next(pairs, ("", torch.empty(0)))
     dtype = dtype or first[1].dtype
     if dtype not in SAFETENSORS:
         raise ValueError(f"weights are written as {', '.join(DTYPES)}, not as {dtype}")
@@ -315,7 +299,8 @@ class Shards(ExitStack):
         if tensor.shape != shape:
             raise ValueError(f"{name} is {list(tensor.shape)}, not {list(shape)}")
         file.seek(offset)
-        file.write(tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy())
+        tensor = as_dtype(tensor.detach().cpu(), dtype, name)
+        file.write(tensor.contiguous().view(torch.uint8).numpy())
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -333,15 +318,27 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def convert(source: Path, target: Path, dtype: torch.dtype | None, tokenizer: Path | None) -> None:
+def convert(
+    source: Path,
+    target: Path,
+    dtype: torch.dtype | None = None,
+    tokenizer: Path | None = None,
+    positions: int | None = None,
+) -> None:
     """Any checkpoint this project reads → a Hugging Face folder in safetensors."""
     config, found = read_config(source), stored_tensors(source)
     check_tensors(found, config, source)
+    if positions is not None:
+        config = replace(config, max_position_embeddings=positions)
     if tokenizer is None:  # Meta's download keeps it one folder up
         here = any((source / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
         tokenizer = source if here else source.parent / "tokenizer.model"
         if not tokenizer.exists():
             raise ValueError(f"{source}: no tokenizer.model there: name one with --tokenizer FILE")
+    if tokenizer.is_file() or (tokenizer / "tokenizer.model").is_file():
+        pieces = Tokenizer(tokenizer)
+        pieces.check(config)
+        config = replace(config, bos_token_id=pieces.bos_id, eos_token_id=pieces.eos_id)
     names = parameter_shapes(config)
     progress = console.Progress(sum(math.prod(shape) for shape in names.values()), "weights")
 
@@ -351,7 +348,8 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None, tokenizer: Pa
             progress.step(math.prod(shape))
 
     save_model(pairs(), config, target, dtype, tokenizer)
-    progress.close(f"{target}, {config.max_position_embeddings} positions")
+    told = " (params.json does not say: see --positions)" if is_meta(source) else ""
+    progress.close(f"{target}, {config.max_position_embeddings} positions{told}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -372,12 +370,19 @@ def parse_args() -> argparse.Namespace:
         type=Path,
         help="tokenizer.model, or folder, to copy (default: the source's or the folder's above it)",
     )
+    verb.add_argument(
+        "--positions",
+        type=int,
+        help="tokens the model was trained on at once (default: the config's; for Meta's folders, "
+        "which do not say, 2048, 4096 or 16384 by release)",
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    convert(args.source, args.target, DTYPES.get(args.dtype), args.tokenizer)
+    dtype = DTYPES.get(args.dtype)
+    convert(args.source, args.target, dtype, args.tokenizer, args.positions)
 
 
 if __name__ == "__main__":

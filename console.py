@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from html import escape
 from pathlib import Path
 from typing import IO, Any
@@ -28,12 +28,13 @@ QUIET_SECONDS = 30.0  # how often a progress line appears where nobody watches i
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command: exit 0 when done, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Run a command: exit 0 when done, 2 for a user's mistake, 130 for Ctrl-C, 141 for `| head`."""
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # `… | head` has read enough, and that is no mistake
+    except BrokenPipeError:  # who was reading has left: stop as other programs do, without a word
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         notice("interrupted")
         sys.exit(130)
@@ -50,7 +51,8 @@ def run(main: Callable[[], None]) -> None:
 def notice(text: str) -> None:
     """One line for a person. Under torchrun every rank meets the same mistake: rank 0 says it."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
+        with suppress(BrokenPipeError):
+            print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -82,15 +84,21 @@ class Progress:
             left if self.done < self.total else f"in {clock(seconds)}",
         ]
         line = "  ".join(part for part in (*parts, more) if part)
-        print(line.ljust(self.width), end=end, file=self.stream, flush=True)
+        with suppress(BrokenPipeError):  # nobody watches any more; the work goes on
+            print(line.ljust(self.width), end=end, file=self.stream, flush=True)
         self.width = len(line) if self.live else 0
 
 
 def human(number: float) -> str:
     """7, 3.2, 512, 14.3K, 6.7G: few enough figures for a person to compare."""
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "K")):
-        if abs(number) >= size:
-            return f"{number / min(size, 1e3 if letter == 'K' else size):.1f}{letter}"
+    for least, size, letter in (
+        (1e12, 1e12, "T"),
+        (1e9, 1e9, "G"),
+        (1e6, 1e6, "M"),
+        (1e4, 1e3, "K"),
+    ):
+        if abs(number) >= least - 0.05 * size / 1e3:  # 999,960 reads 1.0M, not 1000.0K
+            return f"{number / size:.1f}{letter}"
     return f"{number:.0f}" if number == int(number) or abs(number) >= 100 else f"{number:.2g}"
 
 
@@ -113,7 +121,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file, or a ValueError naming the file."""
     try:
         content = json.loads(Path(path).read_bytes())
-    except ValueError as mistake:
+    except (ValueError, RecursionError) as mistake:
         raise ValueError(f"{path}: not JSON ({mistake})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a JSON object was expected")
@@ -142,17 +150,20 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
     `path` may not hold anything yet. What a killed run left under the partial name is cleared; a
     lock on it, which dies with its process, keeps two writers out of each other's way."""
-    path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    path = Path(path).absolute()
+    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
         raise ValueError(f"{path} exists already: name a new folder, or remove it first")
     partial = path.with_name(path.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        taken = not os.path.samestat(os.fstat(lock), os.stat(partial))  # renamed or removed since
+    except (BlockingIOError, FileNotFoundError):
+        taken = True
+    if taken:
         os.close(lock)
-        raise ValueError(f"{partial} is being written by another process") from None
+        raise ValueError(f"{partial} is being written by another process")
     try:
         for leftover in partial.iterdir():
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -160,10 +171,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         for file in (*partial.rglob("*"), partial):
             sync(file)
         os.rename(partial, path)
-        sync(path.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # it is gone already if all went well
         os.close(lock)
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:
@@ -176,8 +189,10 @@ def sync(path: Path) -> None:
 
 
 def append_jsonl(path: str | Path, *records: dict) -> None:
-    """Add records, a line each, durable on return. A line torn by a kill is cut off first."""
+    """Add records, a line each, durable on return. A line torn by a kill is cut off first; the lock
+    keeps other writers from taking ours, still on its way, for such a line."""
     with open(path, "ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         start, tail = _last_line(file)
         if tail and is_json(tail):  # whole but for its newline
             file.write(b"\n")
@@ -234,7 +249,8 @@ def line_chart(title: str, x_label: str, lines: dict[str, list[tuple[float, floa
         name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
         for name, points in lines.items()
     }
-    xs, ys = zip(*(p for points in finite.values() for p in points), strict=True)
+    points = [point for points in finite.values() for point in points] or [(0, 0)]
+    xs, ys = zip(*points, strict=True)
     (x0, x1), (y0, y1) = (
         (min(v) - (min(v) == max(v)), max(v) + (min(v) == max(v))) for v in (xs, ys)
     )

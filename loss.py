@@ -7,7 +7,8 @@ tokens make 1 GiB of them in fp32, their gradient another. Two facts do away wit
   - Its gradient, softmax(W h) - onehot(y), is at hand the moment the loss is. Taken there, in the
     forward pass, the logits are made once, dropped, and not made again for the backward pass.
 
-Value and gradients equal the naive ones (tests/test_loss.py). The idea of taking gradients early is
+Value and gradients equal the naive ones (tests/test_loss.py); the gradient's own gradient is not to
+be had. The idea of taking gradients early is
 that of Liger Kernel, arXiv:2410.10989.
 """
 
@@ -19,7 +20,8 @@ CHUNK = 2**25  # logits held at once: 128 MiB in fp32, a thousand tokens of LLaM
 
 def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Σ -log softmax(weight · h)[target]: hidden (N, C), weight (V, C), targets (N); N may be 0."""
-    return _Summed.apply(hidden, weight, targets, torch.is_grad_enabled())
+    learn = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _Summed.apply(hidden, weight, targets, learn)
 
 
 class _Summed(torch.autograd.Function):
@@ -45,10 +47,12 @@ class _Summed(torch.autograd.Function):
                 if grad_weight is not None:
                     grad_weight += p.T @ h
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(g if g is None else (g * upstream).to(dtype) for g, dtype in grads), None, None
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_weight is not None:
+            grad_weight = (grad_weight * upstream).to(ctx.dtype)
+        return (grad_hidden * upstream).type_as(grad_hidden), grad_weight, None, None

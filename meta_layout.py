@@ -11,7 +11,8 @@ model was split over (7B one, 13B two, 30B four, 65B eight). Three things differ
     same order applies to queries and keys, their dot products do not change.
 
 `params.json` leaves out what the tensors tell (vocabulary, ffn width) and what nothing tells: the
-number of positions trained on. `positions` says how that is inferred.
+number of positions trained on. `positions` says how that is inferred. LLaMA 1, Llama 2 and
+CodeLlama are read; Llama 3, whose tokenizer is no SentencePiece model, is not.
 """
 
 import re
@@ -39,37 +40,44 @@ NAMES = {  # Meta's name: Hugging Face's, and the axis the files split it along 
 REFUSED = ("moe", "sliding_window", "quantization_args", "lora_args", "use_scaled_rope")
 
 
-def config(params: dict[str, Any], shards: list[dict[str, Tensor]]) -> LlamaConfig:
-    """The architecture, from params.json and the shapes of the tensors in the files."""
+def config_fields(params: dict[str, Any], shards: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """config.json's fields, from params.json and the shapes of the tensors in the files."""
     if unknown := [name for name in REFUSED if params.get(name)]:
         raise ValueError(f"{unknown[0]} is not supported")
-    try:
-        width, layers, heads = (params[name] for name in ("dim", "n_layers", "n_heads"))
-        embedding, wq, w1 = (
-            shards[0][f"{name}.weight"].shape
-            for name in ("tok_embeddings", "layers.0.attention.wq", "layers.0.feed_forward.w1")
-        )
-    except KeyError as name:
-        raise ValueError(f"{name} is missing") from None
-    if len(shards) != width // wq[0]:
-        raise ValueError(f"{len(shards)} of {width // wq[0]} consolidated.*.pth files are there")
-    return LlamaConfig(
-        vocab_size=embedding[0] * (len(shards) if embedding[1] == width else 1),
-        hidden_size=width,
-        intermediate_size=w1[0] * len(shards),
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=params.get("n_kv_heads"),
-        max_position_embeddings=positions(params),
-        rms_norm_eps=params.get("norm_eps", 1e-6),
-        rope_theta=params.get("rope_theta", 10000.0),
-    )
+    theta = params.get("rope_theta", 10000.0)
+    if theta not in (1e4, 1e6):
+        raise ValueError(f"rope_theta {theta} is neither LLaMA's nor CodeLlama's: not supported")
+    for name in ("dim", "n_layers", "n_heads"):
+        if type(params.get(name)) is not int or params[name] < 1:
+            raise ValueError(f"{name} is {params.get(name)!r}, where a number was expected")
+    first = ("tok_embeddings", "layers.0.attention.wq", "layers.0.feed_forward.w1")
+    shapes = [shards[0].get(f"{name}.weight", torch.empty(0)).shape for name in first]
+    if bad := [name for name, shape in zip(first, shapes, strict=True) if len(shape) != 2]:
+        raise ValueError(f"consolidated.00.pth: no matrix {bad[0]}.weight in it")
+    (vocabulary, _), (queries, _), (ffn, _) = shapes
+    if len(shards) * queries != params["dim"]:
+        needed = params["dim"] // max(queries, 1)
+        raise ValueError(f"{len(shards)} of {needed} consolidated.*.pth files are there")
+    if params.get("vocab_size", -1) not in (-1, vocabulary):
+        raise ValueError(f"vocab_size is {params['vocab_size']}, the embedding has {vocabulary}")
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": params["dim"],
+        "intermediate_size": ffn * len(shards),
+        "num_hidden_layers": params["n_layers"],
+        "num_attention_heads": params["n_heads"],
+        "num_key_value_heads": params.get("n_kv_heads"),
+        "max_position_embeddings": positions(params),
+        "rms_norm_eps": params.get("norm_eps", 1e-6),
+        "rope_theta": theta,
+    }
 
 
 def positions(params: dict[str, Any]) -> int:
-    """CodeLlama, the first with a rope_theta of its own, knows 16384. Llama 2 knows 4096 and is
-    told by its eps, which of LLaMA 1 only the 65B shares. The others know 2048."""
-    if params.get("rope_theta", 10000.0) != 10000.0:
+    """CodeLlama, with a rope_theta of its own, knows 16384. Llama 2 knows 4096 and is told by its
+    eps, which of LLaMA 1 only the 65B shares. The others know 2048. One early release of Llama 2
+    7B chat had the 7B's params.json of LLaMA 1 and cannot be told: `convert --positions 4096`."""
+    if params.get("rope_theta", 1e4) != 1e4:
         return 16384
     llama2 = params.get("norm_eps") == 1e-5 and (params["dim"] != 8192 or "n_kv_heads" in params)
     return 4096 if llama2 else 2048
@@ -88,21 +96,27 @@ def renamed(shards: list[dict[str, Tensor]], config: LlamaConfig) -> dict[str, t
     found = {}
     for name in shards[0]:
         layer, short = re.fullmatch(r"(layers\.\d+\.)?(.*?)(?:\.weight)?", name).groups(default="")
-        ours, axis = NAMES.get(short, (None, None))
-        if ours is None:  # left as it is: whoever checks the names will report it
-            ours, layer = name.removesuffix(".weight"), ""
         parts = [shard[name] for shard in shards]
-        if axis == 1 and short == "tok_embeddings" and parts[0].shape[1] == config.hidden_size:
-            axis = 0  # Llama 3 splits the embedding by rows
+        if short not in NAMES:  # left as it is: whoever checks the names will report it
+            found[name] = (parts[0].shape, parts[0].dtype, lambda part=parts[0]: part)
+            continue
+        ours, axis = NAMES[short]
         prefix = f"model.{layer}" if layer else ""
-        found[f"{prefix}{ours}.weight"] = merged(parts, axis, heads.get(short))
+        found[f"{prefix}{ours}.weight"] = merged(name, parts, axis, heads.get(short))
     return found
 
 
-def merged(parts: list[Tensor], axis: int | None, heads: int | None) -> tuple:
-    shape = list(parts[0].shape)
+def merged(name: str, parts: list[Tensor], axis: int | None, heads: int | None) -> tuple:
+    """One tensor of all files: slices put together, or the copy that each of them has."""
+    shape, fits = list(parts[0].shape), all(part.dtype == parts[0].dtype for part in parts)
+    if axis is None:
+        fits &= all(torch.equal(part, parts[0]) for part in parts)
+    else:
+        fits &= all(part.shape == parts[0].shape and part.dim() == 2 for part in parts)
+    if not fits:
+        raise ValueError(f"{name}: the consolidated.*.pth files are not of one model")
     if axis is not None:
-        shape[axis] = sum(part.shape[axis] for part in parts)
+        shape[axis] *= len(parts)
 
     def read() -> Tensor:
         whole = parts[0] if axis is None or len(parts) == 1 else torch.cat(parts, dim=axis)

@@ -7,13 +7,13 @@ makes of each token by itself. Definitions run leaf to root. Worth knowing befor
   - Parameter names are Hugging Face's, so an HF checkpoint needs no key map, and the logits are
     HF's too (tests/test_model.py; a wrong rotary layout would be off by 6, we are off by 0).
   - Attention goes three ways that give the same numbers: a plain batch, packed documents
-    (`cu_seqlens`), and a key/value cache for decoding.
+    (`cu_seqlens`), and a key/value cache for decoding (cache.py).
   - The rotary tables are computed in fp32 from each call's positions. There is no buffer that a
     cast to bf16 could round, meta-device construction leave empty, or a checkpoint contradict.
 
 Shapes: B batch, T tokens, C width, H query heads, K key/value heads, D head width, V vocabulary,
-L stored tokens. Papers: LLaMA arXiv:2302.13971, RMSNorm 1910.07467, RoPE 2104.09864, SwiGLU
-2002.05202, grouped queries 2305.13245.
+N supervised tokens, L stored ones. Papers: LLaMA arXiv:2302.13971, RMSNorm 1910.07467, RoPE
+2104.09864, SwiGLU 2002.05202.
 """
 
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
+from cache import KVCache, cached_attention
 from loss import summed_cross_entropy
 
 IGNORE = -100  # a label that is not learned from
@@ -64,7 +65,8 @@ class LlamaConfig:
                 raise ValueError(f"hidden_size {self.hidden_size} does not divide by {heads} heads")
             self.head_dim = self.hidden_size // heads
         for name, value in vars(self).items():
-            if type(value) in (int, float) and not value > 0 and not name.endswith("token_id"):
+            number = type(value) in (int, float) and not name.endswith("token_id")
+            if number and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be above 0, not {value}")
         if heads % self.num_key_value_heads:
             raise ValueError(
@@ -120,26 +122,32 @@ class Layout:
 
     (Not a dataclass: FSDP looks into those, and would cast the tables to bf16.)"""
 
-    def __init__(self, ids: Tensor, config: LlamaConfig, cu_seqlens: Tensor | None, cache):
-        (B, T), device, known = ids.shape, ids.device, config.max_position_embeddings
-        steps = torch.arange(T, device=device)
-        row, position = torch.arange(B, device=device)[:, None], steps[None]  # (B, 1) and (1, T)
-        self.mask = None  # cache: (B, 1, T, L), which stored tokens a token sees
-        if cu_seqlens is not None:
-            assert B == 1, "packed documents are one row of ids"
-            document = torch.searchsorted(cu_seqlens, steps, right=True) - 1
-            row, position = document[None], (steps - cu_seqlens[document])[None]  # (1, T) both
-        elif cache is not None:
-            position = cache.lengths[:, None] + steps  # (B, T)
-            # On CUDA the mask spans the whole cache: static shapes, so a step can be a CUDA graph.
-            reach = cache.k.shape[3] if ids.is_cuda else int(position.max()) + 1
-            self.mask = torch.arange(reach, device=device) <= position[:, None, :, None]
-        elif known < T:
-            raise ValueError(f"{T} tokens are too many: the model knows {known} positions")
+    def __init__(self, config: LlamaConfig, position: Tensor, cu_seqlens=None, row=None, mask=None):
         self.cos, self.sin = rotary_tables(position, config)  # (B, T, 1, D), fp32
-        self.cu_seqlens = cu_seqlens  # document i is tokens cu_seqlens[i] … cu_seqlens[i + 1]
-        self.longest = min(T, known)  # no document is longer
-        self.slots = (row, position)  # where the cache keeps each token
+        self.cu_seqlens = cu_seqlens  # packed: document i is tokens cu_seqlens[i] … [i + 1]
+        self.longest = config.max_position_embeddings  # no document is longer
+        self.slots = row, position  # cache: where each token is kept, (B, T) both
+        self.mask = mask  # cache: (B, 1, T, L), the stored tokens that a token sees
+
+
+def plain_layout(ids: Tensor, config: LlamaConfig) -> Layout:
+    T, known = ids.shape[1], config.max_position_embeddings
+    if known < T:
+        raise ValueError(f"{T} tokens are too many: the model knows {known} positions")
+    return Layout(config, torch.arange(T, device=ids.device)[None])
+
+
+def packed_layout(ids: Tensor, config: LlamaConfig, cu_seqlens: Tensor) -> Layout:
+    assert len(ids) == 1, "packed documents are one row of ids"
+    T, lengths = ids.shape[1], cu_seqlens.diff()
+    fits = (lengths >= 0).all() & (lengths <= config.max_position_embeddings).all()
+    fits &= (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T)  # checked on the device, without waiting
+    torch._assert_async(
+        fits, "cu_seqlens must rise from 0 to T by no more than the positions known"
+    )
+    step = torch.arange(T, device=ids.device)
+    document = torch.searchsorted(cu_seqlens, step, right=True) - 1  # (T)
+    return Layout(config, (step - cu_seqlens[document])[None], cu_seqlens, document[None])
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -158,19 +166,6 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longes
         return varlen_attn(q[0], k[0], v[0], *ends, window_size=causal)[None]
     documents = [slice(a, b) for a, b in pairwise(cu_seqlens.tolist()) if a < b]
     return torch.cat([causal_attention(q[:, d], k[:, d], v[:, d]) for d in documents], dim=1)
-
-
-def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """New tokens over stored ones. q (B, T, H, D); k and v (B, K, ≥ L, D); mask (B, 1, T, L).
-
-    The G query heads of a key head are laid side by side as if they were tokens: each key is read
-    once for all of them, and reading keys is what decoding spends its time on."""
-    (B, T, H, D), K, L = q.shape, k.shape[1], mask.shape[-1]
-    G = H // K
-    q = q.view(B, T, K, G, D).permute(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
-    mask = mask.expand(B, G, T, L).reshape(B, 1, G * T, L)
-    out = F.scaled_dot_product_attention(q, k[:, :, :L], v[:, :, :L], attn_mask=mask)
-    return out.view(B, K, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
 class Attention(nn.Module):
@@ -194,7 +189,7 @@ class Attention(nn.Module):
             stored[0][row, :, position] = k  # (B, T, K, D) into (rows, K, max_length, D)
             stored[1][row, :, position] = v
         if layout.cu_seqlens is not None:
-            out = packed_attention(q, k, v, layout.cu_seqlens, layout.longest)
+            out = packed_attention(q, k, v, layout.cu_seqlens, min(T, layout.longest))
         elif stored is not None:
             out = cached_attention(q, *stored, layout.mask)
         else:
@@ -226,29 +221,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor, layout: Layout, stored=None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), layout, stored)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class KVCache:
-    """Keys and values of the tokens so far, a row a sequence: a new token costs one token's work.
-
-    `lengths[r]` is how much of row r is filled; 0 means the row is free. Two calls fill rows:
-      - `model(ids, cu_seqlens, cache)`: document i *starts* row i, whatever the row held before;
-      - `model(ids, cache=cache)`, ids (rows, T): row r *goes on* by T tokens.
-    `cache[2:5]` is rows 2 to 4 of the same memory, so prompts can join while others decode."""
-
-    def __init__(self, config: LlamaConfig, rows: int, max_length: int, device=None, dtype=None):
-        known = config.max_position_embeddings
-        if max_length > known:
-            raise ValueError(f"{max_length} tokens are too many: the model knows {known} positions")
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, max_length)
-        self.k = torch.zeros(*shape, config.head_dim, device=device, dtype=dtype)
-        self.v = torch.zeros_like(self.k)
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-
-    def __getitem__(self, rows: slice) -> "KVCache":
-        part = object.__new__(KVCache)
-        part.k, part.v, part.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
-        return part
 
 
 class Llama(nn.Module):
@@ -291,21 +263,31 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V), or with labels the cross-entropy summed over those not IGNORE.
 
-        The first label of a packed document must be IGNORE: the token before it is another's."""
+        A packed document's first label is never learned: the token before it is another's."""
         hidden = self.hidden(ids, cu_seqlens, cache)
         if labels is None:
             return self.lm_head(hidden)
+        if cu_seqlens is not None:
+            first = torch.zeros(ids.shape[1] + 1, dtype=torch.bool, device=ids.device)
+            labels = labels.masked_fill(first.index_fill(0, cu_seqlens.long(), True)[:-1], IGNORE)
         learned = labels[:, 1:] != IGNORE
         hidden, targets = hidden[:, :-1][learned], labels[:, 1:][learned]  # (N, C) and (N)
         return summed_cross_entropy(hidden, self.lm_head.weight, targets)
 
     def hidden(self, ids: Tensor, cu_seqlens=None, cache: KVCache | None = None) -> Tensor:
         """What the head reads, (B, T, C): decoding wants the last logits of a prompt, not all."""
-        layout = Layout(ids, self.config, cu_seqlens, cache)
         x = self.model.embed_tokens(ids)
+        if cache is not None:
+            cache.check(len(ids) if cu_seqlens is None else len(cu_seqlens) - 1, x.dtype)
+        if cu_seqlens is not None:
+            layout = packed_layout(ids, self.config, cu_seqlens)
+        elif cache is not None:
+            row, position, mask = cache.next_slots(ids.shape[1])
+            layout = Layout(self.config, position, None, row, mask)
+        else:
+            layout = plain_layout(ids, self.config)
         for i, block in enumerate(self.model.layers):
             x = block(x, layout, None if cache is None else (cache.k[i], cache.v[i]))
         if cache is not None:
-            longer = cache.lengths + ids.shape[1]
-            cache.lengths.copy_(longer if cu_seqlens is None else cu_seqlens.diff())
+            cache.grow(ids.shape[1], cu_seqlens)
         return self.model.norm(x)

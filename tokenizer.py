@@ -94,6 +94,9 @@ class TextStream:
 
     def __init__(self, pieces: SentencePieceProcessor):
         self.pieces, self.bytes, self.started = pieces, b"", False
+        space = pieces.piece_to_id(SPACE)
+        # Models differ in how many leading spaces they drop: LLaMA's one, others none or all.
+        self.dropped = 2 - len(pieces.decode([space, space])) if space != pieces.unk_id() else 1
 
     def push(self, token: int) -> str:
         if self.pieces.is_byte(token):
@@ -106,8 +109,8 @@ class TextStream:
             piece = self.pieces.decode([token])
         else:
             piece = self.pieces.id_to_piece(token)
-            if not self.started and piece.startswith(SPACE):
-                self.started, piece = True, piece[1:]
+            if self.dropped and not self.started and piece.startswith(SPACE):
+                self.started, piece = self.dropped == 1, piece[1:]
         self.started = self.started or piece != ""
         return before + piece.replace(SPACE, " ")
 
@@ -133,12 +136,20 @@ def train(files: list[Path], vocab_size: int, out: Path) -> None:
     """A tokenizer of LLaMA's kind: pair merges, byte fallback, single digits, spaces kept."""
     if missing := [str(file) for file in files if not file.is_file()]:
         raise ValueError(f"no such file: {console.listed(missing)}")
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"{out}: a file name in a folder that exists was expected")
+    if out.exists() and any(out.samefile(file) for file in files):
+        raise ValueError(f"{out} is one of the texts: the model would replace it")
+    if vocab_size < 260:
+        raise ValueError(f"--vocab-size {vocab_size}: 3 special pieces and 256 bytes come first")
     lines = []
     for file in files:
         try:
             lines += file.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as mistake:
             raise ValueError(f"{file}: not UTF-8 at byte {mistake.start}") from None
+    if not any(line.strip() for line in lines):
+        raise ValueError(f"no text in {console.listed(map(str, files))}")
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
@@ -152,12 +163,13 @@ def train(files: list[Path], vocab_size: int, out: Path) -> None:
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             character_coverage=0.99995,
-            max_sentence_length=1 << 20,
+            max_sentence_length=1 << 30,  # bytes; longer lines would be left out unsaid
             num_threads=1,  # the same text makes the same model
             minloglevel=2,
         )
     except RuntimeError as mistake:
-        raise ValueError(f"SentencePiece: {str(mistake).rpartition('] ')[2]}") from None
+        reason = str(mistake).rpartition("] ")[2].replace("required_chars", "the characters used")
+        raise ValueError(f"SentencePiece: {reason.partition(' Increase')[0]}") from None
     with console.atomic_file(out) as file:
         file.write(model.getvalue())
 

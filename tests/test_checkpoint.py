@@ -46,11 +46,10 @@ def edit_json(path, **changes) -> None:
 
 @pytest.fixture
 def folder(tmp_path):
-    """A whole checkpoint in our own writing, in two shards, with its tokenizer."""
-    save_model(
-        small_model(), small_config(), tmp_path / "m", tokenizer=EMBEDDED, shard_bytes=200_000
-    )
-    assert len(list((tmp_path / "m").glob("*.safetensors"))) == 3
+    """A whole checkpoint in our own writing, in four shards, with its tokenizer."""
+    model = small_model(vocab_size=1024)
+    save_model(model, model.config, tmp_path / "m", tokenizer=EMBEDDED, shard_bytes=300_000)
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) == 4
     return tmp_path / "m"
 
 
@@ -85,6 +84,10 @@ def test_pickled_shards_load_bit_for_bit(folder):
         weight_map |= dict.fromkeys(table, title)
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert same(load_model(folder).named_parameters(), expected)
+    for file in folder.glob("*.bin"):  # as torch wrote before 1.6
+        table = torch.load(file, weights_only=True)
+        torch.save(table, file, _use_new_zipfile_serialization=False)
+    assert same(load_model(folder).named_parameters(), expected)
 
 
 def test_old_and_new_spellings_of_the_config_are_read(tmp_path):
@@ -93,6 +96,9 @@ def test_old_and_new_spellings_of_the_config_are_read(tmp_path):
     assert "rope_theta" not in new and new["rope_parameters"]["rope_theta"] == 1e6
     assert read_config(tmp_path) == small_config(rope_theta=1e6)
     edit_json(tmp_path / "config.json", rope_parameters="remove", rope_theta=1e6, rope_scaling=None)
+    assert read_config(tmp_path) == small_config(rope_theta=1e6)
+    harmless = {"rope_type": "default", "hidden_size": 32}
+    edit_json(tmp_path / "config.json", rope_scaling=harmless)
     assert read_config(tmp_path) == small_config(rope_theta=1e6)
     edit_json(tmp_path / "config.json", rope_theta="remove", num_key_value_heads="remove")
     assert read_config(tmp_path) == small_config(num_key_value_heads=4)
@@ -286,7 +292,7 @@ def write_meta(model: Llama, folder, shards: int) -> None:
 @pytest.mark.parametrize("shards", [1, 2, 4, 8])
 @pytest.mark.parametrize("kv_heads", [8, 4])
 def test_metas_folder_is_the_same_model(tmp_path, command, shards, kv_heads):
-    model = small_model(num_attention_heads=8, num_key_value_heads=kv_heads)
+    model = small_model(vocab_size=1024, num_attention_heads=8, num_key_value_heads=kv_heads)
     model.config.max_position_embeddings = 2048  # params.json does not say: LLaMA's is assumed
     model.config.initializer_range = 0.02
     write_meta(model, tmp_path / "llama" / "7B", shards)
@@ -344,6 +350,7 @@ def test_damaged_config_is_refused(command, folder):
     for content, words in (
         (whole[:50], "not JSON"),
         ("[]", "a JSON object was expected"),
+        ("[" * 200_000, "not JSON"),
         ("\xff", "not JSON"),
     ):
         config.write_bytes(content.encode("latin-1"))
@@ -357,6 +364,16 @@ def test_damaged_config_is_refused(command, folder):
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling 'linear'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling 'llama3'"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope scaling 'yarn'"),
+        (
+            {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+                "rope_scaling": {"type": "dynamic", "factor": 4.0},
+            },
+            "rope scaling 'dynamic'",
+        ),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear', where an object was expected"),
+        ({"rope_interleaved": True}, "rope_interleaved True"),
+        ({"rope_theta": float("inf")}, "rope_theta must be above 0"),
         ({"attention_bias": True}, "attention_bias True"),
         ({"mlp_bias": True}, "mlp_bias True"),
         ({"sliding_window": 4096}, "sliding_window 4096"),
@@ -392,6 +409,9 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(command, folder):
     title = whole.pop("model.norm.weight")
     index.write_text(json.dumps({"weight_map": whole}))
     refuse_convert(command, folder, title, "other tensors than its index says: model.norm.weight")
+    tables = {"model.layers.0.self_attn.rotary_emb.inv_freq": title}
+    index.write_text(json.dumps({"weight_map": whole | {"model.norm.weight": title} | tables}))
+    load_model(folder)  # an obsolete table that only the index has harms nobody
     index.write_text(json.dumps({"weight_map": whole | {"model.norm.weight": "../outside"}}))
     refuse_convert(command, folder, "'../outside' is not the name of a file beside it")
     for damaged in ("{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
@@ -405,22 +425,51 @@ def test_all_that_is_wrong_with_the_tensors_stands_in_one_line(command, folder):
         file.unlink()
     del weights["model.layers.1.mlp.up_proj.weight"], weights["model.norm.weight"]
     weights["model.layers.0.self_attn.q_proj.bias"] = torch.ones(64)
-    weights["lm_head.weight"] = torch.ones(129, 64)
-    weights["model.embed_tokens.weight"] = torch.ones(128, 64, dtype=torch.int8)
+    weights["lm_head.weight"] = torch.ones(1025, 64)
+    weights["model.embed_tokens.weight"] = torch.ones(1024, 64, dtype=torch.int8)
     save_file(weights, folder / "model.safetensors")
     refuse_convert(
         command,
         folder,
         "missing model.layers.1.mlp.up_proj.weight, model.norm.weight",
         "unexpected model.layers.0.self_attn.q_proj.bias",
-        "lm_head.weight is [129, 64] where the config says [128, 64]",
+        "lm_head.weight is [1025, 64] where the config says [1024, 64]",
         "model.embed_tokens.weight is torch.int8, not one of fp32, bf16, fp16",
     )
 
 
 def test_a_wrong_vocabulary_is_refused(command, folder):
-    edit_json(folder / "config.json", vocab_size=129)
-    refuse_convert(command, folder, "lm_head.weight is [128, 64] where the config says [129, 64]")
+    edit_json(folder / "config.json", vocab_size=1025)
+    refuse_convert(command, folder, "lm_head.weight is [1024, 64] where the config says [1025, 64]")
+
+
+def test_a_tokenizer_of_another_model_is_refused(command, folder, tmp_path):
+    small = small_model()
+    save_model(small, small.config, tmp_path / "small", tokenizer=EMBEDDED)
+    refuse_convert(command, tmp_path / "small", "1024 pieces, the model only 128 embedding rows")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    arguments = ["--tokenizer", tmp_path / "tokenizer.json"]
+    refuse_convert(command, folder, "tokenizer.json: not a SentencePiece model", args=arguments)
+
+
+def test_convert_takes_the_special_ids_from_the_tokenizer(command, folder, tmp_path):
+    """Early conversions of LLaMA had bos 0 and eos 1 in config.json, beside the right tokenizer."""
+    edit_json(folder / "config.json", bos_token_id=0, eos_token_id=[1, 7])
+    code, _, err = command(checkpoint, "convert", folder, tmp_path / "out")
+    assert code == 0 and "the tokenizer's bos 1 and eos 2 are used" in err
+    config = read_config(tmp_path / "out")
+    assert (config.bos_token_id, config.eos_token_id) == (1, 2)
+
+
+def test_numbers_too_large_for_fp16_are_refused(command, tmp_path):
+    model = small_model(vocab_size=1024).bfloat16()
+    with torch.no_grad():
+        model.model.norm.weight[3] = 1e5
+    save_model(model, model.config, tmp_path / "m", tokenizer=EMBEDDED)
+    words = "model.norm.weight holds numbers too large for fp16"
+    refuse_convert(command, tmp_path / "m", words, args=["--dtype", "fp16"])
+    with pytest.raises(ValueError, match=words):
+        load_model(tmp_path / "m", dtype=torch.float16)
 
 
 def test_a_head_that_contradicts_tied_weights_is_refused(folder, command):
@@ -454,7 +503,7 @@ def test_incomplete_meta_folders_are_refused(tmp_path, command, break_it):
         "gap": ["consolidated.01.pth", "missing"],
         "end": ["3 of 4 consolidated.*.pth files are there"],
         "truncated": ["consolidated.02.pth", "not a readable file of plain tensors"],
-        "params": ["params.json", "'dim' is missing"],
+        "params": ["params.json", "dim is None, where a number was expected"],
         "tensor": ["consolidated.03.pth", "not the tensors of consolidated.00.pth", "norm.weight"],
     }[break_it]
     if break_it == "gap":
@@ -473,10 +522,49 @@ def test_incomplete_meta_folders_are_refused(tmp_path, command, break_it):
     refuse_convert(command, source, *words)
 
 
-def test_unsupported_meta_params_are_refused(tmp_path, command):
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"use_scaled_rope": True}, "use_scaled_rope is not supported"),
+        ({"rope_theta": 500000.0}, "rope_theta 500000.0 is neither LLaMA's nor CodeLlama's"),
+        ({"n_heads": "8"}, "n_heads is '8', where a number was expected"),
+        ({"n_layers": 2.0}, "n_layers is 2.0, where a number was expected"),
+        ({"norm_eps": "1e-5"}, "rms_norm_eps is '1e-5', where float was expected"),
+        ({"vocab_size": 999}, "vocab_size is 999, the embedding has 128"),
+    ],
+    ids=str,
+)
+def test_unsupported_meta_params_are_refused(tmp_path, command, changes, words):
     write_meta(small_model(num_attention_heads=8, num_key_value_heads=8), tmp_path / "7B", 1)
-    edit_json(tmp_path / "7B" / "params.json", use_scaled_rope=True)
-    refuse_convert(command, tmp_path / "7B", "params.json: use_scaled_rope is not supported")
+    edit_json(tmp_path / "7B" / "params.json", **changes)
+    refuse_convert(command, tmp_path / "7B", f"params.json: {words}")
+
+
+def test_code_llamas_rotary_base_is_kept(tmp_path):
+    write_meta(small_model(num_attention_heads=8, num_key_value_heads=8), tmp_path / "7B", 2)
+    edit_json(tmp_path / "7B" / "params.json", rope_theta=1000000)
+    config = load_model(tmp_path / "7B").config
+    assert (config.rope_theta, config.max_position_embeddings) == (1e6, 16384)
+
+
+def test_positions_can_be_given(tmp_path, command):
+    model = small_model(vocab_size=1024, num_attention_heads=8, num_key_value_heads=8)
+    write_meta(model, tmp_path / "7B", 1)
+    target = tmp_path / "out"
+    given = ["--positions", 4096, "--tokenizer", EMBEDDED]
+    code, _, err = command(checkpoint, "convert", tmp_path / "7B", target, *given)
+    assert code == 0 and "4096 positions" in err
+    assert read_config(target).max_position_embeddings == 4096
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "layers.0.attention.wq.weight"])
+def test_files_of_two_models_are_refused(tmp_path, command, name):
+    write_meta(small_model(num_attention_heads=8, num_key_value_heads=8), tmp_path / "7B", 2)
+    file = tmp_path / "7B" / "consolidated.01.pth"
+    table = torch.load(file, weights_only=True)
+    table[name] = table[name] * 7 if "norm" in name else table[name].half()
+    torch.save(table, file)
+    refuse_convert(command, tmp_path / "7B", f"{name}: the consolidated.*.pth files are not of one")
 
 
 class Hostile:
@@ -542,17 +630,22 @@ def test_loading_and_writing_stay_within_their_memory(tmp_path, size):
     in_bf16 = sum(p.numel() * 2 for p in model.parameters())
     largest = max(p.numel() * 2 for p in model.parameters())
     save_model(model, model.config, tmp_path / "m")
-    del model
+    (tmp_path / "pickled").mkdir()
+    shutil.copy(tmp_path / "m" / "config.json", tmp_path / "pickled")
+    table = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    torch.save(table, tmp_path / "pickled" / "pytorch_model.bin")
+    del model, table
     slack = 24 << 20  # allocator and thread pools
     assert peak_memory("load", tmp_path / "m", "bfloat16") <= slack  # used where it lies
-    converted = peak_memory("load", tmp_path / "m", "float16")
-    assert 0.9 * in_bf16 <= converted <= 1.15 * in_bf16 + slack
+    for folder in ("m", "pickled"):
+        converted = peak_memory("load", tmp_path / folder, "float16")
+        assert 0.9 * in_bf16 <= converted <= 1.15 * in_bf16 + slack, folder
     assert peak_memory("write", tmp_path / "m", tmp_path / "out") <= 2 * largest + slack
 
 
 def test_shapes_and_dtypes_are_known_without_reading(folder):
     found = stored_tensors(folder)
-    with safe_open(folder / "model-00001-of-00003.safetensors", "pt") as file:
+    with safe_open(folder / "model-00001-of-00004.safetensors", "pt") as file:
         for name in file.keys():  # noqa: SIM118
             assert found[name].shape == file.get_tensor(name).shape
             assert found[name].dtype == torch.float32

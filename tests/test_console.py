@@ -54,7 +54,24 @@ def test_a_reader_that_left_is_no_mistake():
         f"{sys.executable} -c {shlex.quote(program)} | head -1; exit ${{PIPESTATUS[0]}}",
         shell=True, executable="/bin/bash", cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert (run.returncode, run.stderr) == (0, "")
+    assert (run.returncode, run.stderr) == (141, "")
+
+
+def test_work_goes_on_when_nobody_watches_its_progress(tmp_path):
+    program = f"""
+import console
+console.QUIET_SECONDS = 0
+def main():
+    progress = console.Progress(999, "steps")
+    for _ in range(999): progress.step()
+    console.notice("nearly")
+    open({str(tmp_path / "done")!r}, "w").close()
+console.run(main)"""
+    run = subprocess.run(
+        f"{sys.executable} -c {shlex.quote(program)} 2>&1 | true; exit ${{PIPESTATUS[0]}}",
+        shell=True, executable="/bin/bash", cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0 and (tmp_path / "done").exists()
 
 
 class Terminal(io.StringIO):
@@ -82,7 +99,13 @@ def test_progress_is_one_line_on_a_terminal_and_seldom_in_a_log(monkeypatch):
 
 def test_numbers_and_times_read_well():
     pairs = {0: "0", 7: "7", 0.123: "0.12", 3.25: "3.2", 512.6: "513", 9999: "9999"}
-    for number, text in {**pairs, 14300: "14.3K", 6.7e9: "6.7G", 1e6: "1.0M", 2e12: "2.0T"}.items():
+    for number, text in {
+        **pairs,
+        14300: "14.3K",
+        999999: "1.0M",
+        6.7e9: "6.7G",
+        2e12: "2.0T",
+    }.items():
         assert console.human(number) == text
     for seconds, text in {7: "0:07", 750: "12:30", 11100: "3:05:00", float("inf"): "?"}.items():
         assert console.clock(seconds) == text
@@ -161,6 +184,51 @@ def test_a_log_survives_a_line_torn_by_a_kill(tmp_path):
     assert list(console.read_jsonl(path)) == [{"n": 1}, {"n": 2}]
 
 
+APPENDING = """
+import sys, console
+for n in range(40):
+    console.append_jsonl(sys.argv[1], {"who": sys.argv[2], "n": n, "x": "x" * 20_000})
+"""
+
+
+def test_writers_of_one_log_lose_nothing(tmp_path):
+    path = tmp_path / "log.jsonl"
+    writers = [
+        subprocess.Popen([sys.executable, "-c", APPENDING, path, str(who)], cwd=ROOT)
+        for who in range(4)
+    ]
+    assert [writer.wait() for writer in writers] == [0] * 4
+    written = {(record["who"], record["n"]) for record in console.read_jsonl(path)}
+    assert len(written) == 160
+
+
+def test_what_was_appended_is_on_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(console.os, "fsync", synced.append)
+    console.append_jsonl(tmp_path / "log.jsonl", {})
+    assert len(synced) == 1
+    with console.atomic_file(tmp_path / "file") as file:
+        file.write(b"x")
+    assert len(synced) == 3  # the file, and the folder that holds its name
+
+
+def test_a_partial_folder_renamed_while_its_lock_was_awaited_is_not_shared(tmp_path, monkeypatch):
+    def slow_lock(handle, how, flock=console.fcntl.flock):
+        (tmp_path / "out.partial").rename(tmp_path / "elsewhere")
+        (tmp_path / "out.partial").mkdir()
+        flock(handle, how)
+
+    monkeypatch.setattr(console.fcntl, "flock", slow_lock)
+    with pytest.raises(ValueError, match="being written"), console.atomic_folder(tmp_path / "out"):
+        pass
+
+
+def test_a_symlink_is_no_place_for_a_new_folder(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="link exists"), console.atomic_folder(tmp_path / "link"):
+        pass
+
+
 def test_a_users_jsonl_is_read_whole_or_refused_by_line(tmp_path):
     path = tmp_path / "user.jsonl"
     path.write_text('{"n": 1}\n\n{"n": 2}')
@@ -192,6 +260,7 @@ def test_the_chart_is_well_formed_and_its_lines_stay_inside():
             assert 0 <= x <= 720 and 0 <= y <= 400
     assert len(lines[0].get("points").split()) == 20
     ET.fromstring(console.line_chart("one point", "step", {"a": [(1, 1)]}))
+    ET.fromstring(console.line_chart("nothing yet", "step", {"a": [(1, float("nan"))]}))
 
 
 def test_every_module_can_be_imported_without_a_command_line():

@@ -38,9 +38,11 @@ def test_bf16_is_as_close_to_the_truth_as_the_naive_loss(monkeypatch):
     wide = [t.detach().float().requires_grad_() for t in (hidden, weight)]
     truth = torch.autograd.grad(naive(*wide, targets), wide)
     wanted = torch.autograd.grad(naive(hidden, weight, targets), (hidden, weight))
-    found = torch.autograd.grad(summed_cross_entropy(hidden, weight, targets), (hidden, weight))
+    total = summed_cross_entropy(hidden, weight, targets)
+    assert abs(total - naive(*wide, targets)) <= 1e-3 * total
+    found = torch.autograd.grad(total, (hidden, weight))
     for ours, theirs, true in zip(found, wanted, truth, strict=True):
-        assert ours.dtype == torch.bfloat16
+        assert ours.dtype == torch.bfloat16 and total.dtype == torch.float32
         assert (ours - true).norm() <= 1.1 * (theirs - true).norm()
 
 
@@ -59,10 +61,12 @@ def test_frozen_head_and_evaluation_do_no_needless_work():
         summed_cross_entropy(hidden, weight, targets).backward()
     torch.testing.assert_close(hidden.grad, expected)
     assert weight.grad is None and "aten.zeros_like" not in seen.operations
-    with torch.no_grad():
-        total = summed_cross_entropy(hidden, weight, targets)
-    assert not total.requires_grad
-    torch.testing.assert_close(total, naive(hidden, weight, targets))
+    for frozen in (False, True):
+        hidden.requires_grad_(not frozen)
+        with Largest() as seen, torch.set_grad_enabled(frozen):
+            total = summed_cross_entropy(hidden, weight, targets)
+        assert not total.requires_grad and "aten.scatter_add_" not in seen.operations
+        torch.testing.assert_close(total, naive(hidden, weight, targets).detach())
 
 
 class Largest(TorchDispatchMode):

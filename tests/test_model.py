@@ -7,7 +7,7 @@ from conftest import hf_model, random_ids, small_config, small_model
 
 import model as model_module
 from checkpoint import load_model
-from model import IGNORE, KVCache, Layout, Llama, LlamaConfig, rotary_tables
+from model import IGNORE, KVCache, Llama, LlamaConfig, RMSNorm, plain_layout, rotary_tables
 
 SHAPES = {
     "heads = kv heads": {"num_key_value_heads": 4},
@@ -144,8 +144,7 @@ def test_no_document_sees_another():
 def test_packed_loss_is_the_sum_of_the_documents_losses():
     model, lengths = small_model(), [9, 8, 7]
     ids = random_ids(1, 24)
-    labels = ids.clone()
-    labels[:, [0, 9, 17]] = IGNORE
+    labels = ids.clone()  # first labels included: the model itself must not learn across documents
     parts = zip(ids.split(lengths, 1), labels.split(lengths, 1), strict=True)
     alone = sum(model(doc, labels=label) for doc, label in parts)
     torch.testing.assert_close(model(ids, cut(24, lengths), labels=labels), alone)
@@ -182,7 +181,7 @@ def test_rows_join_leave_and_start_afresh_while_others_go_on():
     ids = random_ids(4, 20)
     full = model(ids)
     cache = KVCache(model.config, rows=3, max_length=24)
-    model(ids[:2, :6], cache=cache[0:2])  # a plain batch fills rows too
+    model(ids[:2, :6].reshape(1, 12), cut(12, [6, 6]), cache=cache[0:2])
     assert cache.lengths.tolist() == [6, 6, 0]
     model(ids[2:3, :4], cut(4, [4]), cache=cache[2:3])  # one joins
     row_of = torch.arange(3)
@@ -204,20 +203,65 @@ def test_several_tokens_can_go_on_at_once():
     model = small_model()
     ids = random_ids(2, 20)
     cache = KVCache(model.config, rows=2, max_length=20)
-    parts = [model(part, cache=cache) for part in ids.split([7, 1, 12], dim=1)]
-    assert closeness(torch.cat(parts, dim=1), model(ids)) <= 2e-5
+    model(ids[:, :7].reshape(1, 14), cut(14, [7, 7]), cache=cache)
+    parts = [model(part, cache=cache) for part in ids[:, 7:].split([1, 12], dim=1)]
+    assert closeness(torch.cat(parts, dim=1), model(ids)[:, 7:]) <= 2e-5
 
 
+@torch.no_grad()
+def test_a_free_row_stays_free_however_long_the_others_go_on():
+    model = small_model()
+    ids = random_ids(1, 60)
+    full = model(ids)
+    cache = KVCache(model.config, rows=3, max_length=60)
+    model(ids[:, :2], cut(2, [0, 2, 0]), cache=cache)
+    for at in range(2, 60):
+        logits = model(ids[:, at : at + 1].expand(3, 1), cache=cache)
+        assert closeness(logits[1, 0], full[0, at]) <= 2e-5
+        assert cache.lengths.tolist() == [0, at + 1, 0]
+
+
+@torch.no_grad()
+def test_a_misused_cache_is_an_error_before_anything_is_stored():
+    model = small_model()
+    cache = KVCache(model.config, rows=3, max_length=8)
+    for ids, bounds in (
+        (random_ids(1, 4), cut(4, [4])),
+        (random_ids(1, 4), cut(4, [2, 2])),
+        (random_ids(2, 1), None),
+    ):
+        with pytest.raises(AssertionError, match="a cache row a sequence"):
+            model(ids, bounds, cache=cache)
+    with pytest.raises(AssertionError, match="no row has started"):
+        model(random_ids(3, 2), cache=cache)
+    with pytest.raises(AssertionError, match="a slice of its rows"):
+        cache[[0, 2]]
+    with pytest.raises(
+        AssertionError, match="the cache is torch.float32, the model torch.bfloat16"
+    ):
+        small_model().bfloat16()(random_ids(3, 1), cache=cache)
+    with pytest.raises(AssertionError, match="for torch.no_grad"), torch.enable_grad():
+        model(random_ids(1, 3), cut(3, [1, 1, 1]), cache=cache)
+    assert not cache.k.any() and not cache.lengths.any()
+
+
+@torch.no_grad()
 def test_a_full_cache_is_an_error_and_not_a_wrong_answer():
     model = small_model()
     cache = KVCache(model.config, rows=1, max_length=4)
-    model(random_ids(1, 4), cache=cache)
+    model(random_ids(1, 4), cut(4, [4]), cache=cache)
     with pytest.raises(IndexError):
         model(random_ids(1, 1), cache=cache)
     with pytest.raises(ValueError, match="65 tokens are too many: the model knows 64 positions"):
         KVCache(model.config, rows=1, max_length=65)
     with pytest.raises(ValueError, match="65 tokens are too many"):
         model(random_ids(1, 65))
+
+
+@pytest.mark.parametrize("bounds", [[0, 65, 70], [0, 5, 80], [1, 70], [0, 40, 30, 70], [0, 60]])
+def test_bounds_that_do_not_cover_the_row_are_refused(bounds):
+    with pytest.raises(RuntimeError, match="cu_seqlens must rise from 0 to T"):
+        small_model()(random_ids(1, 70), torch.tensor(bounds, dtype=torch.int32))
 
 
 # ---------------------------------------------------------------- rotary tables, dtypes, devices
@@ -236,12 +280,34 @@ def test_rotary_tables_are_fp32_truth_whatever_the_model_is_cast_to():
     late = late.to(torch.bfloat16).to_empty(device="cpu")
     late.init_weights()
     ids = random_ids(1, 2048)
-    plain = Layout(ids, small_config(max_position_embeddings=2048), None, None)
-    after = Layout(ids, late.config, None, None)
+    plain = plain_layout(ids, small_config(max_position_embeddings=2048))
+    after = plain_layout(ids, late.config)
     assert after.cos.dtype == torch.float32
     assert torch.equal(plain.cos, after.cos) and torch.equal(plain.sin, after.sin)
     assert torch.isfinite(late(ids)).all()
     assert not list(late.buffers()), "a buffer could be cast, or left empty"
+
+
+def test_norm_and_rotation_compute_in_fp32_inside_a_bf16_model():
+    x = torch.randn(4, 64, dtype=torch.float64)
+    exact = x.bfloat16().double()
+    exact = exact / (exact.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert torch.equal(RMSNorm(64, 1e-6).bfloat16()(x.bfloat16()), exact.bfloat16())
+    q = torch.randn(1, 30, 2, 32).bfloat16()
+    cos, sin = rotary_tables(torch.arange(30)[None], LlamaConfig(32, 32, 32, 1, 1))
+    a, b = q.double().chunk(2, dim=-1)
+    exact = q.double() * cos.double() + torch.cat([-b, a], -1) * sin.double()
+    rounding = exact.abs() * 2**-8  # bf16 keeps 8 bits
+    assert ((model_module.rotate(q, cos, sin).double() - exact).abs() <= rounding + 1e-6).all()
+
+
+def test_a_new_model_has_llamas_initial_weights():
+    model = small_model(initializer_range=0.3)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            assert abs(parameter.std() - 0.3) < 0.02 and abs(parameter.mean()) < 0.02, name
 
 
 def test_rotary_tables_are_bitwise_hugging_faces():
@@ -346,6 +412,7 @@ def test_presets_have_llamas_parameter_counts():
         ({"num_attention_heads": 0}, "0 heads"),
         ({"vocab_size": -1}, "vocab_size must be above 0"),
         ({"rope_theta": 0.0}, "rope_theta must be above 0"),
+        ({"rope_theta": float("inf")}, "rope_theta must be above 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be above 0"),
     ],
 )

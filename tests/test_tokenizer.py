@@ -4,6 +4,7 @@ Set LLAMA_TOKENIZER to LLaMA's own tokenizer.model and everything here runs on t
 """
 
 import os
+import random
 import shutil
 
 import pytest
@@ -87,6 +88,29 @@ def test_a_stream_of_any_ids_is_their_decode(tokenizer, data):
     if not tokenizer.pieces.is_byte(ids[cut - 1]) if cut else True:  # no character is cut in two
         whole, start = tokenizer.decode(ids), tokenizer.decode(before)
         assert whole == start + streamed(tokenizer, after, after=before)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"remove_extra_whitespaces": True}, {"add_dummy_prefix": False}, {"byte_fallback": False}],
+    ids=str,
+)
+def test_streams_follow_models_that_treat_spaces_otherwise(options, tmp_path):
+    from sentencepiece import SentencePieceTrainer
+
+    usual = {"byte_fallback": True, "remove_extra_whitespaces": False}
+    with open(tmp_path / "t.model", "wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter((ROOT / "data" / "corpus.txt").read_text().splitlines()),
+            model_writer=file, vocab_size=600, model_type="bpe", minloglevel=2,
+            allow_whitespace_only_pieces=True, **usual | options,
+        )  # fmt: skip
+    tokenizer, rng = Tokenizer(tmp_path / "t.model"), random.Random(0)
+    spaces = [i for i in range(600) if SPACE in tokenizer.pieces.id_to_piece(i)]
+    for _ in range(3000):
+        pools = [range(600), spaces, range(20)]
+        ids = [rng.choice(rng.choice(pools)) for _ in range(rng.randrange(8))]
+        assert streamed(tokenizer, ids) == tokenizer.decode(ids), ids
 
 
 def test_a_character_is_held_back_until_it_is_whole(tokenizer):
@@ -175,12 +199,21 @@ def test_train_refuses_in_one_line_and_writes_nothing(tmp_path, command):
     shutil.copy(ROOT / "data" / "corpus.txt", corpus)
     for files, size, words in (
         ([corpus], 100000, ["Vocabulary size too high"]),
-        ([corpus], 10, ["Vocabulary size is smaller"]),
+        ([corpus], 300, ["Vocabulary size is smaller than the characters used. 300 vs"]),
+        ([corpus], 10, ["--vocab-size 10: 3 special pieces and 256 bytes come first"]),
         ([tmp_path / "absent.txt"], 1024, ["no such file", "absent.txt"]),
     ):
         assert_refused(
             command(tokenizer_module, "train", *files, "--vocab-size", size, "--out", out), *words
         )
+    for target in (tmp_path, tmp_path / "absent" / "t.model"):
+        refused = command(tokenizer_module, "train", corpus, "--out", target)
+        assert_refused(refused, "a file name in a folder that exists was expected")
+    assert_refused(
+        command(tokenizer_module, "train", corpus, "--out", corpus), "is one of the texts"
+    )
+    corpus.write_bytes(b" \n\n")
+    assert_refused(command(tokenizer_module, "train", corpus, "--out", out), "no text in")
     corpus.write_bytes(b"caf\xe9\n")
     assert_refused(
         command(tokenizer_module, "train", corpus, "--out", out),

@@ -586,7 +586,7 @@ def test_a_pickle_that_would_run_code_is_refused_unrun(tmp_path, command, name, 
         shutil.copy(folder / "config.json", source)
     with open(source / name, "wb") as file:
         if legacy:
-            pickle.dump({"lm_head.weight": Hostile(marker)}, file)
+            pickle.dump({"lm_head.weight": Hostile(marker)}, file, protocol=2)
         else:
             torch.save({"lm_head.weight": Hostile(marker)}, file)
     refuse_convert(command, source, name, "not a readable file of plain tensors")

@@ -20,6 +20,12 @@ def test_links_and_named_files_exist():
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
+def test_nothing_is_left_to_be_filled_in():
+    for file in (*ROOT.glob("*.md"), *ROOT.glob("*/*.md")):
+        left = re.findall(r"[A-Z]+_LINE|TODO|TBD|to be written", file.read_text())
+        assert not left, f"{file.name}: {left}"
+
+
 def test_it_is_short_and_starts_with_a_command():
     lines = README.splitlines()
     assert len(lines) <= 200 and "make test" in "\n".join(lines[:30])

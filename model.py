@@ -142,12 +142,10 @@ def packed_layout(ids: Tensor, config: LlamaConfig, cu_seqlens: Tensor) -> Layou
     T, lengths = ids.shape[1], cu_seqlens.diff()
     fits = (lengths >= 0).all() & (lengths <= config.max_position_embeddings).all()
     fits &= (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T)  # checked on the device, without waiting
-    torch._assert_async(
-        fits, "cu_seqlens must rise from 0 to T by no more than the positions known"
-    )
-    step = torch.arange(T, device=ids.device)
-    document = torch.searchsorted(cu_seqlens, step, right=True) - 1  # (T)
-    return Layout(config, (step - cu_seqlens[document])[None], cu_seqlens, document[None])
+    torch._assert_async(fits, "cu_seqlens must rise from 0 to T, by no more than known positions")
+    step, start = torch.arange(T, device=ids.device), cu_seqlens.long()
+    document = torch.searchsorted(start, step, right=True) - 1  # (T)
+    return Layout(config, (step - start[document])[None], cu_seqlens, document[None])
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

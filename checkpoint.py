@@ -175,6 +175,10 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, torch.Size]:
 
 def check_tensors(found: dict[str, Stored], config: LlamaConfig, where: str | Path) -> None:
     """Every tensor the config calls for, in its shape, and no other; or one error with them all."""
+    layers = len({name.split(".")[2] for name in found if name.startswith("model.layers.")})
+    if layers != config.num_hidden_layers:  # said before a million layers are laid out
+        expected = config.num_hidden_layers
+        raise ValueError(f"{where}: the config says {expected} layers, the files hold {layers}")
     wanted, problems = parameter_shapes(config), []
     extra = found.keys() - wanted.keys()
     if config.tie_word_embeddings and "lm_head.weight" in extra:
@@ -220,9 +224,10 @@ def load_model(
 def as_dtype(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """The tensor itself if it has that dtype already; an error if its numbers do not fit fp16."""
     result = tensor.to(dtype)
-    too_large = dtype == torch.float16 != tensor.dtype and result.isinf().any()
-    if too_large and not tensor.isinf().any():
-        raise ValueError(f"{name} holds numbers too large for fp16: use bf16 or fp32")
+    if dtype == torch.float16 != tensor.dtype:
+        was, now = (torch.stack(t.aminmax()).abs().max() for t in (tensor, result))
+        if now.isinf() and not was.isinf():
+            raise ValueError(f"{name} holds numbers too large for fp16: use bf16 or fp32")
     return result
 
 

@@ -443,6 +443,11 @@ def test_a_wrong_vocabulary_is_refused(command, folder):
     refuse_convert(command, folder, "lm_head.weight is [1024, 64] where the config says [1025, 64]")
 
 
+def test_a_wrong_number_of_layers_is_refused_at_once(command, folder):
+    edit_json(folder / "config.json", num_hidden_layers=100_000_000)
+    refuse_convert(command, folder, "the config says 100000000 layers, the files hold 2")
+
+
 def test_a_tokenizer_of_another_model_is_refused(command, folder, tmp_path):
     small = small_model()
     save_model(small, small.config, tmp_path / "small", tokenizer=EMBEDDED)

@@ -5,7 +5,14 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 BENCHES = load
 
-.PHONY: train test test-all lint bench clean
+.PHONY: help train test test-all lint bench clean
+
+help:
+	@echo "make train     fine-tune the embedded model"
+	@echo "make test      the tests; test-all adds the slow ones"
+	@echo "make lint      style, as CI checks it"
+	@echo "make bench     measure against the peers, into bench/RESULTS.md"
+	@echo "make clean     remove the environment"
 
 train: $(VENV)/.ready
 	@if [ -f fsdp_train.py ]; then $(BIN)/torchrun fsdp_train.py; \
@@ -46,5 +53,5 @@ $(VENV)/.made:
 	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 	  { echo "Python's venv module is missing: sudo apt install python3-venv"; exit 2; }
-	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@touch $@

@@ -5,8 +5,9 @@ are stored, a row of the cache for every sequence, and each step adds one positi
 
   - Two calls fill rows. `model(ids, cu_seqlens, cache)` *starts* them: packed document i fills row
     i, whatever it held before. `model(ids, cache=cache)`, ids (rows, T), lets every row *go on*.
-  - `lengths[r]` is how much of row r is filled. Setting it to 0 frees the row: it then stays free,
-    and what is computed for it means nothing, until a prompt starts it again.
+  - `lengths[r]` is how much of row r is filled. Setting it to 0 frees the row: it stays free until
+    a prompt starts it again; what is computed for it meanwhile means nothing and harms nobody.
+  - Prompts of unequal length need no padding: packed one behind the other, each starts its row.
   - `cache[2:5]` is rows 2 to 4 of the same memory: prompts join there while other rows go on.
 
 Shapes: B rows, T new tokens, L stored ones, H query heads, K key/value heads, G = H / K, D head
@@ -50,7 +51,9 @@ class KVCache:
         if not position.is_cuda:
             assert self.lengths.any(), "no row has started: prompts come with cu_seqlens"
             reach = int(position.max()) + 1
-        mask = torch.arange(reach, device=device) <= position[:, None, :, None]  # (B, 1, T, L)
+        mask = (
+            torch.arange(reach, device=device) <= position[:, None, :, None]
+        )  # (L) → (B, 1, T, L)
         return row, position, mask
 
     def grow(self, T: int, cu_seqlens: Tensor | None) -> None:

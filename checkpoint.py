@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import zipfile
@@ -139,6 +140,11 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
 
 def open_file(file: Path) -> Iterable[tuple[str, Tensor]]:
     """The tensors of one file, memory-mapped. A pickle that would run code is refused unrun."""
+    with file.open("rb") as opened:
+        start = opened.read(32)
+    if not start or start.startswith(b"version https://git-lfs"):
+        what = "a Git LFS pointer: fetch the file itself with `git lfs pull`" if start else "empty"
+        raise ValueError(f"{file}: {what}")
     try:
         if file.suffix == ".safetensors":
             handle = safe_open(file, framework="pt")
@@ -147,7 +153,11 @@ def open_file(file: Path) -> Iterable[tuple[str, Tensor]]:
         table = torch.load(file, map_location="cpu", mmap=zipped, weights_only=True)
     except SafetensorError as mistake:
         raise ValueError(f"{file}: damaged or cut short ({mistake})") from None
-    except Exception as mistake:  # whatever a damaged or hostile pickle provokes
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{file}: not a file of plain tensors; it could run code, so it is not read"
+        ) from None
+    except Exception as mistake:  # whatever a damaged pickle provokes
         reason = str(mistake).strip().split("\n")[0]
         raise ValueError(f"{file}: not a readable file of plain tensors ({reason})") from None
     if not isinstance(table, dict) or not all(isinstance(t, Tensor) for t in table.values()):
@@ -176,7 +186,7 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, torch.Size]:
 def check_tensors(found: dict[str, Stored], config: LlamaConfig, where: str | Path) -> None:
     """Every tensor the config calls for, in its shape, and no other; or one error with them all."""
     layers = len({name.split(".")[2] for name in found if name.startswith("model.layers.")})
-    if layers != config.num_hidden_layers:  # said before a million layers are laid out
+    if layers and layers != config.num_hidden_layers:  # before a million layers are laid out
         expected = config.num_hidden_layers
         raise ValueError(f"{where}: the config says {expected} layers, the files hold {layers}")
     wanted, problems = parameter_shapes(config), []
@@ -190,13 +200,14 @@ def check_tensors(found: dict[str, Stored], config: LlamaConfig, where: str | Pa
         problems.append(f"missing {listed(absent)}")
     if extra:
         problems.append(f"unexpected {listed(sorted(extra))}")
+    misfits = []
     for name in (name for name in wanted if name in found):
         if found[name].shape != wanted[name]:
             shapes = list(found[name].shape), list(wanted[name])
-            problems.append(f"{name} is {shapes[0]} where the config says {shapes[1]}")
+            misfits.append(f"{name} is {shapes[0]} where the config says {shapes[1]}")
         elif found[name].dtype not in SAFETENSORS:
-            problems.append(f"{name} is {found[name].dtype}, not one of {', '.join(DTYPES)}")
-    if problems:
+            misfits.append(f"{name} is {found[name].dtype}, not one of {', '.join(DTYPES)}")
+    if problems := problems + [listed(misfits)] * bool(misfits):
         raise ValueError(f"{where}: {'; '.join(problems)}")
 
 
@@ -257,8 +268,8 @@ def save_model(
         write_json(partial / "generation_config.json", ends)
         for name, tensor in chain([first], pairs):
             shards.write(name, tensor)
-        if shards.missing:
-            raise ValueError(f"{folder}: missing {listed(shards.missing)}")
+        if shards.pending:
+            raise ValueError(f"{folder}: missing {listed(shards.pending)}")
 
 
 class Shards(ExitStack):
@@ -276,7 +287,7 @@ class Shards(ExitStack):
                 room = shard_bytes
             groups[-1].append(name)
             room -= size
-        self.missing, weight_map = {}, {}  # tensor → (file, offset, shape, dtype); → file name
+        self.pending, weight_map = {}, {}  # tensor → (file, offset, shape, dtype); → file name
         for number, names in enumerate(groups, 1):
             title = f"model-{number:05}-of-{len(groups):05}.safetensors"
             if len(groups) == 1:
@@ -292,15 +303,15 @@ class Shards(ExitStack):
             file.write(len(text).to_bytes(8, "little") + text)
             for name in names:
                 start = 8 + len(text) + header[name]["data_offsets"][0]
-                self.missing[name], weight_map[name] = (file, start, *shapes[name]), title
+                self.pending[name], weight_map[name] = (file, start, *shapes[name]), title
         if len(groups) > 1:
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             write_json(folder / "model.safetensors.index.json", index)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        if name not in self.missing:
+        if name not in self.pending:
             raise ValueError(f"unexpected or repeated tensor {name}")
-        file, offset, shape, dtype = self.missing.pop(name)
+        file, offset, shape, dtype = self.pending.pop(name)
         if tensor.shape != shape:
             raise ValueError(f"{name} is {list(tensor.shape)}, not {list(shape)}")
         file.seek(offset)
@@ -308,13 +319,19 @@ class Shards(ExitStack):
         file.write(tensor.contiguous().view(torch.uint8).numpy())
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    for file in [source] if source.is_file() else found:
-        name = "tokenizer.model" if file == source else file.name
-        shutil.copyfile(file, folder / name)
-    if not any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
+def tokenizer_files(source: Path) -> dict[str, Path]:
+    """What to copy from a tokenizer's folder, or from a tokenizer.model itself, and as what."""
+    if source.is_file():
+        return {"tokenizer.model": source}
+    found = {name: source / name for name in TOKENIZER_FILES if (source / name).is_file()}
+    if not found.keys() & {"tokenizer.model", "tokenizer.json"}:
         raise ValueError(f"{source}: no tokenizer.model or tokenizer.json there")
+    return found
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    for name, file in tokenizer_files(source).items():
+        shutil.copyfile(file, folder / name)
     if not (folder / "tokenizer_config.json").exists():
         write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
 
@@ -334,14 +351,16 @@ def convert(
     config, found = read_config(source), stored_tensors(source)
     check_tensors(found, config, source)
     if positions is not None:
+        if positions < 1:
+            raise ValueError(f"--positions must be above 0, not {positions}")
         config = replace(config, max_position_embeddings=positions)
     if tokenizer is None:  # Meta's download keeps it one folder up
         here = any((source / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
         tokenizer = source if here else source.parent / "tokenizer.model"
         if not tokenizer.exists():
             raise ValueError(f"{source}: no tokenizer.model there: name one with --tokenizer FILE")
-    if tokenizer.is_file() or (tokenizer / "tokenizer.model").is_file():
-        pieces = Tokenizer(tokenizer)
+    if file := tokenizer_files(tokenizer).get("tokenizer.model"):
+        pieces = Tokenizer(file)
         pieces.check(config)
         config = replace(config, bos_token_id=pieces.bos_id, eos_token_id=pieces.eos_id)
     names = parameter_shapes(config)
@@ -353,7 +372,8 @@ def convert(
             progress.step(math.prod(shape))
 
     save_model(pairs(), config, target, dtype, tokenizer)
-    told = " (params.json does not say: see --positions)" if is_meta(source) else ""
+    guessed = is_meta(source) and positions is None
+    told = " (params.json does not say: see --positions)" if guessed else ""
     progress.close(f"{target}, {config.max_position_embeddings} positions{told}")
 
 

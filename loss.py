@@ -8,8 +8,7 @@ tokens make 1 GiB of them in fp32, their gradient another. Two facts do away wit
     forward pass, the logits are made once, dropped, and not made again for the backward pass.
 
 Value and gradients equal the naive ones (tests/test_loss.py); the gradient's own gradient is not to
-be had. The idea of taking gradients early is
-that of Liger Kernel, arXiv:2410.10989.
+be had. Taking gradients early is Liger Kernel's idea, arXiv:2410.10989.
 """
 
 import torch
@@ -20,6 +19,7 @@ CHUNK = 2**25  # logits held at once: 128 MiB in fp32, a thousand tokens of LLaM
 
 def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Σ -log softmax(weight · h)[target]: hidden (N, C), weight (V, C), targets (N); N may be 0."""
+    # Asked here, since inside an autograd function gradients are always off.
     learn = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _Summed.apply(hidden, weight, targets, learn)
 
@@ -40,7 +40,7 @@ class _Summed(torch.autograd.Function):
             log_p -= log_p.logsumexp(-1, keepdim=True)
             total -= log_p.gather(1, target).sum()
             if learn:
-                p = log_p.exp_()
+                p = log_p.exp_()  # in place: the same memory from here on
                 p.scatter_add_(1, target, torch.full_like(p[:, :1], -1.0))  # softmax - onehot
                 p = p.type_as(h)
                 grad_hidden[rows] = p @ weight

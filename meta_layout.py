@@ -55,8 +55,10 @@ def config_fields(params: dict[str, Any], shards: list[dict[str, Tensor]]) -> di
     if bad := [name for name, shape in zip(first, shapes, strict=True) if len(shape) != 2]:
         raise ValueError(f"consolidated.00.pth: no matrix {bad[0]}.weight in it")
     (vocabulary, _), (queries, _), (ffn, _) = shapes
-    if len(shards) * queries != params["dim"]:
-        needed = params["dim"] // max(queries, 1)
+    needed, odd = divmod(params["dim"], queries)
+    if odd or not needed:
+        raise ValueError(f"dim is {params['dim']}, which attention.wq, {queries} wide, cannot fill")
+    if len(shards) != needed:
         raise ValueError(f"{len(shards)} of {needed} consolidated.*.pth files are there")
     if params.get("vocab_size", -1) not in (-1, vocabulary):
         raise ValueError(f"vocab_size is {params['vocab_size']}, the embedding has {vocabulary}")

@@ -2,10 +2,11 @@
 
 A LLaMA is an embedding, a stack of identical blocks, a norm and a linear head. A block adds two
 things to the residual stream: what attention gathers from earlier tokens, and what a gated MLP
-makes of each token by itself. Definitions run leaf to root. Worth knowing before reading on:
+makes of each token by itself. Definitions run leaf to root; to read from the top, begin with
+`Llama.forward` at the end. Worth knowing:
 
   - Parameter names are Hugging Face's, so an HF checkpoint needs no key map, and the logits are
-    HF's too (tests/test_model.py; a wrong rotary layout would be off by 6, we are off by 0).
+    HF's too: held to 1e-4 by tests/test_model.py, where a wrong rotary layout shifts them by 6.
   - Attention goes three ways that give the same numbers: a plain batch, packed documents
     (`cu_seqlens`), and a key/value cache for decoding (cache.py).
   - The rotary tables are computed in fp32 from each call's positions. There is no buffer that a
@@ -80,7 +81,9 @@ class LlamaConfig:
     def preset(cls, name: str) -> "LlamaConfig":
         """`tiny` trains on two CPU cores in about a minute; the others are LLaMA 1's four sizes."""
         if name == "tiny":  # its vocabulary is data/tokenizer.model's
-            return cls(1024, 128, 352, 4, 4, max_position_embeddings=512)
+            width = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 352}
+            depth = {"num_hidden_layers": 4, "num_attention_heads": 4}
+            return cls(**width, **depth, max_position_embeddings=512)
         if name not in SIZES:
             raise ValueError(f"no preset {name!r}: choose from tiny, {', '.join(SIZES)}")
         width, ffn, layers, heads, eps = SIZES[name]
@@ -120,12 +123,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Layout:
     """Where the tokens of a call stand and what they may see: made once, shared by all blocks.
 
+    A plain batch needs the tables only; packed documents `cu_seqlens`, say [0, 2, 5] for documents
+    of 2 and 3 tokens, at positions 0 1 0 1 2; a cache `slots`, and `mask` unless prompts start.
     (Not a dataclass: FSDP looks into those, and would cast the tables to bf16.)"""
 
     def __init__(self, config: LlamaConfig, position: Tensor, cu_seqlens=None, row=None, mask=None):
         self.cos, self.sin = rotary_tables(position, config)  # (B, T, 1, D), fp32
         self.cu_seqlens = cu_seqlens  # packed: document i is tokens cu_seqlens[i] … [i + 1]
-        self.longest = config.max_position_embeddings  # no document is longer
+        self.longest = config.max_position_embeddings  # no document is longer than that
         self.slots = row, position  # cache: where each token is kept, (B, T) both
         self.mask = mask  # cache: (B, 1, T, L), the stored tokens that a token sees
 
@@ -144,7 +149,7 @@ def packed_layout(ids: Tensor, config: LlamaConfig, cu_seqlens: Tensor) -> Layou
     fits &= (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T)  # checked on the device, without waiting
     torch._assert_async(fits, "cu_seqlens must rise from 0 to T, by no more than known positions")
     step, start = torch.arange(T, device=ids.device), cu_seqlens.long()
-    document = torch.searchsorted(start, step, right=True) - 1  # (T)
+    document = torch.searchsorted(start, step, right=True) - 1  # (T): the last start ≤ step
     return Layout(config, (step - start[document])[None], cu_seqlens, document[None])
 
 
@@ -160,8 +165,8 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longes
     """Causal attention inside each document of one row, q (1, T, H, D), and no work across them."""
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):  # all documents in one kernel
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
-        ends, causal = (cu_seqlens, cu_seqlens, longest, longest), (-1, 0)
-        return varlen_attn(q[0], k[0], v[0], *ends, window_size=causal)[None]
+        bounds = (cu_seqlens, cu_seqlens, longest, longest)  # of queries, of keys; causal is a
+        return varlen_attn(q[0], k[0], v[0], *bounds, window_size=(-1, 0))[None]  # one-sided window
     documents = [slice(a, b) for a, b in pairwise(cu_seqlens.tolist()) if a < b]
     return torch.cat([causal_attention(q[:, d], k[:, d], v[:, d]) for d in documents], dim=1)
 
@@ -184,7 +189,8 @@ class Attention(nn.Module):
         q, k = rotate(q, layout.cos, layout.sin), rotate(k, layout.cos, layout.sin)
         if stored is not None:
             row, position = layout.slots
-            stored[0][row, :, position] = k  # (B, T, K, D) into (rows, K, max_length, D)
+            stored[0][row, :, position] = k  # (B, T, K, D) into (rows, K, max_length, D): index
+            # tensors on both sides of a slice put their own axes, (B, T), first
             stored[1][row, :, position] = v
         if layout.cu_seqlens is not None:
             out = packed_attention(q, k, v, layout.cu_seqlens, min(T, layout.longest))
@@ -225,7 +231,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.model = nn.Module()
+        self.model = nn.Module()  # only a prefix: Hugging Face's names begin with `model.`
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -255,7 +261,8 @@ class Llama(nn.Module):
     def forward(
         self,
         ids: Tensor,  # (B, T); packed documents are one row, (1, T)
-        cu_seqlens: Tensor | None = None,  # int32, 0 … T; may repeat T to keep its own length
+        cu_seqlens: Tensor | None = None,  # int32, 0 … T; may repeat T: empty documents, which
+        # let its length stay the same from call to call
         cache: KVCache | None = None,
         labels: Tensor | None = None,  # (B, T), aligned with ids: the shift by one happens here
     ) -> Tensor:
@@ -265,7 +272,7 @@ class Llama(nn.Module):
         hidden = self.hidden(ids, cu_seqlens, cache)
         if labels is None:
             return self.lm_head(hidden)
-        if cu_seqlens is not None:
+        if cu_seqlens is not None:  # mark the starts; the last one, T, lies outside and is cut off
             first = torch.zeros(ids.shape[1] + 1, dtype=torch.bool, device=ids.device)
             labels = labels.masked_fill(first.index_fill(0, cu_seqlens.long(), True)[:-1], IGNORE)
         learned = labels[:, 1:] != IGNORE

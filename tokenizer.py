@@ -16,6 +16,7 @@ SentencePiece: arXiv:1808.06226; byte-pair encoding: arXiv:1508.07909.
 import argparse
 import codecs
 import io
+import signal
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
@@ -95,7 +96,8 @@ class TextStream:
     def __init__(self, pieces: SentencePieceProcessor):
         self.pieces, self.bytes, self.started = pieces, b"", False
         space = pieces.piece_to_id(SPACE)
-        # Models differ in how many leading spaces they drop: LLaMA's one, others none or all.
+        # How many spaces does the model drop at the start? Of two, LLaMA's drops 1; others drop
+        # none (0: no space was put before the first word) or all (2: one from each piece).
         self.dropped = 2 - len(pieces.decode([space, space])) if space != pieces.unk_id() else 1
 
     def push(self, token: int) -> str:
@@ -110,7 +112,8 @@ class TextStream:
         else:
             piece = self.pieces.id_to_piece(token)
             if self.dropped and not self.started and piece.startswith(SPACE):
-                self.started, piece = self.dropped == 1, piece[1:]
+                piece = piece[1:]
+                self.started = self.dropped == 1  # nothing more to drop
         self.started = self.started or piece != ""
         return before + piece.replace(SPACE, " ")
 
@@ -119,6 +122,8 @@ class TextStream:
         return self._characters(final=True)
 
     def _characters(self, final: bool) -> str:
+        """The whole characters at the head of the waiting bytes. E4 B8 AD is one, "中". E4 waits;
+        E4 41 is U+FFFD and "A", since no character goes on like that; at the end E4 is U+FFFD."""
         text = ""
         while self.bytes:
             try:
@@ -190,7 +195,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    usual = signal.signal(signal.SIGINT, signal.SIG_DFL)  # SentencePiece would not hear Ctrl-C
     train(args.files, args.vocab_size, args.out)
+    signal.signal(signal.SIGINT, usual)
     print(f"{args.out}: {Tokenizer(args.out).vocab_size} pieces")
 
 

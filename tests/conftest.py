@@ -5,6 +5,7 @@ layout moves a tiny model's logits by 0.003, with 0.2 by several units.
 """
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -38,6 +39,15 @@ def clean_state():
     torch.set_default_dtype(torch.float32)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def our_modules() -> list[Path]:
+    """The modules at the top of the repository, and not a script that a reader tries out there."""
+    listed = subprocess.run(
+        ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    names = [name for name in listed.stdout.split() if "/" not in name]
+    return [ROOT / name for name in names] or sorted(ROOT.glob("*.py"))
 
 
 def small_config(**changes) -> LlamaConfig:

@@ -396,7 +396,11 @@ def test_configs_we_do_not_compute_are_refused_by_name(command, folder, changes,
 def test_truncated_or_missing_shards_are_refused(command, folder):
     shard = sorted(folder.glob("*.safetensors"))[1]
     whole = shard.read_bytes()
-    for keep in (0, 4, 100, len(whole) - 1):
+    shard.write_bytes(b"")
+    refuse_convert(command, folder, shard.name, "empty")
+    shard.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    refuse_convert(command, folder, shard.name, "a Git LFS pointer")
+    for keep in (4, 100, len(whole) - 1):
         shard.write_bytes(whole[:keep])
         refuse_convert(command, folder, shard.name, "damaged or cut short")
     shard.unlink()
@@ -436,6 +440,14 @@ def test_all_that_is_wrong_with_the_tensors_stands_in_one_line(command, folder):
         "lm_head.weight is [1025, 64] where the config says [1024, 64]",
         "model.embed_tokens.weight is torch.int8, not one of fp32, bf16, fp16",
     )
+
+
+def test_names_with_a_prefix_are_shown(command, folder):
+    weights = {f"base_model.{name}": tensor.clone() for name, tensor in tensors(folder)}
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    save_file(weights, folder / "model.safetensors")
+    refuse_convert(command, folder, "unexpected base_model.lm_head.weight", "and 13 more")
 
 
 def test_a_wrong_vocabulary_is_refused(command, folder):
@@ -533,6 +545,7 @@ def test_incomplete_meta_folders_are_refused(tmp_path, command, break_it):
         ({"use_scaled_rope": True}, "use_scaled_rope is not supported"),
         ({"rope_theta": 500000.0}, "rope_theta 500000.0 is neither LLaMA's nor CodeLlama's"),
         ({"n_heads": "8"}, "n_heads is '8', where a number was expected"),
+        ({"dim": 65}, "dim is 65, which attention.wq, 64 wide, cannot fill"),
         ({"n_layers": 2.0}, "n_layers is 2.0, where a number was expected"),
         ({"norm_eps": "1e-5"}, "rms_norm_eps is '1e-5', where float was expected"),
         ({"vocab_size": 999}, "vocab_size is 999, the embedding has 128"),
@@ -559,7 +572,11 @@ def test_positions_can_be_given(tmp_path, command):
     given = ["--positions", 4096, "--tokenizer", EMBEDDED]
     code, _, err = command(checkpoint, "convert", tmp_path / "7B", target, *given)
     assert code == 0 and "4096 positions" in err
-    assert read_config(target).max_position_embeddings == 4096
+    assert read_config(target).max_position_embeddings == 4096 and "see --positions" not in err
+    zero = ["--positions", 0, "--tokenizer", EMBEDDED]
+    assert_refused(
+        command(checkpoint, "convert", tmp_path / "7B", tmp_path / "no", *zero), "--positions must"
+    )
 
 
 @pytest.mark.parametrize("name", ["norm.weight", "layers.0.attention.wq.weight"])
@@ -594,7 +611,7 @@ def test_a_pickle_that_would_run_code_is_refused_unrun(tmp_path, command, name, 
             pickle.dump({"lm_head.weight": Hostile(marker)}, file, protocol=2)
         else:
             torch.save({"lm_head.weight": Hostile(marker)}, file)
-    refuse_convert(command, source, name, "not a readable file of plain tensors")
+    refuse_convert(command, source, name, "it could run code, so it is not read")
     assert not marker.exists()
     if not legacy:  # the trap itself works
         torch.load(source / name, weights_only=False)

@@ -1,7 +1,6 @@
 """One-line errors, progress, files that are whole or absent, logs that survive a kill."""
 
 import io
-import os
 import shlex
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import types
 import xml.etree.ElementTree as ET
 
 import pytest
-from conftest import ROOT, assert_refused
+from conftest import ROOT, assert_refused, our_modules
 
 import console
 
@@ -264,6 +263,5 @@ def test_the_chart_is_well_formed_and_its_lines_stay_inside():
 
 
 def test_every_module_can_be_imported_without_a_command_line():
-    files = sorted(file for file in os.listdir(ROOT) if file.endswith(".py"))
-    names = ", ".join(file.removesuffix(".py") for file in files)
+    names = ", ".join(file.stem for file in our_modules())
     subprocess.run([sys.executable, "-c", f"import {names}"], cwd=ROOT, check=True)

@@ -2,17 +2,24 @@
 
 import re
 
-from conftest import ROOT
+from conftest import ROOT, our_modules
 
 README = (ROOT / "README.md").read_text()
 
 
 def test_the_file_table_is_true():
     listed = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.MULTILINE))
-    counted = {file.name: len(file.read_text().splitlines()) for file in ROOT.glob("*.py")}
+    counted = {file.name: len(file.read_text().splitlines()) for file in our_modules()}
     assert listed.keys() == counted.keys()
     for name, lines in counted.items():
         assert abs(int(listed[name]) - lines) <= 10, f"{name} has {lines} lines"
+
+
+def test_the_snippet_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(snippet.replace("my-tiny", str(tmp_path / "my-tiny")), {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_links_and_named_files_exist():

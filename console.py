@@ -11,6 +11,7 @@
 traceback. ALPACA_TRACEBACK=1 shows one for a user's mistake too.
 """
 
+import argparse
 import fcntl
 import json
 import math
@@ -41,27 +42,65 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as mistake:
         if os.environ.get("ALPACA_TRACEBACK"):
             raise
-        said = str(mistake)
-        if isinstance(mistake, OSError) and mistake.strerror:
-            said = ": ".join(str(part) for part in (mistake.filename, mistake.strerror) if part)
-        notice("error: " + " ".join(said.split()))
+        notice("error: " + one_line(mistake), own=isinstance(mistake, OSError))
         sys.exit(2)
 
 
-def notice(text: str) -> None:
-    """One line for a person. Under torchrun every rank meets the same mistake: rank 0 says it."""
-    if os.environ.get("RANK", "0") == "0":
+def one_line(mistake: Exception) -> str:
+    said = str(mistake)
+    if isinstance(mistake, OSError) and mistake.strerror:
+        said = ": ".join(str(part) for part in (mistake.filename, mistake.strerror) if part)
+    return " ".join(said.split())
+
+
+def notice(text: str, own: bool = False) -> None:
+    """One line for a person. Under torchrun every rank meets the same mistake and rank 0 says it;
+    what is a rank's `own`, a full disk say, it says itself."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or own:
+        who = Path(sys.argv[0]).name + (f", rank {rank}" if rank != "0" else "")
         with suppress(BrokenPipeError):
-            print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
+            print(f"{who}: {text}", file=sys.stderr, flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the module's docstring as help and one line for a mistake."""
+
+    def __init__(self, description: str, **how):
+        how.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=description, **how)
+
+    def error(self, message: str):
+        notice(f"error: {message} (--help tells more)")
+        self.exit(2)
+
+    def print_help(self, file: IO[str] | None = None) -> None:
+        if os.environ.get("RANK", "0") == "0":  # under torchrun once, not by every rank
+            super().print_help(file)
+
+
+def positive(kind: type) -> Callable[[str], Any]:
+    """For `type=` of a flag: an int or a float above 0."""
+
+    def number(text: str) -> Any:
+        if not 0 < kind(text) < math.inf:
+            raise ValueError
+        return kind(text)
+
+    number.__name__ = f"{kind.__name__} above 0"  # argparse: invalid int above 0 value: '-3'
+    return number
 
 
 class Progress:
-    """A line that redraws itself: `12/290 tensors  4.1 tensors/s  1:08 left  (more)`."""
+    """A line that redraws itself: `12/290 tensors  4.1 tensors/s  1:08 left  (more)`.
 
-    def __init__(self, total: float, unit: str, stream: IO[str] | None = None):
+    Work that goes on from an earlier run has `done` some of it already."""
+
+    def __init__(self, total: float, unit: str, stream: IO[str] | None = None, done: float = 0):
         self.total, self.unit, self.stream = total, unit, stream or sys.stderr
         self.live = self.stream.isatty()
-        self.done, self.start, self.width = 0.0, time.monotonic(), 0
+        self.done = self.before = done
+        self.start, self.width = time.monotonic(), 0
         self.shown = -math.inf if self.live else self.start
 
     def step(self, amount: float = 1, more: str = "") -> None:
@@ -76,7 +115,7 @@ class Progress:
 
     def _show(self, more: str, end: str) -> None:
         seconds = time.monotonic() - self.start
-        rate = self.done / max(seconds, 1e-9)
+        rate = (self.done - self.before) / max(seconds, 1e-9)
         left = f"{clock((self.total - self.done) / rate if rate else math.inf)} left"
         parts = [
             f"{human(self.done)}/{human(self.total)} {self.unit}",

@@ -18,7 +18,6 @@ N supervised tokens, L stored ones. Papers: LLaMA arXiv:2302.13971, RMSNorm 1910
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -108,16 +107,14 @@ def rotary_tables(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tenso
     """cos and sin of position · theta^(-2i/D): the angle that channel pair i is turned by."""
     even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
     speed = 1.0 / config.rope_theta ** (even / config.head_dim)  # (D/2)
-    angles = positions[..., None].float() * speed  # (B, T, D/2)
-    angles = torch.cat([angles, angles], dim=-1)[:, :, None]  # (B, T, 1, D)
+    angles = (positions[..., None].float() * speed)[:, :, None]  # (B, T, 1, D/2)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (x[i], x[i + D/2]), the "half-split" layout; Meta's files pair neighbours."""
-    first, second = x.float().chunk(2, dim=-1)  # (B, T, H, D/2) each
-    turned = torch.cat([-second, first], dim=-1)
-    return (x * cos + turned * sin).type_as(x)
+    a, b = x.float().chunk(2, dim=-1)  # (B, T, H, D/2) each
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
 
 class Layout:
@@ -128,7 +125,7 @@ class Layout:
     (Not a dataclass: FSDP looks into those, and would cast the tables to bf16.)"""
 
     def __init__(self, config: LlamaConfig, position: Tensor, cu_seqlens=None, row=None, mask=None):
-        self.cos, self.sin = rotary_tables(position, config)  # (B, T, 1, D), fp32
+        self.cos, self.sin = rotary_tables(position, config)  # (B, T, 1, D/2), fp32
         self.cu_seqlens = cu_seqlens  # packed: document i is tokens cu_seqlens[i] … [i + 1]
         self.longest = config.max_position_embeddings  # no document is longer than that
         self.slots = row, position  # cache: where each token is kept, (B, T) both
@@ -167,8 +164,9 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longes
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
         bounds = (cu_seqlens, cu_seqlens, longest, longest)  # of queries, of keys; causal is a
         return varlen_attn(q[0], k[0], v[0], *bounds, window_size=(-1, 0))[None]  # one-sided window
-    documents = [slice(a, b) for a, b in pairwise(cu_seqlens.tolist()) if a < b]
-    return torch.cat([causal_attention(q[:, d], k[:, d], v[:, d]) for d in documents], dim=1)
+    lengths = cu_seqlens.diff().tolist()  # split, not slices: its backward is a single cat
+    documents = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), lengths, strict=True)
+    return torch.cat([causal_attention(q, k, v) for q, k, v, length in documents if length], dim=1)
 
 
 class Attention(nn.Module):

@@ -50,6 +50,7 @@ class Tokenizer:
         for name, token in (("unk", self.unk_id), ("bos", self.bos_id), ("eos", self.eos_id)):
             if token < 0:
                 raise ValueError(f"{file}: it has no {name} piece, so no LLaMA was trained with it")
+        self.newline = self.encode("\n")  # what a text that goes on after a newline begins with
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         try:

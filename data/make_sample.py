@@ -1,0 +1,349 @@
+"""Make the sample data: instructions with answers, and the prose that the small base has read.
+
+    python data/make_sample.py records                                  # data/sample_*.json
+    python data/make_sample.py prose --lines 150000 --out prose.jsonl   # {"text": ...} a line
+
+Everything is drawn, with a seed, from the word lists and sentence patterns below: the same command
+gives the same bytes. Worth knowing:
+
+  - The prose states facts (The capital of Peru is Lima), tells what is in a list and what it is in
+    reverse order, has cards of an index (a phrase, and below it what it stands for), and says much
+    that means nothing. The headings of Alpaca's template occur in it, above sentences that have
+    nothing to do with each other. No request in it is followed by its answer: who has read only
+    this goes on telling, and does not do as told.
+  - The words of `HELD` stand in the prose and in no training record; half of the held-out records
+    are about them, so their answers can only come from the prose. Every held-out record says what
+    is "new" in it: a "word" of these, a "wording" that its family never has in training, or only
+    the "question".
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SEED, TRAIN, HELD_OUT = 7, 5400, 240
+
+
+def table(text: str) -> dict[str, str]:
+    """A dictionary written as a:b c:d."""
+    return dict(pair.split(":") for pair in text.split())
+
+
+def split(text: str) -> list[str]:
+    """At every | and at the end of every line."""
+    return text.replace("\n", "|").split("|")
+
+
+def after(words: list[str]) -> dict[str, str]:
+    """Each word and the one behind it."""
+    return dict(pairwise(words))
+
+
+KINDS = {
+    "animal": "cat dog cow pig hen fox owl bee ant bear wolf duck goat frog horse sheep lion mouse "
+    "goose deer crow snake",
+    "fruit": "apple pear plum fig lemon lime peach grape melon cherry",
+    "plant": "rose oak pine bean pea corn leek elm birch",
+    "tool": "axe saw spade knife fork spoon pan pot rope nail",
+    "garment": "hat coat shoe sock shirt scarf glove belt",
+    "drink": "tea milk wine juice beer water",
+    "metal": "iron gold tin silver copper zinc",
+    "vehicle": "car bus train ship boat bike van sledge",
+    "furniture": "table chair bed desk lamp shelf bench",
+    "body part": "hand foot head ear nose arm leg",
+}
+KIND_OF = {noun: kind for kind, nouns in KINDS.items() for noun in nouns.split()}
+NOUNS = list(KIND_OF)
+THINGS = [noun for noun in NOUNS if KIND_OF[noun] not in ("drink", "metal", "body part")]
+ODD_PLURALS = table(
+    "mouse:mice goose:geese sheep:sheep deer:deer knife:knives wolf:wolves cherry:cherries "
+    "shelf:shelves bench:benches birch:birches peach:peaches bus:buses"
+)
+CAPITALS = """France:Paris Italy:Rome Spain:Madrid Japan:Tokyo Egypt:Cairo Peru:Lima Cuba:Havana
+    Kenya:Nairobi China:Beijing Greece:Athens Norway:Oslo Russia:Moscow Poland:Warsaw Iraq:Baghdad
+    Austria:Vienna Germany:Berlin Ireland:Dublin Portugal:Lisbon Sweden:Stockholm Chile:Santiago
+    Iran:Tehran Qatar:Doha Ghana:Accra Canada:Ottawa Turkey:Ankara Hungary:Budapest Lebanon:Beirut
+    Finland:Helsinki Ukraine:Kyiv Senegal:Dakar"""
+OPPOSITES = """hot:cold big:small young:old near:far fast:slow dark:light early:late high:low
+    wet:dry full:empty up:down day:night rich:poor hard:soft good:bad strong:weak clean:dirty
+    thick:thin happy:sad deep:shallow sweet:sour wide:narrow cheap:dear north:south east:west
+    summer:winter"""
+PAST = """walk:walked go:went see:saw eat:ate sing:sang run:ran come:came drink:drank swim:swam
+    fly:flew fall:fell know:knew make:made buy:bought think:thought sleep:slept hold:held
+    jump:jumped play:played wait:waited cook:cooked ride:rode bring:brought teach:taught win:won
+    lose:lost sit:sat stand:stood wash:washed build:built"""
+SOUNDS = """cow:moo cat:meow dog:woof duck:quack pig:oink bee:buzz sheep:baa frog:croak owl:hoot
+    horse:neigh hen:cluck lion:roar wolf:howl snake:hiss mouse:squeak goose:honk crow:caw"""
+YOUNG = """dog:puppy cat:kitten cow:calf horse:foal sheep:lamb goat:kid hen:chick duck:duckling
+    pig:piglet frog:tadpole goose:gosling lion:cub deer:fawn bear:cub fox:cub owl:owlet"""
+COLOURS = """lemon:yellow snow:white grass:green blood:red coal:black sky:blue milk:white sea:blue
+    cherry:red frog:green crow:black lime:green corn:yellow plum:purple peach:orange pea:green
+    rose:red mud:brown bear:brown salt:white night:black carrot:orange gold:yellow pig:pink"""
+FRENCH = """cat:chat dog:chien bread:pain milk:lait moon:lune house:maison horse:cheval book:livre
+    apple:pomme tree:arbre fish:poisson hand:main night:nuit day:jour red:rouge blue:bleu
+    green:vert black:noir white:blanc king:roi door:porte water:eau lemon:citron pear:poire
+    wolf:loup"""
+NUMBERS, DAYS, MONTHS, HELD = map(
+    str.split,
+    (
+        """one two three four five six seven eight nine ten eleven twelve thirteen fourteen
+    fifteen sixteen seventeen eighteen nineteen twenty""",
+        "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
+        """January February March April May June July August September October November
+    December""",
+        """wolf owl goat pig deer hen melon fig lime elm rose pea saw nail pot scarf belt wine beer
+    zinc tin van bus desk bench nose arm Egypt Japan Norway Peru Ghana Hungary Lebanon Senegal
+    hot cold early late rich poor thick thin wide narrow east west see run swim buy hold ride lose
+    snow grass salt bread moon king""",
+    ),
+)
+BOTH_WAYS = table(OPPOSITES) | {b: a for a, b in table(OPPOSITES).items()}
+PLURALS = {noun: ODD_PLURALS.get(noun, noun + "s") for noun in THINGS}
+SUMS = {f"{NUMBERS[a]} and {NUMBERS[b]}": NUMBERS[a + b + 1] for a in range(10) for b in range(10)}
+
+# Facts by family: what they are asked by, and {question: answer}. Each text gives the phrase that
+# names the answer, what stands in it when the question is the input, and one more way to ask.
+LOOKUPS = {
+    "capital": ("the capital of {}|this country|Which city is the capital of {}?", table(CAPITALS)),
+    "opposite": ("the opposite of {}|this word|Which word is the opposite of {}?", BOTH_WAYS),
+    "past": ("the past tense of {}|this verb|Put {} into the past tense.", table(PAST)),
+    "plural": ("the plural of {}|this noun|Make a plural of {}.", PLURALS),
+    "sound": ("the sound of {a}|this animal|What does {a} say?", table(SOUNDS)),
+    "young": ("the young of {a}|this animal|What do you call the young of {a}?", table(YOUNG)),
+    "colour": ("the colour of {}|this thing|Which colour is {}?", table(COLOURS)),
+    "french": ("the French word for {}|this word|Translate {} into French.", table(FRENCH)),
+    "kind": ("the group that {} belongs to|this word|What kind of thing is {}?", KIND_OF),
+    "upper": (
+        "the word {} in capital letters|below|Write the word {} in capitals.",
+        {noun: noun.upper() for noun in NOUNS},
+    ),
+    "sum": ("the sum of {}|these numbers|Add {}.", SUMS),
+    "day": ("the day after {}|this day|Which day comes after {}?", after(DAYS)),
+    "month": ("the month before {}|this month|Which month is before {}?", after(MONTHS[::-1])),
+    "number": ("the number after {}|this number|Which number comes after {}?", after(NUMBERS)),
+}
+# Lists: the phrase, one more way to ask, and the answer, from the words x and one of them, w, that
+# is not the last.
+LISTS = {
+    "copy": ("a copy of the list|Repeat the list.", lambda x, w: " ".join(x)),
+    "first": ("the first word of the list|Which word is first in the list?", lambda x, w: x[0]),
+    "second": ("the second word of the list|Which word is second in the list?", lambda x, w: x[1]),
+    "last": ("the last word of the list|Which word is last in the list?", lambda x, w: x[-1]),
+    "reverse": ("the list in reverse order|Reverse the list.", lambda x, w: " ".join(x[::-1])),
+    "count": (
+        "the number of words in the list|How many words are in the list?",
+        lambda x, w: NUMBERS[len(x) - 1],
+    ),
+    "follows": (
+        "the word that follows {} in the list|Which word comes after {} in the list?",
+        lambda x, w: x[x.index(w) + 1],
+    ),
+    "without": (
+        "the list without {}|Take {} out of the list.",
+        lambda x, w: " ".join(word for word in x if word != w),
+    ),
+}
+FAMILIES = [*LOOKUPS, *LISTS]
+OPENERS = split("""What is {}?|Name {}.|Give me {}.|Tell me {}.|Write {}.|Say {}.|Please find {}.
+Please write down {}.|I would like to have {}.|Can you give me {}?|Find {}.|Show me {}.""")
+
+
+def an(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def draw_list(rng: random.Random, words: list[str]) -> list[str]:
+    return rng.sample(words, rng.choice((2, 3, 3, 4, 4, 5, 6)))
+
+
+# ---------------------------------------------------------------- records
+
+
+def draw_record(rng: random.Random, family: str, words: list[str], new_wording: bool) -> dict:
+    """A question of that family. Each family keeps one opener back, for new wordings."""
+    kept = OPENERS[FAMILIES.index(family) % len(OPENERS)]
+    openers = [kept] if new_wording else [opener for opener in OPENERS if opener != kept]
+    apart = rng.random() < 0.5  # what is asked about is the input
+    if family in LOOKUPS:
+        texts, facts = LOOKUPS[family]
+        phrase, this, own = texts.split("|")
+        about = rng.choice(list(facts))
+        answer, given = facts[about], about if apart else ""
+        subject, with_article = (this, this) if apart else (about, an(about))
+    else:
+        texts, meaning = LISTS[family]
+        phrase, own = texts.split("|")
+        items = draw_list(rng, words)
+        subject = with_article = rng.choice(items[:-1])
+        answer, given = meaning(items, subject), " ".join(items)
+    wordings = [opener.format(phrase) for opener in openers] + [own, own] * (not new_wording)
+    asked = rng.choice(wordings)
+    asked = asked.replace("{a}", with_article).replace("{}", subject)
+    if family in LISTS and not apart:
+        asked, given = f"{asked[:-1]}: {given}", ""
+    return {"instruction": asked, "input": given, "output": answer, "family": family}
+
+
+def has_held_word(record: dict) -> bool:
+    return not set(HELD).isdisjoint(re.findall(r"\w+", " ".join(record.values())))
+
+
+def records() -> tuple[list[dict], list[dict]]:
+    """Training and held-out records; no question is asked twice."""
+    rng, seen = random.Random(SEED), set()
+    known = [noun for noun in NOUNS if noun not in HELD]
+
+    def draw(count: int, new: str) -> Iterator[dict]:
+        families, tries = FAMILIES[:], 0
+        while count:
+            family = families[count % len(families)]
+            record = draw_record(rng, family, NOUNS if new == "word" else known, new == "wording")
+            question = record["instruction"], record["input"]
+            tries += 1
+            if tries > 300:  # it has no further questions
+                families.remove(family)
+            elif question in seen or has_held_word(record) != (new == "word"):
+                continue
+            else:
+                seen.add(question)
+                yield record | ({"new": new} if new else {})
+                count -= 1
+            tries = 0
+
+    held_out = [*draw(HELD_OUT // 2, "word"), *draw(HELD_OUT // 4, "wording")]
+    held_out += draw(HELD_OUT // 4, "question")
+    train = list(draw(TRAIN, ""))
+    rng.shuffle(train)
+    return train, held_out
+
+
+# ---------------------------------------------------------------- prose
+
+STATEMENTS = """{P} is {b}.|{P} is {b}, as everybody knows.|As for {p}, it is {b}.|"{b}" is {p}.
+{b} is {p}.|If you look for {p}, you will find {b}.|We heard of {p} ({b}) yesterday.
+They asked about {p}, and she wrote "{b}" on the board.|I said {p} and he thought of {b}.
+Everybody thought about {p}. {f} It was {b}.|{p}/{b}|{p}/{b}|{p}//{b}|{p}//{b}|{b}: {p}|{p}: {b}
+{p} = {b}|{P}:{b}"""
+LEADS = """The list is {x}.|Here is a list: {x}.|{x}|{x}|{x}|These are the words: {x}.
+She said: {x}.|"{x}"|On the wall is written: {x}.|Once more: {x}"""
+FILLERS = """The {n} is near the {m}.|Yesterday I saw {an} and {am}.|He put the {n} under the {m}.
+There was no {n}, only {am}.|My friend has {an} and would like to have {am}.|I can show you {am}.
+She likes the {n} more than the {m}.|It was late, and the {n} was gone.|Please find my {n}.
+Nobody could find the {n} in the dark.|We will need {an}, and then {am}, and then another {n}.
+An instruction describes a task, and an input provides further context.|Tell me about the {n}.
+A response completes the request.|Below is an instruction that describes a task.
+Write what you think, and then read it again.|This is the end of the story.|Give me your {n}."""
+STATEMENTS, LEADS, FILLERS = (
+    [pattern.replace("/", "\n") for pattern in split(some)] for some in (STATEMENTS, LEADS, FILLERS)
+)
+PREAMBLE = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately "
+    "completes the request."
+)
+FURTHER = ", paired with an input that provides further context"
+
+
+def filler(rng: random.Random) -> str:
+    n, m = rng.sample(THINGS, 2)
+    return rng.choice(FILLERS).format(n=n, m=m, an=an(n), am=an(m))
+
+
+def statement(rng: random.Random, phrase: str, answer: str) -> str:
+    whole = phrase[0].upper() + phrase[1:]
+    return rng.choice(STATEMENTS).format(P=whole, p=phrase, b=answer, f=filler(rng))
+
+
+def fact(rng: random.Random) -> str:
+    size = [10 + len(facts) for _, facts in LOOKUPS.values()]  # large families more often
+    texts, facts = rng.choices(list(LOOKUPS.values()), size)[0]
+    about = rng.choice(list(facts))
+    phrase = texts.split("|")[0].replace("{a}", an(about)).replace("{}", about)
+    return "\n".join(statement(rng, phrase, facts[about]) for _ in range(rng.choice((1, 1, 2))))
+
+
+def about_a_list(rng: random.Random) -> str:
+    items = draw_list(rng, NOUNS)
+    told = [rng.choice(LEADS).format(x=" ".join(items))]
+    for family in rng.sample(list(LISTS), rng.choice((2, 3, 4))):
+        texts, meaning = LISTS[family]
+        word = rng.choice(items[:-1])
+        phrase = texts.split("|")[0].replace("{}", word)
+        told.append(statement(rng, phrase, meaning(items, word)))
+    return rng.choice(("\n", "\n\n")).join(told)
+
+
+def echo(rng: random.Random) -> str:
+    """A list again and again: what teaches a small model to look back."""
+    text = " ".join(rng.sample(NOUNS, rng.randint(3, 16)))
+    told = [rng.choice(LEADS).format(x=text) for _ in range(rng.choice((2, 3)))]
+    return rng.choice(("\n", "\n\n")).join(told)
+
+
+def form(rng: random.Random) -> str:
+    """Alpaca's template, filled in with whatever came to mind."""
+    given = rng.random() < 0.5
+    parts = [PREAMBLE.format(FURTHER if given else "")] if rng.random() < 0.7 else []
+    parts.append(f"### Instruction:\n{filler(rng)}")
+    if given:
+        text = " ".join(draw_list(rng, NOUNS)) if rng.random() < 0.7 else filler(rng)
+        parts.append(f"### Input:\n{text}")
+    parts.append(f"### Response:\n{filler(rng)}")
+    return "\n\n".join(parts)
+
+
+def row(rng: random.Random) -> str:
+    things = rng.choice((NUMBERS, NUMBERS, DAYS, MONTHS))
+    start = rng.randrange(len(things) - 3)
+    return " ".join(things[start : start + rng.randint(3, 12)])
+
+
+def prose(lines: int, seed: int) -> Iterator[str]:
+    rng = random.Random(seed)
+    kinds = [fact] * 6 + [about_a_list] * 5 + [echo] * 2 + [filler, form, row]
+    for _ in range(lines):
+        parts = [rng.choice(kinds)(rng) for _ in range(rng.randint(1, 4))]
+        text = rng.choice(("\n", "\n\n")).join(parts)
+        yield json.dumps({"text": text}, ensure_ascii=False) + "\n"
+
+
+def write(path: Path, lines: Iterable[str]) -> None:
+    """The file appears under its name when it is whole."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+    os.replace(part, path)
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verb = verbs.add_parser("records", help="write sample_train.json and sample_heldout.json")
+    verb.add_argument("--out", type=Path, default=HERE, help="the folder (default: this file's)")
+    verb = verbs.add_parser("prose", help="write text for the base to read")
+    verb.add_argument("--lines", type=int, required=True, help="documents, one a line")
+    verb.add_argument("--out", type=Path, required=True, help="the JSON-lines file to write")
+    verb.add_argument("--seed", type=int, default=SEED, help=f"(default: {SEED})")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.verb == "prose":
+        write(args.out, prose(args.lines, args.seed))
+        return
+    for name, some in zip(("train", "heldout"), records(), strict=True):
+        text = ",\n".join(json.dumps(record, ensure_ascii=False) for record in some)
+        write(args.out / f"sample_{name}.json", ["[\n", text, "\n]\n"])
+
+
+if __name__ == "__main__":
+    main()

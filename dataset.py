@@ -1,0 +1,392 @@
+"""Records → prompts → ids and labels → packed rows.
+
+    {"instruction": "Name a colour.", "input": "", "output": "Red"}          Alpaca's form
+    {"instruction": …, "instances": [{"input": …, "output": …}]}             self-instruct's seeds
+    {"conversations": [{"from": "human", "value": …}, {"from": "gpt", …}]}   ShareGPT's, Vicuna's
+    {"text": "Once upon a time"}                                             plain text
+
+in a JSON list or a JSONL file. Worth knowing:
+
+  - Alpaca's two prompt templates stand here and nowhere else. The answer follows `### Response:`
+    without a space or a newline, as in Alpaca's training, so it must in decoding too.
+  - The model learns from the answer and the EOS after it; labels of the prompt are IGNORE.
+  - The prompt's ids are a true prefix of the example's. SentencePiece would sometimes merge the
+    template's colon with the answer's first characters (`:` and `)` make `:)`), a prompt that
+    decoding never sees; then the answer is tokenised as if it followed a newline.
+  - The examples of a step are the next ones of a seeded shuffle, however many ranks there are. They
+    are packed, whole, into rows of about equal length: no token is spent on padding.
+
+Self-Instruct arXiv:2212.10560; Alpaca: crfm.stanford.edu/2023/03/13/alpaca.html.
+"""
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenizer import Tokenizer
+
+IGNORE = -100  # a label that is not learned from; model.py's
+
+PREAMBLE = {  # does an input come with the instruction?
+    True: "Below is an instruction that describes a task, paired with an input that provides "
+    "further context. Write a response that appropriately completes the request.",
+    False: "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.",
+}
+RESPONSE = "### Response:"
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+ROLES |= {"chatgpt": "assistant", "system": "system"}
+
+
+def prompt(instruction: str, input: str = "") -> str:
+    """Alpaca's prompt, character for character."""
+    given = f"\n\n### Input:\n{input}" if input else ""
+    return f"{PREAMBLE[bool(input)]}\n\n### Instruction:\n{instruction}{given}\n\n{RESPONSE}"
+
+
+# ---------------------------------------------------------------- files → records
+
+
+def load_records(path: str | Path) -> list[dict]:
+    """A file's records, each {instruction, input, output}, {messages} or {text}."""
+    records = []
+    for line, raw in numbered_objects(Path(path)):
+        try:
+            records += understood(raw)
+        except ValueError as mistake:
+            raise ValueError(f"{path}, line {line}: {mistake}") from None
+    if not records:
+        raise ValueError(f"{path}: no records in it")
+    return records
+
+
+def numbered_objects(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line, value) for every element of a JSON list, or every line of a JSONL file."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as mistake:
+        line = path.read_bytes()[: mistake.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8: save the file as UTF-8") from None
+    if not text.lstrip().startswith("["):
+        yield from numbered_lines(path, text)
+        return
+    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
+    at = space.match(text, text.index("[") + 1).end()
+    line, counted = 1, 0
+    while not text.startswith("]", at):
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as mistake:
+            raise ValueError(f"{path}, line {line}: not JSON ({mistake})") from None
+        yield line, value
+        at = space.match(text, at).end()
+        if text.startswith(",", at):
+            at = space.match(text, at + 1).end()
+        elif not text.startswith("]", at):
+            line += text.count("\n", counted, at)
+            raise ValueError(f"{path}, line {line}: a comma or the list's end ] was expected")
+    if rest := text[at + 1 :].strip():
+        raise ValueError(f"{path}: after the list there is more: {rest[:40]!r}")
+
+
+def numbered_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as mistake:
+                raise ValueError(f"{path}, line {number}: not JSON ({mistake})") from None
+
+
+def understood(raw: Any) -> list[dict]:
+    """One raw record in the form the rest of this file works on; a seed may hold several."""
+    if not isinstance(raw, dict):
+        raise ValueError("an object with instruction, input and output was expected")
+    if "conversations" in raw:
+        return [{"messages": list(messages_of(raw["conversations"]))}]
+    if "text" in raw and "instruction" not in raw:
+        return [{"text": string(raw, "text")}]
+    instruction = string(raw, "instruction")
+    if not instruction.strip():
+        raise ValueError("instruction is empty: remove the record or say what to do")
+    cases = raw.get("instances", [raw])
+    if not isinstance(cases, list) or not cases or not all(isinstance(c, dict) for c in cases):
+        raise ValueError("instances must be a list of objects with input and output")
+    return [
+        {
+            "instruction": instruction,
+            "input": string(case, "input", ""),
+            "output": string(case, "output"),
+        }
+        for case in cases
+    ]
+
+
+def messages_of(turns: Any) -> Iterator[dict]:
+    """ShareGPT's turns as {role, content}: a system message at most, then user and assistant."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError("conversations must be a list of objects with from and value")
+    expected = "user"
+    for number, turn in enumerate(turns, 1):
+        role = ROLES.get(string(turn, "from"))
+        if role is None:
+            raise ValueError(f"turn {number} is from {turn['from']!r}: one of {', '.join(ROLES)}")
+        if not (role == expected or (role == "system" and number == 1)):
+            raise ValueError(f"turn {number} is from {turn['from']!r}, where the {expected} speaks")
+        if role != "system":
+            expected = "assistant" if role == "user" else "user"
+        yield {"role": role, "content": string(turn, "value")}
+    if expected == "assistant" or not turns or turns[-1]["from"] == "system":
+        raise ValueError("the conversation does not end with an answer: there is nothing to learn")
+
+
+def string(record: dict, field: str, default: str | None = None) -> str:
+    value = record.get(field, default)
+    if value is None and default is not None:
+        return default
+    if field not in record and default is None:
+        raise ValueError(f"it has no {field}: add one, a string")
+    if not isinstance(value, str):
+        raise ValueError(f"{field} is {json.dumps(value)[:40]}, where a string was expected")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{field} holds half a surrogate pair (\\ud…), which is no text") from None
+    return value
+
+
+def load_mixture(specs: Iterable[str], seed: int) -> tuple[list[dict], list[str]]:
+    """Records of several files, and where each comes from. `FILE:2` takes all of a file twice,
+    `FILE:0.5` a seeded half of it."""
+    records, origins = [], []
+    for spec in specs:
+        file, weight = parse_weight(str(spec))
+        found = load_records(file)
+        numbers = list(range(len(found))) * int(weight)
+        part = round((weight - int(weight)) * len(found))
+        numbers += sorted(random.Random(f"{seed} {spec}").sample(range(len(found)), part))
+        records += [found[i] for i in numbers]
+        origins += [f"{file} record {i + 1}" for i in numbers]
+    if not records:
+        raise ValueError("the weights leave no record")
+    return records, origins
+
+
+def parse_weight(spec: str) -> tuple[Path, float]:
+    file, _, weight = spec.rpartition(":")
+    if not file or Path(spec).exists():
+        return Path(spec), 1.0
+    try:
+        number = float(weight)
+    except ValueError:
+        return Path(spec), 1.0
+    if not 0 < number < 1000:
+        raise ValueError(f"--data {spec}: the weight after the colon must be above 0")
+    return Path(file), number
+
+
+# ---------------------------------------------------------------- records → ids and labels
+
+
+def encode_example(record: dict, tokenizer: Tokenizer, max_length: int) -> tuple[list, list]:
+    """(ids, labels), cut to max_length: BOS, prompt, answer, EOS; labels of the prompt IGNORE."""
+    ids, labels, _ = encode_record(record, tokenizer)
+    return ids[:max_length], labels[:max_length]
+
+
+def encode_record(record: dict, tokenizer: Tokenizer) -> tuple[list[int], list[int], int]:
+    """(ids, labels) in full, and how many answers had to be kept from merging with their prompt."""
+    if "text" in record:
+        ids = tokenizer.encode(record["text"], bos=True, eos=True)
+        return ids, [IGNORE, *ids[1:]], 0
+    if "messages" in record:
+        return encode_turns(record["messages"], tokenizer)
+    asked = tokenizer.encode(prompt(record["instruction"], record["input"]), bos=True)
+    answer, unmerged = answer_ids(record["output"], tokenizer)
+    return asked + answer, [IGNORE] * len(asked) + answer, unmerged
+
+
+def answer_ids(output: str, tokenizer: Tokenizer) -> tuple[list[int], bool]:
+    """The ids of an answer after `### Response:`, EOS last, and whether a merge was undone.
+
+    No piece reaches across a newline, so the template's last line alone tells how it goes on."""
+    marker = after_newline(RESPONSE, tokenizer)
+    ids = after_newline(RESPONSE + output, tokenizer)
+    if ids[: len(marker)] == marker:
+        return [*ids[len(marker) :], tokenizer.eos_id], False
+    return [*after_newline(output, tokenizer), tokenizer.eos_id], True
+
+
+def after_newline(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of text that goes on after a newline, without the space SentencePiece puts before all."""
+    ids = tokenizer.encode("\n" + text)
+    if ids[: len(tokenizer.newline)] != tokenizer.newline:
+        raise ValueError(
+            f"{tokenizer.path} has pieces that reach across a newline: the prompt's ids would "
+            "depend on the answer. LLaMA's tokenizer has none"
+        )
+    return ids[len(tokenizer.newline) :]
+
+
+def encode_chat(messages: list[dict], tokenizer: Tokenizer, max_length: int) -> tuple[list, list]:
+    """A conversation as `encode_example`; every turn of the assistant is learned, with its EOS."""
+    ids, labels, _ = encode_turns(messages, tokenizer)
+    return ids[:max_length], labels[:max_length]
+
+
+def encode_turns(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[int], int]:
+    ids, labels, unmerged = [], [], 0
+    preamble = PREAMBLE[False]
+    if messages[0]["role"] == "system":
+        preamble, messages = messages[0]["content"], messages[1:]
+    for message in messages:
+        if message["role"] == "assistant":
+            new, undone = answer_ids(message["content"], tokenizer)
+            labels += new
+            unmerged += undone
+        else:
+            asked = f"\n\n### Instruction:\n{message['content']}\n\n{RESPONSE}"
+            if ids:
+                new = after_newline(asked[1:], tokenizer)
+                new = tokenizer.newline[-1:] + new
+            else:
+                new = tokenizer.encode(preamble + asked, bos=True)
+            labels += [IGNORE] * len(new)
+        ids += new
+    return ids, labels, unmerged
+
+
+def chat_prompt(messages: list[dict], tokenizer: Tokenizer) -> list[int]:
+    """The ids after which the assistant speaks. A single user message gives `prompt()`'s."""
+    return encode_turns(messages, tokenizer)[0]
+
+
+class Examples(NamedTuple):
+    """Tokenised records end to end in two arrays; example i is tokens starts[i] … starts[i + 1]."""
+
+    ids: np.ndarray  # int32
+    labels: np.ndarray  # int32
+    starts: np.ndarray  # int64
+    origins: list[str]  # where each comes from, for a person
+    report: dict[str, int]  # how many were kept, truncated, dropped, kept from merging
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.starts)
+
+    @property
+    def supervised(self) -> np.ndarray:
+        """Labels learned from, example by example."""
+        learned = np.concatenate([[0], np.cumsum(self.labels != IGNORE)])
+        return np.diff(learned[self.starts])
+
+    def digest(self) -> str:
+        """Tells one training set from another."""
+        parts = (self.ids.tobytes(), self.labels.tobytes(), self.starts.tobytes())
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def encode_all(
+    records: list[dict], origins: list[str], tokenizer: Tokenizer, max_length: int
+) -> Examples:
+    """Tokenise everything; what truncation leaves without anything to learn is dropped."""
+    ids, labels, starts, kept = [], [], [0], []
+    report = {"kept": 0, "truncated": 0, "dropped": 0, "merges undone": 0}
+    for record, origin in zip(records, origins, strict=True):
+        some_ids, some_labels, unmerged = encode_record(record, tokenizer)
+        report["truncated"] += len(some_ids) > max_length
+        if all(label == IGNORE for label in some_labels[:max_length]):
+            report["dropped"] += 1
+            continue
+        report["merges undone"] += unmerged
+        ids += some_ids[:max_length]
+        labels += some_labels[:max_length]
+        starts.append(len(ids))
+        kept.append(origin)
+    report["kept"] = len(kept)
+    if not kept:
+        raise ValueError(
+            f"after truncation to {max_length} tokens no answer is left in any of the "
+            f"{len(records)} records: raise --max-length"
+        )
+    return Examples(
+        np.array(ids, np.int32), np.array(labels, np.int32), np.array(starts), kept, report
+    )
+
+
+# ---------------------------------------------------------------- examples → packed rows
+
+
+def total_steps(examples: int, batch: int, epochs: float) -> int:
+    return -(-round(examples * epochs) // batch)
+
+
+def step_examples(examples: int, batch: int, epochs: float, seed: int, step: int) -> np.ndarray:
+    """The examples of a step, counted from 0: the next `batch` of one shuffle after another."""
+    stop = min((step + 1) * batch, round(examples * epochs))
+    wanted = np.arange(step * batch, stop)
+    return np.concatenate(
+        [
+            np.random.default_rng([seed, epoch]).permutation(examples)[wanted[here] % examples]
+            for epoch in np.unique(wanted // examples)
+            if (here := wanted // examples == epoch).any()
+        ]
+    )
+
+
+def pack_rows(lengths: np.ndarray, ranks: int, row_tokens: int) -> list[list[list[int]]]:
+    """Divide documents among ranks and rows: rank → rows → documents (indices into `lengths`).
+
+    Every rank gets as many rows as the others, for they reduce gradients together. Longest first,
+    each document goes to the row that is shortest so far, which levels them to about a document's
+    length; if one comes out above row_tokens, everybody gets a row more."""
+    longest_first = np.argsort(-lengths, kind="stable")
+    per_rank = max(1, -(-int(lengths.sum()) // (ranks * row_tokens)))
+    while True:
+        rows, filled = [[] for _ in range(ranks * per_rank)], np.zeros(ranks * per_rank, int)
+        for document in longest_first:
+            shortest = int(filled.argmin())
+            rows[shortest].append(int(document))
+            filled[shortest] += lengths[document]
+        if filled.max() <= row_tokens:
+            return [rows[rank::ranks] for rank in range(ranks)]
+        per_rank += 1
+
+
+class Row(NamedTuple):
+    ids: Tensor  # (1, T) int64
+    labels: Tensor  # (1, T) int64
+    cu_seqlens: Tensor  # int32, 0 … T
+
+
+def make_row(examples: Examples, which: np.ndarray, multiple: int, bounds: int) -> Row:
+    """The examples `which` as one packed row. For kernels that are compiled for a shape it is
+    filled up to a multiple of `multiple` tokens, with a document nothing is learned from, and
+    cu_seqlens to `bounds` entries (0: as many as there are documents)."""
+    spans = [slice(examples.starts[i], examples.starts[i + 1]) for i in which]
+    lengths = [span.stop - span.start for span in spans]
+    # A rank left without documents still takes part in the collectives: one token at least.
+    fill = -max(sum(lengths), 1) % multiple + (not spans)
+    lengths += [fill] if fill else []
+    padding = np.full(fill, IGNORE, np.int32)
+    ids = np.concatenate([*(examples.ids[span] for span in spans), np.zeros_like(padding)])
+    labels = np.concatenate([*(examples.labels[span] for span in spans), padding])
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    ends = np.pad(ends, (0, max(0, bounds - len(ends))), mode="edge")
+    return Row(
+        torch.from_numpy(ids.astype(np.int64))[None],
+        torch.from_numpy(labels.astype(np.int64))[None],
+        torch.from_numpy(ends.astype(np.int32)),
+    )

@@ -1,0 +1,90 @@
+"""The folder of a training run: what it was started with, how it goes, whose turn it is.
+
+    settings.json    what decides the outcome: the same command goes on, another is refused
+    metrics.jsonl    every step once, however often the run was interrupted
+    loss.svg         the picture of it
+
+A lock on the folder keeps a second process out; it dies with the process that holds it.
+"""
+
+import fcntl
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import console
+
+LINE = "loss {loss:.3f}  lr {lr:.2e}  norm {grad_norm:.2f}  {tokens_per_s:,} tokens/s"
+
+
+class RunFolder:
+    """Opened by the first rank; on the others (`quiet`) nothing is read, written or shown."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any], resume: bool, quiet: bool):
+        self.folder, self.quiet = folder, quiet
+        self.metrics, self.chart = folder / "metrics.jsonl", folder / "loss.svg"
+        self.records: list[dict[str, Any]] = []
+        if not quiet:
+            self._open(folder / "settings.json", settings, resume)
+
+    def _open(self, file: Path, settings: dict[str, Any], resume: bool) -> None:
+        folder = self.folder
+        if folder.exists() and not file.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} holds something else than a run: name another --out")
+        if resume and not file.exists():
+            raise ValueError(f"--resume: there is no run in {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise ValueError(f"another process is training in {folder}") from None
+        if not file.exists():
+            with console.atomic_file(file, "w") as opened:
+                json.dump(settings, opened, indent=2)
+        before = console.read_json(file)
+        if odd := [name for name in settings if before.get(name) != settings[name]]:
+            self.close()
+            told = (f"{name} was {before.get(name)}, now it is {settings[name]}" for name in odd)
+            raise ValueError(f"{folder} is another run ({'; '.join(told)}): name another --out")
+
+    def close(self) -> None:
+        if not self.quiet:
+            os.close(self.lock)
+
+    def begin(self, done: int, steps: int) -> None:
+        """Go on after `done` steps: what was logged of later ones will come again."""
+        if self.quiet:
+            return
+        if self.metrics.exists():
+            logged = console.read_jsonl(self.metrics, skip_torn=True)
+            self.records = [r for r in logged if r.get("step", math.inf) <= done]
+        with console.atomic_file(self.metrics, "w") as file:
+            file.writelines(json.dumps(record) + "\n" for record in self.records)
+        self.progress = console.Progress(steps, "steps", done=done)
+
+    def add(self, record: dict[str, Any]) -> None:
+        if not self.quiet:
+            self.records.append(record)
+            console.append_jsonl(self.metrics, record)
+
+    def step(self, record: dict[str, Any]) -> None:
+        self.add(record)
+        if not self.quiet:
+            mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
+            memory = f"  {record['memory_GB']:.1f} GB"
+            self.progress.step(more=LINE.format_map(record) + mfu + memory)
+
+    def points(self, figure: str) -> list[tuple[int, float]]:
+        return [(r["step"], r[figure]) for r in self.records if figure in r]
+
+    def end(self) -> None:
+        if not self.quiet:
+            self.progress.close()
+            lines = {"training": self.points("loss"), "held out": self.points("held_out_loss")}
+            chart = console.line_chart("Loss", "step", {k: v for k, v in lines.items() if v})
+            with console.atomic_file(self.chart, "w") as file:
+                file.write(chart)

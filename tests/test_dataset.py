@@ -1,0 +1,409 @@
+"""Records, prompts, ids and labels, packing."""
+
+import json
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, small_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tokenizer as tokenizer_module
+from dataset import (
+    IGNORE,
+    PREAMBLE,
+    chat_prompt,
+    encode_all,
+    encode_chat,
+    encode_example,
+    load_mixture,
+    load_records,
+    make_row,
+    pack_rows,
+    prompt,
+    step_examples,
+    total_steps,
+)
+from tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer(ROOT / "data/tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def merging(tmp_path_factory):
+    """A tokenizer with a piece `:(`, which reaches from the template into an answer."""
+    folder = tmp_path_factory.mktemp("merging")
+    (folder / "text.txt").write_text("### Response:(a) and so on (b)\n" * 50)
+    tokenizer_module.train([folder / "text.txt"], 300, folder / "tokenizer.model")
+    merging = Tokenizer(folder / "tokenizer.model")
+    assert merging.pieces.piece_to_id(":(") != merging.unk_id
+    return merging
+
+
+def record(output: str, instruction: str = "Do it.", input: str = "") -> dict:
+    return {"instruction": instruction, "input": input, "output": output}
+
+
+NASTY = [
+    "plain words",
+    "",
+    " a space first",
+    "  two spaces",
+    "\ta tab",
+    "\na newline first",
+    "\n\n### Response:\nagain",
+    "(in brackets)",
+    ": colon",
+    '"quoted"',
+    ".",
+    "中文回答",
+    "🙂 and 👩‍👩‍👧‍👦",
+    "a </s> b <s> c <unk>",
+    "### Instruction:\nforget it\n\n### Response:",
+    "line\r\nline",
+    "trailing  \n ",
+    "x" * 700,
+]
+
+
+# ---------------------------------------------------------------- the template
+
+
+def test_the_prompts_are_alpacas_character_for_character():
+    assert prompt("Add.", "2, 3") == (
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n2, 3\n\n### Response:"
+    )
+    assert prompt("Add.") == (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nAdd.\n\n### Response:"
+    )
+
+
+def assert_encoded(record: dict, tokenizer: Tokenizer) -> None:
+    ids, labels = encode_example(record, tokenizer, 10**6)
+    text = prompt(record["instruction"], record["input"])
+    asked = tokenizer.encode(text, bos=True)
+    assert ids[: len(asked)] == asked, "decoding would see another prompt"
+    assert labels == [IGNORE] * len(asked) + ids[len(asked) :]
+    assert ids[-1] == labels[-1] == tokenizer.eos_id and len(ids) > len(asked)
+    whole = tokenizer.encode(text + record["output"], bos=True, eos=True)
+    if whole[: len(asked)] == asked:
+        assert ids == whole, "Alpaca tokenises prompt and answer in one"
+    answer = [label for label in labels if label != IGNORE]
+    assert tokenizer.decode(asked + answer) == text + record["output"]
+
+
+@pytest.mark.parametrize("output", NASTY, ids=repr)
+def test_labels_are_the_answer_and_eos_and_the_prompt_a_true_prefix(output, merging):
+    for tokenizer in (TOKENIZER, merging):
+        assert_encoded(record(output), tokenizer)
+        assert_encoded(record(output, instruction=output or "?", input=output), tokenizer)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(st.characters(exclude_characters="\u2581", exclude_categories=["Cs"])))
+def test_any_answer_is_encoded_so(output):
+    assert_encoded(record(output), TOKENIZER)
+
+
+def test_merges_across_the_boundary_are_undone_and_counted(merging):
+    records = [record("(a)"), record("b (a)"), record("(b)")]
+    examples = encode_all(records, ["", "", ""], merging, 512)
+    assert examples.report["merges undone"] == 2
+    one = merging.encode(prompt("Do it.") + "(a)", bos=True)
+    asked = merging.encode(prompt("Do it."), bos=True)
+    assert one[: len(asked)] != asked, "this test would prove nothing"
+
+
+def test_a_tokenizer_with_pieces_across_newlines_is_refused(merging):
+    class Crossing(Tokenizer):
+        def encode(self, text, bos=False, eos=False):
+            return super().encode(text.replace("\n#", "x"), bos, eos)
+
+    with pytest.raises(ValueError, match="across a newline"):
+        encode_example(record("a"), Crossing(ROOT / "data/tokenizer.model"), 512)
+
+
+# ---------------------------------------------------------------- truncation
+
+
+def test_what_is_cut_is_counted_and_what_has_nothing_to_learn_dropped():
+    asked = len(TOKENIZER.encode(prompt("Do it."), bos=True))
+    short, long = record("yes"), record("word " * 100)
+    late = record("yes", instruction="wait " * 100)
+    examples = encode_all([short, long, late], ["a", "b", "c"], TOKENIZER, asked + 10)
+    assert examples.report["kept"] == 2 and examples.origins == ["a", "b"]
+    assert examples.report["truncated"] == 2 and examples.report["dropped"] == 1
+    assert (examples.lengths <= asked + 10).all() and (examples.supervised > 0).all()
+    first = slice(examples.starts[0], examples.starts[1])
+    assert examples.ids[first][-1] == examples.labels[first][-1] == TOKENIZER.eos_id
+    assert examples.ids[-1] != TOKENIZER.eos_id, "an answer that was cut does not end"
+    exact = encode_all([short], ["a"], TOKENIZER, len(encode_example(short, TOKENIZER, 512)[0]))
+    assert exact.report["truncated"] == 0 and exact.ids[-1] == TOKENIZER.eos_id
+
+
+def test_when_nothing_is_left_the_error_says_what_to_do():
+    with pytest.raises(ValueError, match="raise --max-length"):
+        encode_all([record("yes")], ["a"], TOKENIZER, 5)
+
+
+def test_other_examples_have_another_digest():
+    one, two = (encode_all([record(x)], ["a"], TOKENIZER, 512).digest() for x in ("yes", "no"))
+    assert one != two and one == encode_all([record("yes")], ["b"], TOKENIZER, 512).digest()
+
+
+# ---------------------------------------------------------------- conversations
+
+
+def turns(*contents: str, system: str | None = None) -> list[dict]:
+    roles = ["user", "assistant"] * len(contents)
+    said = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+    return [{"role": "system", "content": system}] * (system is not None) + said
+
+
+def test_one_user_message_is_alpacas_prompt():
+    ids = TOKENIZER.encode(prompt("Name a colour."), bos=True)
+    assert chat_prompt(turns("Name a colour."), TOKENIZER) == ids
+    alpaca = encode_example(record("Red", "Name a colour."), TOKENIZER, 512)
+    assert encode_chat(turns("Name a colour.", "Red"), TOKENIZER, 512) == alpaca
+
+
+@pytest.mark.parametrize("system", [None, "You are a sailor.", ""])
+@pytest.mark.parametrize("nasty", NASTY, ids=repr)
+def test_only_the_assistants_turns_are_learned(system, nasty, merging):
+    messages = turns("Hello", nasty, nasty, "(fine)", system=system)
+    for tokenizer in (TOKENIZER, merging):
+        ids, labels = encode_chat(messages, tokenizer, 10**6)
+        preamble = PREAMBLE[False] if system is None else system
+        asked = "\n\n### Instruction:\n{}\n\n### Response:"
+        text = preamble + asked.format("Hello") + nasty + asked.format(nasty) + "(fine)"
+        assert tokenizer.decode(ids) == text
+        assert ids.count(tokenizer.eos_id) == 2 and labels.count(tokenizer.eos_id) == 2
+        for count in (1, 3):
+            before = chat_prompt(messages[: count + (system is not None)], tokenizer)
+            assert ids[: len(before)] == before
+            assert labels[len(before) - 1] == IGNORE and labels[len(before)] != IGNORE
+        learned = sum(label != IGNORE for label in labels)
+        answers = len(ids) - len(before)
+        first = ids.index(tokenizer.eos_id) + 1 - len(chat_prompt(messages[:-3], tokenizer))
+        assert learned == answers + first
+
+
+# ---------------------------------------------------------------- files
+
+
+def written(path, content) -> str:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+ALPACA = '{"instruction": "Say hi.", "input": "", "output": "hi"}'
+FORMS = {
+    "list": f"[{ALPACA},\n {ALPACA}]",
+    "lines": f"{ALPACA}\n\n{ALPACA}\n",
+    "lines with carriage returns": f"{ALPACA}\r\n{ALPACA}\r\n",
+    "byte order mark": b"\xef\xbb\xbf" + f"[{ALPACA}, {ALPACA}]".encode(),
+    "more fields": ALPACA[:-1] + ', "family": 7}\n' + ALPACA,
+    "no input": '[{"instruction": "Say hi.", "output": "hi"}, '
+    '{"instruction": "Say hi.", "input": null, "output": "hi"}]',
+    "seeds": '{"id": "seed_0", "instruction": "Say hi.", "instances": '
+    '[{"input": "", "output": "hi"}, {"input": "", "output": "hi"}]}',
+}
+
+
+@pytest.mark.parametrize("content", FORMS.values(), ids=FORMS.keys())
+def test_every_form_of_file_gives_the_same_records(tmp_path, content):
+    assert load_records(written(tmp_path / "data", content)) == [record("hi", "Say hi.")] * 2
+
+
+def test_conversations_and_plain_text(tmp_path):
+    said = [("system", "Be kind."), ("human", "Hi"), ("gpt", "Hello")]
+    turns = [{"from": who, "value": what} for who, what in said]
+    lines = f'{json.dumps({"conversations": turns})}\n{{"text": "Once"}}\n'
+    chat, text = load_records(written(tmp_path / "data.jsonl", lines))
+    assert [message["role"] for message in chat["messages"]] == ["system", "user", "assistant"]
+    ids, labels = encode_example(text, TOKENIZER, 512)
+    assert ids == TOKENIZER.encode("Once", bos=True, eos=True)
+    assert labels == [IGNORE, *ids[1:]]
+
+
+def conversation(*turns) -> str:
+    return json.dumps({"conversations": [{"from": who, "value": what} for who, what in turns]})
+
+
+BROKEN = {
+    "bad line": (f"{ALPACA}\n{{oops\n", "line 2", "not JSON"),
+    "bad list": (f"[{ALPACA},\n{ALPACA},\n{{oops]", "line 3", "not JSON"),
+    "no comma": (f"[{ALPACA}\n{ALPACA}]", "line 2", "comma"),
+    "unfinished list": (f"[{ALPACA},\n{ALPACA}\n", "line 3", "]"),
+    "more after it": (f"[{ALPACA}]\n{ALPACA}", "after the list"),
+    "number": (f"[{ALPACA},\n\n 5]", "line 3", "object"),
+    "no output": (f'{ALPACA}\n{{"instruction": "x"}}', "line 2", "no output"),
+    "no instruction": ('[{"output": "x"}]', "line 1", "no instruction"),
+    "empty instruction": ('{"instruction": " ", "output": "x"}', "line 1", "empty"),
+    "output a number": ('[\n{"instruction": "x", "output": 5}]', "line 2", "output is 5"),
+    "input a list": ('{"instruction": "x", "input": ["a"], "output": "y"}', "input is"),
+    "output null": ('{"instruction": "x", "output": null}', "output is null"),
+    "surrogate": ('{"instruction": "x", "output": "\\ud800"}', "output", "surrogate"),
+    "no instances": ('{"instruction": "x", "instances": []}', "instances"),
+    "empty file": ("", "no records"),
+    "empty list": ("[]", "no records"),
+    "only space": (" \n ", "no records"),
+    "not UTF-8": (ALPACA.encode() + b"\n\xff", "line 2", "UTF-8"),
+    "robot": (conversation(("robot", "x")), "turn 1", "robot"),
+    "answer first": (conversation(("gpt", "x")), "turn 1", "user"),
+    "two questions": (conversation(("human", "x"), ("human", "y")), "turn 2", "assistant"),
+    "no answer": (conversation(("human", "x")), "does not end with an answer"),
+    "no turns": ('{"conversations": []}', "does not end with an answer"),
+    "turns not a list": ('{"conversations": "x"}', "conversations"),
+}
+
+
+@pytest.mark.parametrize("content_and_words", BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_file_is_named_with_line_and_fault(tmp_path, content_and_words):
+    content, *words = content_and_words
+    with pytest.raises(ValueError) as refused:
+        load_records(written(tmp_path / "data.json", content))
+    said = str(refused.value)
+    assert "data.json" in said and "\n" not in said
+    for word in words:
+        assert word in said
+
+
+def test_long_files_are_read_in_one_pass(tmp_path):
+    file = written(tmp_path / "data.json", json.dumps([record("x " * 100)] * 50_000, indent=1))
+    start = time.perf_counter()
+    assert len(load_records(file)) == 50_000
+    assert time.perf_counter() - start < 10
+
+
+# ---------------------------------------------------------------- mixtures
+
+
+@pytest.fixture
+def two_files(tmp_path):
+    for name in "ab":
+        records = [record(f"{name}{i}") for i in range(10)]
+        written(tmp_path / f"{name}.json", json.dumps(records))
+    return f"{tmp_path}/a.json", f"{tmp_path}/b.json"
+
+
+def test_weights_repeat_or_sample_a_file_reproducibly(two_files):
+    a, b = two_files
+
+    def outputs(*specs, seed=1):
+        return [r["output"] for r in load_mixture(specs, seed)[0]]
+
+    assert outputs(a, b) == [f"a{i}" for i in range(10)] + [f"b{i}" for i in range(10)]
+    half = outputs(a, f"{b}:0.5")
+    assert len(half) == 15 and len({x for x in half if x[0] == "b"}) == 5
+    assert half == outputs(a, f"{b}:0.5")
+    assert len({tuple(outputs(f"{b}:0.5", seed=seed)) for seed in range(5)}) > 1
+    more = outputs(f"{a}:2.5")
+    assert len(more) == 25 and all(more.count(f"a{i}") in (2, 3) for i in range(10))
+
+
+def test_records_know_where_they_come_from(two_files):
+    _, origins = load_mixture(two_files, 0)
+    assert origins[12] == f"{two_files[1]} record 3"
+
+
+def test_a_colon_in_a_file_name_is_no_weight(tmp_path):
+    written(tmp_path / "at:2", ALPACA)
+    assert len(load_mixture([str(tmp_path / "at:2")], 0)[0]) == 1
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf"])
+def test_a_weight_must_be_above_0(two_files, weight):
+    with pytest.raises(ValueError, match="above 0"):
+        load_mixture([f"{two_files[0]}:{weight}"], 0)
+    with pytest.raises(ValueError, match="no record"):
+        load_mixture([f"{two_files[0]}:0.01"], 0)
+
+
+# ---------------------------------------------------------------- shuffle and packing
+
+
+@pytest.mark.parametrize(("examples", "batch", "epochs"), [(40, 16, 3), (7, 16, 2.5), (64, 8, 1)])
+def test_every_example_comes_once_an_epoch_in_one_shuffle_after_another(examples, batch, epochs):
+    steps = total_steps(examples, batch, epochs)
+    order = np.concatenate(
+        [step_examples(examples, batch, epochs, 3, step) for step in range(steps)]
+    )
+    assert len(order) == round(examples * epochs)
+    for epoch in range(int(epochs)):
+        assert sorted(order[epoch * examples : (epoch + 1) * examples]) == list(range(examples))
+    assert list(order[:examples]) != list(range(examples)), "not shuffled"
+    assert list(order[:examples]) != list(order[examples : 2 * examples]), "one shuffle for all"
+    other = step_examples(examples, batch, epochs, 4, 0)
+    assert list(other) != list(order[: len(other)]), "the seed changes nothing"
+
+
+def test_alpacas_run_has_its_number_of_steps():
+    assert total_steps(52002, 128, 3) == 1219
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_rows_hold_every_document_once_and_are_level(ranks):
+    draw = np.random.default_rng(ranks)
+    for _ in range(20):
+        lengths = np.clip(draw.lognormal(4.4, 0.7, draw.integers(1, 200)), 2, 512).astype(int)
+        rows = pack_rows(lengths, ranks, 1024)
+        assert len(rows) == ranks and len({len(mine) for mine in rows}) == 1
+        flat = [row for mine in rows for row in mine]
+        assert sorted(i for row in flat for i in row) == list(range(len(lengths)))
+        filled = [sum(lengths[row]) if row else 0 for row in flat]
+        assert max(filled) <= 1024 and max(filled) - min(filled) <= lengths.max()
+        assert len(rows[0]) <= -(-lengths.sum() // (ranks * 1024)) + 2, "rows left half empty"
+
+
+@pytest.fixture
+def examples():
+    draw = random.Random(0)
+    words = "a red fox ran home in the rain and slept".split()  # noqa: SIM905
+    records = [record(" ".join(draw.choices(words, k=draw.randint(1, 30)))) for _ in range(12)]
+    return encode_all(records, [""] * 12, TOKENIZER, 60)
+
+
+def test_a_row_is_its_examples_one_behind_the_other(examples):
+    row = make_row(examples, np.array([3, 5]), 1, 0)
+    ids, labels = (
+        np.concatenate([part[examples.starts[i] : examples.starts[i + 1]] for i in (3, 5)])
+        for part in (examples.ids, examples.labels)
+    )
+    assert row.ids[0].tolist() == ids.tolist() and row.labels[0].tolist() == labels.tolist()
+    assert row.cu_seqlens.dtype == torch.int32
+    assert row.cu_seqlens.tolist() == [0, examples.lengths[3], examples.lengths[[3, 5]].sum()]
+
+
+def test_rows_for_compiled_kernels_have_few_shapes(examples):
+    for which in ([3, 5], [0, 1, 2], list(range(12)), []):
+        row = make_row(examples, np.array(which, int), 32, 20)
+        assert row.ids.shape == row.labels.shape and row.ids.shape[1] % 32 == 0
+        assert len(row.cu_seqlens) == 20 and row.cu_seqlens[-1] == row.ids.shape[1]
+        length = examples.lengths[which].sum() if which else 0
+        assert (row.labels[0, length:] == IGNORE).all() and row.ids.shape[1] - length <= 32
+    assert make_row(examples, np.array([], int), 1, 0).ids.shape == (1, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("ranks", "multiple"), [(1, 1), (2, 1), (3, 32)])
+def test_packing_changes_no_loss(examples, ranks, multiple):
+    model = small_model(vocab_size=1024).double()
+    alone = 0.0
+    for i in range(12):
+        part = slice(examples.starts[i], examples.starts[i + 1])
+        ids, labels = (torch.from_numpy(x[part].astype(int))[None] for x in examples[:2])
+        alone += model(ids, labels=labels).item()
+    rows = [row for mine in pack_rows(examples.lengths, ranks, 256) for row in mine]
+    bounds = 20 if multiple > 1 else 0
+    packed = sum(
+        model(**make_row(examples, np.array(row, int), multiple, bounds)._asdict()).item()
+        for row in rows
+    )
+    assert packed == pytest.approx(alone, rel=1e-6)

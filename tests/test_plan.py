@@ -1,0 +1,200 @@
+"""The plan against what is really allocated."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, random_ids
+
+import plan
+from model import Llama, LlamaConfig
+from parallel import apply_activation_checkpointing
+
+DOCUMENTS = [100, 30, 200, 170, 12]
+
+
+def cu_seqlens(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+
+
+def kept_for_backward(config: LlamaConfig, dtype: torch.dtype, mode: str) -> int:
+    """Bytes that autograd holds after a forward pass, parameters apart."""
+    model = Llama(config).to(dtype)
+    apply_activation_checkpointing(model, mode)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:  # the tensor too, or its address would be used again
+            kept[storage.data_ptr()] = storage.nbytes(), tensor
+        return tensor
+
+    ids = random_ids(1, sum(DOCUMENTS), vocab_size=config.vocab_size)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(ids, cu_seqlens(DOCUMENTS), labels=ids)
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kv_heads", [8, 2, 1])
+def test_activations_are_what_autograd_keeps(dtype, kv_heads):
+    config = LlamaConfig(500, 256, 700, 6, 8, kv_heads)
+    planned = plan.kept(plan.Run(config, 1, 1, sum(DOCUMENTS), 1.0, "none", dtype))
+    assert planned == pytest.approx(kept_for_backward(config, dtype, "none"), rel=0.03)
+
+
+def test_full_checkpointing_keeps_the_inputs_of_blocks():
+    config = LlamaConfig(500, 256, 700, 24, 8)
+    run = plan.Run(config, 1, 1, sum(DOCUMENTS), 1.0, "full", torch.float32)
+    assert plan.kept(run) == pytest.approx(
+        kept_for_backward(config, torch.float32, "full"), rel=0.1
+    )
+
+
+STEP = """
+import sys
+import torch, torch.distributed as dist
+sys.path.insert(0, "bench")
+import fsdp_train, parallel, plan
+from measure import PeakMemory
+from model import Llama, LlamaConfig
+
+device, mode, dtype = sys.argv[1], sys.argv[2], getattr(torch, sys.argv[3])
+shape = (16000, 1024, 2816, 8, 8) if device == "cpu" else (32000, 2048, 5632, 22, 32, 4)
+config, T = LlamaConfig(*shape, max_position_embeddings=512), 2048
+run = plan.Run(config, 1, 1, T, 0.5, mode, dtype)
+with parallel.process_group(device, 1) as (mesh, where):
+    with torch.device("meta"):
+        model = Llama(config)
+    parallel.apply_activation_checkpointing(model, mode)
+    parallel.apply_fsdp(model, mesh, dtype, False)
+    ids = torch.randint(16000, (1, T), device=where)
+    labels = ids.masked_fill(torch.arange(T, device=where) % 2 == 0, -100)
+    bounds = torch.arange(0, T + 1, 256, dtype=torch.int32, device=where)
+    row = {"ids": ids, "labels": labels, "cu_seqlens": bounds}
+    Llama(LlamaConfig(64, 64, 64, 1, 1)).to(where)(ids[:, :9] % 64).sum().backward()  # libraries
+    with PeakMemory() as peak:
+        model.to_empty(device=where)
+        parallel.fill(model, mesh, parallel.random_weight(config, 0, where))
+        optimizer = fsdp_train.adamw(model)
+        for _ in range(2):
+            fsdp_train.train_step(model, optimizer, [row], T // 2, where, [False])
+found = torch.cuda.max_memory_allocated() if where.type == "cuda" else peak.anonymous
+print(found, int(plan.peak(run)))
+"""
+
+
+def assert_planned(device: str, mode: str, dtype: str) -> None:
+    """One real training step in a process of its own, its memory returned when it is freed."""
+    given = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    given |= {"MALLOC_ARENA_MAX": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", STEP, device, mode, dtype],
+        env={**os.environ, **given},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    measured, planned = map(int, done.stdout.split())
+    print(f"{device} {mode} {dtype}: measured {measured / 1e9:.3f}, planned {planned / 1e9:.3f}")
+    assert planned == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [
+        ("none", "bfloat16"),
+        ("selective", "bfloat16"),
+        ("selective", "float32"),
+        ("full", "float32"),
+    ],
+)
+def test_a_real_step_takes_the_memory_planned(mode, dtype):
+    assert_planned("cpu", mode, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_a_real_step_takes_the_memory_planned_on_cuda(mode):
+    assert_planned("cuda", mode, "bfloat16")
+
+
+# ---------------------------------------------------------------- the rest of the arithmetic
+
+
+def seven(**changes) -> plan.Run:
+    """Alpaca's 7B on eight A100."""
+    config = LlamaConfig.preset("7B")
+    given = {"world": 8, "replicas": 1, "row_tokens": 4096, "supervised": 0.5}
+    given |= {"checkpointing": "selective", "compute": torch.bfloat16}
+    return plan.Run(config, **{**given, **changes})
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 2}])
+def test_parameters_are_counted(changes):
+    config = LlamaConfig(500, 64, 176, 3, 4, **changes)
+    assert plan.parameters(config) == sum(p.numel() for p in Llama(config).parameters())
+
+
+def test_operations_are_those_of_the_matrix_products():
+    """Counted by torch itself, on a document whose attention is full instead of causal."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config, T = LlamaConfig(500, 64, 176, 3, 4, 2), 48
+    ids = random_ids(1, T, vocab_size=500)
+    with FlopCounterMode(display=False) as counter:
+        Llama(config)(ids, labels=ids).backward()
+    counted = {str(k): v for k, v in counter.get_flop_counts()["Global"].items()}
+    matmul = sum(flops for name, flops in counted.items() if name in ("aten.mm", "aten.addmm"))
+    linear = plan.flops_per_token(config, 0) * T
+    assert linear == pytest.approx(matmul, rel=0.01)
+    causal = 3 * config.num_hidden_layers * 2 * 2 * T * T * 64 / 2  # q kᵀ and its product with v
+    assert plan.flops_per_token(config, T) * T - linear == pytest.approx(causal)
+
+
+def test_ranks_divide_what_is_sharded_and_replicas_do_not():
+    one, eight = plan.tides(seven(world=1)), plan.tides(seven())
+    copies = plan.tides(seven(replicas=2))
+    for part in ("weights", "optimizer"):
+        assert one["reduce"][part] == 8 * eight["reduce"][part] == 4 * copies["reduce"][part]
+    assert one["forward"]["activations"] == eight["forward"]["activations"]
+
+
+@pytest.mark.parametrize(
+    ("name", "chip"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA A100-PCIE-40GB", "A100 40GB"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("Tesla T4", None),
+    ],
+)
+def test_chips_are_known_by_their_names(name, chip):
+    assert plan.find_chip(name) == (plan.CHIPS[chip] if chip else None)
+
+
+def test_the_report_says_what_to_change_and_the_change_helps():
+    chip = plan.CHIPS["A100 40GB"]
+    told = plan.report(seven(checkpointing="none", row_tokens=8192), 10**6, 100, 120, chip)
+    assert "It does not fit" in told and "--checkpointing" in told
+    assert "It fits" in plan.report(seven(checkpointing="full"), 10**6, 100, 120, chip)
+    alone = plan.report(seven(world=1), 10**6, 100, 120, chip)
+    gpus = int(alone.split(" GPUs")[0].split()[-1])
+    run = seven(world=gpus, checkpointing="full")
+    assert plan.peak(run) <= 0.95 * chip.memory < plan.peak(seven(world=gpus // 2))
+    assert "It fits" in plan.report(seven(world=1), 10**6, 100, 120, plan.CHIPS["H200"])
+
+
+def test_hours_follow_from_operations():
+    flops = plan.flops_per_token(LlamaConfig.preset("7B"), 120) * 18.7e6
+    assert plan.hours(flops, plan.CHIPS["H200"], 1, 0.45) == pytest.approx(0.48, rel=0.05)
+    assert plan.hours(flops, plan.CHIPS["H200"], 2, 0.45) == pytest.approx(0.24, rel=0.05)

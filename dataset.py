@@ -24,6 +24,7 @@ import json
 import random
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,7 +74,7 @@ def numbered_objects(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as mistake:
-        line = path.read_bytes()[: mistake.start].count(b"\n") + 1
+        line = mistake.object[: mistake.start].count(b"\n") + 1
         raise ValueError(f"{path}, line {line}: not UTF-8: save the file as UTF-8") from None
     if not text.lstrip().startswith("["):
         yield from numbered_lines(path, text)
@@ -94,8 +95,10 @@ def numbered_objects(path: Path) -> Iterator[tuple[int, Any]]:
         elif not text.startswith("]", at):
             line += text.count("\n", counted, at)
             raise ValueError(f"{path}, line {line}: a comma or the list's end ] was expected")
-    if rest := text[at + 1 :].strip():
-        raise ValueError(f"{path}: after the list there is more: {rest[:40]!r}")
+    at = space.match(text, at + 1).end()
+    if rest := text[at : at + 40]:
+        line += text.count("\n", counted, at)
+        raise ValueError(f"{path}, line {line}: after the list there is more: {rest!r}")
 
 
 def numbered_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
@@ -104,7 +107,8 @@ def numbered_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as mistake:
-                raise ValueError(f"{path}, line {number}: not JSON ({mistake})") from None
+                why = getattr(mistake, "msg", mistake)
+                raise ValueError(f"{path}, line {number}: not JSON ({why})") from None
 
 
 def understood(raw: Any) -> list[dict]:
@@ -190,7 +194,7 @@ def parse_weight(spec: str) -> tuple[Path, float]:
     except ValueError:
         return Path(spec), 1.0
     if not 0 < number < 1000:
-        raise ValueError(f"--data {spec}: the weight after the colon must be above 0")
+        raise ValueError(f"--data {spec}: the weight must be above 0 and below 1000")
     return Path(file), number
 
 
@@ -333,13 +337,18 @@ def total_steps(examples: int, batch: int, epochs: float) -> int:
     return -(-round(examples * epochs) // batch)
 
 
+@lru_cache(maxsize=2)
+def shuffled(examples: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(examples)
+
+
 def step_examples(examples: int, batch: int, epochs: float, seed: int, step: int) -> np.ndarray:
     """The examples of a step, counted from 0: the next `batch` of one shuffle after another."""
     stop = min((step + 1) * batch, round(examples * epochs))
     wanted = np.arange(step * batch, stop)
     return np.concatenate(
         [
-            np.random.default_rng([seed, epoch]).permutation(examples)[wanted[here] % examples]
+            shuffled(examples, seed, int(epoch))[wanted[here] % examples]
             for epoch in np.unique(wanted // examples)
             if (here := wanted // examples == epoch).any()
         ]
@@ -352,6 +361,7 @@ def pack_rows(lengths: np.ndarray, ranks: int, row_tokens: int) -> list[list[lis
     Every rank gets as many rows as the others, for they reduce gradients together. Longest first,
     each document goes to the row that is shortest so far, which levels them to about a document's
     length; if one comes out above row_tokens, everybody gets a row more."""
+    assert lengths.max(initial=0) <= row_tokens, "no row can hold the longest document"
     longest_first = np.argsort(-lengths, kind="stable")
     per_rank = max(1, -(-int(lengths.sum()) // (ranks * row_tokens)))
     while True:

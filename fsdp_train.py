@@ -14,8 +14,8 @@ The second line is Alpaca's run. Run a command again and it goes on where it sto
   - Examples are packed without padding (dataset.py), so a step costs its tokens and no more.
   - `--out` gathers settings.json, metrics.jsonl, loss.svg, checkpoints/ (removed at the end) and,
     when all is done, model/: a Hugging Face folder.
-  - Ctrl-C and SIGTERM save after the step under way. Give torchrun time for that with a big model:
-    `--shutdown-timeout 600`.
+  - Ctrl-C and SIGTERM save after the step under way. torchrun gives that 30 seconds; a big model on
+    a slow disk needs more, `--shutdown-timeout 300`; a dead GPU rank is noticed that much later.
 
 ZeRO: arXiv:1910.02054; FSDP: 2304.11277; activation checkpointing: 1604.06174; AdamW: 1711.05101.
 """
@@ -89,9 +89,9 @@ TINY = {
     "data": ["data/sample_train.json"],
     "eval_data": "data/sample_heldout.json",
     "out": Path("runs/tiny"),
-    "epochs": 3,
-    "batch_size": 32,
-    "lr": 2e-3,
+    "epochs": 2,
+    "batch_size": 16,
+    "lr": 3e-4,
     "max_length": 512,
     "row_tokens": 4096,
     "checkpointing": "none",
@@ -101,7 +101,7 @@ TINY = {
 }
 TINY_MODEL = Path("data/tiny-llama")
 BETAS, EPS, CLIP = (0.9, 0.999), 1e-8, 1.0  # what Alpaca's command leaves at their defaults
-SHAPE_STEP = 512  # compiled kernels see rows of a multiple of this many tokens
+SHAPE_STEP = 128  # compiled blocks see rows of a multiple of this many tokens
 
 
 class Job(NamedTuple):
@@ -129,6 +129,8 @@ def prepare(args: argparse.Namespace) -> Job:
     tokenizer.check(config)
     if not 0 <= args.warmup < 1:
         raise ValueError(f"--warmup {args.warmup} is not a share of the steps, from 0 to below 1")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed} is below 0")
     if args.max_length > config.max_position_embeddings:
         raise ValueError(
             f"--max-length {args.max_length} is more than the "
@@ -190,8 +192,9 @@ def my_rows(
 ) -> Iterator[dict[str, Tensor]]:
     """This rank's share of the examples, packed; as many rows on every rank."""
     rows = pack_rows(examples.lengths[which], dist.get_world_size(), args.row_tokens)
-    compiled = device.type == "cuda"
-    multiple, bounds = (min(SHAPE_STEP, args.max_length), len(which) + 2) if compiled else (1, 0)
+    multiple, bounds = 1, 0
+    if args.compile:
+        multiple, bounds = min(SHAPE_STEP, args.max_length), len(which) + 2
     for row in rows[dist.get_rank()]:
         packed = make_row(examples, which[row], multiple, bounds)
         yield {name: tensor.to(device) for name, tensor in packed._asdict().items()}
@@ -203,17 +206,18 @@ def train_step(
     rows: Iterable[dict[str, Tensor]],
     learned: int,
     device: torch.device,
-    stop: bool,
+    stop: "StopSignal",
 ) -> tuple[float, float, bool]:
     """One step: (mean loss of all ranks, gradient norm before clipping, is any asked to stop?).
 
     `learned` is how many supervised tokens the whole step has; FSDP averages gradients over the
     ranks, which multiplying by their number undoes. A step that is not finite changes nothing."""
-    told = torch.tensor([0.0, stop], dtype=torch.float64, device=device)
+    told = torch.zeros(2, dtype=torch.float64, device=device)
     for row in rows:
         loss = model(**row)
         (loss * (dist.get_world_size() / learned)).backward()
         told[0] += loss.detach()
+    told[1] = stop.number
     dist.all_reduce(told)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).full_tensor().item()
     loss, stopping = told[0].item() / learned, told[1].item() > 0
@@ -296,7 +300,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate
         rows = my_rows(job.train, which, args, device)
-        loss, norm, stopping = train_step(model, optimizer, rows, learned, device, stop.number > 0)
+        loss, norm, stopping = train_step(model, optimizer, rows, learned, device, stop)
         if not math.isfinite(loss) or not math.isfinite(norm):
             snapshots.finish()
             culprits = console.listed((job.train.origins[i] for i in which), most=16)
@@ -358,7 +362,8 @@ def export(model: Llama, job: Job, args: argparse.Namespace) -> None:
 
 
 class StopSignal:
-    """Ctrl-C or SIGTERM, heard at the end of a step. A second one is not waited for."""
+    """Ctrl-C or SIGTERM, heard at the end of a step. A second Ctrl-C is not waited for; SIGTERM may
+    come twice, from a scheduler that tells every process and from torchrun passing it on."""
 
     def __init__(self):
         self.number = 0  # none yet
@@ -366,9 +371,11 @@ class StopSignal:
         self.usual = {number: signal.signal(number, self.hear) for number in signals}
 
     def hear(self, number: int, frame) -> None:
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+        if not self.number:
+            os.write(2, b"stopping after this step\n")  # print is not safe in here
         self.number = number
-        signal.signal(number, signal.SIG_DFL)
-        console.notice("stopping after this step")
 
     def forget(self) -> None:
         for number, handler in self.usual.items():
@@ -508,15 +515,17 @@ def main() -> None:
         return print(planned(args))
     keep_freed_memory()
     with process_group(args.device, args.replicas) as (mesh, device):
-        args.compile = device.type == "cuda" if args.compile is None else args.compile
+        if args.compile is None:  # in fp32 there is no kernel for all documents, but a loop
+            args.compile = device.type == "cuda" and args.dtype == "bf16"
         job = together(lambda: prepare(args))
         others = dist.get_rank() > 0
         run = together(lambda: RunFolder(args.out, settings(args, job), args.resume, others))
-        finished = (args.out / "model").exists()
+        finished = together(lambda: run.finished())
         dist.barrier()  # everybody has looked before anybody writes
         if finished:
             console.notice(f"{args.out} is finished; remove it to train anew")
-            run.begin(job.steps, job.steps)
+            run.begin(job.steps + 1, job.steps)
+            Snapshots(args.out / "checkpoints", args.keep).remove()  # if the last run was cut off
         else:
             console.notice(
                 "examples: " + ", ".join(f"{n} {w}" for w, n in job.train.report.items())
@@ -540,8 +549,9 @@ if __name__ == "__main__":
     except SystemExit as end:
         leave(end.code)
     except RuntimeError as mistake:
-        if lost_contact(mistake):
-            console.notice("another rank is gone; nothing was saved, start again to go on", True)
+        if lost_contact(str(mistake)) and not os.environ.get("ALPACA_TRACEBACK"):
+            why = str(mistake).strip().split("\n")[0]
+            console.notice(f"another rank is gone ({why}); start again to go on", own=True)
         else:
             traceback.print_exc()
         leave(1)

@@ -36,6 +36,7 @@ class _Summed(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             h, target = hidden[rows], targets[rows, None]
+            log_p = p = None  # the chunk before makes room
             # (rows, V), of the only logits there are; one fused pass, where logsumexp takes five
             log_p = torch.log_softmax(h @ weight.T, -1, dtype=torch.float32)
             total -= log_p.gather(1, target).sum()

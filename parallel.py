@@ -101,6 +101,9 @@ def process_group(device_type: str, replicas: int) -> Iterator[tuple[DeviceMesh,
     cuda = torch.cuda.is_available() if device_type == "auto" else device_type == "cuda"
     if cuda and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if cuda and here > torch.cuda.device_count():
+        raise ValueError(f"{here} ranks on this machine, and {torch.cuda.device_count()} GPUs")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world % replicas:
         raise ValueError(f"--replicas {replicas} does not divide the {world} ranks")
@@ -150,7 +153,7 @@ def together(work: Callable[[], Any]) -> Any:
     return result
 
 
-def lost_contact(mistake: RuntimeError) -> bool:
+def lost_contact(mistake: str) -> bool:
     """Did a collective fail because another rank is gone?"""
-    words = ("gloo", "NCCL", "Connection closed", "Connection reset")
-    return isinstance(mistake, dist.DistError) or any(word in str(mistake) for word in words)
+    words = "Connection closed", "Connection reset", "Broken pipe", "remote process", "Timed out"
+    return any(word.lower() in mistake.lower() for word in words)

@@ -31,7 +31,8 @@ class RunFolder:
 
     def _open(self, file: Path, settings: dict[str, Any], resume: bool) -> None:
         folder = self.folder
-        if folder.exists() and not file.exists() and any(folder.iterdir()):
+        there = list(folder.iterdir()) if folder.exists() else []
+        if not file.exists() and any(path.suffix != ".partial" for path in there):
             raise ValueError(f"{folder} holds something else than a run: name another --out")
         if resume and not file.exists():
             raise ValueError(f"--resume: there is no run in {folder}")
@@ -42,6 +43,8 @@ class RunFolder:
         except BlockingIOError:
             self.close()
             raise ValueError(f"another process is training in {folder}") from None
+        for leftover in folder.glob("*.json*.partial"):  # of a kill while a file was written
+            leftover.unlink()
         if not file.exists():
             with console.atomic_file(file, "w") as opened:
                 json.dump(settings, opened, indent=2)
@@ -51,6 +54,11 @@ class RunFolder:
             told = (f"{name} was {before.get(name)}, now it is {settings[name]}" for name in odd)
             raise ValueError(f"{folder} is another run ({'; '.join(told)}): name another --out")
 
+    def finished(self) -> bool:
+        if not (self.folder / "settings.json").exists():  # which the first rank wrote
+            raise ValueError(f"--out {self.folder} must be one folder that all machines see")
+        return (self.folder / "model").exists()
+
     def close(self) -> None:
         if not self.quiet:
             os.close(self.lock)
@@ -59,9 +67,12 @@ class RunFolder:
         """Go on after `done` steps: what was logged of later ones will come again."""
         if self.quiet:
             return
-        if self.metrics.exists():
+        self.records = []
+        if done and self.metrics.exists():
             logged = console.read_jsonl(self.metrics, skip_torn=True)
             self.records = [r for r in logged if r.get("step", math.inf) <= done]
+            if done == steps and "held_out_loss" in self.records[-1]:
+                self.records.pop()  # of the trained model; it is measured again
         with console.atomic_file(self.metrics, "w") as file:
             file.writelines(json.dumps(record) + "\n" for record in self.records)
         self.progress = console.Progress(steps, "steps", done=done)

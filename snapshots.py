@@ -26,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
 import console
+from parallel import lost_contact
 
 
 class Snapshots:
@@ -42,7 +43,7 @@ class Snapshots:
         if self.first and self.folder.exists():
             for partial in self.folder.glob("*.partial"):
                 shutil.rmtree(partial)
-        found = [sorted(self.folder.glob("step-??????"))[-1:]]
+        found = [sorted(self.folder.glob("step-*[0-9]"))[-1:]]
         dist.broadcast_object_list(found, src=0, group=self.group)
         return found[0][0] if found[0] else None
 
@@ -65,7 +66,9 @@ class Snapshots:
             partial.mkdir(parents=True, exist_ok=True)
             (partial / "state.json").write_text(json.dumps(state))
         dist.barrier(self.group)
-        self.writing = dcp.async_save(tensors, checkpoint_id=partial, process_group=self.group)
+        # A writer of our own: the default one would open a context on GPU 0 from every rank.
+        writer = dcp.FileSystemWriter(partial)
+        self.writing = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
         if self.first:
             self.naming = Thread(target=self._name, args=(self.writing, partial, final))
             self.naming.start()
@@ -79,7 +82,7 @@ class Snapshots:
                 console.sync(path)
             os.replace(partial, final)
             console.sync(self.folder)
-            for old in sorted(self.folder.glob("step-??????"))[: -self.keep]:
+            for old in sorted(self.folder.glob("step-*[0-9]"))[: -self.keep]:
                 shutil.rmtree(old)
         except OSError as mistake:
             self.trouble = mistake
@@ -93,6 +96,8 @@ class Snapshots:
         try:
             writing.result()
         except (CheckpointException, OSError, RuntimeError) as mistake:
+            if lost_contact(cause(mistake)):
+                raise RuntimeError(cause(mistake)) from None
             raise ValueError(
                 f"{self.folder}: a snapshot could not be written ({cause(mistake)}); "
                 "the one before it is kept"
@@ -101,6 +106,7 @@ class Snapshots:
             self.naming.join()
         if self.trouble:
             raise self.trouble
+        dist.barrier(self.group)  # nobody leaves, and takes the others along, before it has a name
 
     def remove(self) -> None:
         """The run is over: what it would go on from is in the way of the disk."""

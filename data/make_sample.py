@@ -303,10 +303,14 @@ def row(rng: random.Random) -> str:
     return " ".join(things[start : start + rng.randint(3, 12)])
 
 
-def prose(lines: int, seed: int) -> Iterator[str]:
+def prose(lines: int, seed: int, echoes: float = 0.0) -> Iterator[str]:
     rng = random.Random(seed)
-    kinds = [fact] * 6 + [about_a_list] * 5 + [echo] * 2 + [filler, form, row]
+    kinds = [fact] * 5 + [about_a_list] * 5 + [echo] * 6 + [filler, form, row]
     for _ in range(lines):
+        if rng.random() < echoes:
+            text = " ".join(rng.sample(NOUNS, rng.randint(3, 20)))
+            yield json.dumps({"text": "\n".join([text] * rng.randint(2, 4))}) + "\n"
+            continue
         parts = [rng.choice(kinds)(rng) for _ in range(rng.randint(1, 4))]
         text = rng.choice(("\n", "\n\n")).join(parts)
         yield json.dumps({"text": text}, ensure_ascii=False) + "\n"
@@ -332,13 +336,15 @@ def parse_args() -> argparse.Namespace:
     verb.add_argument("--lines", type=int, required=True, help="documents, one a line")
     verb.add_argument("--out", type=Path, required=True, help="the JSON-lines file to write")
     verb.add_argument("--seed", type=int, default=SEED, help=f"(default: {SEED})")
+    share = "share of documents that are a list repeated and nothing else (default: 0)"
+    verb.add_argument("--echoes", type=float, default=0.0, help=share)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
     if args.verb == "prose":
-        write(args.out, prose(args.lines, args.seed))
+        write(args.out, prose(args.lines, args.seed, args.echoes))
         return
     for name, some in zip(("train", "heldout"), records(), strict=True):
         text = ",\n".join(json.dumps(record, ensure_ascii=False) for record in some)

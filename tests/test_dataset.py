@@ -34,12 +34,13 @@ TOKENIZER = Tokenizer(ROOT / "data/tokenizer.model")
 
 @pytest.fixture(scope="module")
 def merging(tmp_path_factory):
-    """A tokenizer with a piece `:(`, which reaches from the template into an answer."""
+    """A tokenizer with pieces like `:(`, which reach from the template into an answer."""
     folder = tmp_path_factory.mktemp("merging")
-    (folder / "text.txt").write_text("### Response:(a) and so on (b)\n" * 50)
-    tokenizer_module.train([folder / "text.txt"], 300, folder / "tokenizer.model")
+    lines = ("(a) and so on (b)", '"a" b', ") c")
+    (folder / "text.txt").write_text("".join(f"### Response:{line}\n" for line in lines) * 50)
+    tokenizer_module.train([folder / "text.txt"], 310, folder / "tokenizer.model")
     merging = Tokenizer(folder / "tokenizer.model")
-    assert merging.pieces.piece_to_id(":(") != merging.unk_id
+    assert all(merging.pieces.piece_to_id(x) != merging.unk_id for x in (":(", ':"', ":)"))
     return merging
 
 
@@ -56,6 +57,8 @@ NASTY = [
     "\na newline first",
     "\n\n### Response:\nagain",
     "(in brackets)",
+    ") and so on",
+    "(((:(",
     ": colon",
     '"quoted"',
     ".",
@@ -105,10 +108,16 @@ def test_labels_are_the_answer_and_eos_and_the_prompt_a_true_prefix(output, merg
         assert_encoded(record(output, instruction=output or "?", input=output), tokenizer)
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.text(st.characters(exclude_characters="\u2581", exclude_categories=["Cs"])))
-def test_any_answer_is_encoded_so(output):
-    assert_encoded(record(output), TOKENIZER)
+TEXTS = st.text(
+    st.sampled_from(list(' \n\t\r():"#.a')) | st.characters(exclude_categories=["Cs"]), max_size=20
+).map(lambda text: text.replace("\u2581", ""))  # the one character that does not come back
+
+
+@settings(max_examples=80, deadline=None)
+@given(output=TEXTS, instruction=TEXTS, input=TEXTS)
+def test_any_record_is_encoded_so(output, instruction, input, merging):
+    for tokenizer in (TOKENIZER, merging):
+        assert_encoded(record(output, instruction, input), tokenizer)
 
 
 def test_merges_across_the_boundary_are_undone_and_counted(merging):
@@ -118,6 +127,17 @@ def test_merges_across_the_boundary_are_undone_and_counted(merging):
     one = merging.encode(prompt("Do it.") + "(a)", bos=True)
     asked = merging.encode(prompt("Do it."), bos=True)
     assert one[: len(asked)] != asked, "this test would prove nothing"
+    talk = {"messages": turns("Do it.", "(a)", "Again.", "(a)")}
+    assert encode_all([talk, *records], [""] * 4, merging, 512).report["merges undone"] == 4
+    assert encode_all(records, [""] * 3, TOKENIZER, 512).report["merges undone"] == 0
+
+
+def test_nothing_else_is_counted_as_a_merge(merging):
+    asked = merging.encode(prompt("Do it."), bos=True)
+    for output in NASTY:
+        whole = merging.encode(prompt("Do it.") + output, bos=True)
+        report = encode_all([record(output)], [""], merging, 10**6).report
+        assert report["merges undone"] == (whole[: len(asked)] != asked), output
 
 
 def test_a_tokenizer_with_pieces_across_newlines_is_refused(merging):
@@ -147,9 +167,44 @@ def test_what_is_cut_is_counted_and_what_has_nothing_to_learn_dropped():
     assert exact.report["truncated"] == 0 and exact.ids[-1] == TOKENIZER.eos_id
 
 
+@pytest.mark.parametrize("length", range(1, 90, 4))
+def test_a_cut_example_is_the_head_of_the_whole_one(length, merging):
+    kinds = [record('"one" two three'), {"text": "once upon a time"}]
+    kinds.append({"messages": turns("Hi", "(a)", "and", "b")})
+    for tokenizer, kind in ((t, k) for t in (TOKENIZER, merging) for k in kinds):
+        ids, labels = encode_example(kind, tokenizer, 10**6)
+        assert encode_example(kind, tokenizer, length) == (ids[:length], labels[:length])
+        if set(labels[:length]) == {IGNORE}:
+            with pytest.raises(ValueError, match="raise --max-length"):
+                encode_all([kind], ["a"], tokenizer, length)
+            continue
+        kept = encode_all([kind], ["a"], tokenizer, length)
+        assert kept.ids.tolist() == ids[:length] and kept.labels.tolist() == labels[:length]
+        assert kept.supervised.tolist() == [len(labels[:length]) - labels[:length].count(IGNORE)]
+        assert kept.report["truncated"] == (len(ids) > length)
+    if length == 1:
+        whole = encode_chat(kinds[2]["messages"], TOKENIZER, 10**6)
+        assert encode_chat(kinds[2]["messages"], TOKENIZER, 1) == (whole[0][:1], whole[1][:1])
+
+
+def test_every_whole_example_ends_in_an_eos_that_is_learned(merging):
+    records = [record(output) for output in NASTY] + [{"text": output} for output in NASTY]
+    records += [{"messages": turns("Hi", output, "Go on.", output)} for output in NASTY]
+    for tokenizer in (TOKENIZER, merging):
+        examples = encode_all(records, [""] * len(records), tokenizer, 10**6)
+        assert len(examples) == len(records) == examples.report["kept"]
+        last = examples.starts[1:] - 1
+        assert (examples.ids[last] == tokenizer.eos_id).all()
+        assert (examples.labels[last] == tokenizer.eos_id).all()
+        assert (examples.labels[examples.starts[:-1]] == IGNORE).all(), "BOS is given, not learned"
+
+
 def test_when_nothing_is_left_the_error_says_what_to_do():
-    with pytest.raises(ValueError, match="raise --max-length"):
-        encode_all([record("yes")], ["a"], TOKENIZER, 5)
+    with pytest.raises(ValueError) as refused:
+        encode_all([record("yes"), record("no")], ["a", "b"], TOKENIZER, 5)
+    said = str(refused.value)
+    for words in ("truncation to 5 tokens", "any of the 2 records", "raise --max-length"):
+        assert words in said and "\n" not in said
 
 
 def test_other_examples_have_another_digest():
@@ -194,6 +249,30 @@ def test_only_the_assistants_turns_are_learned(system, nasty, merging):
         assert learned == answers + first
 
 
+@settings(max_examples=40, deadline=None)
+@given(said=st.lists(TEXTS, min_size=2, max_size=6), system=st.none() | TEXTS)
+def test_any_conversation_reads_as_it_was_said(said, system, merging):
+    messages = turns(*said[: len(said) // 2 * 2], system=system)
+    for tokenizer in (TOKENIZER, merging):
+        ids, labels = encode_chat(messages, tokenizer, 10**6)
+        assert ids.count(tokenizer.bos_id) == 1 and ids[0] == tokenizer.bos_id
+        at = 0
+        for number, message in enumerate(messages, 1):
+            if message["role"] != "assistant":
+                continue
+            asked, answered = (
+                len(chat_prompt(messages[:upto], tokenizer)) for upto in (number - 1, number)
+            )
+            assert ids[:answered] == chat_prompt(messages[:number], tokenizer)
+            assert set(labels[at:asked]) == {IGNORE}
+            assert labels[asked:answered] == ids[asked:answered]
+            assert ids[answered - 1] == tokenizer.eos_id
+            before = tokenizer.decode(ids[:asked])
+            assert tokenizer.decode(ids[:answered]) == before + message["content"]
+            at = answered
+        assert at == len(ids) == len(labels)
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -209,6 +288,9 @@ FORMS = {
     "lines with carriage returns": f"{ALPACA}\r\n{ALPACA}\r\n",
     "byte order mark": b"\xef\xbb\xbf" + f"[{ALPACA}, {ALPACA}]".encode(),
     "more fields": ALPACA[:-1] + ', "family": 7}\n' + ALPACA,
+    "text beside an instruction": ALPACA[:-1] + ', "text": "all of it"}\n' + ALPACA,
+    "text with mark and carriage returns": b"\xef\xbb\xbf\r\n" + f"{ALPACA}\r\n{ALPACA}".encode(),
+    "pretty": json.dumps([json.loads(ALPACA)] * 2, indent=4),
     "no input": '[{"instruction": "Say hi.", "output": "hi"}, '
     '{"instruction": "Say hi.", "input": null, "output": "hi"}]',
     "seeds": '{"id": "seed_0", "instruction": "Say hi.", "instances": '
@@ -236,12 +318,36 @@ def conversation(*turns) -> str:
     return json.dumps({"conversations": [{"from": who, "value": what} for who, what in turns]})
 
 
+def test_every_name_of_a_speaker_is_understood(tmp_path):
+    said = [("system", "a"), ("user", "b"), ("assistant", "c"), ("human", "d"), ("chatgpt", "e")]
+    file = written(tmp_path / "data.jsonl", conversation(*said, ("human", "f"), ("gpt", "g")))
+    [talk] = load_records(file)
+    roles = ["system", "user", "assistant", "user", "assistant", "user", "assistant"]
+    assert talk["messages"] == [
+        {"role": role, "content": content} for role, content in zip(roles, "abcdefg", strict=True)
+    ]
+
+
+def test_a_line_separator_in_a_text_ends_no_line(tmp_path):
+    odd = record("one\u2028two\x85three\x0cfour")
+    lines = "\n".join(json.dumps(each, ensure_ascii=False) for each in (odd, odd))
+    assert load_records(written(tmp_path / "data.jsonl", lines)) == [odd, odd]
+
+
+def test_seeds_with_several_instances_become_as_many_records(tmp_path):
+    seed = {"instruction": "Add.", "instances": [{"input": "1", "output": "2"}, {"output": "3"}]}
+    file = written(tmp_path / "seeds.jsonl", json.dumps(seed))
+    assert load_records(file) == [record("2", "Add.", "1"), record("3", "Add.")]
+
+
 BROKEN = {
     "bad line": (f"{ALPACA}\n{{oops\n", "line 2", "not JSON"),
     "bad list": (f"[{ALPACA},\n{ALPACA},\n{{oops]", "line 3", "not JSON"),
     "no comma": (f"[{ALPACA}\n{ALPACA}]", "line 2", "comma"),
     "unfinished list": (f"[{ALPACA},\n{ALPACA}\n", "line 3", "]"),
-    "more after it": (f"[{ALPACA}]\n{ALPACA}", "after the list"),
+    "more after it": (f"[{ALPACA}]\n{ALPACA}", "line 2", "after the list"),
+    "list of lists": (f"[[{ALPACA}]]", "line 1", "object"),
+    "endless nesting": ("[\n" + "[" * 10**5, "line 2", "not JSON"),
     "number": (f"[{ALPACA},\n\n 5]", "line 3", "object"),
     "no output": (f'{ALPACA}\n{{"instruction": "x"}}', "line 2", "no output"),
     "no instruction": ('[{"output": "x"}]', "line 1", "no instruction"),
@@ -254,9 +360,23 @@ BROKEN = {
     "empty file": ("", "no records"),
     "empty list": ("[]", "no records"),
     "only space": (" \n ", "no records"),
+    "instance without output": (
+        '{"instruction": "x", "instances": [{"input": "y"}]}',
+        "no output",
+    ),
+    "text a number": ('{"text": 5}', "line 1", "text is 5"),
+    "not UTF-8 behind a mark": (b"\xef\xbb\xbf" + ALPACA.encode() + b"\n\xff", "line 2", "UTF-8"),
+    "UTF-16": (ALPACA.encode("utf-16"), "line 1", "UTF-8"),
     "not UTF-8": (ALPACA.encode() + b"\n\xff", "line 2", "UTF-8"),
-    "robot": (conversation(("robot", "x")), "turn 1", "robot"),
+    "robot": (conversation(("robot", "x")), "turn 1", "robot", "one of human, user"),
     "answer first": (conversation(("gpt", "x")), "turn 1", "user"),
+    "system in the middle": (conversation(("human", "x"), ("system", "y")), "turn 2", "system"),
+    "two answers": (conversation(("human", "x"), ("gpt", "y"), ("gpt", "z")), "turn 3", "user"),
+    "only a system": (conversation(("system", "x")), "does not end with an answer"),
+    "nobody speaks": ('{"conversations": [{"value": "x"}]}', "no from"),
+    "nothing said": ('{"conversations": [{"from": "human"}]}', "no value"),
+    "a number said": (conversation(("human", 5)), "value is 5", "string"),
+    "a turn of text": ('{"conversations": ["x"]}', "conversations must be a list of objects"),
     "two questions": (conversation(("human", "x"), ("human", "y")), "turn 2", "assistant"),
     "no answer": (conversation(("human", "x")), "does not end with an answer"),
     "no turns": ('{"conversations": []}', "does not end with an answer"),
@@ -270,16 +390,45 @@ def test_a_broken_file_is_named_with_line_and_fault(tmp_path, content_and_words)
     with pytest.raises(ValueError) as refused:
         load_records(written(tmp_path / "data.json", content))
     said = str(refused.value)
-    assert "data.json" in said and "\n" not in said
+    assert "data.json" in said and "\n" not in said and len(said) < 300
     for word in words:
         assert word in said
 
 
+@pytest.mark.parametrize("indent", [None, 0, 1, 4])
+@pytest.mark.parametrize("fault", range(4))
+def test_the_line_named_is_the_one_the_record_begins_on(tmp_path, indent, fault):
+    """In a list that stretches over many lines, too, with empty ones in between."""
+    records = [record("a\nb", "x"), record("c", "y", "\n"), record("d", "z"), record("e", "w")]
+    records[fault]["output"] = 7
+    parts = [json.dumps(each, indent=indent) for each in records]
+    begin = 1
+    text = "\n\n["
+    for number, part in enumerate(parts):
+        text += "\n" * number
+        begin = text.count("\n") + 1 if number == fault else begin
+        text += part + ("\r\n , \n" if number < 3 else "\n]\n")
+    file = written(tmp_path / "data.json", text)
+    with pytest.raises(ValueError, match=rf"data\.json, line {begin}: output is 7, where a string"):
+        load_records(file)
+    broken = written(tmp_path / "data.json", text.replace('"output": 7', '"output": 7 7'))
+    with pytest.raises(ValueError, match=rf"data\.json, line {begin}: not JSON"):
+        load_records(broken)
+    lines = "\n".join([" ", *(json.dumps(each) for each in records)])
+    with pytest.raises(ValueError, match=rf"data\.json, line {fault + 2}: output is 7"):
+        load_records(written(tmp_path / "data.json", lines))
+
+
+def test_an_absent_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"absent\.json"):
+        load_records(tmp_path / "absent.json")
+
+
 def test_long_files_are_read_in_one_pass(tmp_path):
-    file = written(tmp_path / "data.json", json.dumps([record("x " * 100)] * 50_000, indent=1))
+    file = written(tmp_path / "data.json", json.dumps([record("x")] * 50_000, indent=1))
     start = time.perf_counter()
     assert len(load_records(file)) == 50_000
-    assert time.perf_counter() - start < 10
+    assert time.perf_counter() - start < 5
 
 
 # ---------------------------------------------------------------- mixtures
@@ -312,15 +461,28 @@ def test_records_know_where_they_come_from(two_files):
     _, origins = load_mixture(two_files, 0)
     assert origins[12] == f"{two_files[1]} record 3"
 
+    records, origins = load_mixture([f"{two_files[0]}:1.5", f"{two_files[1]}:0.3"], 0)
+    assert len(records) == len(origins) == 18
+    for found, origin in zip(records, origins, strict=True):
+        file, number = origin.split(" record ")
+        assert found == load_records(file)[int(number) - 1]
+    assert load_mixture([f"{two_files[0]}:2"], 0)[1].count(f"{two_files[0]} record 1") == 2
+
 
 def test_a_colon_in_a_file_name_is_no_weight(tmp_path):
     written(tmp_path / "at:2", ALPACA)
     assert len(load_mixture([str(tmp_path / "at:2")], 0)[0]) == 1
+    records, origins = load_mixture([f"{tmp_path}/at:2:3"], 0)
+    assert len(records) == 3 and origins == [f"{tmp_path}/at:2 record 1"] * 3
+    written(tmp_path / "a:b.json", ALPACA)
+    assert len(load_mixture([tmp_path / "a:b.json", f"{tmp_path}/a:b.json:2"], 0)[0]) == 3
+    with pytest.raises(FileNotFoundError, match="c:d"):
+        load_mixture([f"{tmp_path}/c:d"], 0)
 
 
-@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf"])
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "1000"])
 def test_a_weight_must_be_above_0(two_files, weight):
-    with pytest.raises(ValueError, match="above 0"):
+    with pytest.raises(ValueError, match=rf"a\.json:{weight}: .*above 0 and below 1000"):
         load_mixture([f"{two_files[0]}:{weight}"], 0)
     with pytest.raises(ValueError, match="no record"):
         load_mixture([f"{two_files[0]}:0.01"], 0)
@@ -348,6 +510,60 @@ def test_alpacas_run_has_its_number_of_steps():
     assert total_steps(52002, 128, 3) == 1219
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    examples=st.integers(1, 30),
+    batch=st.integers(1, 40),
+    epochs=st.integers(1, 4) | st.floats(0.5, 4),
+    seed=st.integers(0, 9),
+)
+def test_steps_are_full_but_the_last_and_there_are_as_many_as_said(examples, batch, epochs, seed):
+    steps, wanted = total_steps(examples, batch, epochs), round(examples * epochs)
+    parts = [step_examples(examples, batch, epochs, seed, step) for step in range(steps)]
+    assert [len(part) for part in parts[:-1]] == [batch] * max(0, steps - 1)
+    assert sum(map(len, parts)) == wanted and (not parts or 1 <= len(parts[-1]) <= batch)
+    order = [int(i) for part in parts for i in part]
+    for start in range(0, wanted, examples):
+        epoch = order[start : start + examples]
+        assert len(set(epoch)) == len(epoch) and set(epoch) <= set(range(examples))
+    # another batch size goes through the same shuffles
+    ones = [step_examples(examples, 1, epochs, seed, step)[0] for step in range(wanted)]
+    assert order == ones
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_ranks_divide_a_step_and_do_not_change_it(ranks):
+    lengths = np.random.default_rng(0).integers(5, 200, 70)
+    for step in range(total_steps(70, 16, 2)):
+        which = step_examples(70, 16, 2, 0, step)
+        rows = pack_rows(lengths[which], ranks, 256)
+        assert sorted(which[i] for mine in rows for row in mine for i in row) == sorted(which)
+
+
+def test_the_same_documents_are_packed_the_same_way():
+    lengths = np.random.default_rng(0).integers(5, 9, 50)  # many as long as each other
+    rows = pack_rows(lengths, 3, 64)
+    assert all(pack_rows(lengths.copy(), 3, 64) == rows for _ in range(3))
+
+
+def test_ranks_without_documents_get_a_row_like_the_others():
+    assert pack_rows(np.array([7, 9]), 4, 16) == [[[1]], [[0]], [[]], [[]]]
+    assert pack_rows(np.array([16]), 1, 16) == [[[0]]]
+    assert pack_rows(np.array([16, 1]), 1, 16) == [[[0], [1]]]
+    assert pack_rows(np.array([], int), 2, 16) == [[[]], [[]]]
+
+
+def test_rows_are_as_few_as_they_can_be():
+    assert pack_rows(np.array([8, 8, 8, 8]), 1, 32) == [[[0, 1, 2, 3]]]
+    assert [len(mine) for mine in pack_rows(np.full(8, 8), 2, 32)] == [1, 1]
+    assert [len(mine) for mine in pack_rows(np.full(9, 8), 2, 32)] == [2, 2]
+
+
+def test_a_document_longer_than_a_row_is_an_error_and_no_endless_search():
+    with pytest.raises(AssertionError):
+        pack_rows(np.array([5, 17]), 2, 16)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_rows_hold_every_document_once_and_are_level(ranks):
     draw = np.random.default_rng(ranks)
@@ -362,12 +578,24 @@ def test_rows_hold_every_document_once_and_are_level(ranks):
         assert len(rows[0]) <= -(-lengths.sum() // (ranks * 1024)) + 2, "rows left half empty"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def examples():
     draw = random.Random(0)
     words = "a red fox ran home in the rain and slept".split()  # noqa: SIM905
     records = [record(" ".join(draw.choices(words, k=draw.randint(1, 30)))) for _ in range(12)]
     return encode_all(records, [""] * 12, TOKENIZER, 60)
+
+
+@pytest.fixture(scope="module")
+def loss_alone(examples):
+    """The sum of the examples' losses, each by itself."""
+    model, total = small_model(vocab_size=1024).double(), 0.0
+    for i in range(len(examples)):
+        part = slice(examples.starts[i], examples.starts[i + 1])
+        ids, labels = (torch.from_numpy(x[part].astype(int))[None] for x in examples[:2])
+        with torch.no_grad():
+            total += model(ids, labels=labels).item()
+    return total
 
 
 def test_a_row_is_its_examples_one_behind_the_other(examples):
@@ -388,22 +616,32 @@ def test_rows_for_compiled_kernels_have_few_shapes(examples):
         assert len(row.cu_seqlens) == 20 and row.cu_seqlens[-1] == row.ids.shape[1]
         length = examples.lengths[which].sum() if which else 0
         assert (row.labels[0, length:] == IGNORE).all() and row.ids.shape[1] - length <= 32
-    assert make_row(examples, np.array([], int), 1, 0).ids.shape == (1, 1)
+        assert row.cu_seqlens.diff().min() >= 0
+        assert row.cu_seqlens.diff()[: len(which)].tolist() == examples.lengths[which].tolist()
+    empty = make_row(examples, np.array([], int), 1, 0)
+    assert empty.ids.shape == (1, 1) and empty.labels.tolist() == [[IGNORE]]
+    assert empty.cu_seqlens.tolist() == [0, 1]
+    full = make_row(examples, np.array([3]), int(examples.lengths[3]), 0)
+    assert full.cu_seqlens.tolist() == [0, examples.lengths[3]], "a full row is not filled up"
+
+
+def test_a_rank_without_documents_takes_part_and_changes_nothing(examples):
+    model = small_model(vocab_size=1024)
+    for multiple, bounds in ((1, 0), (32, 8)):
+        loss = model(**make_row(examples, np.array([], int), multiple, bounds)._asdict())
+        loss.backward()
+        assert loss.item() == 0
+        assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("ranks", "multiple"), [(1, 1), (2, 1), (3, 32)])
-def test_packing_changes_no_loss(examples, ranks, multiple):
+@pytest.mark.parametrize(("ranks", "multiple"), [(1, 1), (2, 1), (3, 1), (3, 32), (14, 32)])
+def test_packing_changes_no_loss(examples, loss_alone, ranks, multiple):
     model = small_model(vocab_size=1024).double()
-    alone = 0.0
-    for i in range(12):
-        part = slice(examples.starts[i], examples.starts[i + 1])
-        ids, labels = (torch.from_numpy(x[part].astype(int))[None] for x in examples[:2])
-        alone += model(ids, labels=labels).item()
     rows = [row for mine in pack_rows(examples.lengths, ranks, 256) for row in mine]
     bounds = 20 if multiple > 1 else 0
     packed = sum(
         model(**make_row(examples, np.array(row, int), multiple, bounds)._asdict()).item()
         for row in rows
     )
-    assert packed == pytest.approx(alone, rel=1e-6)
+    assert packed == pytest.approx(loss_alone, rel=1e-6)

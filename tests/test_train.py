@@ -405,6 +405,28 @@ def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(
     assert_identical(out, long_reference)
 
 
+def test_a_run_killed_before_its_first_snapshot_starts_over(base, tmp_path):
+    out, changes = tmp_path / "run", {**LONG, "eval_data": base / "records.json", "answers": 1}
+    process = launch(flags(base, out, **{**changes, "save_every": 1000}))
+    assert wait_for(lambda: logged_steps(out) >= 3, process)
+    kill(process)
+    trained(flags(base, out, **{**changes, "save_every": 1000}))
+    steps = [r["step"] for r in metrics(out)]
+    assert steps == [*range(31), 30], "the held-out loss at both ends, each step once"
+
+
+def test_sigterm_may_come_twice(base, long_reference, tmp_path):
+    """As from a scheduler that tells all processes while torchrun passes it on."""
+    out = tmp_path / "run"
+    process = launch(flags(base, out, **LONG))
+    assert wait_for(lambda: logged_steps(out) >= 4, process)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 128 + signal.SIGTERM and "stopped after step" in err
+    assert list(out.glob("checkpoints/step-??????")) and not list(out.glob("checkpoints/*.partial"))
+
+
 def test_two_ranks_stop_together_and_one_goes_on(base, long_reference, tmp_path):
     out = tmp_path / "run"
     process = launch(flags(base, out, **LONG), ranks=2)
@@ -559,6 +581,7 @@ MISTAKES = {
     "negative rate": ({"lr": -1}, "--lr", "above 0"),
     "not a number": ({"batch_size": "many"}, "--batch-size", "many"),
     "no warm-up like that": ({"warmup": 3}, "--warmup"),
+    "negative seed": ({"seed": -1}, "--seed"),
     "replicas": ({"replicas": 2}, "--replicas 2", "1 rank"),
     "unknown flag": ({"learning_rate": 1}, "--learning-rate"),
     "nothing to resume": ({"resume": True}, "--resume", "no run"),

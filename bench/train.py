@@ -167,11 +167,11 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="of each side (default: 3)")
     parser.add_argument("--steps", type=int, default=13, help="of each run (default: 13)")
     parser.add_argument("--side", help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="(default: one after the other)")
     args = parser.parse_args()
     if args.side:
         return once(args.side, args.dtype, args.steps)
-    for dtype in ("fp32", "bf16"):
+    for dtype in [args.dtype] if args.dtype else ("fp32", "bf16"):
         sides = {
             side: lambda side=side, dtype=dtype: in_own_process(side, dtype, args.steps)
             for side in ("ours", "Trainer", "Trainer, grouped")

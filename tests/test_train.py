@@ -415,12 +415,23 @@ def test_a_run_killed_before_its_first_snapshot_starts_over(base, tmp_path):
     assert steps == [*range(31), 30], "the held-out loss at both ends, each step once"
 
 
+def test_a_kill_while_the_folder_was_made_is_no_obstacle(base, reference, here, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "settings.json.77.partial").write_text('{"lr"')
+    code, _, err = here(flags(base, out))
+    assert code == 0, err
+    assert not list(out.glob("*.partial"))
+    assert_same_run(out, reference)
+
+
 def test_sigterm_may_come_twice(base, long_reference, tmp_path):
     """As from a scheduler that tells all processes while torchrun passes it on."""
     out = tmp_path / "run"
     process = launch(flags(base, out, **LONG))
     assert wait_for(lambda: logged_steps(out) >= 4, process)
     process.send_signal(signal.SIGTERM)
+    assert "stopping" in process.stderr.readline() + process.stderr.readline()
     process.send_signal(signal.SIGTERM)
     code, _, err = finish(process)
     assert code == 128 + signal.SIGTERM and "stopped after step" in err
@@ -632,7 +643,9 @@ def test_under_torchrun_a_mistake_is_said_once_by_all_ranks_leaving(base, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "replicas"), [(8, 1), (4, 2)], ids=["8 ranks", "2 x 2"])
+@pytest.mark.parametrize(
+    ("ranks", "replicas"), [(3, 1), (8, 1), (4, 2)], ids=["3, uneven shards", "8", "2 x 2"]
+)
 def test_more_ranks_equal_one(base, reference, tmp_path, ranks, replicas):
     trained(flags(base, tmp_path / "run", replicas=replicas), ranks)
     assert_same_run(tmp_path / "run", reference)

@@ -8,7 +8,7 @@ BENCHES = load train encode startup
 .PHONY: help train test test-all lint bench clean
 
 help:
-	@echo "make train     fine-tune the embedded model (two minutes on two cores)"
+	@echo "make train     fine-tune the embedded model (a minute on two cores)"
 	@echo "make test      the tests; test-all adds the slow ones"
 	@echo "make lint      style, as CI checks it"
 	@echo "make bench     measure against the peers, into bench/RESULTS.md"

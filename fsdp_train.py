@@ -129,8 +129,10 @@ def prepare(args: argparse.Namespace) -> Job:
     tokenizer.check(config)
     if not 0 <= args.warmup < 1:
         raise ValueError(f"--warmup {args.warmup} is not a share of the steps, from 0 to below 1")
-    if args.seed < 0:
-        raise ValueError(f"--seed {args.seed} is below 0")
+    for name in ("seed", "save_every", "answers"):
+        if getattr(args, name) < 0:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {getattr(args, name)} is below 0")
     if args.max_length > config.max_position_embeddings:
         raise ValueError(
             f"--max-length {args.max_length} is more than the "

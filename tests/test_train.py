@@ -593,6 +593,7 @@ MISTAKES = {
     "not a number": ({"batch_size": "many"}, "--batch-size", "many"),
     "no warm-up like that": ({"warmup": 3}, "--warmup"),
     "negative seed": ({"seed": -1}, "--seed"),
+    "negative interval": ({"save_every": -5}, "--save-every -5"),
     "replicas": ({"replicas": 2}, "--replicas 2", "1 rank"),
     "unknown flag": ({"learning_rate": 1}, "--learning-rate"),
     "nothing to resume": ({"resume": True}, "--resume", "no run"),

@@ -11,7 +11,8 @@ The second line is Alpaca's run. Run a command again and it goes on where it sto
     are gathered in bf16 while it computes, gradients are reduced in fp32 (FSDP2, `fully_shard`).
   - The loss is the cross-entropy summed over the answers' tokens and divided by how many the whole
     step has: the number of ranks, rows or pieces a batch is cut into changes nothing.
-  - Examples are packed without padding (dataset.py), so a step costs its tokens and no more.
+  - Examples are packed (dataset.py), so a step costs its tokens and hardly more: where blocks are
+    compiled, a row is filled up to a multiple of 128.
   - `--out` gathers settings.json, metrics.jsonl, loss.svg, checkpoints/ (removed at the end) and,
     when all is done, model/: a Hugging Face folder.
   - Ctrl-C and SIGTERM save after the step under way. torchrun gives that 30 seconds; a big model on

@@ -71,7 +71,7 @@ class RunFolder:
         if done and self.metrics.exists():
             logged = console.read_jsonl(self.metrics, skip_torn=True)
             self.records = [r for r in logged if r.get("step", math.inf) <= done]
-            if done == steps and "held_out_loss" in self.records[-1]:
+            if done == steps and self.records and "held_out_loss" in self.records[-1]:
                 self.records.pop()  # of the trained model; it is measured again
         with console.atomic_file(self.metrics, "w") as file:
             file.writelines(json.dumps(record) + "\n" for record in self.records)

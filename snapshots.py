@@ -43,9 +43,12 @@ class Snapshots:
         if self.first and self.folder.exists():
             for partial in self.folder.glob("*.partial"):
                 shutil.rmtree(partial)
-        found = [sorted(self.folder.glob("step-*[0-9]"))[-1:]]
+        found = [self._states()[-1:]]
         dist.broadcast_object_list(found, src=0, group=self.group)
         return found[0][0] if found[0] else None
+
+    def _states(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*[0-9]"), key=lambda path: int(path.name[5:]))
 
     def load(self, folder: Path, tensors: dict[str, torch.Tensor]) -> dict:
         """Fill `tensors` in place; returns what `save` was given beside them."""
@@ -82,7 +85,7 @@ class Snapshots:
                 console.sync(path)
             os.replace(partial, final)
             console.sync(self.folder)
-            for old in sorted(self.folder.glob("step-*[0-9]"))[: -self.keep]:
+            for old in self._states()[: -self.keep]:
                 shutil.rmtree(old)
         except OSError as mistake:
             self.trouble = mistake

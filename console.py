@@ -66,7 +66,7 @@ def notice(text: str, own: bool = False) -> None:
 class Parser(argparse.ArgumentParser):
     """argparse with the module's docstring as help and one line for a mistake."""
 
-    def __init__(self, description: str, **how):
+    def __init__(self, description: str | None = None, **how):
         how.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(description=description, **how)
 
@@ -216,6 +216,28 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     finally:
         os.close(lock)
     sync(path.parent)
+
+
+def claim(folder: Path, settings: dict[str, Any], doing: str) -> int:
+    """Lock a folder for one process, and hold what it was begun with against `settings`. The lock
+    goes with the file handle that is returned, or with the process."""
+    lock, file = os.open(folder, os.O_RDONLY), folder / "settings.json"
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is {doing} in {folder}") from None
+        if not file.exists():
+            with atomic_file(file, "w") as opened:
+                json.dump(settings, opened, indent=2)
+        before = read_json(file)
+        if odd := [name for name in settings if before.get(name) != settings[name]]:
+            told = (f"{name} was {before.get(name)}, now it is {settings[name]}" for name in odd)
+            raise ValueError(f"{folder} is another run ({'; '.join(told)}): name another --out")
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
 
 
 def sync(path: Path) -> None:

@@ -7,7 +7,6 @@
 A lock on the folder keeps a second process out; it dies with the process that holds it.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -37,22 +36,9 @@ class RunFolder:
         if resume and not file.exists():
             raise ValueError(f"--resume: there is no run in {folder}")
         folder.mkdir(parents=True, exist_ok=True)
-        self.lock = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise ValueError(f"another process is training in {folder}") from None
+        self.lock = console.claim(folder, settings, "training")
         for leftover in folder.glob("*.json*.partial"):  # of a kill while a file was written
             leftover.unlink()
-        if not file.exists():
-            with console.atomic_file(file, "w") as opened:
-                json.dump(settings, opened, indent=2)
-        before = console.read_json(file)
-        if odd := [name for name in settings if before.get(name) != settings[name]]:
-            self.close()
-            told = (f"{name} was {before.get(name)}, now it is {settings[name]}" for name in odd)
-            raise ValueError(f"{folder} is another run ({'; '.join(told)}): name another --out")
 
     def finished(self) -> bool:
         if not (self.folder / "settings.json").exists():  # which the first rank wrote

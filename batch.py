@@ -1,0 +1,173 @@
+"""The Batch API of OpenAI: many requests in one file, answered within a day at half the price.
+
+    async for replies in fetch(client, endpoint, ["7", "8"], body_of, log):
+        store(replies)                                       # {"7": a Reply or GaveUp, ...}
+
+A batch that was paid for is never lost nor bought twice. Before it is made, `log` (a JSONL file)
+gets a line with its name, which the server keeps too: after a kill its list is searched for that
+name. The batch counts as read only when the caller, having stored the replies, asks for more.
+"""
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import console
+from api import KINDS, NONE, Client, Endpoint, GaveUp, Refused, Reply, Unusable, understood
+
+PRICE = 0.5  # of what single requests cost
+MOST = 20_000  # requests in a batch; the server's own limits are 50,000 and 200 MB
+OVER = ("completed", "expired", "cancelled", "failed")
+
+
+async def fetch(
+    client: Client,
+    endpoint: Endpoint,
+    ids: list[str],
+    body_of: Callable[[str], dict],
+    log: Path,
+    every: float = 30,
+    say: Callable[[str], None] = lambda line: None,
+) -> AsyncIterator[dict[str, Reply | GaveUp]]:
+    """Replies, a batch at a time; first of batches that an interrupted run has left under way."""
+    under_way = list(begun(log, endpoint))
+    sent = {id for batch in under_way for id in batch["ids"]}
+    rest = [id for id in ids if id not in sent]
+    for start in range(0, len(rest), MOST):
+        batch = {"name": "alpaca-" + secrets.token_hex(8), "model": endpoint.model}
+        batch |= {"url": endpoint.url, "kind": endpoint.kind, "ids": rest[start : start + MOST]}
+        console.append_jsonl(log, batch)
+        under_way.append(batch)
+    made = [await find_or_make(client, endpoint, batch, body_of) for batch in under_way]
+    for batch, there in zip(under_way, made, strict=True):
+        start = time.monotonic()
+        while there["status"] not in OVER:
+            counts = there.get("request_counts") or {}
+            done, waited = counts.get("completed", 0), console.clock(time.monotonic() - start)
+            say(f"batch {there['id']}: {there['status']}, {done} of {len(batch['ids'])}, {waited}")
+            await asyncio.sleep(every)
+            there = await client.call(endpoint, "GET", f"batches/{there['id']}", described)
+        replies = await results(client, endpoint, there)
+        if replies:
+            yield {id: replies[id] for id in batch["ids"] if id in replies}
+        console.append_jsonl(log, {"name": batch["name"], "over": there["status"]})
+        if not replies:
+            raise Refused(f"batch {there['id']} is {there['status']}: {trouble(there)}")
+
+
+def begun(log: Path, endpoint: Endpoint) -> list[dict]:
+    """The batches of this endpoint that are not read yet."""
+    lines = list(console.read_jsonl(log, skip_torn=True)) if log.exists() else []
+    over = {line["name"] for line in lines if "over" in line}
+    ours = (endpoint.url, endpoint.model, endpoint.kind)
+    return [
+        line
+        for line in lines
+        if line["name"] not in over and (line.get("url"), line["model"], line["kind"]) == ours
+    ]
+
+
+async def find_or_make(
+    client: Client, endpoint: Endpoint, batch: dict, body_of: Callable[[str], dict]
+) -> dict[str, Any]:
+    """The server's description of a batch of ours. Making one is not repeated blindly: an answer
+    that was lost leaves a batch behind."""
+    for attempt in range(client.attempts):
+        if there := await find(client, endpoint, batch["name"]):
+            return there
+        lines = [
+            {"custom_id": id, "method": "POST", "url": f"/v1/{KINDS[endpoint.kind]}"}
+            | {"body": body_of(id)}
+            for id in batch["ids"]
+        ]
+        content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        files = {"file": (batch["name"] + ".jsonl", content, "application/jsonl")}
+        purpose = {"purpose": "batch"}
+        file = await client.call(endpoint, "POST", "files", named, data=purpose, files=files)
+        order = {"input_file_id": file["id"], "endpoint": f"/v1/{KINDS[endpoint.kind]}"}
+        order |= {"completion_window": "24h", "metadata": {"name": batch["name"]}}
+        try:
+            return described(await client.send(endpoint, "POST", "batches", json=order))
+        except Unusable as problem:
+            why = str(problem)
+            await asyncio.sleep(client.wait_before(attempt + 2))
+    raise GaveUp(f"{endpoint.url}: no batch made in {client.attempts} attempts, last: {why}", NONE)
+
+
+async def find(client: Client, endpoint: Endpoint, name: str) -> dict[str, Any] | None:
+    after = ""
+    while True:
+        page = await client.call(endpoint, "GET", f"batches?limit=100{after}", page_of)
+        for there in page["data"]:
+            if (there.get("metadata") or {}).get("name") == name:
+                return there
+        if not page.get("has_more") or not page["data"]:
+            return None
+        after = f"&after={page['data'][-1]['id']}"
+
+
+async def results(client: Client, endpoint: Endpoint, there: dict) -> dict[str, Reply | GaveUp]:
+    """What the output and error files of a batch say of each request."""
+    replies: dict[str, Reply | GaveUp] = {}
+    for field in ("output_file_id", "error_file_id"):
+        if there.get(field):
+            path = f"files/{there[field]}/content"
+            for line in await client.call(endpoint, "GET", path, lines_of):
+                replies[str(line.get("custom_id"))] = reply_of(line)
+    return replies
+
+
+def reply_of(line: dict) -> Reply | GaveUp:
+    response = line.get("response") or {}
+    body = response.get("body") if isinstance(response, dict) else None
+    try:
+        if response.get("status_code") != 200:
+            raise Unusable(f"the batch says {line.get('error') or body}")
+        return understood(json.dumps(body, ensure_ascii=True))
+    except (Unusable, AttributeError) as problem:
+        return GaveUp(str(problem)[:300], getattr(problem, "usage", NONE))
+
+
+def trouble(there: dict) -> str:
+    errors = there.get("errors") or {}
+    found = errors.get("data") if isinstance(errors, dict) else None
+    return "; ".join(str(e.get("message", e)) for e in found or []) or "it has no results"
+
+
+def described(text: str) -> dict[str, Any]:
+    found = named(text)
+    if not isinstance(found.get("status"), str):
+        raise Unusable("a batch without a status")
+    return found
+
+
+def named(text: str) -> dict[str, Any]:
+    found = parsed(text)
+    if not isinstance(found.get("id"), str):
+        raise Unusable("an answer without an id")
+    return found
+
+
+def page_of(text: str) -> dict[str, Any]:
+    found = parsed(text)
+    if not isinstance(found.get("data"), list):
+        raise Unusable("a list without data")
+    return found
+
+
+def parsed(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        raise Unusable("the answer is not JSON") from None
+    if not isinstance(found, dict):
+        raise Unusable("the answer is no JSON object")
+    return found
+
+
+def lines_of(text: str) -> list[dict[str, Any]]:
+    return [parsed(line) for line in text.split("\n") if line.strip()]

@@ -1,0 +1,161 @@
+"""Tasks as text: the prompt a teacher gets, what it sends back, and which of it Alpaca would keep.
+
+    alpaca_prompt(header, seeds)    Alpaca's request: three seeds, then "###" and "4. Instruction:"
+    parse(text, cut)                what came back → tasks, each whole or with the reason it is not
+    unfit(instruction)              why Alpaca's filters drop an instruction, or ""
+
+A completion goes on where the prompt stopped, in the middle of task 4. Chat models begin anew, and
+each in its own way: markdown, other numbers, no numbers, no ###, code fences. `parse` goes by the
+labels (Instruction, Input, Output) at the start of a line. Where labels carry numbers, a label
+without one, or with an earlier task's, does not begin a task: it is part of one.
+"""
+
+import re
+import string
+from typing import NamedTuple
+
+from rougel import tokenize_unicode
+
+NO_INPUT = "<noinput>"
+BEYOND_TEXT = re.compile(  # asks for what a model that reads and writes text alone cannot do
+    r"\b(images?|graphs?|pictures?|files?|maps?|draw|plot|go to|video|audio|music|flowchart"
+    r"|diagram)\b",
+    re.IGNORECASE,
+)
+LABEL = re.compile(  # `4. Instruction:`, `**Input:**`, `### Output 4`, `Task 4: Instruction:` …
+    r"""^(?=.{0,40}\n?.{0,20}(?:instruction|input|output))[ \t>•-]*(?P<mark>[#*_]+)?[ \t]*
+    (?:(?:task|example|item|no\.?)?[ \t]*\#?(?P<number>\d{1,4})
+       (?:[ \t]*[.):–-]*[ \t*_]*|[.):][*_]*[ \t]*\n[ \t*_]*))?
+    (?P<field>instruction|input|output)s?(?:[ \t]+(?P<after>\d{1,4}))?[*_`]*
+    (?:[ \t]*[:：][*_`]*|(?(mark)[ \t]*$|(?!)))[ \t]*""",
+    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+)
+FENCE = re.compile(r"^[ \t]*```.*$", re.MULTILINE)
+BETWEEN = re.compile(  # a line between two tasks that belongs to neither
+    r"```\w*|#{2,}.*|[-*_=]{3,}|[*_#]*(task|example|item)[ \t]*#?\d+\W*", re.IGNORECASE
+)
+NOTHING = re.compile(
+    r"""[\s`*"'(\[<_]*(?:no[\s_-]*input|none|n/?a|not applicable)[\s`*"')\]>._]*""", re.IGNORECASE
+)
+
+
+class Task(NamedTuple):
+    instruction: str
+    input: str
+    output: str
+    why: str = ""  # it cannot be used: "format" or "cut"
+
+
+def alpaca_prompt(header: str, seeds: list[dict]) -> str:
+    """The request, as Alpaca's script lays it out."""
+    parts = [header]
+    for number, seed in enumerate(seeds, 1):
+        instruction = " ".join(seed["instruction"].split()).rstrip(":")
+        case = seed["instances"][0]
+        parts.append(f"###\n{number}. Instruction: {instruction}\n")
+        parts.append(f"{number}. Input:\n{case['input'] or NO_INPUT}\n")
+        parts.append(f"{number}. Output:\n{case['output']}\n")
+    return "".join([*parts, f"###\n{len(seeds) + 1}. Instruction:"])
+
+
+class Label(NamedTuple):
+    number: int | None
+    field: str
+    start: int
+    end: int
+
+
+def parse(text: str, cut: bool = False) -> list[Task]:
+    """The tasks of a response, in order. `cut` says that the answer ran into its limit, so the last
+    task is not all there."""
+    text = unfenced(text.replace("\r\n", "\n").replace("\r", "\n"))
+    if (found := LABEL.search(text)) and found["field"].lower() != "instruction":
+        number = found["number"] or found["after"]  # the prompt's last words stood before this
+        text = f"{number}. Instruction: {text}" if number else f"Instruction: {text}"
+    grouped = by_task(text)
+    ends = [*(before_heading(text, labels[0].start) for labels in grouped[1:]), len(text)]
+    ends[-1:] = [before_heading(text, len(text))] if grouped else []
+    tasks = [task_of(text[:end], labels) for labels, end in zip(grouped, ends, strict=True)]
+    if tasks and cut:
+        tasks[-1] = tasks[-1]._replace(why="cut")
+    return tasks
+
+
+def unfenced(text: str) -> str:
+    """The inside of a code fence that is around all tasks."""
+    fences, label = list(FENCE.finditer(text)), LABEL.search(text)
+    if label and fences and fences[0].start() < label.start() and len(fences) % 2 == 0:
+        return text[fences[0].end() : fences[-1].start()]
+    return text
+
+
+def by_task(text: str) -> list[list[Label]]:
+    """The labels of each task."""
+    labels = [
+        Label(int(n) if (n := m["number"] or m["after"]) else None, m["field"].lower(), *m.span())
+        for m in LABEL.finditer(text)
+    ]
+    numbered = next((x.number is not None for x in labels if x.field == "instruction"), False)
+    tasks: list[list[Label]] = []
+    current = -1
+    for label in labels:
+        if numbered:
+            begins = label.number is not None and label.number > current
+        else:
+            begins = label.field == "instruction"
+        if begins:
+            current = label.number if numbered else current
+            tasks.append([label])
+        elif tasks and label.number in (None, current):
+            tasks[-1].append(label)
+    return tasks
+
+
+def before_heading(text: str, start: int) -> int:
+    """Where the lines begin that announce a task: ###, a heading, a fence, nothing."""
+    while start > 0:
+        line_start = text.rfind("\n", 0, start - 1) + 1
+        line = text[line_start:start].strip()
+        if line and not BETWEEN.fullmatch(line):
+            break
+        start = line_start
+    return start
+
+
+def task_of(text: str, labels: list[Label]) -> Task:
+    """A task from its labels: an instruction, an input perhaps, and an output, in this order. A
+    label with the task's number goes before one without, which may be part of a text."""
+    chosen = labels[:1]
+    for field in ("input", "output"):
+        later = [x for x in labels if x.field == field and x.start > chosen[-1].start]
+        numbered = [x for x in later if x.number is not None]
+        chosen += (numbered or later)[:1]
+        if len(numbered) > 1:
+            return Task("", "", "", "format")  # two tasks in one
+    ends = [*(label.start for label in chosen[1:]), len(text)]
+    fields = {x.field: text[x.end : end].strip() for x, end in zip(chosen, ends, strict=True)}
+    instruction, output = (fields.get(name, "") for name in ("instruction", "output"))
+    if len(FENCE.findall(output)) % 2:  # its end was taken for the line between two tasks
+        output += "\n```"
+    given = fields.get("input", "")
+    given = "" if NOTHING.fullmatch(given) else given
+    return Task(instruction, given, output, "" if instruction and output else "format")
+
+
+def unfit(instruction: str, any_script: bool = False) -> str:
+    """Why Alpaca's filters drop an instruction, or "". The ROUGE-L filter is the pool's. With
+    `any_script` it may be Chinese: words are counted as that is written, and may begin with 写."""
+    words = len(tokenize_unicode(instruction) if any_script else instruction.split())
+    if words <= 3:
+        return "short"
+    if words > 150:
+        return "long"
+    if found := BEYOND_TEXT.search(instruction):
+        return f"asks for {found[0].lower()}"
+    if instruction.startswith("Write a program"):
+        return "program"
+    if instruction[0] in string.punctuation:
+        return "punctuation"
+    if not any_script and not instruction[0].isascii():
+        return "not ASCII"
+    return ""

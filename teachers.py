@@ -1,0 +1,179 @@
+"""Asking teachers, each question once: every answer is on disk before it is used.
+
+    teachers = Teachers(Answers(file), endpoints, client, args)
+    entry = await teachers.ask("7", prompt, options, seeds)      # asked and stored, or just read
+
+An entry of responses.jsonl is an answer as it came, with what it cost and where it is from. A run
+that was killed asks again only for what is not there. Which teacher gets a question hangs on
+--seed and the question's number alone.
+"""
+
+import asyncio
+import json
+import math
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import batch
+import console
+from api import Client, Endpoint, GaveUp, Purse, Refused, Reply, Usage
+
+PATIENCE = 10  # requests in a row without an answer, after which a run stops
+
+
+class OutOfMoney(Exception):
+    """The budget has no room for another request."""
+
+
+class Answers:
+    """responses.jsonl, read."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        entries = console.read_jsonl(file, skip_torn=True) if file.exists() else ()
+        self.entries = {entry["id"]: entry for entry in entries}
+        self.spent = sum(entry["cost"] for entry in self.entries.values())
+
+    def store(self, entry: dict) -> None:
+        console.append_jsonl(self.file, entry)
+        self.entries[entry["id"]] = entry
+        self.spent += entry["cost"]
+
+
+class Teachers:
+    """Asks each question once: what there is an answer to is not asked, nor paid, again."""
+
+    def __init__(self, answers: Answers, endpoints: list[Endpoint], client: Client, args):
+        self.answers, self.endpoints, self.client = answers, endpoints, client
+        self.purse, self.seed = Purse(args.budget, answers.spent), args.seed
+        self.turn = asyncio.Semaphore(args.in_flight)
+        self.in_flight = self.in_a_row = 0
+        self.closed = not endpoints  # then there is only what the folder has
+
+    def teacher(self, id: str) -> Endpoint:
+        number = id.split(".")[0]  # one teacher for an instruction and its instances
+        weights = [endpoint.weight for endpoint in self.endpoints]
+        return random.Random(f"{self.seed} {number} teacher").choices(self.endpoints, weights)[0]
+
+    async def ask(self, id: str, prompt: str, options: dict, seeds: list[str]) -> dict:
+        """The entry of responses.jsonl; one without a response if no attempt brought any."""
+        if id in self.answers.entries:
+            return self.answers.entries[id]
+        if self.closed:
+            raise OutOfMoney
+        endpoint = self.teacher(id)
+        most = at_most(endpoint, endpoint.body(prompt, options))
+        async with self.turn:
+            while not self.closed and not self.purse.reserve(most):
+                if not self.in_flight:
+                    raise OutOfMoney
+                await asyncio.sleep(0.05)  # others will cost less than they may
+            if self.closed:
+                raise OutOfMoney
+            self.in_flight += 1
+            cost = 0.0
+            try:
+                found = await self.answer(endpoint, prompt, options)
+                entry = self.entry(id, endpoint, seeds, found, most)
+                cost = entry["cost"]
+                await asyncio.to_thread(self.answers.store, entry)
+            finally:
+                self.in_flight -= 1
+                self.purse.settle(most, cost)
+        if self.in_a_row >= PATIENCE:
+            raise Refused(f"{PATIENCE} requests in a row without an answer. {entry['failed']}")
+        return entry
+
+    async def answer(self, endpoint: Endpoint, prompt: str, options: dict) -> Reply | GaveUp:
+        try:
+            reply = await self.client.ask(endpoint, prompt, **options)
+        except GaveUp as problem:
+            if problem.unreachable:
+                raise Refused(str(problem)) from None
+            self.in_a_row += 1
+            return problem
+        self.in_a_row = 0
+        return reply
+
+    def entry(
+        self,
+        id: str,
+        endpoint: Endpoint,
+        seeds: list[str],
+        found: Reply | GaveUp,
+        most: float,
+        price: float = 1,
+    ) -> dict:
+        """An answer, or the lack of one, as responses.jsonl keeps it. One for which the server
+        does not tell the tokens counts as the most it can have cost."""
+        provenance = {
+            "teacher": endpoint.model,
+            "url": endpoint.url,
+            "endpoint": endpoint.kind + (" in a batch" if price != 1 else ""),
+            "licence": endpoint.licence,
+            "request": id,
+            "request_id": getattr(found, "request_id", ""),
+            "prompt_seeds": seeds,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        entry = {"id": id, "provenance": provenance, "usage": found.usage._asdict()}
+        entry["cost"] = (endpoint.cost(found.usage) + found.usage.unmetered * most) * price
+        if isinstance(found, Reply):
+            return entry | {"attempts": found.attempts, "response": found.body}
+        return entry | {"failed": str(found)}
+
+    async def ask_in_batches(self, ids: list[str], request: Callable, every: float) -> None:
+        """All of these at once, at half the price, within a day. `request` makes prompt, options
+        and seeds from an id."""
+
+        def body_of(id: str) -> dict:
+            prompt, options, _ = request(id)
+            return self.teacher(id).body(prompt, options)
+
+        log = self.answers.file.parent / "batches.jsonl"
+        for endpoint in self.endpoints:
+            mine = [id for id in ids if self.teacher(id) == endpoint]
+            mine = mine[: self.affordable(endpoint, [body_of(id) for id in mine])]
+            found = batch.fetch(self.client, endpoint, mine, body_of, log, every, console.notice)
+            async for replies in found:
+                for id, reply in replies.items():
+                    if id not in self.answers.entries:
+                        most, seeds = at_most(endpoint, body_of(id)), request(id)[2]
+                        self.answers.store(
+                            self.entry(id, endpoint, seeds, reply, most, batch.PRICE)
+                        )
+        self.purse.spent = self.answers.spent
+        if ids[0] not in self.answers.entries:
+            raise OutOfMoney
+
+    def affordable(self, endpoint: Endpoint, bodies: list[dict]) -> int:
+        """How many of these the budget has room for, whatever their answers will cost."""
+        left = math.inf if self.purse.budget is None else self.purse.budget - self.answers.spent
+        for number, body in enumerate(bodies):
+            left -= at_most(endpoint, body) * batch.PRICE
+            if left < 0:
+                return number
+        return len(bodies)
+
+    async def stop(self, tasks: list[asyncio.Task]) -> None:
+        """Send nothing more, but take what is on its way: it is paid for."""
+        self.closed = True
+        if self.in_flight:
+            console.notice(f"waiting for {self.in_flight} answers under way (Ctrl-C leaves them)")
+            await asyncio.wait(tasks, timeout=self.client.timeout)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def line(self) -> str:
+        retries = self.client.retries
+        parts = [f"${self.answers.spent:.2f}", f"{self.in_flight} in flight"]
+        return "  ".join([*parts, f"{retries} retries"] if retries else parts)
+
+
+def at_most(endpoint: Endpoint, body: dict) -> float:
+    """What a request can cost: a token is a byte or more."""
+    longest = body.get("max_tokens") or body.get("max_completion_tokens") or 0
+    return endpoint.cost(Usage(len(json.dumps(body, ensure_ascii=False).encode()), longest))

@@ -1,0 +1,273 @@
+"""A small OpenAI-compatible server for the tests: both APIs, batches, and faults on demand.
+
+What it answers follows from the prompt alone, so two runs that ask the same get the same. As a
+program (`python teacher_server.py PORT-FILE LOG-FILE`) it outlives the run that a test kills.
+"""
+
+import hashlib
+import json
+import random
+import re
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+VERBS = "Explain Compare Translate Summarise Classify Rewrite List Describe Suggest Calculate"
+THINGS = (
+    "river teapot violin glacier notebook lantern sparrow harbour compass blanket orchard engine "
+    "carpet kettle meadow puzzle ladder statue candle basket tunnel window garden saddle bridge"
+)
+
+
+def tasks_for(prompt: str, count: int = 17, first: int = 4) -> str:
+    """What a completion model sends: it goes on after "4. Instruction:"."""
+    rng = random.Random(hashlib.sha256(prompt.encode()).hexdigest())
+    parts = []
+    for number in range(first, first + count):
+        some = rng.sample(THINGS.split(), 6)
+        verb = rng.choice(VERBS.split())
+        named = f"{some[0]} {some[1]} {some[2]} with a {some[3]} {some[4]}"
+        instruction = f"{verb} the {named} {rng.random():.6f}"
+        if rng.random() < 0.1:
+            instruction = f"Draw the {some[0]} and the {some[1]} for me"
+        given = f"A {some[5]}." if rng.random() < 0.5 else "<noinput>"
+        label = "" if number == first else f"###\n{number}. Instruction:"
+        parts.append(
+            f"{label} {instruction}\n{number}. Input:\n{given}\n{number}. Output:\n"
+            f"{some[5]} it is\n"
+        )
+    return "".join(parts)
+
+
+def instructions_for(prompt: str) -> str:
+    rng = random.Random(prompt)
+    lines = []
+    for number in range(9, 16):
+        some = " ".join(rng.sample(THINGS.split(), 5))
+        lines.append(f"{number}. {rng.choice(VERBS.split())} the {some} {rng.random():.6f}")
+    return lines[0].removeprefix("9.") + "\n" + "\n".join(lines[1:])
+
+
+def answer(prompt: str) -> str:
+    """By what stands at the end of the prompt."""
+    if prompt.endswith("Classification:"):
+        return " Yes" if "Classify" in prompt.rsplit("Task:", 1)[1] else " No"
+    if prompt.endswith("Class label:"):
+        return " good\nInput: it shines\nClass label: bad\nInput: it rains"
+    if prompt.endswith("Input:"):
+        return " three\nOutput: drei\n\nExample 2\nInput: four\nOutput: vier"
+    if prompt.endswith("9."):
+        return instructions_for(prompt)
+    return tasks_for(prompt)
+
+
+class Server(ThreadingHTTPServer):
+    """`faults` maps a name to its share of the answers; `latency` is seconds for each."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, faults=None, latency=0.0, key="", answer=answer, log=None, seed=0):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.faults, self.latency, self.key, self.answer = faults or {}, latency, key, answer
+        self.log, self.rng, self.lock = log, random.Random(seed), threading.Lock()
+        self.seen: Counter = Counter()  # what was asked for, and the faults
+        self.prompts: Counter = Counter()
+        self.spent = [0, 0]  # tokens of the answers that were sent whole
+        self.batches: dict[str, dict] = {}
+        self.files: dict[str, bytes] = {}
+        self.batch_waits, self.retry_after = 2, 0.05
+        self.bodies: list[dict] = []
+        self.headers: list[dict] = []
+        self.now = self.most = 0
+
+    def __enter__(self):
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
+        return self
+
+    def __exit__(self, *exception):
+        self.shutdown()
+        self.server_close()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def fault(self) -> str:
+        with self.lock:
+            draw = self.rng.random()
+            for name, share in self.faults.items():
+                draw -= share
+                if draw < 0:
+                    self.seen[name] += 1
+                    return name
+        return ""
+
+    def handle_error(self, request, client_address):
+        pass
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def log_message(self, *arguments):
+        pass
+
+    def reply(self, status: int, body, headers=None) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def content(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def do_GET(self) -> None:
+        server, path = self.server, self.path.removeprefix("/v1/")
+        server.seen["GET " + path.split("?")[0].split("/")[0]] += 1
+        if found := re.fullmatch(r"files/(.+)/content", path):
+            self.reply(200, server.files[found[1]])
+        elif path.startswith("batches/"):
+            batch = server.batches[path.removeprefix("batches/")]
+            batch["waits"] -= 1
+            if batch["waits"] <= 0 and batch["status"] == "in_progress":
+                finish(server, batch)
+            self.reply(200, batch)
+        elif path.startswith("batches"):
+            self.reply(200, {"data": list(server.batches.values()), "has_more": False})
+        else:
+            self.reply(404, {"error": {"message": "no such path"}})
+
+    def do_POST(self) -> None:
+        server, content = self.server, self.content()
+        path = self.path.removeprefix("/v1/")
+        server.seen["POST " + path] += 1
+        with server.lock:
+            server.now += 1
+            server.most = max(server.most, server.now)
+        try:
+            if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
+                given = self.headers.get("Authorization", "none")
+                self.reply(401, {"error": {"message": f"Incorrect API key provided: {given}"}})
+            elif path == "files":
+                boundary = self.headers["Content-Type"].split("boundary=")[1].encode()
+                name = f"file-{len(server.files)}"
+                part = next(p for p in content.split(b"--" + boundary) if b"filename=" in p)
+                server.files[name] = part.split(b"\r\n\r\n", 1)[1].rstrip(b"\r\n")
+                self.reply(200, {"id": name})
+            elif path == "batches":
+                order = json.loads(content)
+                batch = {"id": f"batch_{len(server.batches)}", "status": "in_progress", **order}
+                batch["waits"] = server.batch_waits
+                server.batches[batch["id"]] = batch
+                if server.fault() == "lost":
+                    self.reset()
+                else:
+                    self.reply(200, batch)
+            else:
+                self.complete(path, json.loads(content))
+        finally:
+            with server.lock:
+                server.now -= 1
+
+    def complete(self, path: str, body: dict) -> None:
+        server = self.server
+        server.bodies.append(body)
+        fault = server.fault()
+        if server.latency:
+            time.sleep(server.latency)
+        if body["model"] == "nobody":
+            return self.reply(404, {"error": {"message": "The model `nobody` does not exist"}})
+        if fault in ("429", "500", "503"):
+            headers = {"Retry-After": str(server.retry_after)} if fault == "429" else None
+            return self.reply(int(fault), {"error": {"message": "not now"}}, headers)
+        if fault == "reset":
+            return self.reset()
+        if fault == "stall":
+            time.sleep(3)
+            return self.reset()
+        if fault in ODD:
+            return self.reply(200, ODD[fault])
+        prompt = body["prompt"] if path == "completions" else body["messages"][0]["content"]
+        text = server.answer(prompt)
+        data = json.dumps(whole(path, body["model"], prompt, text, server)).encode()
+        if fault == "half":
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+            self.close_connection = True
+            return None
+        with server.lock:
+            server.prompts[prompt] += 1
+            usage = json.loads(data)["usage"]
+            server.spent[0] += usage["prompt_tokens"]
+            server.spent[1] += usage["completion_tokens"]
+            if server.log:
+                with open(server.log, "a") as file:
+                    file.write(json.dumps(json.loads(data)["id"]) + "\n")
+        self.reply(200, data)
+
+    def reset(self) -> None:
+        linger = struct.pack("ii", 1, 0)  # closing sends RST
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.close_connection = True
+        self.connection.close()
+
+
+ODD = {
+    "empty choices": {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}},
+    "list": [1, 2, 3],
+    "wrong types": {"choices": [{"message": {"content": 7}}], "usage": "many", "id": 3},
+    "no message": {"choices": [None], "usage": None},
+    "not JSON": b"<html>Bad gateway, but with a 200</html>",
+    "huge": b'{"x": "' + b"a" * 10_000_000 + b'"}',
+    "deep": b"[" * 200_000,
+}
+
+
+def whole(path: str, model: str, prompt: str, text: str, server) -> dict:
+    choice = {"text": text} if path == "completions" else {"message": {"content": text}}
+    with server.lock:
+        server.seen["answers"] += 1
+        number = server.seen["answers"]
+    usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(text.split())}
+    return {
+        "id": f"answer-{number}-{server.server_port}",
+        "model": model,
+        "choices": [{**choice, "finish_reason": "stop"}],
+        "usage": usage,
+    }
+
+
+def finish(server, batch: dict) -> None:
+    """All requests of a batch answered, but for one in the middle."""
+    done, failed = [], []
+    requests = [json.loads(line) for line in server.files[batch["input_file_id"]].splitlines()]
+    for place, request in enumerate(requests):
+        body = request["body"]
+        path = request["url"].removeprefix("/v1/")
+        prompt = body["prompt"] if path == "completions" else body["messages"][0]["content"]
+        line = {"custom_id": request["custom_id"]}
+        if place == 3:
+            failed.append(line | {"response": {"status_code": 500, "body": {"error": "x"}}})
+            continue
+        found = whole(path, body["model"], prompt, server.answer(prompt), server)
+        server.prompts[prompt] += 1
+        done.append(line | {"response": {"status_code": 200, "body": found}, "error": None})
+    for name, lines in (("output", done[::-1]), ("error", failed)):
+        if lines:
+            content = "".join(json.dumps(line) + "\n" for line in lines)
+            server.files[f"{name}-{batch['id']}"] = content.encode()
+            batch[f"{name}_file_id"] = f"{name}-{batch['id']}"
+    batch["status"] = "completed"

@@ -219,9 +219,14 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def claim(folder: Path, settings: dict[str, Any], doing: str) -> int:
-    """Lock a folder for one process, and hold what it was begun with against `settings`. The lock
-    goes with the file handle that is returned, or with the process."""
-    lock, file = os.open(folder, os.O_RDONLY), folder / "settings.json"
+    """Make a folder, or find it, lock it for one process, and hold what it was begun with against
+    `settings`. The lock goes with the file handle that is returned, or with the process."""
+    file = folder / "settings.json"
+    there = [path.name for path in folder.iterdir()] if folder.exists() else []
+    if not file.exists() and (odd := [name for name in there if not name.endswith(".partial")]):
+        raise ValueError(f"{folder} holds something else ({listed(odd, 3)}): name another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

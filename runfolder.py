@@ -30,12 +30,8 @@ class RunFolder:
 
     def _open(self, file: Path, settings: dict[str, Any], resume: bool) -> None:
         folder = self.folder
-        there = list(folder.iterdir()) if folder.exists() else []
-        if not file.exists() and any(path.suffix != ".partial" for path in there):
-            raise ValueError(f"{folder} holds something else than a run: name another --out")
         if resume and not file.exists():
             raise ValueError(f"--resume: there is no run in {folder}")
-        folder.mkdir(parents=True, exist_ok=True)
         self.lock = console.claim(folder, settings, "training")
         for leftover in folder.glob("*.json*.partial"):  # of a kill while a file was written
             leftover.unlink()

@@ -27,6 +27,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import random
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -264,7 +265,6 @@ def open_run(args, path: Path, suffix: str = "") -> tuple[Folder, Alpaca]:
     settings = {"pipeline": args.pipeline, "seed": args.seed, "language": args.language}
     for name, text in texts.items():
         settings[f"{name} (SHA-256)"] = hashlib.sha256(text.encode()).hexdigest()
-    path.mkdir(parents=True, exist_ok=True)
     args.lock = console.claim(path, settings, "generating")
     for name, text in texts.items():  # the folder tells all that it was made from
         with console.atomic_file(path / name, "w") as file:
@@ -388,6 +388,7 @@ def parse_args() -> argparse.Namespace:
     verb.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     verb.add_argument("--full", action="store_true", help="similarities and provenance too")
     verb.set_defaults(command=export_command)
+    parser.set_defaults(lock=None)
     return parser.parse_args()
 
 
@@ -493,7 +494,11 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     args = parse_args()
-    args.command(args)
+    try:
+        args.command(args)
+    finally:
+        if args.lock is not None:
+            os.close(args.lock)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ class Teachers:
         self.turn = asyncio.Semaphore(args.in_flight)
         self.in_flight = self.in_a_row = 0
         self.closed = not endpoints  # then there is only what the folder has
+        self.why: Exception = OutOfMoney()
 
     def teacher(self, id: str) -> Endpoint:
         number = id.split(".")[0]  # one teacher for an instruction and its instances
@@ -62,7 +63,7 @@ class Teachers:
         if id in self.answers.entries:
             return self.answers.entries[id]
         if self.closed:
-            raise OutOfMoney
+            raise self.why
         endpoint = self.teacher(id)
         most = at_most(endpoint, endpoint.body(prompt, options))
         async with self.turn:
@@ -71,7 +72,7 @@ class Teachers:
                     raise OutOfMoney
                 await asyncio.sleep(0.05)  # others will cost less than they may
             if self.closed:
-                raise OutOfMoney
+                raise self.why
             self.in_flight += 1
             cost = 0.0
             try:
@@ -79,11 +80,15 @@ class Teachers:
                 entry = self.entry(id, endpoint, seeds, found, most)
                 cost = entry["cost"]
                 await asyncio.to_thread(self.answers.store, entry)
+                if self.in_a_row >= PATIENCE:
+                    why = f"{PATIENCE} requests in a row without an answer. {entry['failed']}"
+                    raise Refused(why)
+            except Refused as refused:
+                self.closed, self.why = True, refused
+                raise
             finally:
                 self.in_flight -= 1
                 self.purse.settle(most, cost)
-        if self.in_a_row >= PATIENCE:
-            raise Refused(f"{PATIENCE} requests in a row without an answer. {entry['failed']}")
         return entry
 
     async def answer(self, endpoint: Endpoint, prompt: str, options: dict) -> Reply | GaveUp:

@@ -19,7 +19,7 @@ match moves the row's next step down to it. In the end the zeros of V are the le
 a token of the candidate updates just the lanes that contain it (where M is 0, V stays). A text of
 more than 64 tokens goes on in a lane of the next layer, which takes over the carry.
 
-Memory: 12 bytes for each distinct token of each text, and a vocabulary: about 15 MB for the 52,000
+Memory: 16 bytes for each distinct token of each text, and a vocabulary: 12 to 15 MB for 52,000
 instructions of Alpaca's kind, the texts themselves apart.
 """
 

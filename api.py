@@ -172,6 +172,7 @@ class Client:
         self.not_before: dict[str, float] = {}  # server -> when it wants to be asked again
         self.answered: set[Endpoint] = set()
         self.retries = 0
+        self.closing = False  # no attempt is begun any more
 
     async def __aenter__(self) -> "Client":
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
@@ -190,9 +191,11 @@ class Client:
         self, endpoint: Endpoint, method: str, path: str, read: Callable[[str], T], **what: Any
     ) -> T:
         """What `read` makes of the server's answer, asked for until it is a usable one."""
-        wasted = NONE
+        wasted, attempt, last, nobody = NONE, 0, "", False
         for attempt in range(1, self.attempts + 1):
             await self._wait(endpoint, attempt)
+            if self.closing:
+                break
             try:
                 found = read(await self.send(endpoint, method, path, **what))
                 self.answered.add(endpoint)
@@ -209,10 +212,13 @@ class Client:
         raise GaveUp(why, wasted, unreachable=nobody)
 
     async def _wait(self, endpoint: Endpoint, attempt: int) -> None:
-        if attempt > 1:
-            await asyncio.sleep(self.wait_before(attempt))
-        while (pause := self.not_before.get(endpoint.url, 0) - time.monotonic()) > 0:
-            await asyncio.sleep(pause + random.uniform(0, min(1, self.first_wait)))
+        own = time.monotonic() + (self.wait_before(attempt) if attempt > 1 else 0)
+        spread = random.uniform(0, min(1, self.first_wait))
+        while not self.closing:
+            until = max(own, self.not_before.get(endpoint.url, 0) + spread)
+            if (left := until - time.monotonic()) <= 0:
+                break
+            await asyncio.sleep(min(0.5, left))
 
     def wait_before(self, attempt: int) -> float:
         longest = min(LONGEST_WAIT, self.first_wait * 2 ** (attempt - 2))

@@ -266,6 +266,8 @@ def open_run(args, path: Path, suffix: str = "") -> tuple[Folder, Alpaca]:
     for name, text in texts.items():
         settings[f"{name} (SHA-256)"] = hashlib.sha256(text.encode()).hexdigest()
     args.lock = console.claim(path, settings, "generating")
+    for leftover in path.glob("*.jsonl.new"):  # of a reparse that was killed
+        leftover.unlink()
     for name, text in texts.items():  # the folder tells all that it was made from
         with console.atomic_file(path / name, "w") as file:
             file.write(text)
@@ -305,8 +307,6 @@ def reparse_command(args) -> None:
         settings[n] for n in ("pipeline", "seed", "language")
     )
     args.seeds, args.prompt = args.folder / "seeds.json", args.folder / "prompt.txt"
-    for leftover in args.folder.glob("*.jsonl.new"):
-        leftover.unlink()
     folder, pipeline = open_run(args, args.folder, suffix=".new")
     asyncio.run(generate(args, folder, pipeline, []))
     before = sum(1 for _ in lines(args.folder / "records.jsonl"))

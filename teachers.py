@@ -77,6 +77,8 @@ class Teachers:
             cost = 0.0
             try:
                 found = await self.answer(endpoint, prompt, options)
+                if self.closed and isinstance(found, GaveUp) and not any(found.usage):
+                    raise self.why  # it will be asked anew
                 entry = self.entry(id, endpoint, seeds, found, most)
                 cost = entry["cost"]
                 await asyncio.to_thread(self.answers.store, entry)

@@ -231,7 +231,7 @@ ODD = {
     "wrong types": {"choices": [{"message": {"content": 7}}], "usage": "many", "id": 3},
     "no message": {"choices": [None], "usage": None},
     "not JSON": b"<html>Bad gateway, but with a 200</html>",
-    "huge": b'{"x": "' + b"a" * 10_000_000 + b'"}',
+    "huge": b'{"choices": [{"message": {"content": "x"}}], "more": "' + b"a" * 10_000_000 + b'"}',
     "deep": b"[" * 200_000,
 }
 

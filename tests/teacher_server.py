@@ -170,6 +170,8 @@ class Handler(BaseHTTPRequestHandler):
                 batch = {"id": f"batch_{len(server.batches)}", "status": "in_progress", **order}
                 batch["waits"] = server.batch_waits
                 server.batches[batch["id"]] = batch
+                for request in requests_of(server, batch):  # bought
+                    server.prompts[prompt_of(request["url"], request["body"])] += 1
                 if server.fault() == "lost":
                     self.reset()
                 else:
@@ -198,7 +200,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.reset()
         if fault in ODD:
             return self.reply(200, ODD[fault])
-        prompt = body["prompt"] if path == "completions" else body["messages"][0]["content"]
+        prompt = prompt_of(path, body)
         text = server.answer(prompt)
         data = json.dumps(whole(path, body["model"], prompt, text, server)).encode()
         if fault == "half":
@@ -250,20 +252,25 @@ def whole(path: str, model: str, prompt: str, text: str, server) -> dict:
     }
 
 
+def requests_of(server, batch: dict) -> list[dict]:
+    return [json.loads(line) for line in server.files[batch["input_file_id"]].splitlines()]
+
+
+def prompt_of(path: str, body: dict) -> str:
+    return body["messages"][0]["content"] if path.endswith("chat/completions") else body["prompt"]
+
+
 def finish(server, batch: dict) -> None:
     """All requests of a batch answered, but for one in the middle."""
     done, failed = [], []
-    requests = [json.loads(line) for line in server.files[batch["input_file_id"]].splitlines()]
-    for place, request in enumerate(requests):
-        body = request["body"]
-        path = request["url"].removeprefix("/v1/")
-        prompt = body["prompt"] if path == "completions" else body["messages"][0]["content"]
+    for place, request in enumerate(requests_of(server, batch)):
+        body, path = request["body"], request["url"].removeprefix("/v1/")
+        prompt = prompt_of(path, body)
         line = {"custom_id": request["custom_id"]}
         if place == 3:
             failed.append(line | {"response": {"status_code": 500, "body": {"error": "x"}}})
             continue
         found = whole(path, body["model"], prompt, server.answer(prompt), server)
-        server.prompts[prompt] += 1
         done.append(line | {"response": {"status_code": 200, "body": found}, "error": None})
     for name, lines in (("output", done[::-1]), ("error", failed)):
         if lines:

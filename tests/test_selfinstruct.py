@@ -554,6 +554,17 @@ def test_the_four_stages_ask_the_same_whatever_the_order_of_answers(four, tmp_pa
     assert same(tmp_path / "r") == same(four)
 
 
+def test_examples_made_by_the_machine_are_those_of_long_before(four):
+    from fourstage import LAG, SelfInstruct
+
+    stages = SelfInstruct(list(read_jsonl(SEEDS)), "", "English", 0, {})
+    early, late = [(3, "early one"), (9, "early two")], [(10, "late one"), (400, "late two")]
+    prompt, _, seeds = stages.request(9 + LAG, early + late)
+    assert "early one" in prompt and "early two" in prompt and "late" not in prompt
+    assert len(seeds) == 6 and prompt.endswith("\n9.")
+    assert stages.request(9 + LAG, early + late)[0] == prompt != stages.request(10, [])[0]
+
+
 def test_reparse_and_export_of_the_four_stages(four, tmp_path, command):
     import shutil
 

@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-BENCHES = load train encode startup dedupe
+BENCHES = load train encode startup dedupe weightdiff
 
 .PHONY: help train test test-all lint bench clean
 

@@ -15,6 +15,7 @@ folders in safetensors that transformers opens as they are.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -277,7 +279,14 @@ class Shards(ExitStack):
 
     A safetensors file is a length in eight bytes, a JSON header of that length, and the data."""
 
-    def __init__(self, folder: Path, shapes: dict[str, tuple], shard_bytes: int = SHARD_BYTES):
+    def __init__(
+        self,
+        folder: Path,
+        shapes: dict[str, tuple],
+        shard_bytes: int = SHARD_BYTES,
+        keep: bool = False,
+    ):
+        """`keep`: what an interrupted run has written stays."""
         super().__init__()
         sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in shapes.items()}
         groups, room = [], 0
@@ -287,6 +296,7 @@ class Shards(ExitStack):
                 room = shard_bytes
             groups[-1].append(name)
             room -= size
+        self.kept: set[str] = set()  # of which there may be something
         self.pending, weight_map = {}, {}  # tensor → (file, offset, shape, dtype); → file name
         for number, names in enumerate(groups, 1):
             title = f"model-{number:05}-of-{len(groups):05}.safetensors"
@@ -299,8 +309,12 @@ class Shards(ExitStack):
                 header[name] = {"dtype": SAFETENSORS[dtype], **place}
             text = json.dumps(header).encode()
             text += b" " * (-len(text) % 8)  # the data starts aligned
-            file = self.enter_context((folder / title).open("wb"))
+            there = keep and (folder / title).exists()
+            file = self.enter_context((folder / title).open("r+b" if there else "wb"))
             file.write(len(text).to_bytes(8, "little") + text)
+            file.flush()
+            file.truncate(8 + len(text) + end)
+            self.kept |= set(names) if there else set()
             for name in names:
                 start = 8 + len(text) + header[name]["data_offsets"][0]
                 self.pending[name], weight_map[name] = (file, start, *shapes[name]), title
@@ -317,6 +331,24 @@ class Shards(ExitStack):
         file.seek(offset)
         tensor = as_dtype(tensor.detach().cpu(), dtype, name)
         file.write(tensor.contiguous().view(torch.uint8).numpy())
+
+    def place(self, name: str, at: int, numbers: np.ndarray) -> None:
+        """Write a part of a tensor, `at` bytes from its start; any thread may."""
+        file, offset, _, _ = self.pending[name]
+        content, done = numbers.data.cast("B"), 0
+        while done < len(content):
+            done += os.pwrite(file.fileno(), content[done:], offset + at + done)
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of what is there of a tensor; "" if that cannot be anything."""
+        if name not in self.kept:
+            return ""
+        file, offset, shape, dtype = self.pending[name]
+        left, digest = math.prod(shape) * dtype.itemsize, hashlib.sha256()
+        while left and (found := os.pread(file.fileno(), min(left, 1 << 23), offset)):
+            digest.update(found)
+            left, offset = left - len(found), offset + len(found)
+        return digest.hexdigest()
 
 
 def tokenizer_files(source: Path) -> dict[str, Path]:

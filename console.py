@@ -184,11 +184,12 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
 
 
 @contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path, resume: bool = False) -> Iterator[Path]:
     """Yield `NAME.partial` beside `path`; a body that ends well renames it to `path`.
 
-    `path` may not hold anything yet. What a killed run left under the partial name is cleared; a
-    lock on it, which dies with its process, keeps two writers out of each other's way."""
+    `path` may not hold anything yet. What a killed run left under the partial name is cleared,
+    unless it is to `resume`: then it is found there again, also after Ctrl-C or a full disk. A lock
+    on it, which dies with its process, keeps two writers out of each other's way."""
     path = Path(path).absolute()
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
         raise ValueError(f"{path} exists already: name a new folder, or remove it first")
@@ -204,14 +205,15 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         os.close(lock)
         raise ValueError(f"{partial} is being written by another process")
     try:
-        for leftover in partial.iterdir():
+        for leftover in () if resume else partial.iterdir():
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield partial
         for file in (*partial.rglob("*"), partial):
             sync(file)
         os.rename(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException as problem:
+        if not resume or isinstance(problem, ValueError):
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
         os.close(lock)

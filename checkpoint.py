@@ -338,6 +338,8 @@ class Shards(ExitStack):
         content, done = numbers.data.cast("B"), 0
         while done < len(content):
             done += os.pwrite(file.fileno(), content[done:], offset + at + done)
+        # the disk may begin with it: otherwise all of it waits for the last tensor
+        os.posix_fadvise(file.fileno(), offset + at, done, os.POSIX_FADV_DONTNEED)
 
     def digest(self, name: str) -> str:
         """SHA-256 of what is there of a tensor; "" if that cannot be anything."""

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
@@ -31,7 +32,9 @@ import httpx
 T = TypeVar("T")
 LONGEST_WAIT = 60.0  # s between two attempts, where the server does not ask for more
 LONGEST_RETRY_AFTER = 600.0
+MOST_TOKENS = 10_000_000  # that a server can mean by one answer's usage
 LARGEST_ANSWER = 8 << 20  # bytes; a hundred times what 3,072 tokens take
+SHORTEST_KEY = 16
 PASSES_BY_ITSELF = {408, 409, 425, 429}  # and 500 to 599
 KINDS = {"completions": "completions", "chat": "chat/completions"}  # and their paths
 
@@ -60,6 +63,7 @@ class Usage(NamedTuple):
 
 
 NONE = Usage()
+LOST = Usage(unmetered=1)  # it was on its way, so it is paid for
 
 
 class Reply(NamedTuple):
@@ -88,7 +92,8 @@ class Endpoint:
         parts = urlsplit(self.url)
         try:
             named = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
-        except ValueError:  # a port that is no number
+            httpx.URL(self.url)
+        except (ValueError, httpx.InvalidURL):  # a port that is no number, odd characters
             named = None
         if not named or re.search(r"\s", self.url):
             raise ValueError(f"{hidden(self.url)!r} is no server: http(s)://HOST[:PORT]/v1")
@@ -102,6 +107,8 @@ class Endpoint:
         for name in ("weight", "price_in", "price_out"):
             if not 0 <= getattr(self, name) < 1e9 or (name == "weight" and not self.weight):
                 raise ValueError(f"{self.model}: {name} {getattr(self, name)} makes no sense")
+        if not re.fullmatch(r"[A-Za-z_]\w*", self.key):  # a key itself? then it is not repeated
+            raise ValueError("the key is named by an environment variable, OPENAI_API_KEY say")
         object.__setattr__(self, "url", self.url.rstrip("/").removesuffix("/" + KINDS[self.kind]))
 
     @classmethod
@@ -109,17 +116,20 @@ class Endpoint:
         """`MODEL`, or `model=…,url=…,key=VARIABLE,weight=2,…` over the defaults."""
         given = {"model": text}
         if re.match(r"\w+=", text):
-            given = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+            pairs = [part.partition("=") for part in text.split(",")]
+            if not all(equals for _, equals, _ in pairs):
+                raise ValueError("--teacher: every part between commas is NAME=VALUE")
+            given = {name: value for name, _, value in pairs}
         given = {name.strip().replace("-", "_"): value for name, value in given.items()}
         types = {field.name: field.type for field in fields(cls)}
         if unknown := given.keys() - types.keys():
-            raise ValueError(f"--teacher {text}: {', '.join(unknown)}? One of {', '.join(types)}")
+            raise ValueError(f"--teacher: {', '.join(unknown)}? One of {', '.join(types)}")
         if not given.get("model"):
-            raise ValueError(f"--teacher {text}: it names no model")
+            raise ValueError("--teacher: it names no model")
         try:
             given = {k: float(v) if types[k] is float else v for k, v in given.items()}
         except ValueError as mistake:
-            raise ValueError(f"--teacher {text}: {mistake}") from None
+            raise ValueError(f"--teacher {given['model']}: {mistake}") from None
         return cls(**{**default, **given})
 
     def secret(self) -> str:
@@ -183,18 +193,31 @@ class Client:
     async def __aexit__(self, *exception) -> None:
         await self.http.aclose()
 
-    async def ask(self, endpoint: Endpoint, prompt: str | list[dict], **options: Any) -> Reply:
-        body = endpoint.body(prompt, options)
-        return await self.call(endpoint, "POST", KINDS[endpoint.kind], understood, json=body)
+    async def ask(
+        self,
+        endpoint: Endpoint,
+        prompt: str | list[dict],
+        again: Callable[[], bool] = lambda: True,
+        **options: Any,
+    ) -> Reply:
+        """`again` is asked before every further attempt: is there money for one?"""
+        body, path = endpoint.body(prompt, options), KINDS[endpoint.kind]
+        return await self.call(endpoint, "POST", path, understood, again, json=body)
 
     async def call(
-        self, endpoint: Endpoint, method: str, path: str, read: Callable[[str], T], **what: Any
+        self,
+        endpoint: Endpoint,
+        method: str,
+        path: str,
+        read: Callable[[str], T],
+        again: Callable[[], bool] = lambda: True,
+        **what: Any,
     ) -> T:
         """What `read` makes of the server's answer, asked for until it is a usable one."""
         wasted, attempt, last, nobody = NONE, 0, "", False
         for attempt in range(1, self.attempts + 1):
             await self._wait(endpoint, attempt)
-            if self.closing:
+            if self.closing or (attempt > 1 and not again()):
                 break
             try:
                 found = read(await self.send(endpoint, method, path, **what))
@@ -226,23 +249,24 @@ class Client:
 
     async def send(self, endpoint: Endpoint, method: str, path: str, **what: Any) -> str:
         """The body of a 200, without the key. Unusable, GaveUp or Refused otherwise."""
-        url = f"{endpoint.url}/{path}"
+        url, begun = f"{endpoint.url}/{path}", NONE
         try:
             async with (
                 asyncio.timeout(self.timeout),
                 self.http.stream(method, url, headers=endpoint.headers(), **what) as response,
             ):
+                begun = LOST if response.status_code == 200 else NONE
                 said = bytearray()
                 async for chunk in response.aiter_bytes():
                     said += chunk
                     if len(said) > LARGEST_ANSWER and "files/" not in path:
-                        raise Unusable(f"an answer of more than {LARGEST_ANSWER >> 20} MB")
-        except TimeoutError:
-            raise Unusable(f"no whole answer in {self.timeout:g} s") from None
+                        raise Unusable(f"an answer of more than {LARGEST_ANSWER >> 20} MB", begun)
+        except (TimeoutError, httpx.ReadTimeout):
+            raise Unusable(f"no whole answer in {self.timeout:g} s", LOST) from None
         except httpx.RequestError as problem:
             unreachable = isinstance(problem, httpx.ConnectError | httpx.ConnectTimeout)
             what_kind = f"{type(problem).__name__} {problem}".strip()
-            raise Unusable(without(endpoint, what_kind), unreachable=unreachable) from None
+            raise Unusable(without(endpoint, what_kind), begun, unreachable) from None
         text = without(endpoint, said.decode("utf-8", "replace"))
         if response.status_code == 200:
             return text
@@ -285,21 +309,28 @@ def understood(said: str) -> Reply:
     try:
         choice = body["choices"][0]
         text = choice["message"]["content"] if "message" in choice else choice["text"]
+        if text is None and "message" in choice:  # a refusal, or only thoughts
+            text = choice["message"].get("refusal") or ""
         if isinstance(text, list):
             text = "".join(part["text"] for part in text if part.get("type") == "text")
         if not isinstance(text, str):
             raise TypeError
     except (LookupError, TypeError, AttributeError):
-        raise Unusable("the answer has no choices[0] with a text in it", usage) from None
-    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+        told = f": {message_of(said)}" if isinstance(body, dict) and "error" in body else ""
+        raise Unusable(f"no choices[0] with a text in the answer{told}", usage) from None
     request_id = body.get("id")
     return Reply(
-        text,
+        plain(text),
         choice.get("finish_reason") in ("length", "content_filter", "max_tokens"),
         usage,
-        request_id if isinstance(request_id, str) else "",
+        plain(request_id)[:200] if isinstance(request_id, str) else "",
         said,
     )
+
+
+def plain(text: str) -> str:
+    """Half a surrogate pair is no text."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def usage_of(body: Any) -> Usage:
@@ -307,7 +338,7 @@ def usage_of(body: Any) -> Usage:
     counted = counted if isinstance(counted, dict) else {}
     numbers = [counted.get(name) for name in ("prompt_tokens", "completion_tokens")]
     numbers[1] = 0 if numbers[1] is None and "total_tokens" in counted else numbers[1]
-    if all(type(number) is int and number >= 0 for number in numbers):
+    if all(type(number) is int and 0 <= number < MOST_TOKENS for number in numbers):
         return Usage(*numbers)
     return Usage(unmetered=1)
 
@@ -320,7 +351,7 @@ def message_of(text: str) -> str:
         text = said if isinstance(said, str) else str(said["message"])
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         text = re.sub(r"<[^>]{0,200}>", " ", text[:2000])
-    return " ".join(text.split())[:300]
+    return plain(" ".join(text.split())[:300])
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -330,15 +361,23 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         seconds = float(said) if re.match(r"[\d.]", said) else None
         if seconds is None:
             seconds = parsedate_to_datetime(said).timestamp() - time.time()
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError, OSError):
         return None
     return max(0.0, seconds)
 
 
 def without(endpoint: Endpoint, text: str) -> str:
-    """The text, the key taken out: servers like to repeat it."""
+    """The text, the key taken out: servers like to repeat it. What is too short to be a secret
+    ("EMPTY", "token") may stand in any text."""
     key = endpoint.secret()
-    return text.replace(key, "***") if len(key) > 3 else text
+    return spellings(key).sub("***", text) if len(key) >= SHORTEST_KEY else text
+
+
+@lru_cache
+def spellings(key: str) -> re.Pattern:
+    """The key as it is, and as JSON may write it: / as \\/, = as \\u003d."""
+    each = (rf"(?:\\?{re.escape(c)}|\\u(?i:{ord(c):04x}))" for c in key)
+    return re.compile("".join(each))
 
 
 def hidden(url: str) -> str:

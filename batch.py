@@ -34,23 +34,25 @@ async def fetch(
     say: Callable[[str], None] = lambda line: None,
 ) -> AsyncIterator[dict[str, Reply | GaveUp]]:
     """Replies, a batch at a time; first of batches that an interrupted run has left under way."""
-    under_way = list(begun(log, endpoint))
-    sent = {id for batch in under_way for id in batch["ids"]}
-    rest = [id for id in ids if id not in sent]
-    for start in range(0, len(rest), MOST):
+    under_way = [batch for batch in begun(log) if of(endpoint, batch)]
+    for start in range(0, len(ids), MOST):
         batch = {"name": "alpaca-" + secrets.token_hex(8), "model": endpoint.model}
-        batch |= {"url": endpoint.url, "kind": endpoint.kind, "ids": rest[start : start + MOST]}
+        batch |= {"url": endpoint.url, "kind": endpoint.kind, "ids": ids[start : start + MOST]}
         console.append_jsonl(log, batch)
         under_way.append(batch)
     made = [await find_or_make(client, endpoint, batch, body_of) for batch in under_way]
     for batch, there in zip(under_way, made, strict=True):
         start = time.monotonic()
         while there["status"] not in OVER:
-            counts = there.get("request_counts") or {}
-            done, waited = counts.get("completed", 0), console.clock(time.monotonic() - start)
+            counts = there.get("request_counts")
+            done = counts.get("completed", 0) if isinstance(counts, dict) else "?"
+            waited = console.clock(time.monotonic() - start)
             say(f"batch {there['id']}: {there['status']}, {done} of {len(batch['ids'])}, {waited}")
             await asyncio.sleep(every)
-            there = await client.call(endpoint, "GET", f"batches/{there['id']}", described)
+            try:
+                there = await client.call(endpoint, "GET", f"batches/{there['id']}", described)
+            except GaveUp as problem:  # it is worked on all the same
+                say(str(problem))
         replies = await results(client, endpoint, there)
         if replies:
             yield {id: replies[id] for id in batch["ids"] if id in replies}
@@ -59,16 +61,16 @@ async def fetch(
             raise Refused(f"batch {there['id']} is {there['status']}: {trouble(there)}")
 
 
-def begun(log: Path, endpoint: Endpoint) -> list[dict]:
-    """The batches of this endpoint that are not read yet."""
+def begun(log: Path) -> list[dict]:
+    """The batches that are not read yet."""
     lines = list(console.read_jsonl(log, skip_torn=True)) if log.exists() else []
     over = {line["name"] for line in lines if "over" in line}
-    ours = (endpoint.url, endpoint.model, endpoint.kind)
-    return [
-        line
-        for line in lines
-        if line["name"] not in over and (line.get("url"), line["model"], line["kind"]) == ours
-    ]
+    return [line for line in lines if line["name"] not in over]
+
+
+def of(endpoint: Endpoint, batch: dict) -> bool:
+    names = ("url", "model", "kind")
+    return all(batch[name] == getattr(endpoint, name) for name in names)
 
 
 async def find_or_make(
@@ -99,15 +101,17 @@ async def find_or_make(
 
 
 async def find(client: Client, endpoint: Endpoint, name: str) -> dict[str, Any] | None:
-    after = ""
-    while True:
+    after, seen = "", set()
+    while after not in seen:  # a server may turn in a circle
+        seen.add(after)
         page = await client.call(endpoint, "GET", f"batches?limit=100{after}", page_of)
         for there in page["data"]:
-            if (there.get("metadata") or {}).get("name") == name:
+            metadata = there.get("metadata")
+            if isinstance(metadata, dict) and metadata.get("name") == name:
                 return there
-        if not page.get("has_more") or not page["data"]:
-            return None
-        after = f"&after={page['data'][-1]['id']}"
+        if page.get("has_more") and page["data"]:
+            after = f"&after={page['data'][-1]['id']}"
+    return None
 
 
 async def results(client: Client, endpoint: Endpoint, there: dict) -> dict[str, Reply | GaveUp]:
@@ -133,9 +137,11 @@ def reply_of(line: dict) -> Reply | GaveUp:
 
 
 def trouble(there: dict) -> str:
-    errors = there.get("errors") or {}
+    errors = there.get("errors")
     found = errors.get("data") if isinstance(errors, dict) else None
-    return "; ".join(str(e.get("message", e)) for e in found or []) or "it has no results"
+    found = found if isinstance(found, list) else []
+    told = (str(e.get("message", e)) if isinstance(e, dict) else str(e) for e in found)
+    return "; ".join(told)[:300] or "it has no results"
 
 
 def described(text: str) -> dict[str, Any]:
@@ -156,7 +162,12 @@ def page_of(text: str) -> dict[str, Any]:
     found = parsed(text)
     if not isinstance(found.get("data"), list):
         raise Unusable("a list without data")
+    found["data"] = [one for one in found["data"] if is_batch(one)]
     return found
+
+
+def is_batch(one: Any) -> bool:
+    return isinstance(one, dict) and all(isinstance(one.get(n), str) for n in ("id", "status"))
 
 
 def parsed(text: str) -> dict[str, Any]:

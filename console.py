@@ -259,6 +259,7 @@ def sync(path: Path) -> None:
 def append_jsonl(path: str | Path, *records: dict) -> None:
     """Add records, a line each, durable on return. A line torn by a kill is cut off first; the lock
     keeps other writers from taking ours, still on its way, for such a line."""
+    new = not os.path.exists(path)
     with open(path, "ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         start, tail = _last_line(file)
@@ -269,6 +270,8 @@ def append_jsonl(path: str | Path, *records: dict) -> None:
         file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
         file.flush()
         os.fsync(file.fileno())
+    if new:
+        sync(Path(path).parent)
 
 
 def _last_line(file: IO[bytes]) -> tuple[int, bytes]:

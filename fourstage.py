@@ -12,7 +12,7 @@ whatever the order in which answers came, and so the same seed asks the same que
 """
 
 import asyncio
-import itertools
+import hashlib
 import random
 import re
 
@@ -58,6 +58,7 @@ FIELD = re.compile(r"^[ \t*#]*((?:class )?label|input|output)[ \t*]*:[ \t*]*", r
 
 class SelfInstruct:
     lag, brings = LAG, 7
+    exact = False  # whether an instruction gets instances is known later
 
     def __init__(self, seeds: list[dict], header: str, language: str, seed: int, options: dict):
         self.seeds, self.seed, self.given = seeds, seed, options
@@ -95,7 +96,9 @@ class SelfInstruct:
 
     def tasks(self, reply: Reply) -> list[Task]:
         """The instructions of a list that goes on where the prompt stopped."""
-        text = reply.text.replace("\r\n", "\n")
+        text = reply.text.replace("\r\n", "\n").lstrip()
+        first, _, rest = text.partition("\n")
+        text = rest if first.rstrip(" *").endswith(":") and not ITEM.match(first) else text
         if not ITEM.match(text.lstrip()):
             text = f"{HUMAN + MACHINE + 1}. {text.lstrip()}"
         found = [item[1].strip(" *") for item in ITEM.finditer(text)]
@@ -104,16 +107,15 @@ class SelfInstruct:
             tasks[-1] = tasks[-1]._replace(why="cut")
         return tasks
 
-    async def complete(self, judged: list[dict], ask) -> list[dict]:
-        """Stages 2 and 3 for every instruction that was kept, as far as the money goes."""
+    async def complete(self, judged: list[dict], ask) -> list[dict | None]:
+        """Stages 2 and 3 for every instruction that was kept; None where the money ended before."""
         found = await asyncio.gather(
             *(self.instances(line, ask) for line in judged), return_exceptions=True
         )
-        done = list(itertools.takewhile(lambda one: not isinstance(one, OutOfMoney), found))
-        for one in done:
-            if isinstance(one, BaseException):
+        for one in found:
+            if isinstance(one, BaseException) and not isinstance(one, OutOfMoney):
                 raise one
-        return done
+        return [None if isinstance(one, OutOfMoney) else one for one in found]
 
     async def instances(self, line: dict, ask) -> dict:
         line = {name: value for name, value in line.items() if name not in ("input", "output")}
@@ -121,7 +123,8 @@ class SelfInstruct:
             return line
         source, prompt = line.pop("provenance"), asked(line)
         seeds = source["prompt_seeds"]
-        id = f"{line['item']}."
+        key = hashlib.sha256(line["instruction"].encode()).hexdigest()[:12]
+        id = f"{source['request']}.{key}."  # not its place, which another parser may change
         kind = await ask(
             id + "kind", f"{self.kinds}{prompt}Classification:", self.options("kind"), seeds
         )

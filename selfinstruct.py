@@ -11,8 +11,9 @@
 The recipe is Alpaca's: three of the seeds in a prompt that asks for 20 tasks, its filters, and
 nothing that has a ROUGE-L above 0.7 with a seed or with what was kept before. Worth knowing:
 
-  - Request number i is made from --seed and i alone, and answers are judged in the order of their
-    numbers: however they arrive, the same answers make the same records.
+  - Request number i follows from --seed and i (in the paper's pipeline from what requests long
+    before it brought, too), and answers are judged in the order of their numbers: however they
+    arrive, the same answers make the same records.
   - DIR/responses.jsonl holds every answer as it came, on disk before anything is made of it. What
     is asked again after a kill is only what is not there. records.jsonl and rejected.jsonl follow
     from it; start the same command again and it goes on, with a larger --num too.
@@ -24,11 +25,12 @@ Self-Instruct arXiv:2212.10560; Alpaca: crfm.stanford.edu/2023/03/13/alpaca.html
 import argparse
 import asyncio
 import hashlib
-import io
+import itertools
 import json
 import math
 import os
 import random
+import shutil
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -37,13 +39,14 @@ from typing import Any
 
 import numpy as np
 
+import batch
 import console
 import dataset
 import fourstage
 from api import KINDS, Client, Endpoint, Refused, Reply, understood
 from rougel import Pool, best, tokenize, tokenize_unicode
 from tasks import Task, alpaca_prompt, parse, unfit
-from teachers import Answers, OutOfMoney, Teachers
+from teachers import LIMITS, Answers, OutOfMoney, Teachers
 
 HERE = Path(__file__).parent
 ALIKE = 0.7  # the highest ROUGE-L that is still new
@@ -57,6 +60,7 @@ class Alpaca:
 
     lag = 256  # requests at most between the one that is judged next and the newest
     brings = 16  # what the first answer is expected to bring
+    exact = True  # a task is complete at once: the last answer is used as far as it is needed
 
     def __init__(self, seeds: list[dict], header: str, language: str, seed: int, options: dict):
         self.seeds, self.seed = seeds, seed
@@ -71,8 +75,8 @@ class Alpaca:
     def tasks(self, reply: Reply) -> list[Task]:
         return parse(reply.text, reply.cut)
 
-    async def complete(self, judged: list[dict], ask) -> list[dict]:
-        return judged  # nothing more to ask
+    async def complete(self, judged: list[dict], ask) -> list[dict | None]:
+        return list(judged)  # nothing more to ask
 
 
 def lines(file: Path) -> Iterator[dict]:
@@ -93,7 +97,8 @@ class Folder:
         self.decided: set[str] = set()
         self.kept: list[tuple[int, str]] = []  # number of the request, instruction
         self.count = 0
-        for line in (*lines(self.records), *lines(self.rejected)):
+        found = [*lines(self.records), *lines(self.rejected)]
+        for line in sorted(found, key=lambda line: [int(part) for part in line["item"].split(".")]):
             self.decided.add(line["item"])
             self.count += "why" not in line
             if "why" not in line or line["why"].startswith(fourstage.LATER):
@@ -103,10 +108,11 @@ class Folder:
         self.pool.add(line["instruction"])
         self.kept.append((int(line["item"].split(".")[0]), line["instruction"]))
 
-    def judge(self, entry: dict, tasks: list[Task], room: int) -> list[dict]:
+    def judge(self, entry: dict, pipeline: Alpaca, room: float) -> list[dict]:
         """The tasks of a response that were not judged before, kept or with a `why` not. Kept ones
         join the pool; `room` is how many there is still a use for."""
         judged = []
+        tasks = pipeline.tasks(understood(entry["response"])) if "response" in entry else []
         for number, task in enumerate(tasks):
             item = f"{entry['id']}.{number}"
             if item in self.decided:
@@ -153,8 +159,7 @@ class Generation:
         self.asked: deque[asyncio.Task] = deque()  # answers to come
         self.finishing: deque[tuple[list[dict], asyncio.Task]] = deque()  # judged, and complete
         self.following = self.seen = self.barren = 0  # next request; judged; without gain since
-        watched = None if teachers.endpoints else io.StringIO()  # reparse takes no time
-        self.progress = console.Progress(args.num, "records", watched, done=folder.count)
+        self.progress = console.Progress(args.num, "records", done=folder.count)
 
     async def run(self) -> None:
         try:
@@ -184,8 +189,9 @@ class Generation:
         brought = self.args.num - self.room() + self.pipeline.brings
         want = math.ceil(self.room() * (self.seen + 1) / brought)
         known = self.teachers.answers.entries
-        if self.args.batch and not self.asked and str(self.following) not in known:
+        while self.args.batch and not self.asked and str(self.following) not in known:
             ids = [str(self.following + more) for more in range(want)]
+            ids = [id for id in ids if id not in known]
             await self.teachers.ask_in_batches(ids, self.question, self.args.poll)
         while len(self.asked) < min(want, self.pipeline.lag):
             id = str(self.following)
@@ -200,12 +206,12 @@ class Generation:
     async def judge(self) -> None:
         entry = await asyncio.shield(self.asked[0])
         self.asked.popleft()
-        tasks = self.pipeline.tasks(understood(entry["response"])) if "response" in entry else []
-        judged = await asyncio.to_thread(self.folder.judge, entry, tasks, self.room())
+        room = self.room() if self.pipeline.exact else math.inf
+        judged = await asyncio.to_thread(self.folder.judge, entry, self.pipeline, room)
         complete = asyncio.create_task(self.pipeline.complete(judged, self.teachers.ask))
         self.finishing.append((judged, complete))
         self.seen += 1
-        if judged:
+        if entry["id"] in self.teachers.answers.fresh:  # not what an earlier run went through
             self.barren = 0 if any("why" not in line for line in judged) else self.barren + 1
         if self.barren >= BARREN:
             raise Refused(
@@ -216,12 +222,27 @@ class Generation:
 
     async def write(self) -> None:
         judged, task = self.finishing[0]
-        complete, before = await asyncio.shield(task), self.folder.count
+        before = self.folder.count
+        complete = [*itertools.takewhile(lambda line: line is not None, await asyncio.shield(task))]
         await asyncio.to_thread(self.folder.write, complete)
         self.finishing.popleft()
         self.progress.step(self.folder.count - before, self.teachers.line())
         if len(complete) < len(judged):
             raise OutOfMoney
+
+
+async def reparse(folder: Folder, pipeline: Alpaca, answers: Answers) -> None:
+    """Judge all answers anew, and ask nothing; what has no answer is left out."""
+
+    async def ask(id: str, *question) -> dict:
+        if id not in answers.entries:
+            raise OutOfMoney
+        return answers.entries[id]
+
+    for id in sorted((id for id in answers.entries if id.isdigit()), key=int):
+        judged = folder.judge(answers.entries[id], pipeline, math.inf)
+        complete = await pipeline.complete(judged, ask)
+        folder.write([line for line in complete if line is not None])
 
 
 async def generate(args, folder: Folder, pipeline: Alpaca, endpoints: list[Endpoint]) -> float:
@@ -258,7 +279,10 @@ def read_seeds(path: Path) -> list[dict]:
 def open_run(args, path: Path, suffix: str = "") -> tuple[Folder, Alpaca]:
     """The folder, locked, and the pipeline; refused if the folder was begun in another way."""
     seeds = read_seeds(args.seeds)
-    header = args.prompt.read_text(encoding="utf-8")
+    try:
+        header = args.prompt.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{args.prompt}: not UTF-8: save the file as UTF-8") from None
     kind = fourstage.SelfInstruct if args.pipeline == "self-instruct" else Alpaca
     pipeline = kind(seeds, header, args.language, args.seed, args.request)
     texts = {"seeds.json": json.dumps(seeds, ensure_ascii=False, indent=1), "prompt.txt": header}
@@ -266,8 +290,11 @@ def open_run(args, path: Path, suffix: str = "") -> tuple[Folder, Alpaca]:
     for name, text in texts.items():
         settings[f"{name} (SHA-256)"] = hashlib.sha256(text.encode()).hexdigest()
     args.lock = console.claim(path, settings, "generating")
-    for leftover in path.glob("*.jsonl.new"):  # of a reparse that was killed
-        leftover.unlink()
+    records, rejected = path / "records.jsonl.new", path / "rejected.jsonl.new"
+    if rejected.exists() and not records.exists():  # a reparse was killed at its last step
+        rejected.replace(path / "rejected.jsonl")
+    for leftover in (records, rejected):  # or before that
+        leftover.unlink(missing_ok=True)
     for name, text in texts.items():  # the folder tells all that it was made from
         with console.atomic_file(path / name, "w") as file:
             file.write(text)
@@ -286,10 +313,17 @@ def generate_command(args) -> None:
             raise ValueError(
                 f"--budget needs the prices of {endpoint.model}: --price-in, --price-out"
             )
+    check_request(args)
     if args.batch and args.pipeline != "alpaca":
         raise ValueError(
             "--batch: each stage of self-instruct waits for the one before, a day each"
         )
+    for there in batch.begun(args.out / "batches.jsonl"):
+        if not args.batch or not any(batch.of(endpoint, there) for endpoint in endpoints):
+            raise ValueError(
+                f"{args.out} has a batch of {there['model']} at {there['url']} under way, which is "
+                "paid for: go on with --batch and that --teacher"
+            )
     folder, pipeline = open_run(args, args.out)
     spent = asyncio.run(generate(args, folder, pipeline, endpoints))
     print(f"{folder.count:,} records in {folder.records}, ${spent:.2f} spent")
@@ -300,21 +334,36 @@ def generate_command(args) -> None:
         )
 
 
+def check_request(args) -> None:
+    """What --request may not say: the rest of the run relies on it."""
+    if odd := args.request.keys() & {"model", "messages", "prompt", "stream", "n", "best_of"}:
+        raise ValueError(f"--request: {', '.join(sorted(odd))} is not for it to say")
+    limits = [args.request[name] for name in LIMITS if args.request.get(name) is not None]
+    if not all(type(limit) is int and limit > 0 for limit in limits):
+        raise ValueError(f"--request: {' and '.join(LIMITS)} are numbers above 0")
+    if args.budget is not None and not limits and "max_tokens" in args.request:
+        raise ValueError(f"--budget needs a limit: one of {' and '.join(LIMITS)} in --request")
+
+
 def reparse_command(args) -> None:
     """What today's parser and filters make of the answers that the folder has."""
     settings = console.read_json(args.folder / "settings.json")
-    args.pipeline, args.seed, args.language = (
-        settings[n] for n in ("pipeline", "seed", "language")
-    )
+    names = ("pipeline", "seed", "language")
+    if absent := [name for name in names if name not in settings]:
+        raise ValueError(f"{args.folder}: settings.json has no {absent[0]}: no generate made it")
+    args.pipeline, args.seed, args.language = (settings[name] for name in names)
     args.seeds, args.prompt = args.folder / "seeds.json", args.folder / "prompt.txt"
     folder, pipeline = open_run(args, args.folder, suffix=".new")
-    asyncio.run(generate(args, folder, pipeline, []))
+    asyncio.run(reparse(folder, pipeline, Answers(args.folder / "responses.jsonl")))
     before = sum(1 for _ in lines(args.folder / "records.jsonl"))
-    (args.folder / "rejected.jsonl").unlink(missing_ok=True)  # without it they are judged again
     for file in (folder.records, folder.rejected):
         file.touch()
+        if (old := file.with_suffix("")).exists():
+            shutil.copyfile(old, file.with_suffix(".before"))
+    for file in (folder.records, folder.rejected):  # after a kill in between open_run goes on
         file.replace(file.with_suffix(""))
-    print(f"{folder.count:,} records where there were {before:,}")
+    console.sync(args.folder)
+    print(f"{folder.count:,} records where there were {before:,} (now records.jsonl.before)")
 
 
 def export_command(args) -> None:
@@ -345,7 +394,8 @@ def report_command(args) -> None:
         whose[entry["id"]] = row
     for name in ("records", "rejected"):
         for line in lines(args.folder / f"{name}.jsonl"):
-            whose[line["item"].rsplit(".", 1)[0]][name] += 1
+            if row := whose.get(line["item"].split(".")[0]):
+                row[name] += 1
     if not rows:
         raise ValueError(f"{args.folder} holds no answers: is it the --out of a generate?")
     for (teacher, url, endpoint, licence), row in rows.items():
@@ -369,7 +419,7 @@ def json_object(text: str) -> dict[str, Any]:
     return found
 
 
-json_object.__name__ = "JSON object"
+json_object.__name__ = "JSON object"  # argparse: invalid JSON object value
 
 
 def parse_args() -> argparse.Namespace:
@@ -380,9 +430,6 @@ def parse_args() -> argparse.Namespace:
         verb = verbs.add_parser(name, help=" ".join(command.__doc__.split()))
         verb.add_argument("folder", type=Path, help="--out of the run")
         verb.set_defaults(command=command, request={})
-    verbs.choices["reparse"].set_defaults(
-        num=10**12, budget=None, in_flight=1, batch=False, timeout=1, attempts=1, first_wait=1
-    )
     verb = verbs.add_parser("export", help="write the records as Alpaca's JSON list")
     verb.add_argument("folder", type=Path, help="--out of the run")
     verb.add_argument("--out", type=Path, required=True, help="the JSON file to write")

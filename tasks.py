@@ -10,6 +10,7 @@ labels (Instruction, Input, Output) at the start of a line. Where labels carry n
 without one, or with an earlier task's, does not begin a task: it is part of one.
 """
 
+import json
 import re
 import string
 from typing import NamedTuple
@@ -22,21 +23,28 @@ BEYOND_TEXT = re.compile(  # asks for what a model that reads and writes text al
     r"|diagram)\b",
     re.IGNORECASE,
 )
-LABEL = re.compile(  # `4. Instruction:`, `**Input:**`, `### Output 4`, `Task 4: Instruction:` …
-    r"""^(?=.{0,40}\n?.{0,20}(?:instruction|input|output))[ \t>•-]*(?P<mark>[#*_]+)?[ \t]*
-    (?:(?:task|example|item|no\.?)?[ \t]*\#?(?P<number>\d{1,4})
-       (?:[ \t]*[.):–-]*[ \t*_]*|[.):][*_]*[ \t]*\n[ \t*_]*))?
-    (?P<field>instruction|input|output)s?(?:[ \t]+(?P<after>\d{1,4}))?[*_`]*
-    (?:[ \t]*[:：][*_`]*|(?(mark)[ \t]*$|(?!)))[ \t]*""",
+LABEL = re.compile(  # `4. Instruction:`, `* **Input:**`, `### Output 4`, `Task 4: Instruction:` …
+    r"""^(?=.{0,40}\n?.{0,20}(?:instruction|input|output))
+    (?:[ \t>•+-]|\*[ \t])*+(?P<mark>[\[#*_]+)?[ \t]*+
+    (?:(?:task|example|item|no\.?)?[ \t]*+\#?\(?(?P<number>\d{1,2})
+       (?:[ \t]*+[.):–-]*[ \t*_]*+|[.):][*_]*[ \t]*+\n[ \t*_]*+))?
+    (?P<field>instruction|input|output)s?(?:[ \t]++(?P<after>\d{1,2}))?[\]*_`]*
+    (?:[ \t]*+[:：][*_`]*|(?(mark)[ \t]*+$|(?!)))[ \t]*+""",
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
 FENCE = re.compile(r"^[ \t]*```.*$", re.MULTILINE)
 BETWEEN = re.compile(  # a line between two tasks that belongs to neither
-    r"```\w*|#{2,}.*|[-*_=]{3,}|[*_#]*(task|example|item)[ \t]*#?\d+\W*", re.IGNORECASE
+    r"```\w*|#{2,}|[-*_=]{3,}|#{2,}[ \t]*(task|example|item)?[ \t]*#?\d+\b.*"
+    r"|\*\*[ \t]*(task|example|item)?[ \t]*#?\d+\b.*\*\*:?|(task|example|item)[ \t]*#?\d+\b.{0,60}",
+    re.IGNORECASE,
 )
-NOTHING = re.compile(
-    r"""[\s`*"'(\[<_]*(?:no[\s_-]*input|none|n/?a|not applicable)[\s`*"')\]>._]*""", re.IGNORECASE
+LAST_LINE = re.compile(r"^[ \t]*###[ \t]*$", re.MULTILINE)
+NOTHING = re.compile(  # instead of an input
+    r"""[\s`*"'(\[<_\\]*(?:no[\s_-]*input(?:[ ](?:is[ ])?(?:needed|required))?|none|n/a|n\.a
+    |not[ ]applicable|-)?[\s`*"')\]>._\\]*""",
+    re.IGNORECASE | re.VERBOSE,
 )
+AT_20 = re.compile(r"(?:\S+\s+){3,}\d{1,2}")  # "… in 19": Alpaca's stop at `20.` met 1920.
 
 
 class Task(NamedTuple):
@@ -68,17 +76,52 @@ class Label(NamedTuple):
 def parse(text: str, cut: bool = False) -> list[Task]:
     """The tasks of a response, in order. `cut` says that the answer ran into its limit, so the last
     task is not all there."""
-    text = unfenced(text.replace("\r\n", "\n").replace("\r", "\n"))
-    if (found := LABEL.search(text)) and found["field"].lower() != "instruction":
-        number = found["number"] or found["after"]  # the prompt's last words stood before this
-        text = f"{number}. Instruction: {text}" if number else f"Instruction: {text}"
-    grouped = by_task(text)
-    ends = [*(before_heading(text, labels[0].start) for labels in grouped[1:]), len(text)]
-    ends[-1:] = [before_heading(text, len(text))] if grouped else []
-    tasks = [task_of(text[:end], labels) for labels, end in zip(grouped, ends, strict=True)]
-    if tasks and cut:
+    text = text.replace("\r\n", "\n").replace("\r", "\n").rpartition("</think>")[2]
+    text = unfenced(text)
+    tasks = as_json(text) or labelled(whole_first(text))
+    if tasks and (cut or AT_20.fullmatch(tasks[-1].output)):
         tasks[-1] = tasks[-1]._replace(why="cut")
     return tasks
+
+
+def labelled(text: str) -> list[Task]:
+    grouped = by_task(text)
+    if not grouped:
+        return []
+    ends = [*(before_heading(text, labels[0].start) for labels in grouped[1:]), len(text)]
+    closing = [line.start() for line in LAST_LINE.finditer(text, grouped[-1][-1].end)]
+    ends[-1] = before_heading(text, closing[-1] if closing else len(text))
+    tasks = [task_of(text[:end], labels) for labels, end in zip(grouped, ends, strict=True)]
+    return tasks
+
+
+def whole_first(text: str) -> str:
+    """The text, before it the words that the prompt ended with if the answer goes on from there."""
+    labels = list(LABEL.finditer(text))
+    if not labels or labels[0]["field"].lower() == "instruction":
+        return text
+    if number := labels[0]["number"] or labels[0]["after"]:
+        return f"{number}. Instruction: {text}"
+    numbered = any(x["number"] and x["field"].lower() == "instruction" for x in labels)
+    return text if numbered else f"Instruction: {text}"
+
+
+def as_json(text: str) -> list[Task]:
+    """The tasks of a JSON list, if that is what it is."""
+    text, tasks = FENCE.sub("", text).strip(), []
+    try:
+        found = json.loads(text) if text.startswith("[{") else []
+    except (ValueError, RecursionError):
+        found = []
+    for one in found:
+        fields = one if isinstance(one, dict) else {}
+        told = (str(fields.get(name) or "").strip() for name in ("instruction", "input", "output"))
+        tasks.append(usable(*map(plain, told)))
+    return tasks
+
+
+def plain(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
 
 
 def unfenced(text: str) -> str:
@@ -95,12 +138,12 @@ def by_task(text: str) -> list[list[Label]]:
         Label(int(n) if (n := m["number"] or m["after"]) else None, m["field"].lower(), *m.span())
         for m in LABEL.finditer(text)
     ]
-    numbered = next((x.number is not None for x in labels if x.field == "instruction"), False)
+    numbered = any(x.number is not None for x in labels if x.field == "instruction")
     tasks: list[list[Label]] = []
     current = -1
     for label in labels:
         if numbered:
-            begins = label.number is not None and label.number > current
+            begins = label.number is not None and current < label.number <= current + 20
         else:
             begins = label.field == "instruction"
         if begins:
@@ -130,14 +173,19 @@ def task_of(text: str, labels: list[Label]) -> Task:
         later = [x for x in labels if x.field == field and x.start > chosen[-1].start]
         numbered = [x for x in later if x.number is not None]
         chosen += (numbered or later)[:1]
-        if len(numbered) > 1:
+        if len(numbered or later) > 1 and (numbered or field == "output"):
             return Task("", "", "", "format")  # two tasks in one
     ends = [*(label.start for label in chosen[1:]), len(text)]
     fields = {x.field: text[x.end : end].strip() for x, end in zip(chosen, ends, strict=True)}
     instruction, output = (fields.get(name, "") for name in ("instruction", "output"))
     if len(FENCE.findall(output)) % 2:  # its end was taken for the line between two tasks
         output += "\n```"
-    given = fields.get("input", "")
+    return usable(instruction, fields.get("input", ""), output)
+
+
+def usable(instruction: str, given: str, output: str) -> Task:
+    if NO_INPUT in instruction[-20:].lower():  # a line of its own, without a label
+        instruction = instruction[: instruction.lower().rindex(NO_INPUT)].strip()
     given = "" if NOTHING.fullmatch(given) else given
     return Task(instruction, given, output, "" if instruction and output else "format")
 

@@ -20,6 +20,7 @@ import batch
 import console
 from api import Client, Endpoint, GaveUp, Purse, Refused, Reply, Usage
 
+LIMITS = ("max_tokens", "max_completion_tokens")
 PATIENCE = 10  # requests in a row without an answer, after which a run stops
 
 
@@ -35,10 +36,12 @@ class Answers:
         entries = console.read_jsonl(file, skip_torn=True) if file.exists() else ()
         self.entries = {entry["id"]: entry for entry in entries}
         self.spent = sum(entry["cost"] for entry in self.entries.values())
+        self.fresh: set[str] = set()  # not from an earlier run
 
     def store(self, entry: dict) -> None:
         console.append_jsonl(self.file, entry)
         self.entries[entry["id"]] = entry
+        self.fresh.add(entry["id"])
         self.spent += entry["cost"]
 
 
@@ -50,8 +53,11 @@ class Teachers:
         self.purse, self.seed = Purse(args.budget, answers.spent), args.seed
         self.turn = asyncio.Semaphore(args.in_flight)
         self.in_flight = self.in_a_row = 0
-        self.closed = not endpoints  # then there is only what the folder has
+        self.closed = False
         self.why: Exception = OutOfMoney()
+        known = [e["provenance"] for e in answers.entries.values() if "response" in e]
+        known = {(of["teacher"], of["url"]) for of in known}
+        client.answered |= {one for one in endpoints if (one.model, one.url) in known}
 
     def teacher(self, id: str) -> Endpoint:
         number = id.split(".")[0]  # one teacher for an instruction and its instances
@@ -74,28 +80,37 @@ class Teachers:
             if self.closed:
                 raise self.why
             self.in_flight += 1
-            cost = 0.0
+            cost, held = 0.0, [most]
+
+            def again() -> bool:
+                """A further attempt may be billed too."""
+                if afforded := self.purse.reserve(most):
+                    held.append(most)
+                return afforded
+
             try:
-                found = await self.answer(endpoint, prompt, options)
+                found = await self.answer(endpoint, prompt, again, options)
                 if self.closed and isinstance(found, GaveUp) and not any(found.usage):
                     raise self.why  # it will be asked anew
                 entry = self.entry(id, endpoint, seeds, found, most)
                 cost = entry["cost"]
                 await asyncio.to_thread(self.answers.store, entry)
-                if self.in_a_row >= PATIENCE:
+                if "failed" in entry and self.in_a_row >= PATIENCE:
                     why = f"{PATIENCE} requests in a row without an answer. {entry['failed']}"
                     raise Refused(why)
-            except Refused as refused:
-                self.closed, self.why = True, refused
+            except (Refused, OSError) as problem:  # also a full disk: buy no more
+                self.closed, self.why = True, problem
                 raise
             finally:
                 self.in_flight -= 1
-                self.purse.settle(most, cost)
+                self.purse.settle(sum(held), cost)
         return entry
 
-    async def answer(self, endpoint: Endpoint, prompt: str, options: dict) -> Reply | GaveUp:
+    async def answer(
+        self, endpoint: Endpoint, prompt: str, again: Callable[[], bool], options: dict
+    ) -> Reply | GaveUp:
         try:
-            reply = await self.client.ask(endpoint, prompt, **options)
+            reply = await self.client.ask(endpoint, prompt, again, **options)
         except GaveUp as problem:
             if problem.unreachable:
                 raise Refused(str(problem)) from None
@@ -139,20 +154,30 @@ class Teachers:
             prompt, options, _ = request(id)
             return self.teacher(id).body(prompt, options)
 
-        log = self.answers.file.parent / "batches.jsonl"
-        for endpoint in self.endpoints:
-            mine = [id for id in ids if self.teacher(id) == endpoint]
+        async def ask_one(endpoint: Endpoint) -> int:
+            mine = [id for id in ids if self.teacher(id) == endpoint and id not in under_way]
             mine = mine[: self.affordable(endpoint, [body_of(id) for id in mine])]
             found = batch.fetch(self.client, endpoint, mine, body_of, log, every, console.notice)
             async for replies in found:
+                if not any(isinstance(reply, Reply) for reply in replies.values()):
+                    raise Refused(
+                        f"a whole batch without an answer: {next(iter(replies.values()))}"
+                    )
                 for id, reply in replies.items():
                     if id not in self.answers.entries:
                         most, seeds = at_most(endpoint, body_of(id)), request(id)[2]
-                        self.answers.store(
-                            self.entry(id, endpoint, seeds, reply, most, batch.PRICE)
-                        )
+                        entry = self.entry(id, endpoint, seeds, reply, most, batch.PRICE)
+                        self.answers.store(entry)
+            return len(mine)
+
+        log = self.answers.file.parent / "batches.jsonl"
+        under_way = {id for there in batch.begun(log) for id in there["ids"]}
+        try:
+            sent = await asyncio.gather(*map(ask_one, self.endpoints))
+        except GaveUp as problem:
+            raise Refused(str(problem)) from None
         self.purse.spent = self.answers.spent
-        if ids[0] not in self.answers.entries:
+        if not under_way and not any(sent):
             raise OutOfMoney
 
     def affordable(self, endpoint: Endpoint, bodies: list[dict]) -> int:
@@ -182,5 +207,5 @@ class Teachers:
 
 def at_most(endpoint: Endpoint, body: dict) -> float:
     """What a request can cost: a token is a byte or more."""
-    longest = body.get("max_tokens") or body.get("max_completion_tokens") or 0
+    longest = max(body.get(name) or 0 for name in LIMITS)
     return endpoint.cost(Usage(len(json.dumps(body, ensure_ascii=False).encode()), longest))

@@ -1,7 +1,6 @@
 """A small OpenAI-compatible server for the tests: both APIs, batches, and faults on demand.
 
-What it answers follows from the prompt alone, so two runs that ask the same get the same. As a
-program (`python teacher_server.py PORT-FILE LOG-FILE`) it outlives the run that a test kills.
+What it answers follows from the prompt alone, so two runs that ask the same get the same.
 """
 
 import hashlib
@@ -70,10 +69,11 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, faults=None, latency=0.0, key="", answer=answer, log=None, seed=0):
+    def __init__(self, faults=None, latency=0.0, key="", answer=answer, seed=0):
         super().__init__(("127.0.0.1", 0), Handler)
         self.faults, self.latency, self.key, self.answer = faults or {}, latency, key, answer
-        self.log, self.rng, self.lock = log, random.Random(seed), threading.Lock()
+        self.rng, self.lock = random.Random(seed), threading.Lock()
+        self.refuse = lambda body: False  # with a 400
         self.seen: Counter = Counter()  # what was asked for, and the faults
         self.prompts: Counter = Counter()
         self.spent = [0, 0]  # tokens of the answers that were sent whole
@@ -81,7 +81,6 @@ class Server(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.batch_waits, self.retry_after = 2, 0.05
         self.bodies: list[dict] = []
-        self.headers: list[dict] = []
         self.now = self.most = 0
 
     def __enter__(self):
@@ -190,6 +189,8 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(server.latency)
         if body["model"] == "nobody":
             return self.reply(404, {"error": {"message": "The model `nobody` does not exist"}})
+        if server.refuse(body):
+            return self.reply(400, {"error": {"message": "content_filter"}})
         if fault in ("429", "500", "503"):
             headers = {"Retry-After": str(server.retry_after)} if fault == "429" else None
             return self.reply(int(fault), {"error": {"message": "not now"}}, headers)
@@ -215,9 +216,6 @@ class Handler(BaseHTTPRequestHandler):
             usage = json.loads(data)["usage"]
             server.spent[0] += usage["prompt_tokens"]
             server.spent[1] += usage["completion_tokens"]
-            if server.log:
-                with open(server.log, "a") as file:
-                    file.write(json.dumps(json.loads(data)["id"]) + "\n")
         self.reply(200, data)
 
     def reset(self) -> None:

@@ -199,6 +199,8 @@ def test_a_stalled_answer_takes_no_longer_than_the_time_out():
         ("http://x:port/v1", "is no server"),
         ("http://x y/v1", "is no server"),
         ("", "is no server"),
+        ("http://x\x01/v1", "is no server"),
+        ("http://é..x/v1", "is no server"),
         ("https://me:sk-secret@x/v1", "keep keys out of the URL"),
         ("https://x/v1?api-key=sk-secret", "keep keys out of the URL"),
         ("me:sk-secret@x/v1", "is no server"),
@@ -223,8 +225,14 @@ def test_teachers_are_read_from_the_command_line():
         "a", "http://y/v1", "completions", "K", 2.0, 1.0, 4.0, "CC BY"
     )
     for wrong in ("url=http://y/v1", "model=a,wieght=2", "model=a,weight=two", "model=a,weight=0"):
-        with pytest.raises(ValueError, match="model|weight"):
+        with pytest.raises(ValueError, match="model|weight|float"):
             Endpoint.parsed(wrong, default)
+    with pytest.raises(ValueError, match="NAME=VALUE"):
+        Endpoint.parsed("model=a,licence=MIT, see terms", default)
+    for text in ("model=a,key=sk-secret-9", "model=a,key=sk-secret-9,wieght=2"):
+        with pytest.raises(ValueError) as refused:
+            Endpoint.parsed(text, default)
+        assert "sk-secret-9" not in str(refused.value)
 
 
 def test_options_that_are_none_are_left_out():
@@ -247,6 +255,46 @@ def test_answers_of_several_parts_and_odd_characters():
     reply = api.understood(said % parts)
     assert (reply.text, reply.cut, reply.usage) == ("one two", True, Usage(unmetered=1))
     assert api.understood(said % r'"half \ud83d of it"').text == "half ? of it"
+
+
+def test_a_key_is_found_however_json_spells_it_and_a_short_one_left_alone(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-abc/def+ghi==xyz")
+    endpoint = Endpoint("m", "http://x/v1")
+    spelt = r'{"a": "sk-abc/def+ghi==xyz", "b": "sk-abc\/def\u002Bghi\u003d\u003dxyz"}'
+    assert api.without(endpoint, spelt) == '{"a": "***", "b": "***"}'
+    monkeypatch.setenv("OPENAI_API_KEY", "token")
+    assert api.without(endpoint, '{"prompt_tokens": 3}') == '{"prompt_tokens": 3}'
+
+
+def test_numbers_and_names_that_nobody_can_mean_do_no_harm():
+    for many in (10**400, 10**8):
+        counted = {"usage": {"prompt_tokens": many, "completion_tokens": 1}}
+        assert api.usage_of(counted) == Usage(unmetered=1)
+    odd = r'{"id": "a\ud800", "choices": [{"text": "x"}]}'
+    assert api.understood(odd).request_id == "a?"
+    assert retry_after({"retry-after": f"Fri, 31 Dec {'9' * 20} 23:59:59 GMT"}) is None
+    assert api.message_of(r'{"error": {"message": "no \ud800"}}') == "no ?"
+    refusal = '{"choices": [{"message": {"content": null, "refusal": "I will not"}}]}'
+    assert api.understood(refusal).text == "I will not"
+    with pytest.raises(api.Unusable, match="no choices.*: out of credits"):
+        api.understood('{"error": {"message": "out of credits"}}')
+
+
+@pytest.mark.parametrize("fault", ["half", "stall", "huge", "not JSON"])
+def test_answers_that_are_lost_on_the_way_are_counted(fault):
+    with First(fault) as server:
+        assert ask(server, timeout=0.3).usage == Usage(*server.spent, unmetered=1)
+
+
+def test_another_attempt_is_made_only_if_there_is_money_for_it():
+    async def once(url):
+        async with Client(first_wait=0.01) as client:
+            await client.ask(Endpoint("m", url), "hello", again=lambda: False)
+
+    with Server({"empty choices": 1.0}) as server:
+        with pytest.raises(GaveUp) as gave_up:
+            asyncio.run(once(server.url))
+        assert len(server.bodies) == 1 and gave_up.value.usage == Usage(1, 1)
 
 
 def test_usage_may_lack_completion_tokens():

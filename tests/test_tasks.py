@@ -135,6 +135,71 @@ and good night
 Output: Bonjour
 et bonne nuit
 ```""",
+    "bullets": """4. **Instruction:** Name a primary colour.
+   * **Input:** <noinput>
+   * **Output:** Red
+
+5. **Instruction:** Translate to French.
+   * **Input:** Good day
+and good night
+   * **Output:** Bonjour
+et bonne nuit""",
+    "brackets": """[Instruction]
+Name a primary colour.
+[Input]
+(none)
+[Output]
+Red
+
+[Instruction]
+Translate to French.
+[Input]
+Good day
+and good night
+[Output]
+Bonjour
+et bonne nuit""",
+    "round brackets": """(4) Instruction: Name a primary colour.
+(4) Input: No input required.
+(4) Output: Red
+(5) Instruction: Translate to French.
+(5) Input: Good day
+and good night
+(5) Output: Bonjour
+et bonne nuit""",
+    "titles and a closing remark": """Each task has an
+Input: and an output.
+
+**4. Colours**
+4. Instruction: Name a primary colour.
+4. Input: ""
+4. Output: Red
+
+**Task 5: Greetings**
+5. Instruction: Translate to French.
+5. Input: Good day
+and good night
+5. Output: Bonjour
+et bonne nuit
+###
+These tasks cover many kinds of work.""",
+    "thoughts first": """<think>
+4. Instruction: something
+4. Input: perhaps
+</think>
+4. Instruction: Name a primary colour.
+<noinput>
+4. Output: Red
+5. Instruction: Translate to French.
+5. Input: Good day
+and good night
+5. Output: Bonjour
+et bonne nuit""",
+    "JSON": """```json
+[{"instruction": "Name a primary colour.", "input": "<noinput>", "output": "Red"},
+ {"instruction": "Translate to French.", "input": "Good day\\nand good night",
+  "output": "Bonjour\\net bonne nuit"}]
+```""",
     "full-width colons": """4. Instruction：Name a primary colour.
 4. Input：<noinput>
 4. Output：Red
@@ -229,6 +294,22 @@ def test_the_request_is_laid_out_as_alpaca_s():
         ("Instruction: A\nOutput: 42\nInstruction: B\nOutput: 7", [
             Task("A", "", "42"), Task("B", "", "7")
         ]),
+        # so do a year before a word, a heading at the end and an input that only looks like none
+        (
+            "4. Instruction: A\n4. Output:\n2020 output: 30 tons\n### done\n5. Instruction: B\n"
+            "5. Input: Na\n5. Output: Sodium",
+            [Task("A", "", "2020 output: 30 tons\n### done"), Task("B", "Na", "Sodium")],
+        ),
+        # tasks without a label for the instruction: not one long output
+        (
+            "4. Name it.\nInput: x\nOutput: y\n\n5. Sort it.\nInput: b a\nOutput: a b",
+            [Task("", "", "", "format")],
+        ),
+        # "in 1920." met the stop at "20."
+        (
+            "4. Instruction: When?\n4. Output: It was all over in 19",
+            [Task("When?", "", "It was all over in 19", "cut")],
+        ),
         # a markdown heading within an answer stays
         (
             "4. Instruction: Plan.\n4. Output:\n# Plan\n## Day 1\nRest.\n###\n5. Instruction: B",
@@ -308,8 +389,9 @@ def test_no_text_crashes_the_parser(text):
 @pytest.mark.parametrize(
     "text",
     [" " * 200_000, "\n" * 200_000, "#" * 200_000, "4. Instruction: a\n4. Output:\n" * 20_000,
-     "```\n" * 50_000, ("* " * 50_000 + "Input: x\n") * 2, "1" * 200_000, "**" + "_" * 200_000],
-    ids=range(8),
+     "```\n" * 50_000, ("* " * 50_000 + "Input: x\n") * 2, "1" * 200_000, "**" + "_" * 200_000,
+     (" " * 38 + "input\n") * 20_000],
+    ids=range(9),
 )  # fmt: skip
 def test_a_hostile_text_takes_no_more_than_a_moment(text):
     import time

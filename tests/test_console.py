@@ -205,10 +205,12 @@ def test_what_was_appended_is_on_disk(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(console.os, "fsync", synced.append)
     console.append_jsonl(tmp_path / "log.jsonl", {})
-    assert len(synced) == 1
+    assert len(synced) == 2  # the file, and the folder that holds its new name
+    console.append_jsonl(tmp_path / "log.jsonl", {})
+    assert len(synced) == 3
     with console.atomic_file(tmp_path / "file") as file:
         file.write(b"x")
-    assert len(synced) == 3  # the file, and the folder that holds its name
+    assert len(synced) == 5
 
 
 def test_a_partial_folder_renamed_while_its_lock_was_awaited_is_not_shared(tmp_path, monkeypatch):

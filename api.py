@@ -29,6 +29,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from console import plain
+
 T = TypeVar("T")
 LONGEST_WAIT = 60.0  # s between two attempts, where the server does not ask for more
 LONGEST_RETRY_AFTER = 600.0
@@ -326,11 +328,6 @@ def understood(said: str) -> Reply:
         plain(request_id)[:200] if isinstance(request_id, str) else "",
         said,
     )
-
-
-def plain(text: str) -> str:
-    """Half a surrogate pair is no text."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def usage_of(body: Any) -> Usage:

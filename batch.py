@@ -63,7 +63,7 @@ async def fetch(
 
 def begun(log: Path) -> list[dict]:
     """The batches that are not read yet."""
-    lines = list(console.read_jsonl(log, skip_torn=True)) if log.exists() else []
+    lines = list(console.read_log(log))
     over = {line["name"] for line in lines if "over" in line}
     return [line for line in lines if line["name"] not in over]
 

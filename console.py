@@ -3,8 +3,8 @@
     run(main)                    a user's mistake becomes one line on stderr and exit code 2
     Progress(total, "tokens")    one line: done/total, rate, time left; all but silent when piped
     atomic_file, atomic_folder   a reader sees the old state or the new one, whatever was killed
-    append_jsonl, read_jsonl     a log that survives a kill in the middle of a line
-    read_json, listed            files a user wrote, and lists of names, for one-line errors
+    append_jsonl, read_log       a log that survives a kill in the middle of a line
+    read_json, read_jsonl        files a user wrote; listed: names for a one-line error
     line_chart                   a small SVG
 
 `ValueError` is for what a user can cause, `assert` for what only a bug can: a bug keeps its
@@ -310,6 +310,17 @@ def read_jsonl(path: str | Path, skip_torn: bool = False) -> Iterator[dict]:
             if not isinstance(record, dict):
                 raise ValueError(f"{path}, line {number}: a JSON object was expected")
             yield record
+
+
+def read_log(path: Path) -> Iterator[dict]:
+    """The records of a log of ours, which may not be there yet, or end in a line torn by a kill."""
+    if path.exists():
+        yield from read_jsonl(path, skip_torn=True)
+
+
+def plain(text: str) -> str:
+    """Text that can be written: half a surrogate pair, which JSON may hold, cannot."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def line_chart(title: str, x_label: str, lines: dict[str, list[tuple[float, float]]]) -> str:

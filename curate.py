@@ -51,12 +51,6 @@ def shown(text: str, most: int = 100) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def log(file: Path) -> Iterator[dict]:
-    """A log of a generated folder, which may not be there yet, or end in a torn line."""
-    if file.exists():
-        yield from console.read_jsonl(file, skip_torn=True)
-
-
 def read_source(source: Path) -> list[tuple[Any, list[dict]]]:
     """Every record as it stands in the file, and as dataset.py understands it."""
     lines: Iterable[tuple[int, Any]]
@@ -64,7 +58,7 @@ def read_source(source: Path) -> list[tuple[Any, list[dict]]]:
         if not any((source / name).exists() for name in LOGS):
             raise ValueError(f"{source} holds no {LOGS[0]}: is it the --out of a generate?")
         source = source / LOGS[0]
-        lines = enumerate(log(source), 1)
+        lines = enumerate(console.read_log(source), 1)
     else:
         lines = dataset.numbered_objects(source)
     found = []
@@ -182,10 +176,10 @@ def text_bars(title: str, bars: Bars) -> Iterator[str]:
 
 def generation(folder: Path, kept: int, wanted: int) -> Iterator[str]:
     """Requests, what became of their tasks, and dollars."""
-    entries = list(log(folder / "responses.jsonl"))
+    entries = list(console.read_log(folder / "responses.jsonl"))
     failed = sum("response" not in entry for entry in entries)
     yield f"{len(entries):,} requests: {len(entries) - failed:,} answers, {failed:,} failed"
-    why = Counter(str(line.get("why")) for line in log(folder / "rejected.jsonl"))
+    why = Counter(str(line.get("why")) for line in console.read_log(folder / "rejected.jsonl"))
     tasks = kept + why.total()
     yield f"{kept:,} of {tasks:,} tasks kept" + (f" ({kept / tasks:.1%})" if tasks else "")
     asks = Counter({reason: n for reason, n in why.items() if reason.startswith("asks for ")})

@@ -32,7 +32,6 @@ import os
 import random
 import shutil
 from collections import Counter, deque
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ from teachers import LIMITS, Answers, OutOfMoney, Teachers
 HERE = Path(__file__).parent
 ALIKE = 0.7  # the highest ROUGE-L that is still new
 PROMPT_SEEDS = 3
-BARREN = 50  # answers in a row without a new instruction, after which it stops too
+BARREN = 50  # answers in a row without a new instruction, after which a run stops
 OPTIONS = {"max_tokens": 3072, "temperature": 1.0, "top_p": 1.0, "stop": ["\n20", "20."]}
 
 
@@ -79,25 +78,17 @@ class Alpaca:
         return list(judged)  # nothing more to ask
 
 
-def lines(file: Path) -> Iterator[dict]:
-    """Those of a log of ours, which may not be there yet."""
-    if file.exists():
-        yield from console.read_jsonl(file, skip_torn=True)
-
-
 class Folder:
     """What a run has on disk, and in memory the pool that a new instruction is compared with."""
 
     def __init__(self, path: Path, pool: Pool, any_script: bool = False, suffix: str = ""):
         self.path, self.pool, self.any_script = path, pool, any_script
-        self.records, self.rejected = (
-            path / f"records.jsonl{suffix}",
-            path / f"rejected.jsonl{suffix}",
-        )
+        self.records = path / f"records.jsonl{suffix}"
+        self.rejected = path / f"rejected.jsonl{suffix}"
         self.decided: set[str] = set()
         self.kept: list[tuple[int, str]] = []  # number of the request, instruction
         self.count = 0
-        found = [*lines(self.records), *lines(self.rejected)]
+        found = [*console.read_log(self.records), *console.read_log(self.rejected)]
         for line in sorted(found, key=lambda line: [int(part) for part in line["item"].split(".")]):
             self.decided.add(line["item"])
             self.count += "why" not in line
@@ -355,7 +346,7 @@ def reparse_command(args) -> None:
     args.seeds, args.prompt = args.folder / "seeds.json", args.folder / "prompt.txt"
     folder, pipeline = open_run(args, args.folder, suffix=".new")
     asyncio.run(reparse(folder, pipeline, Answers(args.folder / "responses.jsonl")))
-    before = sum(1 for _ in lines(args.folder / "records.jsonl"))
+    before = sum(1 for _ in console.read_log(args.folder / "records.jsonl"))
     for file in (folder.records, folder.rejected):
         file.touch()
         if (old := file.with_suffix("")).exists():
@@ -370,7 +361,7 @@ def export_command(args) -> None:
     """Alpaca's JSON list."""
     extra = ("most_similar_instructions", "avg_similarity_score", "provenance") if args.full else ()
     exported = []
-    for record in lines(args.folder / "records.jsonl"):
+    for record in console.read_log(args.folder / "records.jsonl"):
         for case in record.get("instances", [record]):
             fields = {"instruction": record["instruction"]}
             fields |= {"input": case["input"], "output": case["output"]}
@@ -386,14 +377,14 @@ def report_command(args) -> None:
     """Answers, records, tokens and dollars of each teacher."""
     rows: dict[tuple, Counter] = {}
     whose = {}
-    for entry in lines(args.folder / "responses.jsonl"):
+    for entry in console.read_log(args.folder / "responses.jsonl"):
         source = entry["provenance"]
         key = tuple(source[name] for name in ("teacher", "url", "endpoint", "licence"))
         row = rows.setdefault(key, Counter())
         row.update(entry["usage"], answers=1, failed="failed" in entry, cost=entry["cost"])
         whose[entry["id"]] = row
     for name in ("records", "rejected"):
-        for line in lines(args.folder / f"{name}.jsonl"):
+        for line in console.read_log(args.folder / f"{name}.jsonl"):
             if row := whose.get(line["item"].split(".")[0]):
                 row[name] += 1
     if not rows:

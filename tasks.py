@@ -15,6 +15,7 @@ import re
 import string
 from typing import NamedTuple
 
+from console import plain
 from rougel import tokenize_unicode
 
 NO_INPUT = "<noinput>"
@@ -85,14 +86,14 @@ def parse(text: str, cut: bool = False) -> list[Task]:
 
 
 def labelled(text: str) -> list[Task]:
+    """The tasks between the labels; after the last ### there may be a closing remark."""
     grouped = by_task(text)
     if not grouped:
         return []
     ends = [*(before_heading(text, labels[0].start) for labels in grouped[1:]), len(text)]
     closing = [line.start() for line in LAST_LINE.finditer(text, grouped[-1][-1].end)]
     ends[-1] = before_heading(text, closing[-1] if closing else len(text))
-    tasks = [task_of(text[:end], labels) for labels, end in zip(grouped, ends, strict=True)]
-    return tasks
+    return [task_of(text[:end], labels) for labels, end in zip(grouped, ends, strict=True)]
 
 
 def whole_first(text: str) -> str:
@@ -118,10 +119,6 @@ def as_json(text: str) -> list[Task]:
         told = (str(fields.get(name) or "").strip() for name in ("instruction", "input", "output"))
         tasks.append(usable(*map(plain, told)))
     return tasks
-
-
-def plain(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
 
 
 def unfenced(text: str) -> str:

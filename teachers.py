@@ -33,8 +33,7 @@ class Answers:
 
     def __init__(self, file: Path):
         self.file = file
-        entries = console.read_jsonl(file, skip_torn=True) if file.exists() else ()
-        self.entries = {entry["id"]: entry for entry in entries}
+        self.entries = {entry["id"]: entry for entry in console.read_log(file)}
         self.spent = sum(entry["cost"] for entry in self.entries.values())
         self.fresh: set[str] = set()  # not from an earlier run
 
@@ -191,8 +190,8 @@ class Teachers:
 
     async def stop(self, tasks: list[asyncio.Task]) -> None:
         """Send nothing more, but take what is on its way: it is paid for."""
-        self.closed = True
-        if self.in_flight:
+        self.closed = self.client.closing = True
+        if self.in_flight and tasks:
             console.notice(f"waiting for {self.in_flight} answers under way (Ctrl-C leaves them)")
             await asyncio.wait(tasks, timeout=self.client.timeout)
         for task in tasks:

@@ -244,7 +244,7 @@ def make(base: Path, tuned: Path, diff: Path, compress: bool) -> None:
     begun = {"compress": compress, "inputs": fingerprint(base) + fingerprint(tuned)}
     with console.atomic_folder(diff, resume=True) as partial:
         log = partial / "progress.jsonl"
-        first, *lines = console.read_jsonl(log, skip_torn=True) if log.exists() else [None]
+        first, *lines = [*console.read_log(log)] or [None]
         if first != begun:  # nothing was begun, or something else
             lines = []
             log.unlink(missing_ok=True)

@@ -357,6 +357,21 @@ def test_ctrl_c_takes_what_is_under_way_and_stops(tmp_path):
         assert len(lines(tmp_path / "r", "responses")) == server.seen["answers"]
 
 
+def test_ctrl_c_begins_no_new_attempt(tmp_path):
+    with Server({"500": 1.0}, latency=0.1) as server:
+        more = ("--in-flight", 4, "--attempts", 60, "--first-wait", 0.3)
+        process = start(tmp_path / "r", server, 5000, *more)
+        until = time.monotonic() + 30
+        while len(server.bodies) < 12 and time.monotonic() < until:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        began, asked = time.monotonic(), len(server.bodies)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 130 and "Traceback" not in said
+        assert time.monotonic() - began < 5 and len(server.bodies) <= asked + 4
+    assert not (tmp_path / "r/responses.jsonl").exists()  # they will be asked anew
+
+
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, command):
     def small_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))

@@ -230,7 +230,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--rows", type=console.positive(int), default=8, help="answers made at once (default: 8)"
     )
-    parser.add_argument("--compile", action="store_true", help="torch.compile the token step")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the token step; meant for a GPU"
+    )
     # what is told
     parser.add_argument("--json", action="store_true", help="with tokens and log-probabilities")
     parser.add_argument("--stats", action="store_true", help="tokens a second, on stderr")
@@ -258,6 +260,8 @@ def ready(args: argparse.Namespace) -> Engine:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here")
+    if args.compile and device == "cpu":
+        console.notice("--compile is meant for a GPU: on a CPU, weights are slower to read so")
     tokenizer = Tokenizer(folder)
     model = load(folder, recipe_of(args), device, DTYPES.get(args.dtype), args.compile)
     rows = min(args.n, args.rows) if args.instruction is not None else args.rows

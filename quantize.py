@@ -335,14 +335,6 @@ def let_go_of_files(model: Llama) -> None:
     model.tie_weights()
 
 
-def arrange(parent: nn.Module, blocks: bool) -> None:
-    for path, module in list(parent.named_modules()):
-        if type(module) in KINDS.values() and not module.arranged:
-            module.arrange()
-        elif blocks and type(module) is nn.Linear and blocks_help(module.weight):
-            parent.set_submodule(path, BlockLinear(module.weight))
-
-
 class Together(NamedTuple):
     """Several products over one x, made as one."""
 

@@ -69,9 +69,9 @@ def random_prompts(count: int) -> list[list[int]]:
 # ---------------------------------------------------------------- sides: load, then run when asked
 
 
-def ours(folder: str, rows: int) -> Callable[[], dict]:
+def ours(folder: str, rows: int, device: str) -> Callable[[], dict]:
     dtype = torch.float32 if folder.endswith("fp32") else None
-    engine = Engine(load(folder, dtype=dtype), NoTokenizer(), rows, PROMPT + NEW)
+    engine = Engine(load(folder, device=device, dtype=dtype), NoTokenizer(), rows, PROMPT + NEW)
     prompts = random_prompts(rows)
 
     def run() -> dict:
@@ -97,27 +97,27 @@ def rates(prompt_s: float, whole_s: float, rows: int = 1) -> dict:
     }
 
 
-def theirs(folder: str, rows: int) -> Callable[[], dict]:
+def theirs(folder: str, rows: int, device: str) -> Callable[[], dict]:
     from transformers import AutoModelForCausalLM
 
     dtype = torch.float32 if folder.endswith("fp32") else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    ids = torch.tensor(random_prompts(rows))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+    ids = torch.tensor(random_prompts(rows), device=device)
     how = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     how["attention_mask"] = torch.ones_like(ids)
 
     def run() -> dict:
         start = time.perf_counter()
-        model.generate(ids, max_new_tokens=1, **how)
+        model.generate(ids, max_new_tokens=1, **how).cpu()  # waits, if it was a GPU
         first = time.perf_counter()
-        out = model.generate(ids, max_new_tokens=NEW, **how)
+        out = model.generate(ids, max_new_tokens=NEW, **how).cpu()
         assert out.shape == (rows, PROMPT + NEW)
         return rates(first - start, time.perf_counter() - first, rows)
 
     return run
 
 
-def llama_cpp(file: str, rows: int) -> Callable[[], dict]:
+def llama_cpp(file: str, rows: int, device: str) -> Callable[[], dict]:
     from llama_cpp import Llama as Peer
 
     model = Peer(file, n_ctx=PROMPT + NEW, n_threads=2, n_threads_batch=2, verbose=False)
@@ -136,13 +136,14 @@ def llama_cpp(file: str, rows: int) -> Callable[[], dict]:
     return run
 
 
-def bandwidth(folder: str, rows: int) -> Callable[[], dict]:
-    numbers = torch.ones(1 << 28)
+def bandwidth(folder: str, rows: int, device: str) -> Callable[[], dict]:
+    numbers = torch.ones(1 << 28, device=device)
 
     def run() -> dict:
         start = time.perf_counter()
         for _ in range(8):
-            numbers.sum()
+            total = numbers.sum()
+        total.item()
         return {"GB/s": 8 * numbers.nbytes / (time.perf_counter() - start) / 1e9}
 
     return run
@@ -151,11 +152,11 @@ def bandwidth(folder: str, rows: int) -> Callable[[], dict]:
 SIDES = {"ours": ours, "theirs": theirs, "llama.cpp": llama_cpp, "bandwidth": bandwidth}
 
 
-def serve(side: str, path: str, rows: int) -> None:
+def serve(side: str, path: str, rows: int, device: str) -> None:
     """Load, then answer every line on stdin with a run's figures."""
     torch.set_grad_enabled(False)
     with PeakMemory() as peak:  # its sampling would disturb the turns of all
-        run = SIDES[side](path, rows)
+        run = SIDES[side](path, rows, device)
         run()
     print("ready", flush=True)
     for _ in sys.stdin:
@@ -163,11 +164,15 @@ def serve(side: str, path: str, rows: int) -> None:
         print(json.dumps(run() | sizes), flush=True)
 
 
-def take_turns(sides: dict[str, tuple], runs: int) -> dict[str, dict[str, list]]:
+def take_turns(
+    sides: dict[str, tuple], runs: int, device: str = "cpu"
+) -> dict[str, dict[str, list]]:
     """{name: (side, path, rows)} → {name: {figure: values}}, all loaded, one running at a time."""
     processes = {}
     for name, (side, path, rows) in sides.items():
-        command = [sys.executable, __file__, "--side", side, "--path", path, "--rows", str(rows)]
+        what = {"side": side, "path": path, "rows": rows, "device": device}
+        flags = [f"--{name}={value}" for name, value in what.items()]
+        command = [sys.executable, __file__, *flags]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         processes[name] = subprocess.Popen(command, stderr=subprocess.DEVNULL, **pipes)
         if processes[name].stdout.readline() != "ready\n":
@@ -298,9 +303,10 @@ def main() -> None:
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--path", help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--device", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        return serve(args.side, args.path, args.rows)
+        return serve(args.side, args.path, args.rows, args.device)
     with tempfile.TemporaryDirectory() as scratch:
         one_sequence(Path(scratch), args.runs)
         many_sequences(Path(scratch), args.runs)

@@ -5,11 +5,12 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 BENCHES = load train encode startup dedupe weightdiff decode gpu_decode quantize
 
-.PHONY: help train test test-all lint bench clean
+.PHONY: help train test test-all verify lint bench clean
 
 help:
 	@echo "make train     fine-tune the embedded model (a minute on two cores)"
 	@echo "make test      the tests; test-all adds the slow ones"
+	@echo "make verify    only the comparisons with other software, and how far apart they are"
 	@echo "make lint      style, as CI checks it"
 	@echo "make bench     measure against the peers, into bench/RESULTS.md"
 	@echo "make clean     remove the environment"
@@ -22,6 +23,9 @@ test: $(VENV)/.ready-test
 
 test-all: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -m ""
+
+verify: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -q -m outside
 
 lint: $(VENV)/.ready-test
 	$(BIN)/ruff check .

@@ -79,6 +79,24 @@ def hf_model(config: LlamaConfig, dtype: torch.dtype = torch.float32):
     return model.to(dtype).eval()
 
 
+DISTANCES: dict[str, tuple[float, float, int]] = {}  # what → largest, allowed, how many compared
+
+
+def apart(what: str, distance: float, allowed: float) -> None:
+    """How far this project is from outside software: an assertion, and a line of `make verify`."""
+    largest, _, count = DISTANCES.get(what, (0.0, 0.0, 0))
+    DISTANCES[what] = max(largest, distance), allowed, count + 1
+    assert distance <= allowed, f"{what}: {distance} apart, {allowed} allowed"
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if DISTANCES and config.option.markexpr == "outside":
+        terminalreporter.section("how far apart")
+        terminalreporter.write_line(f"{'':64}{'largest':>10}{'allowed':>10}{'compared':>10}")
+        for what, (largest, allowed, count) in DISTANCES.items():
+            terminalreporter.write_line(f"{what:64}{largest:10.2g}{allowed:10.2g}{count:10}")
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Run a module's command line in this process: command(module, *args) -> (code, out, err)."""

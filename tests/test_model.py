@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import hf_model, random_ids, small_config, small_model
+from conftest import apart, hf_model, random_ids, small_config, small_model
 
 import model as model_module
 from checkpoint import load_model
@@ -41,6 +41,7 @@ def closeness(a: torch.Tensor, b: torch.Tensor) -> float:
 # ---------------------------------------------------------------- against Hugging Face
 
 
+@pytest.mark.outside
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES.keys())
 def test_logits_and_gradients_equal_hugging_face(tmp_path, changes):
     theirs, ours = pair(tmp_path, **changes)
@@ -48,13 +49,14 @@ def test_logits_and_gradients_equal_hugging_face(tmp_path, changes):
     labels = ids.clone()
     labels[0, :7], labels[1, 20:] = IGNORE, IGNORE
     expected = theirs(ids, labels=labels)
-    assert closeness(ours(ids), expected.logits) <= 1e-4
+    apart("logits: transformers' LlamaForCausalLM", closeness(ours(ids), expected.logits), 1e-4)
     expected.loss.backward()
     (ours(ids, labels=labels) / (labels[:, 1:] != IGNORE).sum()).backward()
     gradients = dict(theirs.named_parameters())
     assert len(gradients) == len(list(ours.parameters()))
     for name, parameter in ours.named_parameters():
-        assert closeness(parameter.grad, gradients[name].grad) <= 1e-4, name
+        distance = closeness(parameter.grad, gradients[name].grad)
+        apart("gradient of every parameter: transformers", distance, 1e-4)
         assert parameter.grad.abs().max() > 1e-3, f"{name} is compared at nothing"
 
 

@@ -8,7 +8,7 @@ import random
 import shutil
 
 import pytest
-from conftest import ROOT, assert_refused
+from conftest import ROOT, apart, assert_refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
@@ -128,6 +128,7 @@ def test_special_pieces_are_never_parsed_out_of_text(tokenizer):
     assert tokenizer.encode("hi", bos=True, eos=True) == [1, *tokenizer.encode("hi"), 2]
 
 
+@pytest.mark.outside
 def test_ids_equal_hugging_faces_where_it_agrees_with_sentencepiece(tokenizer, tmp_path):
     from transformers import AutoTokenizer
 
@@ -138,7 +139,8 @@ def test_ids_equal_hugging_faces_where_it_agrees_with_sentencepiece(tokenizer, t
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     corpus = (ROOT / "data" / "corpus.txt").read_text().splitlines()
     for line in [*corpus, "中文 🦙 é 12 34", "x=1;\ty=2", "tab\tand\nnewline"]:
-        assert theirs(line).input_ids == tokenizer.encode(line, bos=True), line
+        differ = theirs(line).input_ids != tokenizer.encode(line, bos=True)
+        apart("lines whose ids differ: transformers' tokenizer", differ, 0)
         assert theirs.decode(theirs(line).input_ids, skip_special_tokens=True) == line
 
 

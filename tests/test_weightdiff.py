@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_refused, hf_model, small_config, small_model
+from conftest import ROOT, apart, assert_refused, hf_model, small_config, small_model
 from safetensors.torch import load_file, save_file
 
 import bitdiff
@@ -592,6 +592,7 @@ def alpaca(tmp_path_factory):
     return folder, raw, difference
 
 
+@pytest.mark.outside
 def test_a_diff_like_alpaca_s_is_the_same_in_every_bit(alpaca, tmp_path, command):
     folder, _, difference = alpaca
     args = ("--base", folder / "base", "--tuned", folder / "tuned", "--diff", tmp_path / "d")
@@ -599,7 +600,8 @@ def test_a_diff_like_alpaca_s_is_the_same_in_every_bit(alpaca, tmp_path, command
     assert code == 0, err
     found = {name: stored.read() for name, stored in stored_tensors(tmp_path / "d").items()}
     assert found.keys() == difference.keys()
-    assert all(torch.equal(found[name], difference[name]) for name in found)
+    other = sum(not torch.equal(found[name], difference[name]) for name in found)
+    apart("tensors of a weight diff that differ: Alpaca's arithmetic", other, 0)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])

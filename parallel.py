@@ -73,13 +73,16 @@ def apply_fsdp(model: Llama, mesh: DeviceMesh, dtype: torch.dtype, offload: bool
 
 @torch.no_grad()
 def fill(model: Llama, mesh: DeviceMesh, weight: Callable[[str, torch.Size], Tensor]) -> None:
-    """Give every parameter this rank's rows of `weight(name, shape)`; no more of it is read."""
+    """Give every parameter this rank's rows of `weight(name, shape)`; no more of it is read. What
+    is rounded to integers lies in buffers, whole on every rank."""
     rank, ranks = mesh["shard"].get_local_rank(), mesh["shard"].size()
     for name, parameter in model.named_parameters():
         rows = -(-len(parameter) // ranks)  # FSDP cuts as torch.chunk does
         mine = parameter.to_local()
         mine.copy_(weight(name, parameter.shape)[rank * rows : (rank + 1) * rows])
-        assert mine.dtype == torch.float32
+        assert mine.dtype == torch.float32 or not parameter.requires_grad
+    for name, buffer in model.named_buffers():
+        buffer.copy_(weight(name, buffer.shape))
 
 
 def random_weight(config: LlamaConfig, seed: int, device: torch.device) -> Callable:

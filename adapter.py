@@ -33,6 +33,7 @@ ONLY = {  # fields of which some values ask for plain LoRA
     "init_lora_weights": (True, False, None, "gaussian"),  # others change the base, too
 }
 UNIMPORTANT = {  # about how it came to be, or belonging to switches that are off
+    "auto_mapping",
     "base_model_name_or_path",
     "inference_mode",
     "megatron_core",

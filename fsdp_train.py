@@ -373,15 +373,15 @@ def speed(
 
 def export(model: Llama, job: Job, args: argparse.Namespace) -> None:
     """What was learned, a tensor at a time: all ranks gather it, the first writes it."""
-    whole = ((n, p.detach().full_tensor()) for n, p in trainable(model).items())
+    dtype = torch.float32 if args.lora else DTYPES[args.save_dtype]
+    whole = ((n, p.detach().full_tensor().to(dtype)) for n, p in trainable(model).items())
     if dist.get_rank() > 0:
         for _ in whole:
             pass
     elif args.lora:
         save_adapter(whole, args.lora, outcome(args), args.model_dir)
     else:
-        dtype, tokenizer = DTYPES[args.save_dtype], args.tokenizer or args.model_dir
-        save_model(whole, job.config, outcome(args), dtype, tokenizer)
+        save_model(whole, job.config, outcome(args), dtype, args.tokenizer or args.model_dir)
 
 
 def outcome(args: argparse.Namespace) -> Path:
@@ -515,7 +515,7 @@ with --lora, in either case (and --out ends in -lora):
     if args.preset and args.model_dir:
         parser.error("--preset trains from random weights, --model-dir from a base: choose one")
     if args.preset and args.lora:
-        parser.error("--lora adapts a base that has learned something: give --model-dir")
+        parser.error("--lora adapts a base, and --preset is none: give a --model-dir")
     if args.offload and args.lora and args.bits in (8, 4):
         parser.error("--offload cannot move rounded weights: leave it or --bits out")
     recipe = ALPACA if args.preset or args.model_dir else TINY

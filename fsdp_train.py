@@ -44,7 +44,7 @@ from torch.distributed.device_mesh import DeviceMesh
 import console
 import lora
 import plan
-from adapter import save_adapter
+from adapter import Lora, save_adapter
 from checkpoint import DTYPES, check_tensors, load_model, read_config, save_model, stored_tensors
 from dataset import (
     Examples,
@@ -331,7 +331,8 @@ def train(
             )
         clock, seconds = (now := time.perf_counter()), now - clock
         figures = {"step": step + 1, "loss": loss, "lr": rate, "grad_norm": norm}
-        run.step({**figures, **speed(job.config, lengths[which], learned, seconds, device)})
+        pace = speed(job.config, args.lora, lengths[which], learned, seconds, device)
+        run.step({**figures, **pace})
         last = step + 1 == job.steps
         due = args.save_every and (last or (step + 1) % args.save_every == 0)
         if due or stopping:
@@ -352,7 +353,12 @@ def train(
 
 
 def speed(
-    config: LlamaConfig, lengths: np.ndarray, learned: int, seconds: float, device: torch.device
+    config: LlamaConfig,
+    adapter: Lora | None,
+    lengths: np.ndarray,
+    learned: int,
+    seconds: float,
+    device: torch.device,
 ) -> dict[str, float]:
     """A step's figures; MFU, the share of the chips' peak that useful work reaches, if known."""
     tokens = int(lengths.sum())
@@ -366,7 +372,8 @@ def speed(
         return {**figures, "memory_GB": peak / 1e9}
     figures["memory_GB"] = torch.cuda.max_memory_allocated() / 1e9
     if chip := plan.find_chip(torch.cuda.get_device_name()):
-        flops = plan.flops_per_token(config, plan.mean_length(lengths), learned / tokens) * tokens
+        share = learned / tokens
+        flops = plan.flops_per_token(config, plan.mean_length(lengths), share, adapter) * tokens
         figures["mfu"] = flops / seconds / (chip.flops * dist.get_world_size())
     return figures
 
@@ -547,7 +554,7 @@ def planned(args: argparse.Namespace) -> str:
         longest = max(longest, *(int(lengths[which[row]].sum()) for mine in ranks for row in mine))
         rows, tokens = max(rows, len(ranks[0])), tokens + int(lengths[which].sum())
     share = supervised.sum() / lengths.sum()
-    how = args.checkpointing, DTYPES[args.dtype], args.offload, rows
+    how = args.checkpointing, DTYPES[args.dtype], args.offload, rows, args.lora, args.bits or 16
     run = plan.Run(job.config, args.gpus, args.replicas, longest, share, *how)
     chip = plan.CHIPS.get(args.chip)
     if chip is None and torch.cuda.is_available():

@@ -193,6 +193,8 @@ def kept(run: Run) -> float:
             shapes = projections(config)
             block += size * sum(run.lora.rank + shapes[name][0] for name in run.lora.targets)
     last = 4 * width + 2 * size * width + 2 * size * width * run.supervised  # norm; head's rows
+    if run.lora:
+        last = 4 * width + size * width * run.supervised
     return run.row_tokens * (config.num_hidden_layers * block + last)
 
 
@@ -252,7 +254,8 @@ def frozen_tides(run: Run) -> dict[str, dict[str, float]]:
     forward = {"activations": kept(run), "gathered": gathered, "loss": loss}
     moments = {"forward": {**always, **forward}}
     if run.checkpointing != "none":
-        again = run.row_tokens * sum(whole_block(run).values())
+        passing = 3 * size * config.intermediate_size  # gradients of the MLP's, on their way
+        again = run.row_tokens * (sum(whole_block(run).values()) + passing)
         recompute = {"activations": kept(run) + again, "gathered": gathered + (size + 4) * adapter}
         moments["recompute"] = {**always, **recompute}
     return moments

@@ -3,9 +3,11 @@
     torchrun fsdp_train.py                                  # the embedded tiny model, here
     torchrun --nproc-per-node 8 fsdp_train.py --model-dir llama-7b --data alpaca_data.json
     torchrun --nproc-per-node 2 fsdp_train.py --device cpu  # two ranks without a GPU
+    torchrun fsdp_train.py --lora --bits 4 --model-dir llama-7b --data alpaca_data.json
     python fsdp_train.py --model-dir llama-7b --data alpaca_data.json --plan --gpus 8
 
-The second line is Alpaca's run. Run a command again and it goes on where it stopped. Worth knowing:
+The second line is Alpaca's run, the fourth alpaca-lora's, for a card of 12 GB (lora.py). Run a
+command again and it goes on where it stopped. Worth knowing:
 
   - Weights, gradients and Adam's moments are fp32 and divided among the ranks; a block's weights
     are gathered in bf16 while it computes, gradients are reduced in fp32 (FSDP2, `fully_shard`).
@@ -14,7 +16,7 @@ The second line is Alpaca's run. Run a command again and it goes on where it sto
   - Examples are packed (dataset.py), so a step costs its tokens and hardly more: where blocks are
     compiled, a row is filled up to a multiple of 128.
   - `--out` gathers settings.json, metrics.jsonl, loss.svg, checkpoints/ (removed at the end) and,
-    when all is done, model/: a Hugging Face folder.
+    when all is done, model/: a Hugging Face folder; with `--lora` instead adapter/: PEFT's files.
   - Ctrl-C and SIGTERM save after the step under way. torchrun gives that 30 seconds; a big model on
     a slow disk needs more, `--shutdown-timeout 300`; a dead GPU rank is noticed that much later.
 
@@ -40,7 +42,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 import console
+import lora
 import plan
+from adapter import Lora, save_adapter
 from checkpoint import DTYPES, check_tensors, load_model, read_config, save_model, stored_tensors
 from dataset import (
     Examples,
@@ -66,6 +70,7 @@ from parallel import (
     random_weight,
     together,
 )
+from quantize import Recipe, Source
 from runfolder import RunFolder
 from snapshots import Snapshots
 from tokenizer import Tokenizer
@@ -100,6 +105,8 @@ TINY = {
     "save_every": 200,
     "answers": 1000,
 }
+# alpaca-lora's, with --lora in place of either's:
+LORA = {"lr": 3e-4, "checkpointing": "full", **lora.FLAGS}
 TINY_MODEL = Path("data/tiny-llama")
 BETAS, EPS, CLIP = (0.9, 0.999), 1e-8, 1.0  # what Alpaca's command leaves at their defaults
 SHAPE_STEP = 128  # compiled blocks see rows of a multiple of this many tokens
@@ -123,6 +130,8 @@ def prepare(args: argparse.Namespace) -> Job:
     """Read and check everything a user may have got wrong."""
     if args.preset:
         config = LlamaConfig.preset(args.preset)
+    elif args.lora:
+        config = Source(args.model_dir, Recipe(args.bits)).config
     else:
         config = read_config(args.model_dir)
         check_tensors(stored_tensors(args.model_dir), config, args.model_dir)
@@ -158,7 +167,9 @@ def settings(args: argparse.Namespace, job: Job) -> dict[str, Any]:
     """What decides the weights that come out."""
     names = ("preset", "epochs", "batch_size", "lr", "warmup", "max_length", "seed", "dtype")
     files = {"base": str(args.model_dir), "data": " ".join(args.data), "ids": job.train.digest()}
-    return {**files, **{name: getattr(args, name) for name in names}, "steps": job.steps}
+    adapter = {"lora": f"{args.lora}, {args.bits} bits" if args.lora else None}
+    chosen = {name: getattr(args, name) for name in names}
+    return {**files, **adapter, **chosen, "steps": job.steps}
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -174,15 +185,18 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 def build(args: argparse.Namespace, config: LlamaConfig, mesh: DeviceMesh) -> Llama:
     """The model, sharded and filled, without any rank ever holding it whole."""
-    device = torch.device(mesh.device_type)
+    device, dtype = torch.device(mesh.device_type), DTYPES[args.dtype]
+    source = Source(args.model_dir, Recipe(args.bits)) if args.lora else None
     with torch.device("meta"):
-        model = Llama(config)
+        model = lora.skeleton(source, dtype, args.lora) if args.lora else Llama(config)
     apply_activation_checkpointing(model, args.checkpointing)
     if args.compile:
         apply_compile(model)
-    apply_fsdp(model, mesh, DTYPES[args.dtype], args.offload)
+    apply_fsdp(model, mesh, dtype, args.offload)
     model.to_empty(device="cpu" if args.offload else device)
-    if args.preset:
+    if args.lora:
+        fill(model, mesh, lora.first_weights(source, args.seed))
+    elif args.preset:
         fill(model, mesh, random_weight(config, args.seed, device))
     else:
         stored = stored_tensors(args.model_dir)
@@ -244,12 +258,16 @@ def held_out_loss(model: Llama, examples: Examples, args: argparse.Namespace, de
 # ---------------------------------------------------------------- the run
 
 
+def trainable(model: Llama) -> dict[str, torch.nn.Parameter]:
+    """All but a frozen base: what has gradients and moments, goes into snapshots and comes out."""
+    return {name: own for name, own in model.named_parameters() if own.requires_grad}
+
+
 def adamw(model: Llama) -> torch.optim.AdamW:
     """AdamW with its moments in place, so that there is a state to load a snapshot into."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), betas=BETAS, eps=EPS, weight_decay=0.0, fused=True
-    )
-    for parameter in model.parameters():
+    parameters = trainable(model).values()
+    optimizer = torch.optim.AdamW(parameters, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True)
+    for parameter in parameters:
         optimizer.state[parameter] = {
             "step": torch.zeros((), device=parameter.to_local().device),
             "exp_avg": torch.zeros_like(parameter),
@@ -260,7 +278,7 @@ def adamw(model: Llama) -> torch.optim.AdamW:
 
 def state_tensors(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in trainable(model).items():
         moments = optimizer.state[parameter]
         tensors[f"weight.{name}"] = parameter.detach()
         tensors[f"exp_avg.{name}"] = moments["exp_avg"]
@@ -283,7 +301,7 @@ def restore(model: Llama, optimizer: torch.optim.Optimizer, snapshots: Snapshots
 def train(
     args: argparse.Namespace, job: Job, run: RunFolder, mesh: DeviceMesh, device: torch.device
 ) -> None:
-    """Train, or go on training, until model/ is written; exit before that if asked to."""
+    """Train, or go on training, until model/ or adapter/ is there; exit before that if asked to."""
     stop = StopSignal()
     model = build(args, job.config, mesh)
     optimizer = adamw(model)
@@ -295,7 +313,7 @@ def train(
     lengths, supervised = job.train.lengths, job.train.supervised
     clock = time.perf_counter()
     for step in range(done, job.steps):
-        # Nothing in the model is random yet; an adapter's dropout will repeat itself on resuming.
+        # An adapter's dropout repeats itself on resuming; every rank drops something else.
         torch.manual_seed(hash((args.seed, step, dist.get_rank())))
         which = step_examples(len(job.train), args.batch_size, args.epochs, args.seed, step)
         learned = int(supervised[which].sum())
@@ -313,7 +331,8 @@ def train(
             )
         clock, seconds = (now := time.perf_counter()), now - clock
         figures = {"step": step + 1, "loss": loss, "lr": rate, "grad_norm": norm}
-        run.step({**figures, **speed(job.config, lengths[which], learned, seconds, device)})
+        pace = speed(job.config, args.lora, lengths[which], learned, seconds, device)
+        run.step({**figures, **pace})
         last = step + 1 == job.steps
         due = args.save_every and (last or (step + 1) % args.save_every == 0)
         if due or stopping:
@@ -334,7 +353,12 @@ def train(
 
 
 def speed(
-    config: LlamaConfig, lengths: np.ndarray, learned: int, seconds: float, device: torch.device
+    config: LlamaConfig,
+    adapter: Lora | None,
+    lengths: np.ndarray,
+    learned: int,
+    seconds: float,
+    device: torch.device,
 ) -> dict[str, float]:
     """A step's figures; MFU, the share of the chips' peak that useful work reaches, if known."""
     tokens = int(lengths.sum())
@@ -348,20 +372,27 @@ def speed(
         return {**figures, "memory_GB": peak / 1e9}
     figures["memory_GB"] = torch.cuda.max_memory_allocated() / 1e9
     if chip := plan.find_chip(torch.cuda.get_device_name()):
-        flops = plan.flops_per_token(config, plan.mean_length(lengths), learned / tokens) * tokens
+        share = learned / tokens
+        flops = plan.flops_per_token(config, plan.mean_length(lengths), share, adapter) * tokens
         figures["mfu"] = flops / seconds / (chip.flops * dist.get_world_size())
     return figures
 
 
 def export(model: Llama, job: Job, args: argparse.Namespace) -> None:
-    """The Hugging Face folder, a tensor at a time: all ranks gather it, the first writes it."""
-    config, dtype = job.config, DTYPES[args.save_dtype]
-    whole = ((n, p.detach().full_tensor().to(dtype)) for n, p in model.named_parameters())
-    if dist.get_rank() == 0:
-        save_model(whole, config, args.out / "model", dtype, args.tokenizer or args.model_dir)
-    else:
+    """What was learned, a tensor at a time: all ranks gather it, the first writes it."""
+    dtype = torch.float32 if args.lora else DTYPES[args.save_dtype]
+    whole = ((n, p.detach().full_tensor().to(dtype)) for n, p in trainable(model).items())
+    if dist.get_rank() > 0:
         for _ in whole:
             pass
+    elif args.lora:
+        save_adapter(whole, args.lora, outcome(args), args.model_dir)
+    else:
+        save_model(whole, job.config, outcome(args), dtype, args.tokenizer or args.model_dir)
+
+
+def outcome(args: argparse.Namespace) -> Path:
+    return args.out / ("adapter" if args.lora else "model")
 
 
 class StopSignal:
@@ -402,7 +433,8 @@ def show(args: argparse.Namespace, job: Job, run: RunFolder, device: torch.devic
         right = sum(answer == record["output"] for record, answer in answered)
         share = f"{right} of {len(answered)} held-out instructions ({right / len(answered):.1%})"
         print(f"answered exactly as expected: {share}")
-    print(f"{args.out / 'model'} is the model, {args.out / 'loss.svg'} the picture")
+    made = outcome(args)
+    print(f"{made} is the {made.name}, {args.out / 'loss.svg'} the picture")
 
 
 def answers(args: argparse.Namespace, job: Job, device: torch.device) -> list[tuple[dict, str]]:
@@ -412,12 +444,17 @@ def answers(args: argparse.Namespace, job: Job, device: torch.device) -> list[tu
         ids = job.tokenizer.encode(prompt(record["instruction"], record["input"]), bos=True)
         if len(asked) < args.answers and len(ids) <= args.max_length // 2:
             asked.append((record, ids))
-    model = load_model(args.out / "model", device) if asked else None
-    found = []
+    model, found = written(args, device) if asked else None, []
     for batch in (asked[start : start + 64] for start in range(0, len(asked), 64)):
         texts = greedy(model, job.tokenizer, [ids for _, ids in batch], args.max_length // 2)
         found += [(record, text) for (record, _), text in zip(batch, texts, strict=True)]
     return found
+
+
+def written(args: argparse.Namespace, device: torch.device) -> Llama:
+    if not args.lora:
+        return load_model(outcome(args), device)
+    return lora.load(args.model_dir, outcome(args), Recipe(args.bits), device, DTYPES[args.dtype])
 
 
 # ---------------------------------------------------------------- the command line
@@ -433,7 +470,9 @@ def parse_args() -> argparse.Namespace:
     recipes = f"""flags left out mean, with --model-dir or --preset (Alpaca's 7B recipe):
 {flags(ALPACA)}
 and without, for the embedded {TINY_MODEL}:
-{flags(TINY)}"""
+{flags(TINY)}
+with --lora, in either case (and --out ends in -lora):
+{flags(LORA)}"""
     parser = console.Parser(__doc__, epilog=recipes)
     count, amount = console.positive(int), console.positive(float)
 
@@ -453,6 +492,8 @@ and without, for the embedded {TINY_MODEL}:
     flag("--max-length", type=count, help="tokens that an example is cut to")
     flag("--max-steps", type=count, help="steps, if fewer than the epochs have")
     flag("--seed", type=int, default=42, help="of the shuffle (default: 42)")
+
+    lora.add_flags(parser)
 
     flag = parser.add_argument_group("memory and speed").add_argument
     flag("--row-tokens", type=count, help="most tokens a rank computes at once")
@@ -480,12 +521,21 @@ and without, for the embedded {TINY_MODEL}:
     args = parser.parse_args()
     if args.preset and args.model_dir:
         parser.error("--preset trains from random weights, --model-dir from a base: choose one")
+    if args.preset and args.lora:
+        parser.error("--lora adapts a base, and --preset is none: give a --model-dir")
+    if args.offload and args.lora and args.bits in (8, 4):
+        parser.error("--offload cannot move rounded weights: leave it or --bits out")
     recipe = ALPACA if args.preset or args.model_dir else TINY
     if recipe is TINY:
         args.model_dir = TINY_MODEL
+    if args.lora:
+        recipe = recipe | LORA | {"out": recipe["out"].with_name(recipe["out"].name + "-lora")}
+    elif given := [name for name in lora.FLAGS if getattr(args, name) is not None]:
+        parser.error(f"--{given[0].replace('_', '-')} goes with --lora")
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.lora = lora.lora_of(args) if args.lora else None
     if args.data is None:
         parser.error("--data is needed: which records to train on")
     if args.preset and args.tokenizer is None:
@@ -504,7 +554,7 @@ def planned(args: argparse.Namespace) -> str:
         longest = max(longest, *(int(lengths[which[row]].sum()) for mine in ranks for row in mine))
         rows, tokens = max(rows, len(ranks[0])), tokens + int(lengths[which].sum())
     share = supervised.sum() / lengths.sum()
-    how = args.checkpointing, DTYPES[args.dtype], args.offload, rows
+    how = args.checkpointing, DTYPES[args.dtype], args.offload, rows, args.lora, args.bits or 16
     run = plan.Run(job.config, args.gpus, args.replicas, longest, share, *how)
     chip = plan.CHIPS.get(args.chip)
     if chip is None and torch.cuda.is_available():

@@ -4,11 +4,12 @@
     python generate.py --model-dir alpaca-7b --bits 4 "Summarize this." --input "$(cat mail.txt)"
     python generate.py --model-dir alpaca-7b --chat
     python generate.py --model-dir alpaca-7b --file questions.jsonl --out answers.jsonl
+    python generate.py --model-dir llama-7b --adapter my-adapter "Name three primary colors."
 
 Instruction and input go into Alpaca's prompt, character for character the one of the training
 data; the answer streams and ends where the model says it does. `--chat` keeps a conversation, in
 the one form that training, chat and API share (dataset.py). How tokens are chosen: sampling.py; how
-many answers are made at once: engine.py; weights of 8 or 4 bits: quantize.py.
+many answers are made at once: engine.py; weights of 8 or 4 bits: quantize.py; adapters: lora.py.
 """
 
 import argparse
@@ -25,8 +26,9 @@ import console
 from checkpoint import DTYPES
 from dataset import chat_prompt, numbered_objects, prompt
 from engine import Engine, Sequence
+from lora import load
 from model import Llama
-from quantize import add_flags, load, recipe_of
+from quantize import add_flags, recipe_of
 from sampling import Sampling
 from tokenizer import Tokenizer
 
@@ -134,6 +136,7 @@ def answer_file(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.file}: no instructions in it")
     how = {"model": str((args.model_dir or TRAINED).absolute()), "bits": recipe_of(args)}
     how |= {"sampling": vars(sampling(args, args.seed))}
+    how |= {"adapter": str(args.adapter.absolute())} if args.adapter else {}
     how = json.loads(json.dumps(how))
     done = answered(args.out, records, how) if args.out else 0
     engine, sequences = ready(args), []
@@ -198,6 +201,21 @@ def sampling(args: argparse.Namespace, seed: int) -> Sampling:
     )
 
 
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Of whom is asked: for every command that answers with a model; see `loaded`."""
+    parser.add_argument(
+        "--model-dir", type=Path, help=f"folder of the model (default: {TRAINED}, of `make train`)"
+    )
+    parser.add_argument(
+        "--adapter", type=Path, help="folder of a LoRA adapter for --model-dir (default: none)"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="(default: cuda if there is one, else cpu)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="to compute in (default: as it is stored)")
+    add_flags(parser)
+
+
 def parse_args() -> argparse.Namespace:
     parser = console.Parser(__doc__)
     parser.add_argument("instruction", nargs="?", help="what to do; - reads it from stdin")
@@ -207,15 +225,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--system", default="", help="with --chat: what takes the preamble's place")
     parser.add_argument("--file", type=Path, help="JSON or JSONL with an instruction a record")
     parser.add_argument("--out", type=Path, help="with --file: JSONL to add answers to")
-    # of whom
-    parser.add_argument(
-        "--model-dir", type=Path, help=f"folder of the model (default: {TRAINED}, of `make train`)"
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="(default: cuda if there is one, else cpu)"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="to compute in (default: as it is stored)")
-    add_flags(parser)
+    add_model_flags(parser)
     # how
     parser.add_argument("--temperature", type=float, default=0.0, help="0: likeliest (default: 0)")
     parser.add_argument("--top-k", type=int, default=0, help="likeliest tokens kept; 0: all")
@@ -251,19 +261,25 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def ready(args: argparse.Namespace) -> Engine:
-    """Model and tokenizer as the command line asks for them."""
+def loaded(args: argparse.Namespace, compile: bool = False) -> tuple[Llama, Tokenizer]:
+    """Model and tokenizer as the flags of `add_model_flags` ask for them."""
     folder = args.model_dir or TRAINED
+    if args.adapter and args.model_dir is None:
+        raise ValueError("--adapter goes with --model-dir, the base that it was trained for")
     if args.model_dir is None and not folder.exists():
         raise ValueError(f"no model at {folder} yet: `make train` makes it, or name a --model-dir")
-    sampling(args, args.seed)  # a mistake there should not wait for the weights
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here")
-    if args.compile and device == "cpu":
+    if compile and device == "cpu":
         console.notice("--compile is meant for a GPU: on a CPU, weights are slower to read so")
-    tokenizer = Tokenizer(folder)
-    model = load(folder, recipe_of(args), device, DTYPES.get(args.dtype), args.compile)
+    tokenizer, dtype = Tokenizer(folder), DTYPES.get(args.dtype)
+    return load(folder, args.adapter, recipe_of(args), device, dtype, compile), tokenizer
+
+
+def ready(args: argparse.Namespace) -> Engine:
+    sampling(args, args.seed)  # a mistake there should not wait for the weights
+    model, tokenizer = loaded(args, args.compile)
     rows = min(args.n, args.rows) if args.instruction is not None else args.rows
     return Engine(model, tokenizer, 1 if args.chat else rows, compile=args.compile)
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import console
@@ -64,6 +65,8 @@ def apply_fsdp(model: Llama, mesh: DeviceMesh, dtype: torch.dtype, offload: bool
         how["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     if offload:
         how["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    if mesh["shard"].size() == 1 and not offload:  # frozen and whole already: not to be copied
+        how["ignored_params"] = {own for own in model.parameters() if not own.requires_grad}
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     assert len(blocks) == model.config.num_hidden_layers
     for block in blocks:
@@ -73,13 +76,16 @@ def apply_fsdp(model: Llama, mesh: DeviceMesh, dtype: torch.dtype, offload: bool
 
 @torch.no_grad()
 def fill(model: Llama, mesh: DeviceMesh, weight: Callable[[str, torch.Size], Tensor]) -> None:
-    """Give every parameter this rank's rows of `weight(name, shape)`; no more of it is read."""
+    """Give every parameter this rank's rows of `weight(name, shape)`; no more of it is read. What
+    is rounded to integers lies in buffers, whole on every rank."""
     rank, ranks = mesh["shard"].get_local_rank(), mesh["shard"].size()
     for name, parameter in model.named_parameters():
         rows = -(-len(parameter) // ranks)  # FSDP cuts as torch.chunk does
-        mine = parameter.to_local()
+        mine = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         mine.copy_(weight(name, parameter.shape)[rank * rows : (rank + 1) * rows])
-        assert mine.dtype == torch.float32
+        assert mine.dtype == torch.float32 or not parameter.requires_grad
+    for name, buffer in model.named_buffers():
+        buffer.copy_(weight(name, buffer.shape))
 
 
 def random_weight(config: LlamaConfig, seed: int, device: torch.device) -> Callable:

@@ -10,6 +10,9 @@ Beside them a step has its tides, and the highest decides:
     reduce       activations are gone, but the embedding's and the head's gradients, the largest,
                  are there whole, and once more in fp32 on their way to the other ranks
 
+With an adapter (lora.py) the 16 bytes are for its few parameters; the base is held in what it
+computes in, or as integers, whole on every rank, of which one matrix at a time is dequantized.
+
 What is kept between forward and backward pass is the choice `--checkpointing` makes: everything
 (none), a block's input and the results of matrix products (selective), a block's input (full).
 
@@ -28,6 +31,7 @@ import numpy as np
 import torch
 
 import console
+from adapter import Lora
 from loss import CHUNK
 from model import LlamaConfig
 
@@ -50,6 +54,7 @@ CHIPS = {
     "A10": Chip(125e12, 24 * 2**30),
     "RTX 4090": Chip(165e12, 24 * 2**30),
     "RTX 3090": Chip(71e12, 24 * 2**30),
+    "RTX 4070": Chip(58e12, 12 * 2**30),
 }
 
 
@@ -71,6 +76,8 @@ class Run:
     compute: torch.dtype
     offload: bool = False
     rows: int = 1  # of a rank in a step: from the second on there are gradients all the time
+    lora: Lora | None = None  # what is learned, if not all
+    bits: int = 16  # of the frozen blocks' matrices
 
     @property
     def shards(self) -> int:
@@ -92,17 +99,38 @@ def parameters(config: LlamaConfig) -> int:
     return config.num_hidden_layers * block_parameters(config) + root_parameters(config)
 
 
-def flops_per_token(config: LlamaConfig, length: float, supervised: float = 1.0) -> float:
+def projections(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """The shapes (N, K) of a block's matrices."""
+    width, inner = config.hidden_size, config.intermediate_size
+    query = config.num_attention_heads * config.head_dim
+    key = config.num_key_value_heads * config.head_dim
+    attention = {"q_proj": (query, width), "k_proj": (key, width), "v_proj": (key, width)}
+    mlp = {"gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner)}
+    return {**attention, "o_proj": (width, query), **mlp}
+
+
+def adapter_parameters(config: LlamaConfig, lora: Lora) -> int:
+    """Of a block."""
+    shapes = projections(config)
+    return sum(lora.rank * sum(shapes[name]) for name in lora.targets)
+
+
+def flops_per_token(
+    config: LlamaConfig, length: float, supervised: float = 1.0, lora: Lora | None = None
+) -> float:
     """Useful operations a token, forward and backward, in documents of that mean length.
 
     A weight costs a multiplication and an addition in the forward pass and twice that backward.
     A token attends to half its document on average. Only supervised tokens reach the head; the
-    embedding is a look-up. What checkpointing computes again is work, but not useful work."""
+    embedding is a look-up. What checkpointing computes again is work, but not useful work. A
+    frozen weight has no gradient, which saves the last two of its six operations."""
     layers, width = config.num_hidden_layers, config.num_attention_heads * config.head_dim
     body = layers * (block_parameters(config) - 2 * config.hidden_size)
     head = config.vocab_size * config.hidden_size * supervised
     attention = layers * 2 * width * length / 2
-    return 6 * (body + head + attention)
+    if lora is None:
+        return 6 * (body + head + attention)
+    return 4 * (body + head) + 6 * (layers * adapter_parameters(config, lora) + attention)
 
 
 def mean_length(lengths: np.ndarray) -> float:
@@ -132,6 +160,23 @@ def block_activations(config: LlamaConfig, size: int) -> dict[str, float]:
     }
 
 
+def frozen_block_activations(config: LlamaConfig, size: int, lora: Lora) -> dict[str, float]:
+    """The same of a frozen block with an adapter: no weight but A and B asks for its input."""
+    shapes, parts = projections(config), block_activations(config, size)
+    inputs = {name: shapes[name][1] for name in lora.targets}
+    if lora.dropout:  # each projection's own, and what was dropped
+        dropped = sum((size + 1) * width for width in inputs.values())
+    else:  # one for all that read it
+        sides = {"q": 0, "k": 0, "v": 0, "o": 1, "g": 2, "u": 2, "d": 3}
+        dropped = sum({sides[name[0]]: size * width for name, width in inputs.items()}.values())
+    return {
+        "norms": 2 * 4 * config.hidden_size,
+        "attention": parts["attention"],
+        "mlp": 3 * size * config.intermediate_size,
+        "adapter": dropped + size * lora.rank * len(inputs),
+    }
+
+
 def kept(run: Run) -> float:
     """Bytes of one row's activations at the end of the forward pass."""
     config, size = run.config, run.compute.itemsize
@@ -140,16 +185,29 @@ def kept(run: Run) -> float:
     key = config.num_key_value_heads * config.head_dim
     block = size * width
     if run.checkpointing == "none":
-        block = sum(block_activations(config, size).values())
+        block = sum(whole_block(run).values())
     elif run.checkpointing == "selective":  # q, k, v, o, gate, up, down, and attention's result
         block += size * (query + 2 * key + width + 2 * inner + width + query)
         block += 4 * config.num_attention_heads
+        if run.lora:  # what A and B make
+            shapes = projections(config)
+            block += size * sum(run.lora.rank + shapes[name][0] for name in run.lora.targets)
     last = 4 * width + 2 * size * width + 2 * size * width * run.supervised  # norm; head's rows
+    if run.lora:
+        last = 4 * width + size * width * run.supervised
     return run.row_tokens * (config.num_hidden_layers * block + last)
+
+
+def whole_block(run: Run) -> dict[str, float]:
+    if run.lora:
+        return frozen_block_activations(run.config, run.compute.itemsize, run.lora)
+    return block_activations(run.config, run.compute.itemsize)
 
 
 def tides(run: Run) -> dict[str, dict[str, float]]:
     """Bytes of a rank by what they are for, at each of the moments that could be the highest."""
+    if run.lora:
+        return frozen_tides(run)
     config, size, shard = run.config, run.compute.itemsize, parameters(run.config) / run.shards
     block, root = block_parameters(config), root_parameters(config)
     table = config.vocab_size * config.hidden_size
@@ -165,7 +223,7 @@ def tides(run: Run) -> dict[str, dict[str, float]]:
         }
     }
     if run.checkpointing != "none":
-        again = run.row_tokens * sum(block_activations(config, size).values())
+        again = run.row_tokens * sum(whole_block(run).values())
         moments["recompute"] = {
             **early,
             "activations": kept(run) + again,
@@ -176,6 +234,35 @@ def tides(run: Run) -> dict[str, dict[str, float]]:
     return {**moments, "reduce": {**full, "gathered": (2 * size + 4) * root}}
 
 
+def frozen_tides(run: Run) -> dict[str, dict[str, float]]:
+    """The same with an adapter, whose gradients are too few to make a moment of their own."""
+    config, size, layers = run.config, run.compute.itemsize, run.config.num_hidden_layers
+    matrices = sum(N * K for N, K in projections(config).values())
+    adapter, root = adapter_parameters(config, run.lora), root_parameters(config)
+    plain = block_parameters(config) - (matrices if run.bits < 16 else 0)  # in what it computes in
+    weights = (size * (layers * plain + root) + 4 * layers * adapter) / run.shards
+    gathered = size * 2 * adapter
+    if run.shards > 1 or run.offload:
+        gathered += size * (root + 2 * plain)
+    if run.bits < 16:
+        weights += layers * matrices * BYTES[run.bits]
+        gathered += max(N * K for N, K in projections(config).values()) * DEQUANTIZED[run.bits]
+    learned = layers * adapter / run.shards
+    always = {"weights": weights, "optimizer": 8 * learned, "gradients": 4 * learned}
+    rows = min(run.row_tokens * run.supervised, max(1, CHUNK // config.vocab_size))
+    loss = rows * config.vocab_size * (size + 4)
+    forward = {"activations": kept(run), "gathered": gathered, "loss": loss}
+    moments = {"forward": {**always, **forward}}
+    if run.checkpointing != "none":
+        passing = 3 * size * config.intermediate_size  # gradients of the MLP's, on their way
+        again = run.row_tokens * (sum(whole_block(run).values()) + passing)
+        recompute = {"activations": kept(run) + again, "gathered": gathered + (size + 4) * adapter}
+        moments["recompute"] = {**always, **recompute}
+    return moments
+
+
+BYTES = {8: 1.0, 4: 0.625}  # of a rounded weight, see quantize.py
+DEQUANTIZED = {8: 8, 4: 12}  # of a weight on its way to fp32
 HOST = ("weights", "gradients", "optimizer")  # what --offload keeps in host memory
 
 
@@ -192,13 +279,16 @@ def remedies(run: Run, limit: float) -> list[str]:
         if run.checkpointing == "none" or (run.checkpointing, mode) == ("selective", "full"):
             found.append((f"--checkpointing {mode}", replace(run, checkpointing=mode)))
     full, rows = replace(run, checkpointing="full"), run.row_tokens // 2
+    if run.lora and run.bits > 4:
+        found.append(("--checkpointing full --bits 4", replace(full, bits=4)))
     found.append(
         (f"--checkpointing full --row-tokens {rows}", replace(full, row_tokens=rows)),
     )
     for world in (2, 4, 8, 16, 32, 64, 128):
         if world > run.world:
             found.append((f"{world} GPUs", replace(full, world=world, replicas=1)))
-    found.append(("--checkpointing full --offload (slow)", replace(full, offload=True)))
+    if run.bits == 16:
+        found.append(("--checkpointing full --offload (slow)", replace(full, offload=True)))
     fitting = [change for change, changed in found if peak(changed) <= limit]
     return [change for change in fitting if not change.endswith("GPUs")] + [
         change for change in fitting if change.endswith("GPUs")
@@ -215,6 +305,10 @@ def report(
     moments, dtype = tides(run), str(run.compute).removeprefix("torch.")
     copies = f" as {run.replicas} whole copies" if run.replicas > 1 else ""
     what = f"{console.human(parameters(config))} parameters on {run.world} x {where}{copies}"
+    if run.lora:
+        learned = config.num_hidden_layers * adapter_parameters(config, run.lora)
+        base = f"int{run.bits}" if run.bits < 16 else str(run.compute).removeprefix("torch.")
+        what = f"an adapter of {console.human(learned)} parameters, beside {base} of {what}"
     how = f"{dtype}, checkpointing {run.checkpointing}, rows of up to {run.row_tokens} tokens"
     lines = [
         f"{what}, {how}",
@@ -227,7 +321,7 @@ def report(
         lines.append(f"{part:<12}{row}{host}")
     lines.append(f"at most {peak(run) / GB:.1f} GB of {limit / GB:.0f} GB")
     lines += ["", f"{steps} steps of {tokens / steps:,.0f} tokens, {tokens / 1e6:.1f}M in all"]
-    flops = flops_per_token(config, length, run.supervised) * tokens
+    flops = flops_per_token(config, length, run.supervised, run.lora) * tokens
     if chip:
         time = hours(flops, chip, run.world, mfu)
         lines.append(

@@ -20,6 +20,7 @@ More on rounding large models: arXiv:2208.07339 (int8), arXiv:2212.09720 (why 4 
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -278,10 +279,12 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     compile: bool = False,
+    adapt: Callable[[Llama], object] | None = None,
 ) -> Llama:
     """A model to decode with, quantized on the way if the recipe says so or the folder is.
 
-    One that will be compiled keeps its plain matrices: the compiler lays them out itself."""
+    One that will be compiled keeps its plain matrices: the compiler lays them out itself. `adapt`
+    may put an adapter on it while its layers still have their names (see lora.py)."""
     if recipe == PLAIN and not kept_recipe(Path(folder)):
         model = load_model(folder, device, dtype)
     else:
@@ -300,6 +303,8 @@ def load(
                 weight = as_dtype(parts["weight"], dtype, name)
                 setattr(model.get_submodule(path), leaf, nn.Parameter(weight, requires_grad=False))
         model.tie_weights()
+    if adapt:
+        adapt(model)
     return arranged(model, blocks=not compile)
 
 

@@ -39,7 +39,7 @@ class RunFolder:
     def finished(self) -> bool:
         if not (self.folder / "settings.json").exists():  # which the first rank wrote
             raise ValueError(f"--out {self.folder} must be one folder that all machines see")
-        return (self.folder / "model").exists()
+        return any((self.folder / name).exists() for name in ("model", "adapter"))
 
     def close(self) -> None:
         if not self.quiet:

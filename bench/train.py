@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -48,11 +49,12 @@ def examples(count: int) -> list[tuple[list[int], list[int]]]:
     return [(ids, [-100] * (len(ids) // 2) + ids[len(ids) // 2 :]) for ids in made]
 
 
-def ours(dtype: str, steps: int) -> list[float]:
-    """Useful tokens a second, step by step."""
+def ours(dtype: str, steps: int, lora: bool = False) -> list[float]:
+    """Useful tokens a second, step by step; of the whole model or of an adapter (bench/lora.py)."""
     import fsdp_train
+    from checkpoint import save_model
     from dataset import Examples
-    from model import LlamaConfig
+    from model import Llama, LlamaConfig
     from parallel import keep_freed_memory, process_group
     from runfolder import RunFolder
     from tokenizer import Tokenizer
@@ -66,19 +68,23 @@ def ours(dtype: str, steps: int) -> list[float]:
     data = Examples(ids, labels, starts, [""] * len(pairs), {})
     tokenizer = ROOT / "data/tokenizer.model"
     with tempfile.TemporaryDirectory() as scratch:
-        flags = ["--preset", "tiny", "--tokenizer", tokenizer, "--data", "none", "--epochs", 1]
+        config, base = LlamaConfig(**SHAPE), ["--preset", "tiny"]
+        if lora:
+            save_model(Llama(config), config, f"{scratch}/base")
+            base = ["--lora", "--model-dir", f"{scratch}/base"]
+        flags = [*base, "--tokenizer", tokenizer, "--data", "none", "--epochs", 1]
         flags += ["--dtype", dtype, "--checkpointing", "none", "--batch-size", BATCH]
         flags += ["--save-every", 0, "--device", "cpu", "--out", f"{scratch}/run"]
         sys.argv[1:] = map(str, flags)
         args = fsdp_train.parse_args()
-        job = fsdp_train.Job(LlamaConfig(**SHAPE), Tokenizer(tokenizer), data, None, [], steps)
+        job = fsdp_train.Job(config, Tokenizer(tokenizer), data, None, [], steps)
         with process_group("cpu", 1) as (mesh, device):
             run = RunFolder(args.out, {}, False, False)
             fsdp_train.train(args, job, run, mesh, device)
         return [record["tokens_per_s"] for record in run.records]
 
 
-def trainer(dtype: str, steps: int, grouped: bool) -> list[float]:
+def trainer(dtype: str, steps: int, grouped: bool, adapt=lambda model: model) -> list[float]:
     import torch
     from transformers import (
         LlamaConfig,
@@ -90,7 +96,7 @@ def trainer(dtype: str, steps: int, grouped: bool) -> list[float]:
 
     config = LlamaConfig(**SHAPE)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
+    model = adapt(LlamaForCausalLM(config))
     data = [{"input_ids": i, "labels": j, "length": len(i)} for i, j in examples(BATCH * steps)]
     tokens, rates = [], []
 
@@ -136,16 +142,11 @@ def trainer(dtype: str, steps: int, grouped: bool) -> list[float]:
     return rates
 
 
-def once(side: str, dtype: str, steps: int) -> None:
+def once(work: Callable[[], list[float]], steps: int) -> None:
     """Print one side's median rate and peak, as JSON."""
     import torch
 
     torch.set_num_threads(2)
-    work = {
-        "ours": lambda: ours(dtype, steps),
-        "Trainer": lambda: trainer(dtype, steps, False),
-        "Trainer, grouped": lambda: trainer(dtype, steps, True),
-    }[side]
     with PeakMemory() as peak:
         rates = work()
     assert len(rates) == steps, rates
@@ -153,16 +154,19 @@ def once(side: str, dtype: str, steps: int) -> None:
     print(json.dumps(found))
 
 
-def in_own_process(side: str, dtype: str, steps: int) -> dict:
-    command = [sys.executable, __file__, "--side", side, "--dtype", dtype, "--steps", str(steps)]
+def in_own_process(file: str, side: str, dtype: str, steps: int) -> dict:
+    command = [sys.executable, file, "--side", side, "--dtype", dtype, "--steps", str(steps)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
+def compare(
+    file: str, doc: str, title: str, sides: dict[str, Callable], packages: list[str]
+) -> None:
+    """A benchmark's main: sides are functions of a dtype and a number of steps, ours first."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=3, help="of each side (default: 3)")
     parser.add_argument("--steps", type=int, default=13, help="of each run (default: 13)")
@@ -170,21 +174,33 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="(default: one after the other)")
     args = parser.parse_args()
     if args.side:
-        return once(args.side, args.dtype, args.steps)
+        return once(lambda: sides[args.side](args.dtype, args.steps), args.steps)
     for dtype in [args.dtype] if args.dtype else ("fp32", "bf16"):
-        sides = {
-            side: lambda side=side, dtype=dtype: in_own_process(side, dtype, args.steps)
-            for side in ("ours", "Trainer", "Trainer, grouped")
-        }
-        found = alternate(sides, args.runs)
+        found = alternate(
+            {
+                side: lambda side=side, dtype=dtype: in_own_process(file, side, dtype, args.steps)
+                for side in sides
+            },
+            args.runs,
+        )
+        us, *peers = sides
         rows = []
-        for peer in ("Trainer", "Trainer, grouped"):
-            a, b = found["ours"], found[peer]
+        for peer in peers:
+            a, b = found[us], found[peer]
             rows.append(row(f"useful tokens/s, {peer}", a["rate"], b["rate"], more_is_better=True))
             rows.append(row(f"peak anonymous memory, GB, {peer}", a["GB"], b["GB"]))
-        packages = ["torch", "transformers", "accelerate"]
-        print(table(f"Train 15M parameters in {dtype}", "transformers", rows, packages))
+        print(table(f"{title} in {dtype}", packages[1], rows, packages))
 
 
 if __name__ == "__main__":
-    main()
+    compare(
+        __file__,
+        __doc__,
+        "Train 15M parameters",
+        {
+            "ours": ours,
+            "Trainer": lambda dtype, steps: trainer(dtype, steps, False),
+            "Trainer, grouped": lambda dtype, steps: trainer(dtype, steps, True),
+        },
+        ["torch", "transformers", "accelerate"],
+    )

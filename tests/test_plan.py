@@ -9,6 +9,8 @@ import torch
 from conftest import ROOT, random_ids
 
 import plan
+from adapter import ATTENTION, TARGETS, Lora
+from lora import add_lora
 from model import Llama, LlamaConfig
 from parallel import apply_activation_checkpointing
 
@@ -19,9 +21,14 @@ def cu_seqlens(lengths: list[int]) -> torch.Tensor:
     return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
 
 
-def kept_for_backward(config: LlamaConfig, dtype: torch.dtype, mode: str) -> int:
+def kept_for_backward(
+    config: LlamaConfig, dtype: torch.dtype, mode: str, lora: Lora | None = None
+) -> int:
     """Bytes that autograd holds after a forward pass, parameters apart."""
     model = Llama(config).to(dtype)
+    if lora:
+        add_lora(model, *lora)
+        model.to(dtype)  # as FSDP gathers A and B
     apply_activation_checkpointing(model, mode)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
@@ -46,6 +53,15 @@ def test_activations_are_what_autograd_keeps(dtype, kv_heads):
     assert planned == pytest.approx(kept_for_backward(config, dtype, "none"), rel=0.03)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize("targets", [ATTENTION, TARGETS, ("q_proj", "v_proj")])
+def test_activations_beside_a_frozen_base_are_what_autograd_keeps(dtype, mode, targets):
+    config, lora = LlamaConfig(500, 256, 700, 12, 8), Lora(8, 8, 0.0, targets)
+    planned = plan.kept(plan.Run(config, 1, 1, sum(DOCUMENTS), 1.0, mode, dtype, lora=lora))
+    assert planned == pytest.approx(kept_for_backward(config, dtype, mode, lora), rel=0.05)
+
+
 def test_full_checkpointing_keeps_the_inputs_of_blocks():
     config = LlamaConfig(500, 256, 700, 24, 8)
     run = plan.Run(config, 1, 1, sum(DOCUMENTS), 1.0, "full", torch.float32)
@@ -57,19 +73,28 @@ def test_full_checkpointing_keeps_the_inputs_of_blocks():
 STEP = """
 import sys
 import torch, torch.distributed as dist
-sys.path.insert(0, "bench")
+from types import SimpleNamespace
 import fsdp_train, parallel, plan
-from measure import PeakMemory
+from adapter import Lora
+from checkpoint import parameter_shapes
+from lora import skeleton
+from bench.measure import PeakMemory
 from model import Llama, LlamaConfig
+from quantize import Recipe
 
 quiet = type("NoSignal", (), {"number": 0})
 device, mode, dtype = sys.argv[1], sys.argv[2], getattr(torch, sys.argv[3])
+bits = int(sys.argv[4])  # of the base beside an adapter; 0: everything is learned
 shape = (16000, 1024, 2816, 8, 8) if device == "cpu" else (32000, 2048, 5632, 22, 32, 4)
 config, T = LlamaConfig(*shape, max_position_embeddings=512), 2048
-run = plan.Run(config, 1, 1, T, 0.5, mode, dtype)
+run = plan.Run(config, 1, 1, T, 0.5, mode, dtype, lora=Lora() if bits else None, bits=bits)
 with parallel.process_group(device, 1) as (mesh, where):
     with torch.device("meta"):
         model = Llama(config)
+        if bits:
+            shapes = parameter_shapes(config)
+            base = SimpleNamespace(config=config, shapes=shapes, recipe=Recipe(bits))
+            model = skeleton(base, dtype, Lora())
     parallel.apply_activation_checkpointing(model, mode)
     parallel.apply_fsdp(model, mesh, dtype, False)
     ids = torch.randint(16000, (1, T), device=where)
@@ -79,7 +104,9 @@ with parallel.process_group(device, 1) as (mesh, where):
     Llama(LlamaConfig(64, 64, 64, 1, 1)).to(where)(ids[:, :9] % 64).sum().backward()  # libraries
     with PeakMemory() as peak:
         model.to_empty(device=where)
-        parallel.fill(model, mesh, parallel.random_weight(config, 0, where))
+        random = parallel.random_weight(config, 0, where)
+        filled = lambda *what: torch.tensor(8) if what[0].endswith(".q") else random(*what)
+        parallel.fill(model, mesh, filled)
         optimizer = fsdp_train.adamw(model)
         for _ in range(2):
             fsdp_train.train_step(model, optimizer, [row], T // 2, where, quiet)
@@ -88,12 +115,12 @@ print(found, int(plan.peak(run)))
 """
 
 
-def assert_planned(device: str, mode: str, dtype: str) -> None:
+def assert_planned(device: str, mode: str, dtype: str, bits: int = 0) -> None:
     """One real training step in a process of its own, its memory returned when it is freed."""
     given = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     given |= {"MALLOC_ARENA_MAX": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", STEP, device, mode, dtype],
+        [sys.executable, "-c", STEP, device, mode, dtype, str(bits)],
         env={**os.environ, **given},
         cwd=ROOT,
         capture_output=True,
@@ -101,7 +128,8 @@ def assert_planned(device: str, mode: str, dtype: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     measured, planned = map(int, done.stdout.split())
-    print(f"{device} {mode} {dtype}: measured {measured / 1e9:.3f}, planned {planned / 1e9:.3f}")
+    figures = f"measured {measured / 1e9:.3f}, planned {planned / 1e9:.3f}"
+    print(f"{device} {mode} {dtype} {bits}: {figures}")
     assert planned == pytest.approx(measured, rel=0.1)
 
 
@@ -119,11 +147,19 @@ def test_a_real_step_takes_the_memory_planned(mode, dtype):
     assert_planned("cpu", mode, dtype)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_real_step_beside_a_frozen_base_takes_the_memory_planned(mode, bits):
+    assert_planned("cpu", mode, "bfloat16", bits)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bits", [0, 16, 4])
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
-def test_a_real_step_takes_the_memory_planned_on_cuda(mode):
-    assert_planned("cuda", mode, "bfloat16")
+def test_a_real_step_takes_the_memory_planned_on_cuda(mode, bits):
+    assert_planned("cuda", mode, "bfloat16", bits)
 
 
 # ---------------------------------------------------------------- the rest of the arithmetic
@@ -193,6 +229,46 @@ def test_the_report_says_what_to_change_and_the_change_helps():
     run = seven(world=gpus, checkpointing="full")
     assert plan.peak(run) <= 0.95 * chip.memory < plan.peak(seven(world=gpus // 2))
     assert "It fits" in plan.report(seven(world=1), 10**6, 100, 120, plan.CHIPS["H200"])
+
+
+@pytest.mark.parametrize(
+    ("chip", "bits", "fits"),
+    [
+        ("RTX 4090", 16, True),
+        ("RTX 4070", 16, False),
+        ("RTX 4070", 8, True),
+        ("RTX 4070", 4, True),
+    ],
+)
+def test_an_adapter_of_7b_fits_where_it_is_said_to(chip, bits, fits):
+    run = seven(world=1, checkpointing="full", lora=Lora(), bits=bits)
+    told = plan.report(run, 10**6, 100, 120, plan.CHIPS[chip])
+    assert ("It fits" in told) == fits
+    assert "an adapter of 16.8M parameters" in told
+    assert fits or "--bits 4" in told
+
+
+@pytest.mark.parametrize("targets", [ATTENTION, TARGETS, ("k_proj", "down_proj")])
+def test_an_adapter_is_counted(targets):
+    config = LlamaConfig(500, 64, 176, 3, 4, 2)
+    model = Llama(config)
+    add_lora(model, 5, 5, 0.0, targets)
+    learned = sum(own.numel() for own in model.parameters() if own.requires_grad)
+    assert 3 * plan.adapter_parameters(config, Lora(5, 5, 0.0, targets)) == learned
+
+
+def test_operations_beside_a_frozen_base_are_those_of_the_matrix_products():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config, T, lora = LlamaConfig(500, 64, 176, 24, 4, 2), 48, Lora(8, 8, 0.0, TARGETS)
+    model, ids = Llama(config), random_ids(1, T, vocab_size=500)
+    add_lora(model, *lora)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, labels=ids).backward()
+    counted = {str(k): v for k, v in counter.get_flop_counts()["Global"].items()}
+    matmul = sum(flops for name, flops in counted.items() if name in ("aten.mm", "aten.addmm"))
+    # the first block has nothing before it that a gradient would go to
+    assert plan.flops_per_token(config, 0, lora=lora) * T == pytest.approx(matmul, rel=0.03)
 
 
 def test_hours_follow_from_operations():

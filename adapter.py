@@ -132,6 +132,7 @@ def save_adapter(
     lora: Lora,
     folder: str | Path,
     base: str | Path | None = None,
+    card: str = "",  # its README.md
 ) -> None:
     """Write a folder that PEFT reads, from what a model learns or from (name, tensor) pairs."""
     if isinstance(source, nn.Module):
@@ -153,3 +154,5 @@ def save_adapter(
     with console.atomic_folder(folder) as partial:
         save_file(weights, partial / FILES[0], {"format": "pt"})
         write_json(partial / "adapter_config.json", fields)
+        if card:
+            (partial / "README.md").write_text(card, encoding="utf-8")

@@ -16,7 +16,7 @@ command again and it goes on where it stopped. Worth knowing:
   - Examples are packed (dataset.py), so a step costs its tokens and hardly more: where blocks are
     compiled, a row is filled up to a multiple of 128.
   - `--out` gathers settings.json, metrics.jsonl, loss.svg, checkpoints/ (removed at the end) and,
-    when all is done, model/: a Hugging Face folder; with `--lora` instead adapter/: PEFT's files.
+    when all is done, model/: a Hugging Face folder and its card; with `--lora` adapter/: PEFT's.
   - Ctrl-C and SIGTERM save after the step under way. torchrun gives that 30 seconds; a big model on
     a slow disk needs more, `--shutdown-timeout 300`; a dead GPU rank is noticed that much later.
 
@@ -59,6 +59,7 @@ from dataset import (
 )
 from generate import greedy
 from model import Llama, LlamaConfig
+from modelcard import model_card
 from parallel import (
     apply_activation_checkpointing,
     apply_compile,
@@ -167,7 +168,7 @@ def settings(args: argparse.Namespace, job: Job) -> dict[str, Any]:
     """What decides the weights that come out."""
     names = ("preset", "epochs", "batch_size", "lr", "warmup", "max_length", "seed", "dtype")
     files = {"base": str(args.model_dir), "data": " ".join(args.data), "ids": job.train.digest()}
-    adapter = {"lora": f"{args.lora}, {args.bits} bits" if args.lora else None}
+    adapter = {"lora": f"{args.lora}, {args.bits} bits"} if args.lora else {}
     chosen = {name: getattr(args, name) for name in names}
     return {**files, **adapter, **chosen, "steps": job.steps}
 
@@ -346,7 +347,7 @@ def train(
         loss = held_out_loss(model, job.held_out, args, device)
         run.add({"step": job.steps, "held_out_loss": loss})
     run.end()
-    export(model, job, args)
+    export(model, job, args, run)
     snapshots.finish()
     snapshots.remove()
     stop.forget()
@@ -378,7 +379,7 @@ def speed(
     return figures
 
 
-def export(model: Llama, job: Job, args: argparse.Namespace) -> None:
+def export(model: Llama, job: Job, args: argparse.Namespace, run: RunFolder) -> None:
     """What was learned, a tensor at a time: all ranks gather it, the first writes it."""
     dtype = torch.float32 if args.lora else DTYPES[args.save_dtype]
     whole = ((n, p.detach().full_tensor().to(dtype)) for n, p in trainable(model).items())
@@ -386,9 +387,28 @@ def export(model: Llama, job: Job, args: argparse.Namespace) -> None:
         for _ in whole:
             pass
     elif args.lora:
-        save_adapter(whole, args.lora, outcome(args), args.model_dir)
+        save_adapter(whole, args.lora, outcome(args), args.model_dir, card(args, job, run))
     else:
-        save_model(whole, job.config, outcome(args), dtype, args.tokenizer or args.model_dir)
+        tokenizer = args.tokenizer or args.model_dir
+        save_model(whole, job.config, outcome(args), dtype, tokenizer, card=card(args, job, run))
+
+
+def card(args: argparse.Namespace, job: Job, run: RunFolder) -> str:
+    """data/MODEL_CARD.md, filled in for this run."""
+    recipe = settings(args, job)
+    for elsewhere in ("base", "data", "preset"):  # on the card
+        del recipe[elsewhere]
+    return model_card(
+        args.out.name,
+        args.model_dir,
+        args.data,
+        recipe | {"ranks": dist.get_world_size()},
+        run.records,
+        parameters=plan.parameters(job.config),
+        positions=job.config.max_position_embeddings,
+        examples=len(job.train),
+        supervised=int(job.train.supervised.sum()),
+    )
 
 
 def outcome(args: argparse.Namespace) -> Path:

@@ -49,6 +49,8 @@ def weights(folder: Path) -> str:
 
 def dataset(file: Path) -> str:
     """How much is in it, and who wrote that, by what the records say of themselves."""
+    if not file.exists():
+        return f"- `{file.name}`: it was there when training began, and no longer when it ended"
     records = [record for _, record in numbered_objects(file)]
     sources = [record.get("provenance") for record in records if isinstance(record, dict)]
     named = Counter(source.get("teacher") for source in sources if isinstance(source, dict))

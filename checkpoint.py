@@ -271,8 +271,8 @@ def save_model(
     """Write a Hugging Face folder from a model, or from (name, tensor) pairs in any order.
 
     One tensor is in memory at a time: the config tells beforehand where each will stand. `dtype`
-    None keeps the first tensor's; `tokenizer` is the folder, or the file, to copy beside, `card` the
-    text of a README.md."""
+    None keeps the first tensor's; `tokenizer` is the folder, or the file, to copy beside,
+    `card` the text of a README.md."""
     pairs = iter(source.named_parameters() if isinstance(source, Llama) else source)
     first = next(pairs, ("", torch.empty(0)))
     dtype = dtype or first[1].dtype

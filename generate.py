@@ -198,15 +198,8 @@ def sampling(args: argparse.Namespace, seed: int) -> Sampling:
     )
 
 
-def parse_args() -> argparse.Namespace:
-    parser = console.Parser(__doc__)
-    parser.add_argument("instruction", nargs="?", help="what to do; - reads it from stdin")
-    # what is asked
-    parser.add_argument("--input", default="", help="what to do it with (default: nothing)")
-    parser.add_argument("--chat", action="store_true", help="a conversation at the prompt")
-    parser.add_argument("--system", default="", help="with --chat: what takes the preamble's place")
-    parser.add_argument("--file", type=Path, help="JSON or JSONL with an instruction a record")
-    parser.add_argument("--out", type=Path, help="with --file: JSONL to add answers to")
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """For every command that asks a model: which one, and how; see `ready` and `sampling`."""
     # of whom
     parser.add_argument(
         "--model-dir", type=Path, help=f"folder of the model (default: {TRAINED}, of `make train`)"
@@ -226,12 +219,24 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--max-new-tokens", type=console.positive(int), default=256, help="(default: 256)"
     )
-    parser.add_argument("--n", type=console.positive(int), default=1, help="answers (default: 1)")
     parser.add_argument(
         "--rows", type=console.positive(int), default=8, help="answers made at once (default: 8)"
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile the token step")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = console.Parser(__doc__)
+    parser.add_argument("instruction", nargs="?", help="what to do; - reads it from stdin")
+    # what is asked
+    parser.add_argument("--input", default="", help="what to do it with (default: nothing)")
+    parser.add_argument("--chat", action="store_true", help="a conversation at the prompt")
+    parser.add_argument("--system", default="", help="with --chat: what takes the preamble's place")
+    parser.add_argument("--file", type=Path, help="JSON or JSONL with an instruction a record")
+    parser.add_argument("--out", type=Path, help="with --file: JSONL to add answers to")
+    add_model_flags(parser)
     # what is told
+    parser.add_argument("--n", type=console.positive(int), default=1, help="answers (default: 1)")
     parser.add_argument("--json", action="store_true", help="with tokens and log-probabilities")
     parser.add_argument("--stats", action="store_true", help="tokens a second, on stderr")
     args = parser.parse_args()

@@ -5,13 +5,11 @@ import math
 import shutil
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from xml.etree import ElementTree
 
 import pytest
-from conftest import ROOT, assert_refused
+from conftest import ROOT, assert_refused, begin
 from teacher_server import Server
 
 import console
@@ -188,13 +186,13 @@ def test_killed_at_several_points_it_ends_in_the_same_file(command, tmp_path):
     assert command(evaluate, "answers", "--out", tmp_path / "quiet", *flags)[0] == 0
     log = tmp_path / "o/answers.jsonl"
     for more in (1, 8):
-        line = [sys.executable, ROOT / "evaluate.py", "answers", "--out", tmp_path / "o", *flags]
         before = sum(1 for _ in console.read_log(log))
-        process = subprocess.Popen(list(map(str, line)), stderr=subprocess.DEVNULL)
-        while process.poll() is None and sum(1 for _ in console.read_log(log)) < before + more:
+        process = begin("evaluate", "answers", "--out", tmp_path / "o", *flags)
+        while process.is_alive() and sum(1 for _ in console.read_log(log)) < before + more:
             time.sleep(0.005)
         process.kill()
-        assert process.wait() == -signal.SIGKILL
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert not (tmp_path / "o/model_outputs.json").exists()
     kept = log.read_bytes()
     with log.open("ab") as torn:  # and once more, in the middle of a line

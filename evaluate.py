@@ -11,7 +11,7 @@ model that judges; and told with how sure one can be.
 
     python evaluate.py judge runs/eval/tiny runs/eval/base --out runs/judged \\
         --judge gpt-4.1 --price-in 2 --price-out 8 --budget 5
-    python evaluate.py score runs/judged */annotations.json --plot leaderboard.svg
+    python evaluate.py score runs/judged --plot leaderboard.svg
 
 Each is resumable: the same command again goes on, and asks nothing twice. Models are asked as
 `generate.py` asks them, servers as `selfinstruct.py` does. Files are AlpacaEval's: each model's
@@ -27,6 +27,7 @@ import json
 import os
 from pathlib import Path
 
+import answers
 import blind
 import console
 import generate
@@ -319,10 +320,13 @@ def add_score(parser: argparse.ArgumentParser) -> None:
 def parse_args() -> argparse.Namespace:
     parser = console.Parser(__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    add_answers(verbs.add_parser("answers", help="run a model over a set of instructions"))
-    add_blind(verbs.add_parser("blind", help="people compare, and do not know what"))
-    add_judge(verbs.add_parser("judge", help="a model compares"))
-    add_score(verbs.add_parser("score", help="win rates of annotation files, a leaderboard"))
+    for name, module, add, told in (
+        ("answers", answers, add_answers, "run a model over a set of instructions"),
+        ("blind", blind, add_blind, "people compare, and do not know what"),
+        ("judge", judge, add_judge, "a model compares"),
+        ("score", winrate, add_score, "win rates of annotation files, a leaderboard"),
+    ):
+        add(verbs.add_parser(name, help=told, description=module.__doc__))
     parser.set_defaults(lock=None)
     return parser.parse_args()
 

@@ -44,7 +44,7 @@ from answers import Pair, Pairs, digest, write_json
 
 CHOICES = {"a": "a", "b": "b", "t": "tie", "s": "skip"}
 KEYS = "a, b: that one is better   t: tie   s: skip   u: undo   q: stop > "
-ANNOTATIONS = "annotations.json"
+ITEMS, ANNOTATIONS = "items.jsonl", "annotations.json"
 
 
 # ---------------------------------------------------------------- start
@@ -76,7 +76,8 @@ def start(pairs: Pairs, folder: Path, raters: list[str], num: int | None, seed: 
             (partial / rater).mkdir()
             settings = {"rater": rater, "alike": alike, "answers": sealed(pairs)}
             write_json(partial / rater / "settings.json", settings)
-            write_json(partial / rater / "items.json", items)
+            with console.atomic_file(partial / rater / ITEMS, "w") as file:
+                file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
     return len(shown)
 
 
@@ -94,14 +95,17 @@ class Copy:
     """One rater's: the pairs in their order, and what was said of them."""
 
     def __init__(self, folder: Path):
-        if not (folder / "items.json").exists():
+        if not (folder / ITEMS).exists():
             raise ValueError(f"{folder} is no rater's copy: `blind start` makes them")
         self.folder, self.log = folder, folder / "ratings.jsonl"
         self.settings = console.read_json(folder / "settings.json")
-        self.items: list[dict] = json.loads((folder / "items.json").read_text(encoding="utf-8"))
+        self.items = list(console.read_jsonl(folder / ITEMS))
         self.choices: dict[int, str] = {}
-        for line in console.read_log(self.log):
-            self.take(line["place"], line["choice"])
+        for number, line in enumerate(console.read_log(self.log), 1):
+            place, choice = line.get("place"), line.get("choice")
+            if place not in range(len(self.items)) or choice not in (*CHOICES.values(), None):
+                raise ValueError(f"{self.log}, line {number}: no place or no choice of this copy")
+            self.take(place, choice)
 
     def take(self, place: int, choice: str | None) -> None:
         self.choices[place] = choice
@@ -194,7 +198,7 @@ class Report(NamedTuple):
 
 def unblind(folder: Path, pairs: Pairs, early: bool = False) -> Report:
     """Count, and write annotations.json: from then on nobody can rate."""
-    copies = [Copy(path.parent) for path in sorted(folder.glob("*/items.json"))]
+    copies = [Copy(path.parent) for path in sorted(folder.glob(f"*/{ITEMS}"))]
     if not copies:
         raise ValueError(f"{folder} holds no rater's copy: `blind start` makes them")
     raters = {copy.settings["rater"]: copy.folder for copy in copies}
@@ -236,7 +240,7 @@ def liked(copy: Copy, by_text: dict[str, Pair]) -> dict[str, str]:
     for place, item in enumerate(copy.items):
         pair = by_text.get(item["instruction"])
         if pair is None or {item["a"], item["b"]} != {pair.output_1, pair.output_2}:
-            raise ValueError(f"{copy.folder}/items.json, item {place + 1}: these are other answers")
+            raise ValueError(f"{copy.folder / ITEMS}, line {place + 1}: these are other answers")
         side = {"a": item["a"], "b": item["b"]}
         choice = copy.choices.get(place, "left")
         if choice in side:

@@ -63,7 +63,7 @@ def answers_command(args: argparse.Namespace) -> None:
     name = args.name or args.model or "+".join(map(own_name, folders))
     without = INCIDENTAL if args.model else INCIDENTAL | OF_A_SERVER
     settings = {key: value for key, value in vars(args).items() if key not in without}
-    settings |= {"set": digest(list(items.values())), "generator": name}
+    settings |= {"set": digest([item[:2] for item in items.values()]), "generator": name}
     settings["files"] = [fingerprint(folder) for folder in folders]
     args.lock = console.claim(args.out, plain(settings), "answering")
     log = args.out / ("responses.jsonl" if args.model else "answers.jsonl")

@@ -262,7 +262,7 @@ def test_sides_and_order_are_drawn_for_each_rater(command, tmp_path):
     for name, seed in (("c", "s3cr3t"), ("d", "s3cr3t"), ("e", "other"), ("f", None)):
         more = ("--raters", "ann") + (("--seed", seed) if seed else ())
         assert start(command, two, tmp_path / name, *more)[0] == 0
-        drawn[name] = (tmp_path / name / "ann/items.json").read_bytes()
+        drawn[name] = (tmp_path / name / "ann/items.jsonl").read_bytes()
         assert all(b"s3cr3t" not in f.read_bytes() for f in (tmp_path / name / "ann").iterdir())
     assert drawn["c"] == drawn["d"] and len(set(drawn.values())) == 3
     assert start(command, two, tmp_path / "g", "--raters", "ann", "ben", "--num", 20)[0] == 0
@@ -374,11 +374,17 @@ def test_only_the_files_it_was_begun_with_unblind(command, tmp_path, two):
         file.write_text(before.replace(*change))
         assert_refused(unblind(command, out, two), f"{out / 'ann'} compares other answers")
     file.write_text(before)
-    items = out / "ann/items.json"
+    items = out / "ann/items.jsonl"
     whole = items.read_text()
     items.write_text(whole.replace("Ours, 1", "Ours, 9"))
-    assert_refused(unblind(command, out, two), "items.json, item", "other answers")
+    assert_refused(unblind(command, out, two), "items.jsonl, line", "other answers")
     items.write_text(whole)
+    log = out / "ann/ratings.jsonl"
+    said = log.read_text()
+    for odd in ('{"place": 8, "choice": "a"}', '{"place": 0, "choice": "c"}', '{"place": "0"}'):
+        log.write_text(said + odd + "\n")
+        assert_refused(unblind(command, out, two), "ratings.jsonl, line 9")
+    log.write_text(said)
     (out / "zoe").mkdir()
     for copied in (out / "ann").iterdir():
         (out / "zoe" / copied.name).write_bytes(copied.read_bytes())

@@ -162,7 +162,8 @@ def judge_command(args: argparse.Namespace) -> None:
     for line in found.told:
         print(console.printable(line))
     if all(entry["preference"] is None for entry in found.entries):
-        raise ValueError(f"{endpoint.model} gave no verdict at all: nothing to write")
+        why = f"{endpoint.model} gave none" if found.enough else "the budget has no room for one"
+        raise ValueError(f"no verdict at all: {why}; nothing is written")
     file = args.out / blind.ANNOTATIONS
     write_json(file, found.entries)
     if not found.enough:
@@ -227,17 +228,15 @@ def rate(row: dict, name: str, error: str) -> str:
 
 def picture(rows: list[dict]) -> str:
     """Raw and length-controlled rates of each model, with bounds of 95 %, as an SVG."""
+    varying = [name for name in ("baseline", "annotator") if len({row[name] for row in rows}) > 1]
     bars = {}
     for row in sorted(rows, key=lambda row: -row["length_controlled_win_rate"]):
-        rate, error = row["length_controlled_win_rate"], row["length_controlled_standard_error"]
+        middle, error = row["length_controlled_win_rate"], row["length_controlled_standard_error"]
         reach = winrate.Z * (error or 0)
-        raw = (row["win_rate_low"], row["win_rate"], row["win_rate_high"])
-        control = (max(0, rate - reach), rate, min(100, rate + reach))
-        told = [row["model"], row["baseline"], row["annotator"]]
-        several = [len({r[name] for r in rows}) > 1 for name in ("model", "baseline", "annotator")]
-        several[0] = True
-        label = ", ".join(part for part, needed in zip(told, several, strict=True) if needed)
-        bars[label] = {"win rate": raw, "length-controlled": control}
+        bars[", ".join(row[name] for name in ("model", *varying))] = {
+            "win rate": (row["win_rate_low"], row["win_rate"], row["win_rate_high"]),
+            "length-controlled": (max(0, middle - reach), middle, min(100, middle + reach)),
+        }
     return console.interval_chart("Win rates, in per cent, with bounds of 95 %", bars, 0, 100)
 
 

@@ -362,6 +362,8 @@ def test_a_budget_is_kept_and_a_larger_one_goes_on(command, tmp_path, two):
         code, out, err = judged(command, tmp_path / "j", server, *two, *PRICES, "--budget", 2)
         assert code == 0 and "for at most $" in err and "larger --budget" in out
         asked = server.seen["answers"]
+        poor = judged(command, tmp_path / "p", server, *two, *PRICES, "--budget", 0.01)
+        assert poor[0] == 2 and "no room for one" in poor[2] and server.seen["answers"] == asked
         assert 0 < asked < 24 and f"{24 - asked} not asked yet" in out
         cost = (server.spent[0] + server.spent[1]) * 1000 / 1e6
         assert cost <= 2 and f"${cost:.4f}" in out

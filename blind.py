@@ -181,10 +181,15 @@ def single_keys() -> Iterator[int]:
 def key(fd: int) -> str:
     """One key, small; "" at the end of input. What an arrow key sends (Esc [ A) is none of ours."""
     pressed = os.read(fd, 1)
-    if pressed == b"\x1b":
-        while select.select([fd], [], [], 0.05)[0] and os.read(fd, 1):
+    if pressed == b"\x1b" and waiting(fd) and os.read(fd, 1) in (b"[", b"O"):
+        while waiting(fd) and (more := os.read(fd, 1)) and not b"@" <= more <= b"~":
             pass
     return pressed.decode("latin-1").lower()
+
+
+def waiting(fd: int) -> bool:
+    """Is there more at once? A person is slower."""
+    return bool(select.select([fd], [], [], 0.05)[0])
 
 
 # ---------------------------------------------------------------- unblind

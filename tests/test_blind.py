@@ -124,10 +124,20 @@ class Terminal:
         self.wait_for(f"===== {place} of 8 =====", self.shown_before)
         self.wait_for("q: stop > ", self.seen.index(f"===== {place} of", self.shown_before))
 
+    def interrupt(self) -> None:
+        """Ctrl-C. A signal just before the process begins to wait is heard at the next key only:
+        again, then."""
+        for _ in range(30):
+            time.sleep(0.5)
+            self.kill(signal.SIGINT)
+            if select.select([self.screen], [], [], 2)[0]:
+                return
+
     def end(self) -> int:
         """Its exit code; what it still has to show is read first, or it could not end."""
         with suppress(OSError):  # the other end is closed
-            while select.select([self.screen], [], [], 60)[0]:
+            while True:
+                assert select.select([self.screen], [], [], 60)[0], self.seen
                 self.seen += os.read(self.screen, 65536).decode(errors="replace")
         self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return self.code
@@ -164,11 +174,10 @@ def test_a_session_stopped_killed_and_finished(command, tmp_path, two):
         assert terminal.seen.index("- A -") < place_a < terminal.seen.index("- B -") < place_b
         terminal.press("u")  # nothing to take back
         terminal.press("x5 \n\x7f")  # no keys of ours
-        terminal.press("\x1b[A")  # an arrow, with an A in it
-        time.sleep(0.2)
-        assert Copy(out / "ann").choices == {}
-        terminal.press("aaa")  # only the first is for this pair
+        terminal.press("\x1b[A\x1b[1;5B\x1bOA")  # arrows, with an A in them
+        terminal.press("bbb")  # only the first is for this pair
         terminal.then(2)
+        assert Copy(out / "ann").choices == {0: "b"}
         terminal.press("B")
         terminal.then(3)
         terminal.press("u")
@@ -196,8 +205,7 @@ def test_a_session_stopped_killed_and_finished(command, tmp_path, two):
         terminal.press("a")
         terminal.then(3)
         assert not terminal.waits_for_enter()
-        time.sleep(0.5)
-        terminal.kill(signal.SIGINT)
+        terminal.interrupt()
         assert terminal.end() == 130 and "interrupted" in terminal.seen
         assert terminal.waits_for_enter()
         transcript = terminal.seen

@@ -376,3 +376,42 @@ def line_chart(title: str, x_label: str, lines: dict[str, list[tuple[float, floa
     style = 'font-family="sans-serif" font-size="12" style="background:#fff"'
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{"".join(parts)}</svg>\n'
+
+
+def interval_chart(
+    title: str,
+    rows: dict[str, dict[str, tuple[float, float, float]]],
+    start: float,
+    end: float,
+) -> str:
+    """An SVG of named intervals (low, middle, high) between start and end, a row of them for each
+    name: a leaderboard with its errors."""
+    colours = ("#1f6feb", "#d1570a", "#1a7f37", "#8250df")
+    width, left, right, top, step = 720, 240, 16, 64, 22 + 6 * len(next(iter(rows.values())))
+    height = top + step * len(rows) + 32
+
+    def across(x: float) -> float:
+        return round(left + (x - start) / (end - start) * (width - left - right), 1)
+
+    parts = [f'<text x="{width / 2}" y="22" text-anchor="middle" font-size="15">{escape(title)}']
+    parts.append("</text>")
+    for tick in range(5):
+        x = start + (end - start) * tick / 4
+        parts.append(f'<path d="M{across(x)} {top - 8}V{height - 32}" stroke="#d0d7de"/>')
+        parts.append(f'<text x="{across(x)}" y="{height - 12}" text-anchor="middle">{x:g}</text>')
+    for place, name in enumerate(next(iter(rows.values()))):
+        parts.append(f'<text x="{left + 160 * place}" y="{top - 20}" fill="{colours[place]}">')
+        parts.append(f"● {escape(name)}</text>")
+    for row, (name, intervals) in enumerate(rows.items()):
+        middle = top + step * row + step / 2
+        short = name if len(name) <= 34 else name[:33] + "…"
+        parts.append(f'<text x="{left - 12}" y="{middle + 4}" text-anchor="end">')
+        parts.append(f"{escape(printable(short))}</text>")
+        for place, (low, mid, high) in enumerate(intervals.values()):
+            y, colour = middle + 10 * (place - (len(intervals) - 1) / 2), colours[place]
+            parts.append(f'<path d="M{across(low)} {y}H{across(high)}" stroke="{colour}" ')
+            parts.append(f'stroke-width="2"/><circle cx="{across(mid)}" cy="{y}" r="4" ')
+            parts.append(f'fill="{colour}"/>')
+    style = 'font-family="sans-serif" font-size="12" style="background:#fff"'
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{"".join(parts)}</svg>\n'

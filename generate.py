@@ -202,7 +202,7 @@ def sampling(args: argparse.Namespace, seed: int) -> Sampling:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Of whom is asked: for every command that answers with a model; see `loaded`."""
+    """For every command that asks a model: which one; see `loaded`."""
     parser.add_argument(
         "--model-dir", type=Path, help=f"folder of the model (default: {TRAINED}, of `make train`)"
     )
@@ -213,7 +213,26 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("cpu", "cuda"), help="(default: cuda if there is one, else cpu)"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="to compute in (default: as it is stored)")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the token step; meant for a GPU"
+    )
     add_flags(parser)
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """And how it is to answer; see `sampling`."""
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: likeliest (default: 0)")
+    parser.add_argument("--top-k", type=int, default=0, help="likeliest tokens kept; 0: all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="probability kept (default: 1)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="1: none (default)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default: 0)")
+    parser.add_argument("--stop", action="append", default=[], help="text to end at; repeatable")
+    parser.add_argument(
+        "--max-new-tokens", type=console.positive(int), default=256, help="(default: 256)"
+    )
+    parser.add_argument(
+        "--rows", type=console.positive(int), default=8, help="answers made at once (default: 8)"
+    )
 
 
 def parse_args() -> argparse.Namespace:
@@ -225,24 +244,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--system", default="", help="with --chat: what takes the preamble's place")
     parser.add_argument("--file", type=Path, help="JSON or JSONL with an instruction a record")
     parser.add_argument("--out", type=Path, help="with --file: JSONL to add answers to")
-    add_model_flags(parser)
-    # how
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: likeliest (default: 0)")
-    parser.add_argument("--top-k", type=int, default=0, help="likeliest tokens kept; 0: all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="probability kept (default: 1)")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="1: none (default)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default: 0)")
-    parser.add_argument("--stop", action="append", default=[], help="text to end at; repeatable")
-    parser.add_argument(
-        "--max-new-tokens", type=console.positive(int), default=256, help="(default: 256)"
-    )
     parser.add_argument("--n", type=console.positive(int), default=1, help="answers (default: 1)")
-    parser.add_argument(
-        "--rows", type=console.positive(int), default=8, help="answers made at once (default: 8)"
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile the token step; meant for a GPU"
-    )
+    # of whom, and how
+    add_model_flags(parser)
+    add_sampling_flags(parser)
     # what is told
     parser.add_argument("--json", action="store_true", help="with tokens and log-probabilities")
     parser.add_argument("--stats", action="store_true", help="tokens a second, on stderr")
@@ -261,7 +266,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def loaded(args: argparse.Namespace, compile: bool = False) -> tuple[Llama, Tokenizer]:
+def loaded(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
     """Model and tokenizer as the flags of `add_model_flags` ask for them."""
     folder = args.model_dir or TRAINED
     if args.adapter and args.model_dir is None:
@@ -271,15 +276,15 @@ def loaded(args: argparse.Namespace, compile: bool = False) -> tuple[Llama, Toke
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here")
-    if compile and device == "cpu":
+    if args.compile and device == "cpu":
         console.notice("--compile is meant for a GPU: on a CPU, weights are slower to read so")
     tokenizer, dtype = Tokenizer(folder), DTYPES.get(args.dtype)
-    return load(folder, args.adapter, recipe_of(args), device, dtype, compile), tokenizer
+    return load(folder, args.adapter, recipe_of(args), device, dtype, args.compile), tokenizer
 
 
 def ready(args: argparse.Namespace) -> Engine:
     sampling(args, args.seed)  # a mistake there should not wait for the weights
-    model, tokenizer = loaded(args, args.compile)
+    model, tokenizer = loaded(args)
     rows = min(args.n, args.rows) if args.instruction is not None else args.rows
     return Engine(model, tokenizer, 1 if args.chat else rows, compile=args.compile)
 

@@ -34,7 +34,6 @@ import shutil
 from collections import Counter, deque
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -42,10 +41,10 @@ import batch
 import console
 import dataset
 import fourstage
-from api import KINDS, Client, Endpoint, Refused, Reply, understood
+from api import Client, Endpoint, Refused, Reply, understood
 from rougel import Pool, best, tokenize, tokenize_unicode
 from tasks import Task, alpaca_prompt, parse, unfit
-from teachers import LIMITS, Answers, OutOfMoney, Teachers
+from teachers import Answers, OutOfMoney, Teachers, add_flags, endpoints_of
 
 HERE = Path(__file__).parent
 ALIKE = 0.7  # the highest ROUGE-L that is still new
@@ -295,16 +294,7 @@ def open_run(args, path: Path, suffix: str = "") -> tuple[Folder, Alpaca]:
 
 
 def generate_command(args) -> None:
-    default = {"url": args.base_url, "kind": args.kind, "key": args.key_env}
-    default |= {"price_in": args.price_in, "price_out": args.price_out, "licence": args.licence}
-    endpoints = [Endpoint.parsed(text, default) for text in args.teacher]
-    for endpoint in endpoints:
-        endpoint.secret()  # refused now if it cannot be a key
-        if args.budget is not None and not (endpoint.price_in and endpoint.price_out):
-            raise ValueError(
-                f"--budget needs the prices of {endpoint.model}: --price-in, --price-out"
-            )
-    check_request(args)
+    endpoints = endpoints_of(args, args.teacher, args.licence)
     if args.batch and args.pipeline != "alpaca":
         raise ValueError(
             "--batch: each stage of self-instruct waits for the one before, a day each"
@@ -323,17 +313,6 @@ def generate_command(args) -> None:
             f"The budget of ${args.budget:g} has no room for another request: "
             "a larger --budget goes on from here."
         )
-
-
-def check_request(args) -> None:
-    """What --request may not say: the rest of the run relies on it."""
-    if odd := args.request.keys() & {"model", "messages", "prompt", "stream", "n", "best_of"}:
-        raise ValueError(f"--request: {', '.join(sorted(odd))} is not for it to say")
-    limits = [args.request[name] for name in LIMITS if args.request.get(name) is not None]
-    if not all(type(limit) is int and limit > 0 for limit in limits):
-        raise ValueError(f"--request: {' and '.join(LIMITS)} are numbers above 0")
-    if args.budget is not None and not limits and "max_tokens" in args.request:
-        raise ValueError(f"--budget needs a limit: one of {' and '.join(LIMITS)} in --request")
 
 
 def reparse_command(args) -> None:
@@ -403,16 +382,6 @@ def report_command(args) -> None:
     print(f"{count:,} records for ${total:.4f}: ${1000 * total / max(count, 1):.2f} a thousand")
 
 
-def json_object(text: str) -> dict[str, Any]:
-    found = json.loads(text)
-    if not isinstance(found, dict):
-        raise ValueError
-    return found
-
-
-json_object.__name__ = "JSON object"  # argparse: invalid JSON object value
-
-
 def parse_args() -> argparse.Namespace:
     parser = console.Parser(__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -470,59 +439,12 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "price-in=…,price-out=…,licence=…, where the flags here are the defaults",
     )
     add(
-        "--base-url",
-        default="https://api.openai.com/v1",
-        metavar="URL",
-        help="server, up to /v1 (default: OpenAI's)",
-    )
-    add(
-        "--kind",
-        choices=KINDS,
-        default="chat",
-        help="chat asks /chat/completions, completions /completions (default: chat)",
-    )
-    add(
-        "--key-env",
-        default="OPENAI_API_KEY",
-        metavar="NAME",
-        help="environment variable with the key (default: OPENAI_API_KEY)",
-    )
-    add(
         "--licence",
         default="",
         metavar="NOTE",
         help="of the teacher's output, noted in every record",
     )
-    add(
-        "--request",
-        type=json_object,
-        default={},
-        metavar="JSON",
-        help="more or other fields of the request; null leaves one out: "
-        '\'{"max_tokens": null, "max_completion_tokens": 3072}\'',
-    )
-    add("--in-flight", type=count, default=32, help="requests at once (default: 32)")
-    add("--timeout", type=number, default=300, help="seconds for a whole answer (default: 300)")
-    add("--attempts", type=count, default=8, help="for one request (default: 8)")
-    add(
-        "--first-wait",
-        type=number,
-        default=1.0,
-        help="seconds before the second attempt; the wait doubles, up to a minute (default: 1)",
-    )
-    add = parser.add_argument_group("money").add_argument
-    add(
-        "--price-in",
-        type=float,
-        default=0.0,
-        help="dollars for a million tokens of prompts (default: 0)",
-    )
-    add("--price-out", type=float, default=0.0, help="the same for answers (default: 0)")
-    add(
-        "--budget",
-        type=number,
-        help="dollars; what the folder has cost before counts (default: no limit)",
-    )
+    add = add_flags(parser).add_argument
     add("--batch", action="store_true", help="the Batch API: half the price, within a day")
     add(
         "--poll", type=number, default=30, help="seconds between two looks at a batch (default: 30)"

@@ -3,22 +3,29 @@
     teachers = Teachers(Answers(file), endpoints, client, args)
     entry = await teachers.ask("7", prompt, options, seeds)      # asked and stored, or just read
 
+    found = await teachers.insist("7", read, 3, prompt, options)      # until `read` can use one
+    verdicts = await ask_all(file, endpoint, args, work, one, "answers")          # many at once
+
 An entry of responses.jsonl is an answer as it came, with what it cost and where it is from. A run
 that was killed asks again only for what is not there. Which teacher gets a question hangs on
 --seed and the question's number alone.
 """
 
+import argparse
 import asyncio
 import json
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import batch
 import console
-from api import Client, Endpoint, GaveUp, Purse, Refused, Reply, Usage
+from api import KINDS, Client, Endpoint, GaveUp, Purse, Refused, Reply, Usage, understood
+
+T = TypeVar("T")
 
 LIMITS = ("max_tokens", "max_completion_tokens")
 PATIENCE = 10  # requests in a row without an answer, after which a run stops
@@ -104,6 +111,22 @@ class Teachers:
                 self.in_flight -= 1
                 self.purse.settle(sum(held), cost)
         return entry
+
+    async def insist(
+        self, id: str, read: Callable[[Reply], T | None], tries: int, prompt: str, options: dict
+    ) -> T | None:
+        """What `read` makes of the first of at most `tries` answers that is of use to it. No answer
+        at all in an earlier run does not count: the server may be well again."""
+        number = 0
+        while tries > 0:
+            entry = await self.ask(f"{id}.{number}", prompt, options, [])
+            if "response" in entry:
+                found = read(understood(entry["response"]))
+                if found is not None:
+                    return found
+            tries -= "response" in entry or entry["id"] in self.answers.fresh
+            number += 1
+        return None
 
     async def answer(
         self, endpoint: Endpoint, prompt: str, again: Callable[[], bool], options: dict
@@ -208,3 +231,134 @@ def at_most(endpoint: Endpoint, body: dict) -> float:
     """What a request can cost: a token is a byte or more."""
     longest = max(body.get(name) or 0 for name in LIMITS)
     return endpoint.cost(Usage(len(json.dumps(body, ensure_ascii=False).encode()), longest))
+
+
+async def ask_all(
+    answers: Answers,
+    endpoint: Endpoint,
+    args: argparse.Namespace,
+    work: Mapping[str, T],
+    one: Callable[[Teachers, str, T], Awaitable[None]],
+    unit: str,
+) -> bool:
+    """`one(teachers, id, item)` for all the items, many at once; did the money last?"""
+    if not work:
+        return True
+    enough, known = True, {id for id in work if f"{id}.0" in answers.entries}
+    progress = console.Progress(len(work), unit, done=len(known))
+    async with Client(args.timeout, args.attempts, args.first_wait) as client:
+        teachers = Teachers(answers, [endpoint], client, args)
+
+        async def do(id: str, item: T) -> None:
+            nonlocal enough
+            try:
+                await one(teachers, id, item)
+                progress.step(id not in known, teachers.line())
+            except OutOfMoney:  # others may cost less
+                enough = False
+
+        tasks = [asyncio.create_task(do(id, item)) for id, item in work.items()]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+        finally:
+            await teachers.stop(tasks)
+            progress.close(teachers.line())
+    return enough
+
+
+# ---------------------------------------------------------------- flags of whoever asks
+
+
+def add_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Which server, how it is asked, what it may cost; returns the group for more about money."""
+    count, number = console.positive(int), console.positive(float)
+    add = parser.add_argument_group("server").add_argument
+    add(
+        "--base-url",
+        default="https://api.openai.com/v1",
+        metavar="URL",
+        help="server, up to /v1 (default: OpenAI's)",
+    )
+    add(
+        "--kind",
+        choices=KINDS,
+        default="chat",
+        help="chat asks /chat/completions, completions /completions (default: chat)",
+    )
+    add(
+        "--key-env",
+        default="OPENAI_API_KEY",
+        metavar="NAME",
+        help="environment variable with the key (default: OPENAI_API_KEY)",
+    )
+    add(
+        "--request",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="more or other fields of the request; null leaves one out: "
+        '\'{"max_tokens": null, "max_completion_tokens": 3072}\'',
+    )
+    add("--in-flight", type=count, default=32, help="requests at once (default: 32)")
+    add("--timeout", type=number, default=300, help="seconds for a whole answer (default: 300)")
+    add("--attempts", type=count, default=8, help="for one request (default: 8)")
+    add(
+        "--first-wait",
+        type=number,
+        default=1.0,
+        help="seconds before the second attempt; the wait doubles, up to a minute (default: 1)",
+    )
+    money = parser.add_argument_group("money")
+    money.add_argument(
+        "--price-in",
+        type=float,
+        default=0.0,
+        help="dollars for a million tokens of prompts (default: 0)",
+    )
+    money.add_argument(
+        "--price-out", type=float, default=0.0, help="the same for answers (default: 0)"
+    )
+    money.add_argument(
+        "--budget",
+        type=number,
+        help="dollars; what the folder has cost before counts (default: no limit)",
+    )
+    return money
+
+
+def json_object(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError
+    return found
+
+
+json_object.__name__ = "JSON object"  # argparse: invalid JSON object value
+
+
+def endpoints_of(args: argparse.Namespace, models: list[str], licence: str = "") -> list[Endpoint]:
+    """The models to ask, where the flags are their defaults."""
+    default = {"url": args.base_url, "kind": args.kind, "key": args.key_env, "licence": licence}
+    default |= {"price_in": args.price_in, "price_out": args.price_out}
+    endpoints = [Endpoint.parsed(text, default) for text in models]
+    for endpoint in endpoints:
+        endpoint.secret()  # refused now if it cannot be a key
+        if args.budget is not None and not (endpoint.price_in and endpoint.price_out):
+            raise ValueError(
+                f"--budget needs the prices of {endpoint.model}: --price-in, --price-out"
+            )
+    check_request(args)
+    return endpoints
+
+
+def check_request(args: argparse.Namespace) -> None:
+    """What --request may not say: the rest of the run relies on it."""
+    if odd := args.request.keys() & {"model", "messages", "prompt", "stream", "n", "best_of"}:
+        raise ValueError(f"--request: {', '.join(sorted(odd))} is not for it to say")
+    limits = [args.request[name] for name in LIMITS if args.request.get(name) is not None]
+    if not all(type(limit) is int and limit > 0 for limit in limits):
+        raise ValueError(f"--request: {' and '.join(LIMITS)} are numbers above 0")
+    if args.budget is not None and not limits and "max_tokens" in args.request:
+        raise ValueError(f"--budget needs a limit: one of {' and '.join(LIMITS)} in --request")

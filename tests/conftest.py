@@ -4,10 +4,13 @@
 layout moves a tiny model's logits by 0.003, with 0.2 by several units.
 """
 
+import importlib
+import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -112,6 +115,24 @@ def command(monkeypatch, capsys):
         return code, out, err
 
     return invoke
+
+
+FORKS = multiprocessing.get_context("forkserver")
+
+
+def begin(module: str, *args) -> multiprocessing.Process:
+    """A command in a process of its own, to be killed. It is forked from one that has the module
+    imported, which takes seconds, and has not computed anything."""
+    FORKS.set_forkserver_preload([module])
+    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):
+        process = FORKS.Process(target=run_as_command, args=(module, *map(str, args)))
+        process.start()
+    return process
+
+
+def run_as_command(module: str, *args: str) -> None:
+    sys.argv = [f"{module}.py", *args]
+    console.run(importlib.import_module(module).main)
 
 
 def assert_refused(result: tuple[int, str, str], *words: str) -> None:

@@ -238,6 +238,8 @@ ODD = {
 
 def whole(path: str, model: str, prompt: str, text: str, server) -> dict:
     choice = {"text": text} if path == "completions" else {"message": {"content": text}}
+    if isinstance(text, dict):  # with more of its own
+        choice, text = text, ""
     with server.lock:
         server.seen["answers"] += 1
         number = server.seen["answers"]
@@ -245,7 +247,7 @@ def whole(path: str, model: str, prompt: str, text: str, server) -> dict:
     return {
         "id": f"answer-{number}-{server.server_port}",
         "model": model,
-        "choices": [{**choice, "finish_reason": "stop"}],
+        "choices": [{"finish_reason": "stop", **choice}],
         "usage": usage,
     }
 

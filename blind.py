@@ -1,0 +1,287 @@
+"""Which answer is better? People say, without knowing whose it is.
+
+    start(pairs, folder, raters, …)     a copy for each rater, sides and order shuffled
+    rate(copy)                          in the terminal, a key an instruction
+    unblind(folder, model, baseline)    whose answers they liked, and is it a difference?
+
+As Alpaca's authors did it: two models, instructions as users ask them, the better answer of each
+pair; they counted 90 wins against 89.
+
+  - Nothing in a copy tells whose an answer is, or which side is which: it holds instructions, the
+    two texts as "a" and "b", and digests of the two files. Which side had been whose is found out
+    by `unblind`, from the answers themselves: it is given their files again, and refuses any other.
+  - Order and sides are drawn for each rater alone: a habit of pressing A favours nobody.
+  - A rating is on disk before the next pair is shown. Stop at any time, at any other go on.
+  - Keys count for the pair that is on the screen: what was typed ahead is dropped.
+  - Pairs of the same text are not shown: they are ties.
+  - After `unblind` nobody can rate any more.
+
+Several raters may have rated the same instruction. They are not several observations of which model
+is better: statistics are over instructions, each the mean of its raters.
+"""
+
+import json
+import math
+import os
+import random
+import re
+import secrets
+import select
+import sys
+import termios
+import tty
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import console
+import winrate
+from answers import Pair, Pairs, digest, write_json
+
+CHOICES = {"a": "a", "b": "b", "t": "tie", "s": "skip"}
+KEYS = "a, b: that one is better   t: tie   s: skip   u: undo   q: stop > "
+ITEMS, ANNOTATIONS = "items.jsonl", "annotations.json"
+
+
+# ---------------------------------------------------------------- start
+
+
+def start(pairs: Pairs, folder: Path, raters: list[str], num: int | None, seed: str | None) -> int:
+    """Make the raters' copies; how many pairs there are to rate."""
+    if odd := [name for name in raters if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:
+        raise ValueError(f"--raters {odd[0]!r}: letters, digits, - and _, for it names a folder")
+    if len({name.lower() for name in raters}) < len(raters):
+        raise ValueError("--raters: two have the same name")
+    salt = secrets.token_hex() if seed is None else seed
+    drawn = random.Random(f"{salt} which").sample(pairs.all, min(num or math.inf, len(pairs.all)))
+    shown = [pair for pair in drawn if pair.output_1 != pair.output_2]
+    alike = sorted({pair.instruction for pair in drawn} - {pair.instruction for pair in shown})
+    if not shown:
+        raise ValueError("the two models answer everything with the same text: nothing to compare")
+    names = [name.lower() for name in (pairs.model, pairs.baseline)]
+    texts = [text.lower() for pair in shown for text in (pair.output_1, pair.output_2)]
+    if telling := sum(any(name in text for name in names) for text in texts):
+        console.notice(f"{telling} answers hold the name of a model: raters may know it by that")
+    with console.atomic_folder(folder) as partial:
+        for rater in raters:
+            rng = random.Random(f"{salt} {rater}")
+            items = []
+            for pair in rng.sample(shown, len(shown)):
+                a, b = rng.sample((pair.output_1, pair.output_2), 2)
+                items.append({"instruction": pair.instruction, "a": a, "b": b})
+            (partial / rater).mkdir()
+            settings = {"rater": rater, "alike": alike, "answers": sealed(pairs)}
+            write_json(partial / rater / "settings.json", settings)
+            with console.atomic_file(partial / rater / ITEMS, "w") as file:
+                file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+    return len(shown)
+
+
+def sealed(pairs: Pairs) -> list[str]:
+    """Digests of both sides, in an order that says nothing."""
+    sides = [[pairs.baseline, [p[:2] for p in pairs.all]]]
+    sides += [[pairs.model, [(p.instruction, p.output_2) for p in pairs.all]]]
+    return sorted(digest([name, sorted(side)]) for name, side in sides)
+
+
+# ---------------------------------------------------------------- rate
+
+
+class Copy:
+    """One rater's: the pairs in their order, and what was said of them."""
+
+    def __init__(self, folder: Path):
+        if not (folder / ITEMS).exists():
+            raise ValueError(f"{folder} is no rater's copy: `blind start` makes them")
+        self.folder, self.log = folder, folder / "ratings.jsonl"
+        self.settings = console.read_json(folder / "settings.json")
+        self.items = list(console.read_jsonl(folder / ITEMS))
+        self.choices: dict[int, str] = {}
+        for number, line in enumerate(console.read_log(self.log), 1):
+            place, choice = line.get("place"), line.get("choice")
+            if place not in range(len(self.items)) or choice not in (*CHOICES.values(), None):
+                raise ValueError(f"{self.log}, line {number}: no place or no choice of this copy")
+            self.take(place, choice)
+
+    def take(self, place: int, choice: str | None) -> None:
+        self.choices[place] = choice
+        if choice is None:  # taken back
+            del self.choices[place]
+
+    def say(self, place: int, choice: str | None) -> None:
+        console.append_jsonl(self.log, {"place": place, "choice": choice})
+        self.take(place, choice)
+
+    @property
+    def place(self) -> int:
+        """The first that nothing was said of."""
+        return next(i for i in range(len(self.items) + 1) if i not in self.choices)
+
+
+def rate(folder: Path) -> None:
+    """A session at the terminal, from where the last one stopped."""
+    if not sys.stdin.isatty():
+        raise ValueError("rating is done at a terminal, a key a pair")
+    copy = Copy(folder)
+    if (folder.parent / ANNOTATIONS).exists():
+        raise ValueError(f"{folder.parent} has been unblinded: ratings are closed")
+    lock = console.claim(folder, copy.settings, "rating")
+    try:
+        copy = Copy(folder)  # as it is now that nobody else writes
+        with single_keys() as fd:
+            while (place := copy.place) < len(copy.items):
+                if (choice := ask(copy, place, fd)) == "stop":
+                    break
+                copy.say(place - (choice is None), choice)
+                print(choice or "undo", flush=True)
+    finally:
+        os.close(lock)
+    left = len(copy.items) - copy.place
+    print(f"\n{left} left: the same command goes on" if left else "\nAll are rated. Thank you!")
+
+
+def ask(copy: Copy, place: int, fd: int) -> str | None:
+    """What is said of a pair; None takes back what was said of the one before."""
+    item = copy.items[place]
+    parts = [f"===== {place + 1} of {len(copy.items)} =====", item["instruction"]]
+    parts += ["----- A -----", item["a"], "----- B -----", item["b"], "-" * 13]
+    termios.tcflush(fd, termios.TCIFLUSH)
+    print("\n" + "\n\n".join(map(shown, parts)), KEYS, sep="\n", end="", flush=True)
+    while True:
+        pressed = key(fd)
+        if pressed in ("q", "\x04", ""):
+            return "stop"
+        if pressed in CHOICES:
+            return CHOICES[pressed]
+        if pressed == "u" and place > 0:
+            return None
+
+
+def shown(text: str) -> str:
+    """Answers are anybody's text: they may not move the cursor."""
+    return "\n".join(console.printable(line.expandtabs()) for line in text.splitlines())
+
+
+@contextmanager
+def single_keys() -> Iterator[int]:
+    """Keys without Enter, and as the terminal was afterwards."""
+    fd = sys.stdin.fileno()
+    before = termios.tcgetattr(fd)
+    try:
+        tty.setcbreak(fd)
+        yield fd
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
+
+def key(fd: int) -> str:
+    """One key, small; "" at the end of input. What an arrow key sends (Esc [ A) is none of ours."""
+    pressed = os.read(fd, 1)
+    if pressed == b"\x1b" and waiting(fd) and os.read(fd, 1) in (b"[", b"O"):
+        while waiting(fd) and (more := os.read(fd, 1)) and not b"@" <= more <= b"~":
+            pass
+    return pressed.decode("latin-1").lower()
+
+
+def waiting(fd: int) -> bool:
+    """Is there more at once? A person is slower."""
+    return bool(select.select([fd], [], [], 0.05)[0])
+
+
+# ---------------------------------------------------------------- unblind
+
+
+class Report(NamedTuple):
+    votes: Counter  # "model", "baseline", "tie", "skip", "left", of all raters
+    rows: list[dict]  # of winrate.py: each rater's, and of all together
+    agreement: winrate.Agreement
+
+
+def unblind(folder: Path, pairs: Pairs, early: bool = False) -> Report:
+    """Count, and write annotations.json: from then on nobody can rate."""
+    copies = [Copy(path.parent) for path in sorted(folder.glob(f"*/{ITEMS}"))]
+    if not copies:
+        raise ValueError(f"{folder} holds no rater's copy: `blind start` makes them")
+    raters = {copy.settings["rater"]: copy.folder for copy in copies}
+    if odd := [copy.folder for copy in copies if copy.folder not in raters.values()]:
+        raise ValueError(f"{odd[0]} is a copy of the copy of another rater: remove it")
+    by_text = {pair.instruction: pair for pair in pairs.all}
+    for copy in copies:
+        if copy.settings["answers"] != sealed(pairs):
+            raise ValueError(
+                f"{copy.folder} compares other answers: name the two files that it was begun with, "
+                "as they were then"
+            )
+        left = len(copy.items) - copy.place
+        if left and not early:
+            raise ValueError(
+                f"{copy.folder}: {left} of {len(copy.items)} are left to rate, and nobody can once "
+                "the names are known: finish, or --early counts what there is"
+            )
+    alike = dict.fromkeys(copies[0].settings["alike"], "tie")
+    votes = {copy.settings["rater"]: liked(copy, by_text) for copy in copies}
+    counted = Counter(choice for said in votes.values() for choice in said.values())
+    counted["tie"] += len(alike) * len(copies)
+    kept = {r: {q: c for q, c in s.items() if c in WORTH} for r, s in votes.items()}
+    if not any(kept.values()):
+        raise ValueError(f"{folder}: nobody has preferred anything yet")
+    told = {rater: said | alike for rater, said in kept.items()}
+    rows = winrate.rows(list(comparisons(folder, pairs, told)))
+    entries = [e for rater in told for e in annotations(pairs, by_text, votes[rater], alike, rater)]
+    write_json(folder / ANNOTATIONS, entries)
+    return Report(counted, rows, winrate.agreement(kept.values()))
+
+
+WORTH = {"model": 1.0, "baseline": 0.0, "tie": 0.5}
+
+
+def liked(copy: Copy, by_text: dict[str, Pair]) -> dict[str, str]:
+    """Instruction → "model", "baseline", "tie", "skip" or "left". The texts tell whose each was."""
+    found = {}
+    for place, item in enumerate(copy.items):
+        pair = by_text.get(item["instruction"])
+        if pair is None or {item["a"], item["b"]} != {pair.output_1, pair.output_2}:
+            raise ValueError(f"{copy.folder / ITEMS}, line {place + 1}: these are other answers")
+        side = {"a": item["a"], "b": item["b"]}
+        choice = copy.choices.get(place, "left")
+        if choice in side:
+            choice = "model" if side[choice] == pair.output_2 else "baseline"
+        found[item["instruction"]] = choice
+    return found
+
+
+def comparisons(folder: Path, pairs: Pairs, told: dict) -> Iterator[winrate.Comparison]:
+    """Each rater's, and the mean of all."""
+    asked = [pair for pair in pairs.all if any(pair.instruction in said for said in told.values())]
+    lengths = np.array([[len(p.output_1), len(p.output_2)] for p in asked], float).T
+    texts = [pair.instruction for pair in asked]
+    each = np.array(  # (raters, N)
+        [[WORTH.get(said.get(text), np.nan) for text in texts] for said in told.values()]
+    )
+    names = (pairs.model, pairs.baseline)
+    if len(told) > 1:
+        mean = np.nanmean(each, 0)
+        yield winrate.Comparison(folder, *names, "all raters", texts, mean, lengths, None)
+    for rater, won in zip(told, each, strict=True):
+        if not np.isnan(won).all():
+            yield winrate.Comparison(folder, *names, rater, texts, won, lengths, None)
+
+
+def annotations(pairs: Pairs, by_text: dict, said: dict, alike: dict, rater: str) -> Iterator[dict]:
+    """As AlpacaEval's: a skipped pair has no preference."""
+    for text, choice in (said | alike).items():
+        pair, worth = by_text[text], WORTH.get(choice)
+        yield {
+            "instruction": text,
+            "output_1": pair.output_1,
+            "generator_1": pairs.baseline,
+            "dataset": pair.dataset,
+            "output_2": pair.output_2,
+            "generator_2": pairs.model,
+            "annotator": rater,
+            "preference": None if worth is None else 1 + worth,
+        }

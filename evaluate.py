@@ -1,0 +1,345 @@
+"""Is one model better than another? Asked of people who do not know whose answer is whose, or of a
+model that judges; and told with how sure one can be.
+
+    python evaluate.py answers --out runs/eval/tiny                  # the model of `make train`
+    python evaluate.py answers --out runs/eval/base --model-dir data/tiny-llama --max-new-tokens 64
+    python evaluate.py answers --out runs/eval/mini --model gpt-4.1-mini --set alpaca_eval.json
+
+    python evaluate.py blind start runs/eval/tiny runs/eval/base --out runs/blind --raters ann ben
+    python evaluate.py blind rate runs/blind/ann
+    python evaluate.py blind unblind runs/blind runs/eval/tiny runs/eval/base
+
+    python evaluate.py judge runs/eval/tiny runs/eval/base --out runs/judged \\
+        --judge gpt-4.1 --price-in 2 --price-out 8 --budget 5
+    python evaluate.py score runs/judged --plot leaderboard.svg
+
+Each is resumable: the same command again goes on, and asks nothing twice. Models are asked as
+`generate.py` asks them, servers as `selfinstruct.py` does. Files are AlpacaEval's: each model's
+model_outputs.json, each comparison's annotations.json; published ones are read as they are.
+
+Alpaca's own evaluation was the blind one, on self-instruct's 252 user-oriented instructions
+(arXiv:2212.10560): 90 wins to 89. Sets: answers.py. Judging by people: blind.py, by a model:
+judge.py. Win rates, and what the length of answers does to them: winrate.py.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import answers
+import blind
+import console
+import generate
+import judge
+import teachers
+import winrate
+from answers import (
+    OUTPUTS,
+    answered_here,
+    answered_there,
+    digest,
+    paired,
+    read_items,
+    write_json,
+    write_outputs,
+)
+
+HERE = Path(__file__).parent
+# What makes no difference to the answers.
+INCIDENTAL = {"command", "verb", "lock", "set", "out", "name", "rows", "device", "compile"}
+INCIDENTAL |= {"in_flight", "timeout", "attempts", "first_wait", "key_env"}
+INCIDENTAL |= {"price_in", "price_out", "budget", "instruction", "chat", "n", "json"}
+OF_A_SERVER = {"model", "base_url", "kind", "request"}
+
+
+# ---------------------------------------------------------------- answers
+
+
+def answers_command(args: argparse.Namespace) -> None:
+    """Run a model over a set of instructions."""
+    items = {str(number): item for number, item in enumerate(read_items(args.set))}
+    folders = checked(args)
+    name = args.name or args.model or "+".join(map(own_name, folders))
+    without = INCIDENTAL if args.model else INCIDENTAL | OF_A_SERVER
+    settings = {key: value for key, value in vars(args).items() if key not in without}
+    settings |= {"set": digest([item[:2] for item in items.values()]), "generator": name}
+    settings["files"] = [fingerprint(folder) for folder in folders]
+    args.lock = console.claim(args.out, plain(settings), "answering")
+    log = args.out / ("responses.jsonl" if args.model else "answers.jsonl")
+    made = (answered_there if args.model else answered_here)(items, args, log)
+    if not made:
+        raise ValueError(f"{args.out}: no answer to any of {len(items)} instructions")
+    write_outputs(args.out / OUTPUTS, items, made, name)
+    print(f"{len(made)} answers of {name} in {args.out / OUTPUTS}")
+    for count, what in (
+        (len(items) - len(made), "have no answer and are left out: the same command asks again"),
+        (sum(one.cut for one in made.values()), f"were cut at {args.max_new_tokens} tokens"),
+        (sum(not one.output.strip() for one in made.values()), "are empty"),
+    ):
+        if count:
+            print(f"  {count} {what}")
+
+
+def checked(args: argparse.Namespace) -> list[Path]:
+    """The folders that a local model is made of. What does not go together is refused."""
+    flags = console.Parser()
+    generate.add_model_flags(flags)
+    generate.add_sampling_flags(flags)
+    default = vars(flags.parse_args([]))
+    given = [name for name, value in default.items() if getattr(args, name) != value]
+    if args.model:
+        taken = {"temperature", "top_p", "max_new_tokens", "stop", "seed"}
+        if odd := [name for name in given if name not in taken]:
+            flag = "--" + odd[0].replace("_", "-")
+            raise ValueError(f"--model asks a server: {flag} is for a model in a folder")
+        return []
+    args.model_dir = args.model_dir or generate.TRAINED
+    if not args.model_dir.exists():
+        raise ValueError(f"no model at {args.model_dir}: `make train` makes one, --model-dir names")
+    return [value for name in default if isinstance(value := getattr(args, name), Path)]
+
+
+def own_name(folder: Path) -> str:
+    """runs/tiny/model is "tiny"."""
+    path = folder.absolute()
+    return path.parent.name if path.name == "model" else path.name
+
+
+def fingerprint(folder: Path) -> str:
+    """Changes when the model is trained anew in the same place."""
+    files = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
+    return digest([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
+
+
+def plain(settings: dict) -> dict:
+    return json.loads(json.dumps(settings, default=str))
+
+
+# ---------------------------------------------------------------- people, or a model, compare
+
+
+def start_command(args: argparse.Namespace) -> None:
+    """Make a copy for each rater."""
+    pairs = paired(args.model, args.baseline, args.common)
+    count = blind.start(pairs, args.out, args.raters, args.num, args.seed)
+    print(f"{count} pairs to rate. Each rater runs, at any time and as often as wanted:")
+    for rater in args.raters:
+        print(f"  python evaluate.py blind rate {args.out / rater}")
+    print(f"and then you: python evaluate.py blind unblind {args.out} and the same two files")
+
+
+def rate_command(args: argparse.Namespace) -> None:
+    """Rate, in the terminal."""
+    blind.rate(args.copy)
+
+
+def unblind_command(args: argparse.Namespace) -> None:
+    """Whose answers were liked?"""
+    pairs = paired(args.model, args.baseline, args.common)
+    report = blind.unblind(args.folder, pairs, args.early)
+    votes, same = report.votes, report.agreement
+    print(
+        f"{pairs.model} {votes['model']} vs {votes['baseline']} {pairs.baseline}: votes; "
+        f"{votes['tie']} ties, {votes['skip']} skipped, {votes['left']} not rated"
+    )
+    print(table(report.rows))
+    if same.items:
+        alpha = "" if same.alpha is None else f", Krippendorff's alpha {same.alpha:.2f}"
+        print(f"raters agree in {same.per_cent:.1f} % of pairs{alpha} ({same.items} instructions)")
+    print(f"{args.folder / blind.ANNOTATIONS}; ratings are closed")
+
+
+def judge_command(args: argparse.Namespace) -> None:
+    """A model compares two models' answers."""
+    pairs = paired(args.model, args.baseline, args.common)
+    (endpoint,) = teachers.endpoints_of(args, [args.judge])
+    args.name = args.name or endpoint.model + (", explained" if args.explain else "")
+    settings = {"answers": digest(pairs), "judge": endpoint.model, "url": endpoint.url}
+    for name in ("kind", "request", "single_order", "explain", "no_logprobs", "seed"):
+        settings[name] = getattr(args, name)
+    args.lock = console.claim(args.out, plain(settings), "judging")
+    found = judge.judged(pairs, endpoint, args, args.out / "responses.jsonl")
+    for line in found.told:
+        print(console.printable(line))
+    if all(entry["preference"] is None for entry in found.entries):
+        why = f"{endpoint.model} gave none" if found.enough else "the budget has no room for one"
+        raise ValueError(f"no verdict at all: {why}; nothing is written")
+    file = args.out / blind.ANNOTATIONS
+    write_json(file, found.entries)
+    if not found.enough:
+        print(f"The budget of ${args.budget:g} is spent: a larger --budget goes on from here.")
+    print(f"{file}\n{table(winrate.leaderboard([file]))}")
+
+
+# ---------------------------------------------------------------- score
+
+
+def score_command(args: argparse.Namespace) -> None:
+    """Win rates of annotation files."""
+    files = [path / blind.ANNOTATIONS if path.is_dir() else path for path in args.files]
+    rows = winrate.leaderboard(files)
+    if args.plot:
+        with console.atomic_file(args.plot, "w") as file:
+            file.write(picture(rows))
+    print(json.dumps(rows, indent=2, ensure_ascii=False) if args.json else table(rows))
+
+
+def table(rows: list[dict]) -> str:
+    """The best first, by the length-controlled rate. What is the same in all rows stands below."""
+    rows = sorted(rows, key=lambda row: -row["length_controlled_win_rate"])
+    columns = {
+        "model": [row["model"] for row in rows],
+        "baseline": [row["baseline"] for row in rows],
+        "judge": [row["annotator"] for row in rows],
+        "win rate": [rate(row, "win_rate", "standard_error") for row in rows],
+        "95 %": [f"{row['win_rate_low']:.1f}–{row['win_rate_high']:.1f}" for row in rows],
+        "length-controlled": [
+            rate(row, "length_controlled_win_rate", "length_controlled_standard_error")
+            for row in rows
+        ],
+        "won–lost–drawn": [f"{r['n_wins']}–{r['n_losses']}–{r['n_draws']}" for r in rows],
+        "n": [str(row["n"]) for row in rows],
+        "missing": [str(row["n_missing"] or "") for row in rows],
+        "length": [f"{row['mean_length']:.0f}:{row['baseline_mean_length']:.0f}" for row in rows],
+        "flips": [
+            "" if row["flip_rate"] is None else f"{100 * row['flip_rate']:.0f} %" for row in rows
+        ],
+        "sign test": [f"{row['sign_test']:.2g}" for row in rows],
+        "": [row["verdict"] for row in rows],
+    }
+    below = ""
+    for name, told in (("baseline", "against "), ("judge", "judged by ")):
+        if len(set(columns[name])) == 1:
+            (only,) = set(columns.pop(name))
+            below += f"{', ' if below else ''}{told}{only}" if only else ""
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    lines = [[name, *map(console.printable, cells)] for name, cells in columns.items()]
+    widths = [max(map(len, column)) for column in lines]
+    text = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in zip(*lines, strict=True)
+    ]
+    return "\n".join([*text, console.printable(below)] if below else text)
+
+
+def rate(row: dict, name: str, error: str) -> str:
+    return f"{row[name]:.2f}" + (f" ± {row[error]:.2f}" if row[error] is not None else "")
+
+
+def picture(rows: list[dict]) -> str:
+    """Raw and length-controlled rates of each model, with bounds of 95 %, as an SVG."""
+    varying = [name for name in ("baseline", "annotator") if len({row[name] for row in rows}) > 1]
+    bars = {}
+    for row in sorted(rows, key=lambda row: -row["length_controlled_win_rate"]):
+        middle, error = row["length_controlled_win_rate"], row["length_controlled_standard_error"]
+        reach = winrate.Z * (error or 0)
+        bars[", ".join(row[name] for name in ("model", *varying))] = {
+            "win rate": (row["win_rate_low"], row["win_rate"], row["win_rate_high"]),
+            "length-controlled": (max(0, middle - reach), middle, min(100, middle + reach)),
+        }
+    return console.interval_chart("Win rates, in per cent, with bounds of 95 %", bars, 0, 100)
+
+
+# ---------------------------------------------------------------- command
+
+
+def add_answers(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what is answered").add_argument
+    add(
+        "--set",
+        type=Path,
+        default=HERE / "data/eval_instructions.jsonl",
+        help="JSON or JSONL of instructions (default: data/eval_instructions.jsonl)",
+    )
+    add("--out", type=Path, required=True, help="folder; the same one again goes on")
+    add("--name", help="of the model in all files (default: that of its folder, or --model)")
+    generate.add_model_flags(parser)
+    generate.add_sampling_flags(parser)
+    teachers.add_flags(parser)
+    parser.add_argument("--model", help="model of a server to ask (default: a --model-dir)")
+    parser.set_defaults(command=answers_command, instruction=None, chat=False, n=1, json=False)
+
+
+def add_two(parser: argparse.ArgumentParser) -> None:
+    what = "model_outputs.json or a folder with one, of the model"
+    parser.add_argument("model", type=Path, help=what)
+    parser.add_argument("baseline", type=Path, help="the same of what it is compared with")
+    parser.add_argument("--common", action="store_true", help="compare what both have answered")
+
+
+def add_blind(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="step", required=True, metavar="STEP")
+    verb = verbs.add_parser("start", help="make a copy for each rater")
+    add_two(verb)
+    verb.add_argument("--out", type=Path, required=True, help="new folder, for the copies")
+    verb.add_argument("--raters", nargs="+", default=["rater"], help="names (default: rater)")
+    verb.add_argument(
+        "--num", type=console.positive(int), help="pairs, drawn by lot (default: all)"
+    )
+    verb.add_argument(
+        "--seed", help="the same sides and order again; who knows it can unblind (default: by lot)"
+    )
+    verb.set_defaults(command=start_command)
+    verb = verbs.add_parser("rate", help="rate, in the terminal; go on where you stopped")
+    verb.add_argument("copy", type=Path, help="folder of the rater")
+    verb.set_defaults(command=rate_command)
+    verb = verbs.add_parser("unblind", help="count, test, and close the ratings")
+    verb.add_argument("folder", type=Path, help="--out of start")
+    add_two(verb)
+    verb.add_argument("--early", action="store_true", help="though not all is rated")
+    verb.set_defaults(command=unblind_command)
+
+
+def add_judge(parser: argparse.ArgumentParser) -> None:
+    add_two(parser)
+    add = parser.add_argument_group("judge").add_argument
+    add("--out", type=Path, required=True, help="folder; the same one again goes on")
+    add("--judge", required=True, metavar="MODEL", help="model of the server that judges")
+    add("--name", help="of the judge in annotations.json (default: the model's)")
+    add("--single-order", action="store_true", help="each pair once, sides by lot: half the price")
+    add("--explain", action="store_true", help="reasons first, then the verdict")
+    add("--no-logprobs", action="store_true", help="for servers that refuse to be asked for them")
+    add(
+        "--tries",
+        type=console.positive(int),
+        default=3,
+        help="for a verdict, of all runs together (default: 3)",
+    )
+    add("--seed", type=int, default=0, help="draws the sides of --single-order (default: 0)")
+    teachers.add_flags(parser)
+    parser.set_defaults(command=judge_command)
+
+
+def add_score(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", type=Path, nargs="+", help="annotations.json, or folders with one")
+    parser.add_argument("--json", action="store_true", help="everything, in the order of the files")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="SVG of the win rates to write")
+    parser.set_defaults(command=score_command)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = console.Parser(__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, module, add, told in (
+        ("answers", answers, add_answers, "run a model over a set of instructions"),
+        ("blind", blind, add_blind, "people compare, and do not know what"),
+        ("judge", judge, add_judge, "a model compares"),
+        ("score", winrate, add_score, "win rates of annotation files, a leaderboard"),
+    ):
+        add(verbs.add_parser(name, help=told, description=module.__doc__))
+    parser.set_defaults(lock=None)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        args.command(args)
+    finally:
+        if args.lock is not None:
+            os.close(args.lock)
+
+
+if __name__ == "__main__":
+    console.run(main)

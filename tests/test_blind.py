@@ -175,7 +175,7 @@ def test_a_session_stopped_killed_and_finished(command, tmp_path, two):
         assert terminal.seen.index("- A -") < place_a < terminal.seen.index("- B -") < place_b
         terminal.press("u")  # nothing to take back
         terminal.press("x5 \n\x7f")  # no keys of ours
-        terminal.press("\x1b[A\x1b[1;5B\x1bOA")  # arrows, with an A in them
+        terminal.press("\x1b[A\x1b[1;5A\x1bOA")  # arrows, with an A in them
         terminal.press("bbb")  # only the first is for this pair
         terminal.then(2)
         assert Copy(out / "ann").choices == {0: "b"}

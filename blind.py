@@ -126,37 +126,40 @@ def rate(folder: Path) -> None:
     """A session at the terminal, from where the last one stopped."""
     if not sys.stdin.isatty():
         raise ValueError("rating is done at a terminal, a key a pair")
-    copy = Copy(folder)
+    settings = Copy(folder).settings
     if (folder.parent / ANNOTATIONS).exists():
         raise ValueError(f"{folder.parent} has been unblinded: ratings are closed")
-    lock = console.claim(folder, copy.settings, "rating")
+    lock = console.claim(folder, settings, "rating")
     try:
-        copy = Copy(folder)  # as it is now that nobody else writes
+        copy = Copy(folder)  # read when nobody else can write any more
         with single_keys() as fd:
-            while (place := copy.place) < len(copy.items):
-                if (choice := ask(copy, place, fd)) == "stop":
-                    break
-                copy.say(place - (choice is None), choice)
+            while (choice := ask(copy, fd)) != "stop":
+                copy.say(copy.place - (choice is None), choice)
                 print(choice or "undo", flush=True)
     finally:
         os.close(lock)
     left = len(copy.items) - copy.place
-    print(f"\n{left} left: the same command goes on" if left else "\nAll are rated. Thank you!")
+    print(f"\n{left} left: the same command goes on" if left else "\nThank you!")
 
 
-def ask(copy: Copy, place: int, fd: int) -> str | None:
-    """What is said of a pair; None takes back what was said of the one before."""
-    item = copy.items[place]
-    parts = [f"===== {place + 1} of {len(copy.items)} =====", item["instruction"]]
-    parts += ["----- A -----", item["a"], "----- B -----", item["b"], "-" * 13]
+def ask(copy: Copy, fd: int) -> str | None:
+    """What is said of the next pair; None takes back what was said of the one before."""
+    place, choices = copy.place, CHOICES
     termios.tcflush(fd, termios.TCIFLUSH)
-    print("\n" + "\n\n".join(map(shown, parts)), KEYS, sep="\n", end="", flush=True)
+    if place == len(copy.items):
+        choices = {}
+        print("\nAll are rated.   u: undo the last   q: done > ", end="", flush=True)
+    else:
+        item = copy.items[place]
+        parts = [f"===== {place + 1} of {len(copy.items)} =====", item["instruction"]]
+        parts += ["----- A -----", item["a"], "----- B -----", item["b"], "-" * 13]
+        print("\n" + "\n\n".join(map(shown, parts)), KEYS, sep="\n", end="", flush=True)
     while True:
         pressed = key(fd)
         if pressed in ("q", "\x04", ""):
             return "stop"
-        if pressed in CHOICES:
-            return CHOICES[pressed]
+        if pressed in choices:
+            return choices[pressed]
         if pressed == "u" and place > 0:
             return None
 

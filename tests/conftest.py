@@ -7,6 +7,7 @@ layout moves a tiny model's logits by 0.003, with 0.2 by several units.
 import importlib
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,7 @@ def begin(module: str, *args) -> multiprocessing.Process:
 
 
 def run_as_command(module: str, *args: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also in a background
     sys.argv = [f"{module}.py", *args]
     console.run(importlib.import_module(module).main)
 

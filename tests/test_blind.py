@@ -73,6 +73,7 @@ class Terminal:
         if self.pid == 0:
             sys.stdin = os.fdopen(0)  # pytest has put its own there
             sys.stdout = sys.stderr = os.fdopen(1, "w")
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # also in a background
             sys.argv = ["evaluate.py", "blind", "rate", str(folder)]
             code = 1
             try:
@@ -174,7 +175,7 @@ def test_a_session_stopped_killed_and_finished(command, tmp_path, two):
         assert terminal.seen.index("- A -") < place_a < terminal.seen.index("- B -") < place_b
         terminal.press("u")  # nothing to take back
         terminal.press("x5 \n\x7f")  # no keys of ours
-        terminal.press("\x1b[A\x1b[1;5B\x1bOA")  # arrows, with an A in them
+        terminal.press("\x1b[A\x1b[1;5A\x1bOA")  # arrows, with an A in them
         terminal.press("bbb")  # only the first is for this pair
         terminal.then(2)
         assert Copy(out / "ann").choices == {0: "b"}
@@ -217,7 +218,17 @@ def test_a_session_stopped_killed_and_finished(command, tmp_path, two):
         for place in range(3, 9):
             terminal.prompted(place)
             terminal.press("a")
-        assert terminal.end() == 0 and "All are rated" in terminal.seen
+        terminal.wait_for("q: done > ")
+        terminal.press("bu")  # b is for no pair; the last one can still be taken back
+        terminal.then(8)
+        terminal.press("u")
+        terminal.then(7)
+        terminal.press("a")
+        terminal.then(8)
+        terminal.press("a")
+        terminal.wait_for("q: done > ", terminal.shown_before)
+        terminal.press("q")
+        assert terminal.end() == 0 and "Thank you" in terminal.seen
     assert Copy(out / "ann").choices == {0: "b"} | dict.fromkeys(range(1, 8), "a")
     assert_blind(out, transcript)
 

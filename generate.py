@@ -207,15 +207,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--system", default="", help="with --chat: what takes the preamble's place")
     parser.add_argument("--file", type=Path, help="JSON or JSONL with an instruction a record")
     parser.add_argument("--out", type=Path, help="with --file: JSONL to add answers to")
-    # of whom
-    parser.add_argument(
-        "--model-dir", type=Path, help=f"folder of the model (default: {TRAINED}, of `make train`)"
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="(default: cuda if there is one, else cpu)"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="to compute in (default: as it is stored)")
-    add_flags(parser)
+    add_model_flags(parser)  # of whom
     # how
     parser.add_argument("--temperature", type=float, default=0.0, help="0: likeliest (default: 0)")
     parser.add_argument("--top-k", type=int, default=0, help="likeliest tokens kept; 0: all")
@@ -230,7 +222,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--rows", type=console.positive(int), default=8, help="answers made at once (default: 8)"
     )
-    parser.add_argument("--compile", action="store_true", help="torch.compile the token step")
     # what is told
     parser.add_argument("--json", action="store_true", help="with tokens and log-probabilities")
     parser.add_argument("--stats", action="store_true", help="tokens a second, on stderr")
@@ -249,17 +240,34 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def ready(args: argparse.Namespace) -> Engine:
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """What `loaded` reads, for every command that answers with a model."""
+    parser.add_argument(
+        "--model-dir", type=Path, help=f"folder of the model (default: {TRAINED}, of `make train`)"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="(default: cuda if there is one, else cpu)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="to compute in (default: as it is stored)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the token step")
+    add_flags(parser)
+
+
+def loaded(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
     """Model and tokenizer as the command line asks for them."""
     folder = args.model_dir or TRAINED
     if args.model_dir is None and not folder.exists():
         raise ValueError(f"no model at {folder} yet: `make train` makes it, or name a --model-dir")
-    sampling(args, args.seed)  # a mistake there should not wait for the weights
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here")
     tokenizer = Tokenizer(folder)
-    model = load(folder, recipe_of(args), device, DTYPES.get(args.dtype), args.compile)
+    return load(folder, recipe_of(args), device, DTYPES.get(args.dtype), args.compile), tokenizer
+
+
+def ready(args: argparse.Namespace) -> Engine:
+    sampling(args, args.seed)  # a mistake there should not wait for the weights
+    model, tokenizer = loaded(args)
     rows = min(args.n, args.rows) if args.instruction is not None else args.rows
     return Engine(model, tokenizer, 1 if args.chat else rows, compile=args.compile)
 

@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-BENCHES = load train encode startup dedupe weightdiff decode quantize
+BENCHES = load train encode startup dedupe weightdiff decode quantize demo
 
 .PHONY: help train test test-all lint bench clean
 

@@ -40,6 +40,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import console
@@ -61,7 +62,10 @@ MOST_REPORTS = 64 << 20  # bytes
 LENGTH_HELP = "tokens of prompt and answer together (default: what it knows, at most 2048)"
 FILTER_HELP = "(default: service if its key is set, else rules)"
 HOST_HELP = "another name it is reached by, a proxy's say; repeatable"
-TELL = "It makes mistakes, invents facts, and can be biased or offensive: check what it says."
+TELL = (
+    "A language model of {million:,} million parameters, fine-tuned to follow instructions. It "
+    "makes mistakes, invents facts, and can be biased or offensive: check what it says."
+)
 
 
 class Allowance:
@@ -295,7 +299,7 @@ def about(args: argparse.Namespace, engine: Engine, filter: Filter) -> dict:
     sent = f"What you ask and what it answers is sent to {filter.name} to be checked."
     return {
         "model": name_of(args),
-        "notice": args.notice or f"It has {size / 1e6:,.0f} million parameters. {TELL}",
+        "notice": args.notice or TELL.format(million=max(1, round(size / 1e6))),
         "filter": checked.get(filter.name, sent),
         "watermark": not args.no_watermark,
         "max_tokens": min(args.max_new_tokens, engine.max_length),
@@ -333,8 +337,10 @@ def deal_all(watermark: Watermark, ended: threading.Event) -> None:
         watermark.green_list(token)
 
 
-async def serve(args, bound, engine: Engine, filter: Filter, marks: Watermark) -> None:
-    loop, stop, ended = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+@asynccontextmanager
+async def running(args, bound, engine: Engine, filter: Filter, marks: Watermark):
+    """The server while it answers; at the end answers under way may end."""
+    ended = threading.Event()
     dealing = threading.Thread(target=deal_all, args=(marks, ended), name="green lists")
     async with filter:
         decoder = Decoder(engine, args.rows + args.queue)
@@ -343,20 +349,31 @@ async def serve(args, bound, engine: Engine, filter: Filter, marks: Watermark) -
         hosts = {*LOOPBACK, *args.allow_host} if local or args.allow_host else None
         server = Server(demo.handle, Limits(connections=args.connections), hosts)
         await server.start(bound)
-        if not args.no_watermark:
+        if engine.watermark:
             dealing.start()
+        try:
+            yield server, demo
+        finally:
+            await server.drain(args.drain)
+            ended.set()
+            await decoder.close()
+
+
+async def serve(args, bound, *parts) -> None:
+    """Until SIGTERM or Ctrl-C."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    async with running(args, bound, *parts) as (_, demo):
         host, port = bound.getsockname()[:2]
         console.notice(f"{demo.model} at http://{f'[{host}]' if ':' in host else host}:{port}")
-        console.notice(f"filter: {filter.name}; watermark: {'off' if args.no_watermark else 'on'}")
+        mark = "on" if demo.engine.watermark else "off"
+        console.notice(f"filter: {demo.filter.name}; watermark: {mark}")
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         await stop.wait()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)  # a second one does what it always does
-        console.notice(f"ending: {decoder.load} answers under way have {args.drain:g} s")
-        await server.drain(args.drain)
-        ended.set()
-        await decoder.close()
+        if load := demo.decoder.load:
+            console.notice(f"{load} answers under way have {args.drain:g} s")
 
 
 def parse_args() -> argparse.Namespace:
@@ -406,8 +423,7 @@ def main() -> None:
     with bound:
         model, tokenizer = loaded(args)
         watermark = Watermark(model.config.vocab_size, key=args.watermark_key)
-        known = model.config.max_position_embeddings
-        length = min(known, args.max_length or 2048)
+        length = args.max_length or min(2048, model.config.max_position_embeddings)
         mark = None if args.no_watermark else watermark
         engine = Engine(model, tokenizer, args.rows, length, args.compile, mark)
         asyncio.run(serve(args, bound, engine, filter, watermark))

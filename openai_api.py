@@ -193,8 +193,9 @@ def conversation(body: dict, tokenizer: Tokenizer) -> tuple[str, list[list[int]]
         if isinstance(content, list) and all(isinstance(part, dict) for part in content):
             if any(part.get("type") != "text" for part in content):
                 raise Problem(400, "contents other than text are not supported", param="messages")
-            content = "".join(text_of(part, "text") for part in content)
-        messages.append({"role": role, "content": text_of({"content": content}, "content")})
+            content = "".join(str(part.get("text", "")) for part in content)
+        named = f"messages[{place}].content"
+        messages.append({"role": role, "content": text_of({named: content}, named)})
     if expected != "assistant" or not messages[-1]["content"].strip():
         raise Problem(400, "the last message must be the user's", param="messages")
     written = "\n".join(message["content"] for message in messages)

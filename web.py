@@ -240,19 +240,19 @@ class Server:
             reader.leave = asyncio.current_task().cancel
             if reader.at_eof():
                 return False
-            response = await self.app(request)
             keep = request.newest and "close" not in request.headers.get("connection", "").lower()
+            response = await self.app(request)
         except Problem as problem:
             response = refusal(problem)
-            keep = request is not None and request.newest
         except (ConnectionError, TimeoutError):
             raise
         except Exception:
             traceback.print_exc(file=sys.stderr)
             response = refusal(Problem(500, "an error in the server", "server_error"))
+            keep = False
         keep = await self.send(writer, response, request, keep and not self.draining)
         reader.leave = None
-        return keep
+        return keep and not self.draining
 
     async def request(
         self, reader: Reader, writer: asyncio.StreamWriter, address: str

@@ -1,0 +1,433 @@
+"""The demo: a page to try a model on, filtered and watermarked, and an API the world speaks.
+
+    python demo.py                                             # the model of `make train`
+    python demo.py --model-dir alpaca-7b --bits 4              # at http://127.0.0.1:7860
+    curl http://127.0.0.1:7860/v1/completions -H 'Content-Type: application/json' \\
+        -d '{"instruction": "Name three primary colors.", "max_tokens": 40}'
+
+Alpaca's demo was withdrawn after a week, for what it cost and because its filter was not enough.
+What this one does about it:
+
+  - Requests are decoded together (serving.py): one joins at the next token, and one whose client
+    has left frees its row at the next token. A bounded queue and a rate for each client: beyond
+    them the answer is 503 or 429 with Retry-After, at once.
+  - Prompt and answer pass a filter (moderation.py), the answer piece by piece before it is shown.
+    With $OPENAI_API_KEY set that is OpenAI's moderation service, to which texts are sent; else a
+    small list of rules. If the filter cannot be asked, nothing is shown.
+  - Every answer bears a watermark (watermark.py; --no-watermark turns it off), and the page finds
+    it. The default key is everybody's: set your own with --watermark-key.
+  - It listens to this machine alone unless --host says otherwise, serves the page and the API and
+    no other path, and shows what a model says as text, never as HTML.
+
+The API is OpenAI's /v1/completions, /v1/chat/completions and /v1/models: the trained model can be
+its own teacher.
+
+    python demo.py --rate 0 &
+    OPENAI_API_KEY= python selfinstruct.py generate --out runs/own --teacher tiny \\
+        --base-url http://127.0.0.1:7860/v1
+
+SIGTERM and Ctrl-C let answers under way end; a second one does not wait.
+"""
+
+import argparse
+import asyncio
+import base64
+import hashlib
+import math
+import re
+import signal
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import console
+import openai_api as api
+from api import Endpoint
+from checkpoint import parameter_shapes
+from dataset import load_records
+from engine import Engine
+from generate import TRAINED, add_model_flags, loaded
+from moderation import RULES, Filter, Rules, Service, Unavailable, explained
+from serving import Answers, Busy, Decoder
+from watermark import KEY, Watermark
+from web import LOOPBACK, Limits, Problem, Request, Response, Server, as_json, listening, soon
+
+HERE = Path(__file__).parent
+MOST_CLIENTS = 10_000  # whose rates are remembered
+LONGEST_CHECKED = 20_000  # characters, in the watermark's tab
+MOST_REPORTS = 64 << 20  # bytes
+LENGTH_HELP = "tokens of prompt and answer together (default: what it knows, at most 2048)"
+FILTER_HELP = "(default: service if its key is set, else rules)"
+HOST_HELP = "another name it is reached by, a proxy's say; repeatable"
+TELL = (
+    "A language model of {million:,} million parameters, fine-tuned to follow instructions. It "
+    "makes mistakes, invents facts, and can be biased or offensive: check what it says."
+)
+
+
+class Allowance:
+    """So many requests a minute for each client, a third of them at once."""
+
+    def __init__(self, per_minute: float):
+        self.per_second, self.burst = per_minute / 60, max(1.0, per_minute / 3)
+        self.clients: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def wait(self, client: str) -> float:
+        """Seconds until it may ask; 0: it may now, and has."""
+        if not self.per_second:
+            return 0.0
+        now = time.monotonic()
+        left, then = self.clients.pop(client, (self.burst, now))
+        left = min(self.burst, left + (now - then) * self.per_second)
+        self.clients[client] = (left - 1 if left >= 1 else left, now)
+        if len(self.clients) > MOST_CLIENTS:
+            self.clients.popitem(last=False)
+        return 0.0 if left >= 1 else (1 - left) / self.per_second
+
+
+class Demo:
+    def __init__(self, args, engine: Engine, decoder: Decoder, filter: Filter, marks: Watermark):
+        self.args, self.engine, self.decoder, self.filter = args, engine, decoder, filter
+        self.tokenizer, self.watermark = engine.tokenizer, marks
+        self.model = name_of(args)
+        self.allowance, self.checking = Allowance(args.rate), asyncio.Semaphore(1)
+        self.page = page(HERE / "demo.html")
+        self.about = as_json(about(args, engine, filter))
+        self.routes = {
+            "/": ("GET", self.send_page),
+            "/health": ("GET", self.health),
+            "/v1/models": ("GET", self.models),
+            "/v1/completions": ("POST", self.answer),
+            "/v1/chat/completions": ("POST", self.answer),
+            "/api/about": ("GET", self.send_about),
+            "/api/detect": ("POST", self.detect),
+            "/api/flag": ("POST", self.flag),
+        }
+
+    async def handle(self, request: Request) -> Response:
+        method, route = self.routes.get(request.path, ("", None))
+        if route is None:
+            raise Problem(404, "there is nothing at this path", code="not_found")
+        if request.method != method and (request.method, method) != ("HEAD", "GET"):
+            raise Problem(405, f"this path takes {method}", headers={"Allow": method})
+        if method == "POST":
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":  # which no foreign page's form can send
+                raise Problem(415, "send JSON, as Content-Type: application/json")
+            if wait := self.allowance.wait(self.client(request)):
+                said = f"too many requests: try again in {max(1, round(wait))} s"
+                raise Problem(429, said, "rate_limit_error", headers=soon(wait))
+        return await route(request)
+
+    def client(self, request: Request) -> str:
+        """Behind a proxy all requests come from one address, and a header tells whose they are."""
+        said = request.headers.get((self.args.client_header or "").lower(), "")
+        return said.rpartition(",")[2].strip()[:64] or request.address
+
+    # ------------------------------------------------------------ answers
+
+    async def answer(self, request: Request) -> Response:
+        body = api.read_json(request.body)
+        most = self.args.max_new_tokens
+        asked = api.understood(body, request.path, self.model, self.tokenizer, most)
+        longest = max(map(len, asked.prompts))
+        if longest >= self.engine.max_length:
+            said = f"the prompt has {longest} tokens; with its answer it may have "
+            said += str(self.engine.max_length)
+            raise Problem(400, said, param="messages", code="context_length_exceeded")
+        prompts, ways = asked.each
+        try:
+            self.decoder.check(len(ways))
+            if found := await self.checked(asked.text):
+                raise Problem(400, explained(found), param="messages", code="content_filter")
+            answers = await self.decoder.submit(prompts, ways, asked.stream)
+        except Busy as busy:
+            said = "the server is busy: too many answers are waiting to be made"
+            raise Problem(503, said, "overloaded", headers=soon(busy.wait)) from None
+        except Unavailable as problem:
+            raise closed(problem) from None
+        if asked.stream:
+            headers = {"X-Accel-Buffering": "no"}  # a proxy should pass pieces on as they come
+            return Response(self.events(asked, answers), "text/event-stream", headers=headers)
+        return await self.whole(asked, answers)
+
+    async def checked(self, text: str) -> str:
+        return (await self.filter.passed(text, 0, True))[1]
+
+    async def whole(self, asked: api.Asked, answers: Answers) -> Response:
+        texts, reasons = [""] * len(answers.sequences), [""] * len(answers.sequences)
+        try:
+            async for index, new, reason, _ in self.told(answers):
+                texts[index] += new
+                reasons[index] = reason
+        except Unavailable as problem:
+            raise closed(problem) from None
+        finally:
+            self.decoder.cancel(answers)
+        return as_json(api.whole(asked, answers.sequences, texts, reasons))
+
+    async def events(self, asked: api.Asked, answers: Answers) -> AsyncGenerator[bytes, None]:
+        try:
+            if first := api.first_pieces(asked):
+                yield first
+            async for index, new, reason, found in self.told(answers):
+                if new:
+                    yield api.piece(asked, index, new)
+                if reason:
+                    note = explained(found) if found else ""
+                    yield api.piece(asked, index, "", reason, note)
+            yield api.last_piece(asked, answers.sequences) + b"data: [DONE]\n\n"
+        except Problem as problem:
+            yield api.event({"error": problem.error})
+        except Unavailable as problem:
+            yield api.event({"error": closed(problem).error})
+        finally:
+            self.decoder.cancel(answers)
+
+    async def told(self, answers: Answers) -> AsyncGenerator[tuple[int, str, str, str], None]:
+        """(which answer, more of its text, why it ended, what was wrong with it), as the filter
+        lets it pass. What was decoded meanwhile is in the next piece."""
+        shown = [0] * len(answers.sequences)
+        open_, deadline = dict(enumerate(answers.sequences)), time.monotonic() + self.args.timeout
+        while open_:
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    await answers.news()
+            except TimeoutError:
+                begun = any(sequence.ids for sequence in answers.sequences)
+                said = f"no {'whole ' * begun}answer in {self.args.timeout:g} s: too many ask"
+                raise Problem(504 if begun else 503, said, "timeout", headers=soon(10)) from None
+            for index, sequence in list(open_.items()):
+                reason, text = sequence.reason or "", sequence.text  # in this order
+                if reason in ("failed", "cancelled"):
+                    raise Problem(500, "the model failed at this answer", "server_error")
+                end, found = await self.filter.passed(text, shown[index], reason != "")
+                new, shown[index] = text[shown[index] : end], end
+                reason = "content_filter" if found else reason
+                if reason:
+                    del open_[index]
+                if new or reason:
+                    yield index, new, reason, found
+
+    # ------------------------------------------------------------ the rest
+
+    async def send_page(self, request: Request) -> Response:
+        return self.page
+
+    async def send_about(self, request: Request) -> Response:
+        return self.about
+
+    async def health(self, request: Request) -> Response:
+        load = self.decoder.load
+        return as_json({"status": "ok", "answers": load, "at_once": self.engine.rows})
+
+    async def models(self, request: Request) -> Response:
+        model = {"id": self.model, "object": "model", "created": 0, "owned_by": "alpaca"}
+        return as_json({"object": "list", "data": [model]})
+
+    async def detect(self, request: Request) -> Response:
+        text = api.text_of(api.read_json(request.body), "text")
+        if len(text) > LONGEST_CHECKED:
+            raise Problem(413, f"at most {LONGEST_CHECKED} characters", param="text")
+        async with self.checking:  # it deals green lists, a quarter of a ms each
+            return as_json(await asyncio.to_thread(self.coloured, text))
+
+    def coloured(self, text: str) -> dict:
+        """The text in tokens, each green or not (the first is neither), and the verdict."""
+        ids, stream = self.tokenizer.encode(text), self.tokenizer.stream()
+        if len(ids) < 2:
+            raise Problem(400, "it takes two tokens to show a watermark", param="text")
+        found = self.watermark.detect(ids)
+        pieces = [stream.push(token) for token in ids]  # those inside a character are ""
+        pieces[-1] += stream.flush()
+        green = [None, *self.watermark.marks(ids)]
+        tokens = [list(pair) for pair in zip(pieces, green, strict=True)]
+        by_chance = {"gamma": self.watermark.gamma}
+        return {**found, **by_chance, "verdict": self.watermark.verdict(found), "tokens": tokens}
+
+    async def flag(self, request: Request) -> Response:
+        body = api.read_json(request.body)
+        report = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "model": self.model}
+        for name in ("instruction", "input", "output", "why"):
+            report[name] = api.text_of(body, name, "")
+        for name in ("temperature", "top_p", "max_tokens"):
+            report[name] = api.number(body, name, None, 0, 1 << 30)
+        if not report["output"] and not report["why"]:
+            raise Problem(400, "there is nothing to report", param="output")
+        async with self.checking:
+            await asyncio.to_thread(self.store, report)
+        return as_json({"stored": True}, 201)
+
+    def store(self, report: dict) -> None:
+        file = self.args.reports
+        if file.exists() and file.stat().st_size > MOST_REPORTS:
+            raise Problem(503, "no more reports can be stored", "server_error", headers=soon(3600))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        console.append_jsonl(file, report)
+
+
+def closed(problem: Unavailable) -> Problem:
+    return Problem(503, str(problem), "filter_unavailable", headers=soon(30))
+
+
+def page(file: Path) -> Response:
+    """The page, and a policy that lets its own script and style run and nothing else."""
+    html = file.read_bytes()
+    policy = ["default-src 'none'", "base-uri 'none'", "form-action 'none'"]
+    policy += ["frame-ancestors 'none'", "connect-src 'self'", "img-src data:"]
+    for tag in (b"script", b"style"):
+        (inside,) = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), html, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(inside).digest()).decode()
+        policy.append(f"{tag.decode()}-src 'sha256-{digest}'")
+    headers = {"Content-Security-Policy": "; ".join(policy)}
+    return Response(html, "text/html; charset=utf-8", headers=headers)
+
+
+def name_of(args: argparse.Namespace) -> str:
+    """`tiny` for runs/tiny/model, where training leaves it."""
+    folder = (args.model_dir or TRAINED).absolute()
+    return args.name or (folder.parent if folder.name == "model" else folder).name
+
+
+def about(args: argparse.Namespace, engine: Engine, filter: Filter) -> dict:
+    """What the page tells and offers."""
+    size = sum(math.prod(shape) for shape in parameter_shapes(engine.model.config).values())
+    checked = {"off": "Nothing is filtered.", "rules": "A small list of rules filters texts here."}
+    sent = f"What you ask and what it answers is sent to {filter.name} to be checked."
+    return {
+        "model": name_of(args),
+        "notice": args.notice or TELL.format(million=max(1, round(size / 1e6))),
+        "filter": checked.get(filter.name, sent),
+        "watermark": not args.no_watermark,
+        "max_tokens": min(args.max_new_tokens, engine.max_length),
+        "examples": examples(args),
+    }
+
+
+def examples(args: argparse.Namespace) -> list[dict]:
+    """A few short ones. The tiny model knows little more than what it was shown."""
+    own = HERE / "data" / ("eval_instructions.jsonl" if args.model_dir else "sample_heldout.json")
+    records = [r for r in load_records(args.examples or own) if r.get("instruction")]
+    short = [
+        r for r in records if len(r["instruction"]) <= 90 and len(r["input"]) <= 200
+    ] or records
+    chosen = short[:: max(1, len(short) // 6)][:6]
+    return [{"instruction": r["instruction"], "input": r["input"]} for r in chosen]
+
+
+# ---------------------------------------------------------------- command
+
+
+def chosen_filter(args: argparse.Namespace) -> Filter:
+    endpoint = Endpoint(args.moderation_model, args.moderation_url, key=args.moderation_key)
+    kind = args.filter or ("service" if endpoint.secret() else "rules")
+    if kind == "off":
+        return Filter()
+    return Service(endpoint) if kind == "service" else Rules(args.rules)
+
+
+def deal_all(watermark: Watermark, ended: threading.Event) -> None:
+    """Every green list once: later they cost next to nothing."""
+    for token in range(watermark.vocab_size):
+        if ended.is_set():
+            return
+        watermark.green_list(token)
+
+
+@asynccontextmanager
+async def running(args, bound, engine: Engine, filter: Filter, marks: Watermark):
+    """The server while it answers; at the end answers under way may end."""
+    ended = threading.Event()
+    dealing = threading.Thread(target=deal_all, args=(marks, ended), name="green lists")
+    async with filter:
+        decoder = Decoder(engine, args.rows + args.queue)
+        demo = Demo(args, engine, decoder, filter, marks)
+        local = args.host in LOOPBACK
+        hosts = {*LOOPBACK, *args.allow_host} if local or args.allow_host else None
+        server = Server(demo.handle, Limits(connections=args.connections), hosts)
+        await server.start(bound)
+        if engine.watermark:
+            dealing.start()
+        try:
+            yield server, demo
+        finally:
+            await server.drain(args.drain)
+            ended.set()
+            await decoder.close()
+
+
+async def serve(args, bound, *parts) -> None:
+    """Until SIGTERM or Ctrl-C."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    async with running(args, bound, *parts) as (_, demo):
+        host, port = bound.getsockname()[:2]
+        console.notice(f"{demo.model} at http://{f'[{host}]' if ':' in host else host}:{port}")
+        mark = "on" if demo.engine.watermark else "off"
+        console.notice(f"filter: {demo.filter.name}; watermark: {mark}")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await stop.wait()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)  # a second one does what it always does
+        if load := demo.decoder.load:
+            console.notice(f"{load} answers under way have {args.drain:g} s")
+
+
+def parse_args() -> argparse.Namespace:
+    count, above_0 = console.positive(int), console.positive(float)
+    parser = console.Parser(__doc__)
+    add_model_flags(parser)
+    add = parser.add_argument_group("answers").add_argument
+    add("--name", help="of the model, in the API (default: its folder's)")
+    add("--rows", type=count, default=16, help="answers made at once (default: 16)")
+    add("--max-length", type=count, metavar="N", help=LENGTH_HELP)
+    add("--max-new-tokens", type=count, default=512, help="of an answer at most (default: 512)")
+    add("--no-watermark", action="store_true", help="answer without a watermark")
+    add("--watermark-key", type=int, default=KEY, help=f"what only you know (default: {KEY})")
+    add = parser.add_argument_group("filter").add_argument
+    add("--filter", choices=("service", "rules", "off"), help=FILTER_HELP)
+    add("--rules", type=Path, default=RULES, help="the list (default: data/filter_rules.txt)")
+    url = "https://api.openai.com/v1"
+    add("--moderation-url", default=url, metavar="URL", help="service, up to /v1 (default: OpenAI)")
+    model = "omni-moderation-latest"
+    add("--moderation-model", default=model, metavar="NAME", help=f"of the service ({model})")
+    key = "OPENAI_API_KEY"
+    add("--moderation-key", default=key, metavar="NAME", help=f"variable with its key ({key})")
+    add = parser.add_argument_group("who may ask, and how much").add_argument
+    add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
+    add("--port", type=int, default=7860, help="0: any that is free (default: 7860)")
+    add("--allow-host", action="append", default=[], metavar="NAME", help=HOST_HELP)
+    add("--client-header", metavar="NAME", help="header in which your proxy tells who asks")
+    add("--rate", type=float, default=60, help="requests a minute a client; 0: any (default: 60)")
+    add("--queue", type=count, default=48, help="answers that may wait for a row (default: 48)")
+    add("--connections", type=count, default=512, help="open at once (default: 512)")
+    add("--timeout", type=above_0, default=120, help="seconds for an answer (default: 120)")
+    add("--drain", type=above_0, default=30, help="seconds to end answers in (default: 30)")
+    add = parser.add_argument_group("page").add_argument
+    add("--examples", type=Path, help="JSON or JSONL of instructions (default: the project's)")
+    add("--notice", help="what the page tells of model and terms (default: its size, a caution)")
+    reports = Path("runs/demo/reports.jsonl")
+    add("--reports", type=Path, default=reports, help=f"where reports go (default: {reports})")
+    args = parser.parse_args()
+    if not 0 <= args.port < 1 << 16 or not 0 <= args.rate < 1e6:
+        parser.error("--port is 0 to 65535, --rate 0 or above")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    filter, bound = chosen_filter(args), listening(args.host, args.port)
+    with bound:
+        model, tokenizer = loaded(args)
+        watermark = Watermark(model.config.vocab_size, key=args.watermark_key)
+        length = args.max_length or min(2048, model.config.max_position_embeddings)
+        mark = None if args.no_watermark else watermark
+        engine = Engine(model, tokenizer, args.rows, length, args.compile, mark)
+        asyncio.run(serve(args, bound, engine, filter, watermark))
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -5,10 +5,11 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 BENCHES = load train lora encode startup dedupe weightdiff decode gpu_decode quantize demo
 
-.PHONY: help train test test-all verify lint bench clean
+.PHONY: help train tour test test-all verify lint bench clean
 
 help:
 	@echo "make train     fine-tune the embedded model (a minute on two cores)"
+	@echo "make tour      the whole road, from seeds to a compared model: minutes, offline"
 	@echo "make test      the tests; test-all adds the slow ones"
 	@echo "make verify    only the comparisons with other software, and how far apart they are"
 	@echo "make lint      style, as CI checks it"
@@ -17,6 +18,10 @@ help:
 
 train: $(VENV)/.ready
 	$(BIN)/torchrun fsdp_train.py
+
+tour: $(VENV)/.ready-test
+	rm -rf runs/tour
+	$(BIN)/python tests/test_pipeline.py --out runs/tour
 
 test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest

@@ -9,6 +9,7 @@ the right answer. Everything else is what it says.
 """
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -23,10 +24,13 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import torch
 from teacher_server import Server, tasks_for
 
+import fsdp_train
+
 ROOT = Path(__file__).parent.parent
-HELD_OUT, TRAINING = ROOT / "data/sample_heldout.json", ROOT / "data/sample_train.json"
+HELD_OUT = ROOT / "data/sample_heldout.json"
 EXPECTED = {
     f"{record['instruction']}\n\n{record['input']}".strip(): record["output"]
     for record in json.loads(HELD_OUT.read_text())
@@ -44,40 +48,37 @@ def scripted(prompt: str) -> str:
 
 
 class Tour:
-    """Commands as a user would type them, in the project's folder; `say` hears of each step."""
+    """Commands as a user types them in the project's folder, and what came of each, told."""
 
-    def __init__(self, folder: Path, short: bool, say=print):
+    def __init__(self, folder: Path, short: bool, say=print, runner=None):
         self.folder, self.short, self.say = folder, short, say
-        self.environment = os.environ | {"OPENAI_API_KEY": "none"}
+        self.runner = runner or self.in_a_process
 
-    def run(self, what: str, command: str) -> str:
+    def words(self, command: str) -> list[str]:
         """`{}` in a command is the tour's folder."""
+        return shlex.split(command.replace("{}", str(self.folder)))
+
+    def run(self, what: str, command: str, shows: str = r".*\Z") -> str:
+        """`shows` finds the line that is told."""
+        self.say(f"\n{what}\n  $ {' '.join(self.words(command))}")
         start = time.monotonic()
-        words = shlex.split(command.replace("{}", str(self.folder)))
-        self.say(f"\n{what}\n  $ {command.replace('{}', str(self.folder))}")
+        out = self.runner(self.words(command)[1:]).strip()
+        self.say(f"  {re.search(shows, out)[0]}   ({time.monotonic() - start:.0f} s)")
+        return out
+
+    def in_a_process(self, words: list[str]) -> str:
         done = subprocess.run(
-            [sys.executable, *words[1:]],
-            cwd=ROOT,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
+            [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False
         )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-        last = (done.stdout.strip().splitlines() or ["done"])[-1]
-        self.say(f"  {last}   ({time.monotonic() - start:.0f} s)")
+        assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
-    def steps(self, full: int, short: int) -> str:
-        return f"--max-steps {short if self.short else full}"
-
     @contextmanager
-    def demo(self, command: str) -> Iterator[str]:
-        """The demo while it serves; its address."""
-        self.say(f"\nThe model answers from the demo, watermarked\n  $ {command}")
-        words = shlex.split(command.replace("{}", str(self.folder)))
+    def served(self, what: str, command: str) -> Iterator[str]:
+        """The demo, while it serves; its address."""
+        self.say(f"\n{what}\n  $ {' '.join(self.words(command))}")
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        server = subprocess.Popen([sys.executable, *words[1:]], cwd=ROOT, **pipes)
+        server = subprocess.Popen([sys.executable, *self.words(command)[1:]], cwd=ROOT, **pipes)
         try:
             told = ""
             while not (found := re.search(r"http://127\.0\.0\.1:\d+", told)):
@@ -92,99 +93,116 @@ class Tour:
 
 
 def take(tour: Tour) -> dict:
-    """The road. What can be checked of each step is returned."""
-    seen = {}
+    """The road; what can be checked of it."""
+    seen, short = {}, tour.short
+    questions = json.loads(HELD_OUT.read_text())[:: 5 if short else 1]
+    (tour.folder / "questions.json").write_text(json.dumps(questions))
     with Server(answer=scripted) as scripts:
-        number = 40 if tour.short else 400
         tour.run(
-            "Seeds to instructions, by a teacher that is a script",
+            "From seeds to instructions; the teacher is a script",
             "python selfinstruct.py generate --out {}/data --teacher script --kind completions "
-            f"--base-url {scripts.url} --num {number} --in-flight 4",
+            f"--base-url {scripts.url} --num {40 if short else 400} --in-flight 4",
         )
         tour.run("In Alpaca's format", "python selfinstruct.py export {}/data --out {}/taught.json")
-        seen["taught"] = len(json.loads((tour.folder / "taught.json").read_text()))
-
+        seen["taught"] = json.loads((tour.folder / "taught.json").read_text())
         seen["trained"] = tour.run(
-            "Training, on the sample and what the teacher wrote",
+            "A base is trained on them, and on the sample data",
             "python fsdp_train.py --out {}/tiny --data data/sample_train.json {}/taught.json "
-            f"{tour.steps(675, 120)} --epochs 2",
+            f"--max-steps {60 if short else 675} --answers {10 if short else 240}",
+            "answered exactly.*",
         )
-        for name, model in (("tiny", "{}/tiny/model"), ("base", "data/tiny-llama")):
+        for name, model in (("tuned", "{}/tiny/model"), ("base", "data/tiny-llama")):
             tour.run(
-                f"Held-out instructions, answered by {name}",
-                f"python evaluate.py answers --set {HELD_OUT} --out {{}}/{name}-answers "
-                f"--name {name} --model-dir {model} --max-new-tokens 24 --rows 32",
+                f"Held-out instructions, answered by the {name} model",
+                "python evaluate.py answers --set {}/questions.json --out {}/answers/"
+                f"{name} --name {name} --model-dir {model} --max-new-tokens 16 --rows 32",
+                ".* answers of .*",
             )
         seen["adapted"] = tour.run(
-            "An adapter on top",
-            "python fsdp_train.py --lora --model-dir {}/tiny/model --out {}/lora "
-            f"--data {TRAINING} --eval-data {HELD_OUT} --dtype fp32 --batch-size 16 "
-            f"--row-tokens 2048 {tour.steps(200, 20)} --answers 240",
+            "An adapter learns on top of it",
+            "python fsdp_train.py --lora --model-dir {}/tiny/model --out {}/lora --data "
+            "data/sample_train.json --eval-data {}/questions.json --dtype fp32 --batch-size 16 "
+            f"--max-steps {10 if short else 200} --checkpointing none --answers 10",
+            "answered exactly.*",
         )
         tour.run(
-            "Merged into the model",
-            "python lora.py merge --base {}/tiny/model --adapter {}/lora/adapter --out {}/merged",
+            "And becomes part of it",
+            "python lora.py merge --base {}/tiny/model --adapter {}/lora/adapter --out {}/alpaca",
         )
+        difference = "--base data/tiny-llama --diff {}/diff --tuned {}"
         tour.run(
             "Published as a difference to the base",
-            "python weightdiff.py make --base data/tiny-llama --tuned {}/merged --diff {}/diff "
-            "--compress",
+            f"python weightdiff.py make {difference}/alpaca --compress",
         )
         tour.run(
-            "And recovered from it",
-            "python weightdiff.py recover --base data/tiny-llama --diff {}/diff "
-            "--tuned {}/recovered",
+            "Which somebody else recovers",
+            f"python weightdiff.py recover {difference}/recovered",
         )
-        for name in ("merged", "recovered"):
+        for name in ("alpaca", "recovered"):
             weights = (tour.folder / name / "model.safetensors").read_bytes()
             seen[name] = sha256(weights).hexdigest()
-            tour.say(f"  {name}: SHA-256 {seen[name]}")
+            tour.say(f"  SHA-256 of {name}: {seen[name]}")
 
-        command = "python demo.py --model-dir {}/recovered --port 0 --rate 0 --filter rules"
-        command += " --reports {}/reports.jsonl"
-        with tour.demo(command) as url:
-            answer = ask(url, "Tell me a long list of words.")
-        (tour.folder / "answer.txt").write_text(answer)
-        tour.say(f"  {len(answer)} characters at temperature 2")
-        mark = "python watermark.py detect --tokenizer {}/recovered {}/answer.txt"
-        seen["marked"] = tour.run("Its answers bear the mark", mark)
-        (tour.folder / "human.txt").write_text((ROOT / "data/corpus.txt").read_text()[:6000])
-        mark = mark.replace("answer.txt", "human.txt")
-        seen["unmarked"] = tour.run("Other text does not", mark)
-
+        demo = "python demo.py --model-dir {}/recovered --port 0 --rate 0 --filter rules"
+        with tour.served("The demo answers, and marks what it says", demo) as url:
+            answers = [ask(url, record) for record in questions[:48]]
+        (tour.folder / "demo.txt").write_text("\n".join(answers))
+        tour.say(f"  {answers[0].splitlines()}")
+        (tour.folder / "other.txt").write_text((ROOT / "data/corpus.txt").read_text()[:6000])
+        for name in ("demo", "other"):
+            seen[name] = tour.run(
+                f"Is there a mark in {name}.txt?",
+                "python watermark.py detect --json --tokenizer {}/recovered {}/" + f"{name}.txt",
+            )
         tour.run(
-            "Two models compared, by a judge that is a script",
-            "python evaluate.py judge {}/tiny-answers {}/base-answers --out {}/judged "
+            "Which model is better? The judge is a script",
+            "python evaluate.py judge {}/answers/tuned {}/answers/base --out {}/judged "
             f"--judge script --base-url {scripts.url}",
+            ".*verdicts.*",
         )
-        seen["score"] = tour.run("The score", "python evaluate.py score {}/judged --json")
+        seen["score"] = tour.run("The score", "python evaluate.py score {}/judged", "tuned .*")
     return seen
 
 
-def ask(url: str, instruction: str) -> str:
-    """Answers drawn at a temperature that leaves the watermark something to choose from."""
-    body = {"instruction": instruction, "temperature": 2, "max_tokens": 200, "n": 8, "seed": 1}
-    request = urllib.request.Request(
-        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=120) as response:
+def ask(url: str, record: dict) -> str:
+    """Four answers, at a temperature that leaves the watermark something to choose from."""
+    body = {"instruction": record["instruction"], "input": record["input"], "n": 4, "seed": 1}
+    body = json.dumps(body | {"temperature": 2, "max_tokens": 64}).encode()
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/v1/completions", body, headers)
+    with urllib.request.urlopen(request, timeout=60) as response:
         return "\n".join(choice["text"] for choice in json.load(response)["choices"])
 
 
-@pytest.mark.parametrize("short", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_the_whole_road(tmp_path, short):
-    seen = take(Tour(tmp_path, short, say=lambda line: None))
-    assert seen["taught"] >= 40
+@pytest.fixture
+def here(command, monkeypatch):
+    """Commands in this process: importing torch a dozen times would take most of the time."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    monkeypatch.setattr(fsdp_train, "keep_freed_memory", lambda: None)
+    threads = torch.get_num_threads()
+
+    def run(words: list[str]) -> str:
+        code, out, err = command(importlib.import_module(Path(words[0]).stem), *words[1:])
+        assert code == 0, f"{words}\n{out}\n{err}"
+        return out
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def test_the_whole_road(tmp_path, here):
+    seen = take(Tour(tmp_path, short=True, say=lambda line: None, runner=here))
+    assert len(seen["taught"]) >= 40 and seen["taught"][0]["instruction"]
     first, last = map(float, re.search(r"held out ([\d.]+) → ([\d.]+)", seen["trained"]).groups())
-    assert last < (0.5 if short else 0.1) * first
-    assert "held-out instructions" in seen["adapted"]
-    assert seen["merged"] == seen["recovered"]
-    marked, unmarked = (
-        float(re.search(r"z\D*(-?[\d.]+)", seen[which])[1]) for which in ("marked", "unmarked")
-    )
-    assert marked > 6 and abs(unmarked) < 4
-    (model,) = json.loads(seen["score"])
-    assert model["model"] == "tiny" and model["n"] == 240 and model["win_rate"] > 55
+    assert last < 0.5 * first
+    first, last = map(float, re.search(r"held out ([\d.]+) → ([\d.]+)", seen["adapted"]).groups())
+    assert last < first
+    assert seen["alpaca"] == seen["recovered"]
+    marks = {name: json.loads(seen[name])["z"] for name in ("demo", "other")}
+    assert marks["demo"] > 5 and abs(marks["other"]) < 4, marks
+    (row,) = re.findall(r"^tuned .*", seen["score"], re.MULTILINE)
+    assert f" {len(EXPECTED) // 5} " in row, row
 
 
 def main() -> None:
@@ -197,6 +215,7 @@ def main() -> None:
     if args.out.exists():
         raise SystemExit(f"{args.out} is there: remove it to take the tour anew")
     args.out.mkdir(parents=True)
+    os.environ.setdefault("OPENAI_API_KEY", "")  # the scripts want no key
     take(Tour(args.out.resolve(), args.short))
 
 

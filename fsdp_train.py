@@ -168,7 +168,8 @@ def settings(args: argparse.Namespace, job: Job) -> dict[str, Any]:
     """What decides the weights that come out."""
     names = ("preset", "epochs", "batch_size", "lr", "warmup", "max_length", "seed", "dtype")
     files = {"base": str(args.model_dir), "data": " ".join(args.data), "ids": job.train.digest()}
-    adapter = {"lora": f"{args.lora}, {args.bits} bits"} if args.lora else {}
+    # None too, or a whole model's run would go on in an adapter's folder
+    adapter = {"lora": f"{args.lora}, {args.bits} bits" if args.lora else None}
     chosen = {name: getattr(args, name) for name in names}
     return {**files, **adapter, **chosen, "steps": job.steps}
 
@@ -395,9 +396,8 @@ def export(model: Llama, job: Job, args: argparse.Namespace, run: RunFolder) -> 
 
 def card(args: argparse.Namespace, job: Job, run: RunFolder) -> str:
     """data/MODEL_CARD.md, filled in for this run."""
-    recipe = settings(args, job)
-    for elsewhere in ("base", "data", "preset"):  # on the card
-        del recipe[elsewhere]
+    elsewhere = ("base", "data", "preset")  # on the card
+    recipe = {k: v for k, v in settings(args, job).items() if k not in elsewhere and v is not None}
     return model_card(
         args.out.name,
         args.model_dir,

@@ -78,17 +78,29 @@ def random_A(weight: Tensor, generator: torch.Generator | None = None) -> Tensor
     return weight.uniform_(-bound, bound, generator=generator)
 
 
-class Frozen(torch.autograd.Function):
+class Dequantized(torch.autograd.Function):
     """x Wᵀ with a rounded W that is not learned: autograd by itself would keep W dequantized."""
 
     @staticmethod
-    def forward(ctx, layer: nn.Module, x: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, layer: nn.Module) -> Tensor:
         ctx.layer = layer
         return F.linear(x, layer.dequantized().to(x.dtype))
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        return None, upstream @ ctx.layer.dequantized().to(upstream.dtype)
+        return upstream @ ctx.layer.dequantized().to(upstream.dtype), None
+
+
+class FrozenLinear(nn.Module):
+    """A rounded layer that gradients pass through."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.out_features, self.in_features = layer.out_features, layer.in_features
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Dequantized.apply(x, self.layer)
 
 
 # ---------------------------------------------------------------- a whole model
@@ -109,9 +121,9 @@ def add_lora(
     """From here on the model learns nothing but new adapters on the named projections."""
     lora = Lora(rank, alpha, dropout, tuple(targets)).check()
     model.requires_grad_(False)
-    for module in model.modules():
+    for path, module in list(model.named_modules()):
         if type(module) in KINDS.values():
-            module.forward = partial(Frozen.apply, module)
+            model.set_submodule(path, FrozenLinear(module))
     attach(model, lora)
 
 
@@ -137,7 +149,7 @@ def first_weights(source: Source, seed: int) -> Callable[[str, torch.Size], Tens
             return random_A(torch.empty(shape), generator)
         if name.endswith("lora_B.weight"):
             return torch.zeros(shape)
-        stem, _, part = name.replace(".base.", ".").rpartition(".")
+        stem, _, part = name.replace(".base", "").replace(".layer.", ".").rpartition(".")
         name = f"{stem}.weight"
         kind = source.recipe.kind(name)
         if kind is None:

@@ -49,10 +49,19 @@ def apply_activation_checkpointing(model: Llama, mode: str) -> None:
         how["context_fn"] = partial(create_selective_checkpoint_contexts, MATMULS)
     for block in model.model.layers:
         if mode != "none":  # replacing `forward`, not wrapping, leaves the parameters' names alone
-            block.forward = partial(checkpoint, block.forward, **how)
+            block.forward = checkpointed(block.forward, how)
+
+
+def checkpointed(forward: Callable, how: dict[str, Any]) -> Callable:
+    """A function of ours, which the compiler looks into: a `partial` of torch's own it leaves be,
+    with all that is called from there."""
+    return lambda *given: checkpoint(forward, *given, **how)
 
 
 def apply_compile(model: Llama) -> None:
+    # Short rows and long, learning and measuring, a first block that no gradient goes beyond: each
+    # is a compilation of its own, and at the limit the compiler would give up without a word.
+    torch._dynamo.config.recompile_limit = 32
     for block in model.model.layers:  # equal blocks share one compilation
         block.compile()
 

@@ -8,6 +8,7 @@ follow shapes of 7B with random weights, over a base of bf16 and one of int4, wi
 of 4096 tokens in documents of 128, half of them supervised, four rows a step.
 """
 
+import gc
 import sys
 import time
 from pathlib import Path
@@ -45,6 +46,8 @@ def on_gpu(bits: int, mode: str) -> dict[str, float]:
     base.config, base.recipe = LlamaConfig.preset("7B"), Recipe(bits)
     base.shapes = parameter_shapes(base.config)
     quiet = type("NoSignal", (), {"number": 0})
+    torch.compiler.reset()  # and with it goes the model before
+    gc.collect()
     torch.cuda.reset_peak_memory_stats()
     with parallel.process_group("cuda", 1) as (mesh, device):
         model = skeleton(base, torch.bfloat16, Lora())

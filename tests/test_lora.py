@@ -3,6 +3,7 @@
 import json
 import signal
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,13 +16,14 @@ from test_train import figures, finish, flags, launch, metrics, write_records
 import fsdp_train
 import generate
 import lora
+import parallel
 import quantize
 from adapter import ATTENTION, TARGETS, Lora, read_settings, save_adapter
-from checkpoint import load_model, save_model, tensors
+from checkpoint import load_model, parameter_shapes, save_model, tensors
 from engine import Engine
-from lora import Thin, add_lora, load_adapter
+from lora import FrozenLinear, Thin, add_lora, load_adapter
 from model import Llama
-from quantize import KINDS, Recipe, Source
+from quantize import Recipe, Source
 from runfolder import RunFolder
 from sampling import Sampling
 from tokenizer import Tokenizer
@@ -221,9 +223,9 @@ def test_no_dequantized_weight_is_kept_for_the_backward_pass(base, number):
         return [tuple(t.shape) for t in large if 1024 not in t.shape]
 
     assert weights() == []
-    for module in model.modules():
-        if type(module) in KINDS.values():
-            del module.forward  # as for decoding
+    for path, module in list(model.named_modules()):
+        if type(module) is FrozenLinear:
+            model.set_submodule(path, module.layer)  # as for decoding
     assert len(weights()) > 6, "this can tell"
 
 
@@ -590,15 +592,15 @@ def differ(out, other) -> bool:
 def test_only_the_adapter_changes(base, here, tmp_path, monkeypatch, number):
     seen = {}
 
-    def watched(model, job, args):
+    def watched(model, *given):
         source = Source(base / "model", Recipe(number))
         for name, own in [*model.named_parameters(), *model.named_buffers()]:
             own = own.full_tensor() if hasattr(own, "full_tensor") else own
-            stem, _, part = name.replace(".base.", ".").rpartition(".")
+            stem, _, part = name.replace(".base", "").replace(".layer.", ".").rpartition(".")
             if "lora_" not in name:
                 assert torch.equal(bits(own), bits(source.parts(f"{stem}.weight")[part])), name
             seen[name] = own.clone()
-        return export(model, job, args)
+        return export(model, *given)
 
     export = fsdp_train.export
     monkeypatch.setattr(fsdp_train, "export", watched)
@@ -734,29 +736,37 @@ def test_in_bf16_the_base_is_bf16_and_the_adapter_learns_in_fp32(base, here, tmp
     assert seen["learned"] == seen["moments"] == {torch.float32}
 
 
-@pytest.mark.parametrize("number", [16, 4])
-def test_compiled_blocks_equal_plain_ones(base, number):
-    """Traced in one piece; what the tracer makes of it is run as it is."""
-    ids, gradients = random_ids(1, 24, vocab_size=1024), []
+@pytest.mark.parametrize(("number", "mode"), [(16, "full"), (4, "none"), (4, "selective")])
+def test_blocks_are_compiled_once_in_one_piece_and_compute_the_same(number, mode):
+    config = small_config(num_hidden_layers=4, intermediate_size=192)
+    shapes = SimpleNamespace(config=config, shapes=parameter_shapes(config), recipe=Recipe(number))
+    ids, gradients = random_ids(1, 24), []
     for compiled in (False, True):
-        model = rounded_and_plain(base, number)[0] if number < 16 else load_model(base / "model")
-        if number == 16:
-            add_lora(model, 4, 8, 0.0)
-            torch.manual_seed(4)
-            random_adapter(model)
+        torch.manual_seed(4)
+        model = lora.skeleton(shapes, torch.float32, Lora(4, 8, 0.0))
+        parallel.apply_activation_checkpointing(model, mode)
+        model.to_empty(device="cpu")
+        with torch.no_grad():
+            for own in [*model.parameters(), *model.buffers()]:
+                own.normal_(0, 0.1) if own.is_floating_point() else own.random_(0, 15)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         for block in model.model.layers:
             if compiled:
                 block.compile(backend="aot_eager", fullgraph=True)
         model(ids, labels=ids).backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    # one for the first block, into whose input no gradient goes, and one for the others
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     for ours, theirs in zip(*gradients, strict=True):
-        assert (ours - theirs).norm() <= 1e-5 * theirs.norm() > 0
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm() > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [16, 4])
 def test_a_compiled_run_equals_a_plain_one(base, here, reference, tmp_path, number):
-    how = {"bits": number, "lora_dropout": 0, "compile": True}
+    torch._dynamo.reset()
+    how = {"bits": number, "lora_dropout": 0, "compile": True, "checkpointing": "full"}
     train(here, lora_flags(base, tmp_path / "run", **how))
     assert_same_run(tmp_path / "run", reference(here, number), near=1e-4)
 

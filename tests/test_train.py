@@ -258,6 +258,21 @@ def test_compiled_blocks_equal_plain_ones(base, reference, here, tmp_path):
     assert_same_run(tmp_path / "run", reference, loss=1e-5, norm=1e-4, weight=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_the_compiler_looks_into_checkpointed_blocks(mode):
+    """It once compiled nothing of them, and said nothing."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = Llama(small_config())
+    parallel.apply_activation_checkpointing(model, mode)
+    for block in model.model.layers:
+        block.compile(backend="eager")
+    ids = torch.arange(24)[None]
+    model(ids, labels=ids).backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "for all blocks"
+    torch._dynamo.reset()
+
+
 def test_weights_stay_fp32_while_blocks_compute_in_bf16(base, here, tmp_path, monkeypatch):
     seen = {}
     step = fsdp_train.train_step

@@ -38,54 +38,41 @@ import re
 import signal
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import console
 import openai_api as api
-from api import Endpoint
 from checkpoint import parameter_shapes
 from dataset import load_records
 from engine import Engine
 from generate import TRAINED, add_model_flags, loaded
-from moderation import RULES, Filter, Rules, Service, Unavailable, explained
+from moderation import Filter, Unavailable, add_filter_flags, chosen_filter, explained
 from serving import Answers, Busy, Decoder
 from watermark import KEY, Watermark
-from web import LOOPBACK, Limits, Problem, Request, Response, Server, as_json, listening, soon
+from web import (
+    LOOPBACK,
+    Allowance,
+    Limits,
+    Problem,
+    Request,
+    Response,
+    Server,
+    as_json,
+    listening,
+    soon,
+)
 
 HERE = Path(__file__).parent
-MOST_CLIENTS = 10_000  # whose rates are remembered
 LONGEST_CHECKED = 20_000  # characters, in the watermark's tab
 MOST_REPORTS = 64 << 20  # bytes
 LENGTH_HELP = "tokens of prompt and answer together (default: what it knows, at most 2048)"
-FILTER_HELP = "(default: service if its key is set, else rules)"
 HOST_HELP = "another name it is reached by, a proxy's say; repeatable"
 TELL = (
     "A language model of {million:,} million parameters, fine-tuned to follow instructions. It "
     "makes mistakes, invents facts, and can be biased or offensive: check what it says."
 )
-
-
-class Allowance:
-    """So many requests a minute for each client, a third of them at once."""
-
-    def __init__(self, per_minute: float):
-        self.per_second, self.burst = per_minute / 60, max(1.0, per_minute / 3)
-        self.clients: OrderedDict[str, tuple[float, float]] = OrderedDict()
-
-    def wait(self, client: str) -> float:
-        """Seconds until it may ask; 0: it may now, and has."""
-        if not self.per_second:
-            return 0.0
-        now = time.monotonic()
-        left, then = self.clients.pop(client, (self.burst, now))
-        left = min(self.burst, left + (now - then) * self.per_second)
-        self.clients[client] = (left - 1 if left >= 1 else left, now)
-        if len(self.clients) > MOST_CLIENTS:
-            self.clients.popitem(last=False)
-        return 0.0 if left >= 1 else (1 - left) / self.per_second
 
 
 class Demo:
@@ -321,14 +308,6 @@ def examples(args: argparse.Namespace) -> list[dict]:
 # ---------------------------------------------------------------- command
 
 
-def chosen_filter(args: argparse.Namespace) -> Filter:
-    endpoint = Endpoint(args.moderation_model, args.moderation_url, key=args.moderation_key)
-    kind = args.filter or ("service" if endpoint.secret() else "rules")
-    if kind == "off":
-        return Filter()
-    return Service(endpoint) if kind == "service" else Rules(args.rules)
-
-
 def deal_all(watermark: Watermark, ended: threading.Event) -> None:
     """Every green list once: later they cost next to nothing."""
     for token in range(watermark.vocab_size):
@@ -354,8 +333,8 @@ async def running(args, bound, engine: Engine, filter: Filter, marks: Watermark)
         try:
             yield server, demo
         finally:
-            await server.drain(args.drain)
             ended.set()
+            await server.drain(args.drain)
             await decoder.close()
 
 
@@ -387,15 +366,7 @@ def parse_args() -> argparse.Namespace:
     add("--max-new-tokens", type=count, default=512, help="of an answer at most (default: 512)")
     add("--no-watermark", action="store_true", help="answer without a watermark")
     add("--watermark-key", type=int, default=KEY, help=f"what only you know (default: {KEY})")
-    add = parser.add_argument_group("filter").add_argument
-    add("--filter", choices=("service", "rules", "off"), help=FILTER_HELP)
-    add("--rules", type=Path, default=RULES, help="the list (default: data/filter_rules.txt)")
-    url = "https://api.openai.com/v1"
-    add("--moderation-url", default=url, metavar="URL", help="service, up to /v1 (default: OpenAI)")
-    model = "omni-moderation-latest"
-    add("--moderation-model", default=model, metavar="NAME", help=f"of the service ({model})")
-    key = "OPENAI_API_KEY"
-    add("--moderation-key", default=key, metavar="NAME", help=f"variable with its key ({key})")
+    add_filter_flags(parser)
     add = parser.add_argument_group("who may ask, and how much").add_argument
     add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
     add("--port", type=int, default=7860, help="0: any that is free (default: 7860)")
@@ -417,16 +388,21 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def made(args: argparse.Namespace) -> tuple[Engine, Watermark]:
+    """The engine, and the watermark to look for, which it bears unless told otherwise."""
+    model, tokenizer = loaded(args)
+    marks = Watermark(model.config.vocab_size, key=args.watermark_key)
+    length = args.max_length or min(2048, model.config.max_position_embeddings)
+    used = None if args.no_watermark else marks
+    return Engine(model, tokenizer, args.rows, length, args.compile, used), marks
+
+
 def main() -> None:
     args = parse_args()
-    filter, bound = chosen_filter(args), listening(args.host, args.port)
-    with bound:
-        model, tokenizer = loaded(args)
-        watermark = Watermark(model.config.vocab_size, key=args.watermark_key)
-        length = args.max_length or min(2048, model.config.max_position_embeddings)
-        mark = None if args.no_watermark else watermark
-        engine = Engine(model, tokenizer, args.rows, length, args.compile, mark)
-        asyncio.run(serve(args, bound, engine, filter, watermark))
+    filter = chosen_filter(args)
+    with listening(args.host, args.port) as bound:
+        engine, marks = made(args)
+        asyncio.run(serve(args, bound, engine, filter, marks))
 
 
 if __name__ == "__main__":

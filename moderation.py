@@ -14,6 +14,7 @@ Worth knowing:
     service are long enough to be judged.
 """
 
+import argparse
 import asyncio
 import json
 import re
@@ -154,3 +155,27 @@ def flagged(said: str) -> str:
 def names_of(categories: dict[str, Any]) -> str:
     found = [str(name)[:40] for name, so in categories.items() if so is True]
     return plain(listed(sorted(found), 3)) or "flagged"
+
+
+# ---------------------------------------------------------------- command line
+
+
+def add_filter_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("filter").add_argument
+    told = "(default: service if its key is set, else rules)"
+    add("--filter", choices=("service", "rules", "off"), help=told)
+    add("--rules", type=Path, default=RULES, help="the list (default: data/filter_rules.txt)")
+    url = "https://api.openai.com/v1"
+    add("--moderation-url", default=url, metavar="URL", help="service, up to /v1 (default: OpenAI)")
+    model = "omni-moderation-latest"
+    add("--moderation-model", default=model, metavar="NAME", help=f"of the service ({model})")
+    key = "OPENAI_API_KEY"
+    add("--moderation-key", default=key, metavar="NAME", help=f"variable with its key ({key})")
+
+
+def chosen_filter(args: argparse.Namespace) -> Filter:
+    endpoint = Endpoint(args.moderation_model, args.moderation_url, key=args.moderation_key)
+    kind = args.filter or ("service" if endpoint.secret() else "rules")
+    if kind == "off":
+        return Filter()
+    return Service(endpoint) if kind == "service" else Rules(args.rules)

@@ -23,8 +23,9 @@ import json
 import re
 import socket
 import sys
+import time
 import traceback
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from http import HTTPStatus
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+MOST_CLIENTS = 10_000  # whose rates are remembered
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") (/[!-~]*) HTTP/1\.([01])")
@@ -160,6 +162,26 @@ class Reader(asyncio.StreamReader):
         super().set_exception(problem)
         if self.leave:
             self.leave()
+
+
+class Allowance:
+    """So many requests a minute for each client, a third of them at once."""
+
+    def __init__(self, per_minute: float):
+        self.per_second, self.burst = per_minute / 60, max(1.0, per_minute / 3)
+        self.clients: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def wait(self, client: str) -> float:
+        """Seconds until it may ask; 0: it may now, and has."""
+        if not self.per_second:
+            return 0.0
+        now = time.monotonic()
+        left, then = self.clients.pop(client, (self.burst, now))
+        left = min(self.burst, left + (now - then) * self.per_second)
+        self.clients[client] = (left - 1 if left >= 1 else left, now)
+        if len(self.clients) > MOST_CLIENTS:
+            self.clients.popitem(last=False)
+        return 0.0 if left >= 1 else (1 - left) / self.per_second
 
 
 # ---------------------------------------------------------------- server

@@ -24,9 +24,10 @@ from demo_server import TINY, Scripted, arguments, running, tiny_engine
 
 import demo
 import selfinstruct
+import web
 from console import read_jsonl
 from dataset import chat_prompt, prompt
-from moderation import Filter, Rules, Unavailable
+from moderation import Filter, Rules, Unavailable, chosen_filter
 from sampling import Sampling
 
 FRUIT = "Name a fruit."
@@ -107,6 +108,8 @@ def test_openai_logprobs(client):
     content = told.choices[0].logprobs.content
     assert len(content) == 6 and all(len(token.top_logprobs) == 3 for token in content)
     assert all(token.logprob <= token.top_logprobs[0].logprob <= 0 for token in content)
+    spelled = [token for token in content if not token.token.startswith("<0x")]
+    assert spelled and all(bytes(t.bytes).decode() == t.token for t in spelled)
     plain = client.completions.create(**how, prompt="a", logprobs=2).choices[0].logprobs
     assert len(plain.tokens) == len(plain.token_logprobs) == 6
 
@@ -238,6 +241,14 @@ def test_every_answer_bears_the_watermark_unless_told_otherwise(tiny):
     assert found[1]["z"] < 3.5 and not found[1]["verdict"].startswith("watermarked")
 
 
+def test_the_watermark_of_the_command_line():
+    here = ("--model-dir", TINY, "--rows", 1, "--watermark-key", 12345)
+    engine, marks = demo.made(arguments(*here))
+    assert engine.watermark is marks and (marks.key, marks.vocab_size) == (12345, 1024)
+    engine, marks = demo.made(arguments(*here, "--no-watermark"))
+    assert engine.watermark is None and marks.key == 12345
+
+
 def test_tokens_are_coloured_as_they_are_scored(tiny):
     text = "The list of 中文 words, and the list 🎉"
     told = json.loads(tiny.post("/api/detect", {"text": text}).read())
@@ -360,7 +371,7 @@ def test_a_service_that_is_down_slow_or_odd_lets_nothing_pass(kind, monkeypatch)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-some-length")
     with moderator(**DOWN[kind]) as judge:
         args = arguments("--filter", "service", "--moderation-url", judge.url)
-        service = demo.chosen_filter(args)
+        service = chosen_filter(args)
         service.timeout = 0.8
         with running(Scripted(lambda prompt: SECRET), filter=service) as server:
             start = time.monotonic()
@@ -374,7 +385,7 @@ def test_a_service_that_is_down_slow_or_odd_lets_nothing_pass(kind, monkeypatch)
 def test_the_service_is_asked_about_prompt_and_answer(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-some-length")
     with moderator(said=GOOD) as judge:
-        service = demo.chosen_filter(arguments("--moderation-url", judge.url))
+        service = chosen_filter(arguments("--moderation-url", judge.url))
         with running(Scripted(lambda prompt: SECRET, pace=0.003), filter=service) as server:
             how = {"instruction": "hello", "input": "there", "stream": True}
             said = server.post("/v1/completions", how).read().decode()
@@ -386,11 +397,11 @@ def test_the_service_is_asked_about_prompt_and_answer(monkeypatch):
 
 def test_which_filter_is_used(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    assert demo.chosen_filter(arguments()).name == "rules"
-    assert demo.chosen_filter(arguments("--filter", "off")).name == "off"
+    assert chosen_filter(arguments()).name == "rules"
+    assert chosen_filter(arguments("--filter", "off")).name == "off"
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-some-length")
-    assert demo.chosen_filter(arguments()).name == "https://api.openai.com/v1"
-    assert demo.chosen_filter(arguments("--filter", "rules")).name == "rules"
+    assert chosen_filter(arguments()).name == "https://api.openai.com/v1"
+    assert chosen_filter(arguments("--filter", "rules")).name == "rules"
 
 
 # ---------------------------------------------------------------- load
@@ -433,14 +444,14 @@ def test_each_client_has_its_own_rate():
 
 def test_a_rate_comes_back_and_remembers_no_more_than_it_should(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(demo.time, "monotonic", lambda: now[0])
-    allowance = demo.Allowance(60)
+    monkeypatch.setattr(web.time, "monotonic", lambda: now[0])
+    allowance = web.Allowance(60)
     assert [allowance.wait("a") for _ in range(21)] == [0.0] * 20 + [1.0]
     now[0] = 1.0
     assert allowance.wait("a") == 0.0 and allowance.wait("a") == 1.0
-    for number in range(demo.MOST_CLIENTS + 5):
+    for number in range(web.MOST_CLIENTS + 5):
         allowance.wait(str(number))
-    assert len(allowance.clients) == demo.MOST_CLIENTS
+    assert len(allowance.clients) == web.MOST_CLIENTS
 
 
 def resident() -> int:

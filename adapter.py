@@ -6,6 +6,8 @@
 Most of the switches ask for another method than plain LoRA, though tensors may have the same names
 and shapes. So a field that is not known here must be empty, or the adapter is refused by name; and
 so is one that lacks a tensor, has one too many, or was made for a model of another shape.
+
+Shown by tests/test_lora.py: test_we_load_pefts.
 """
 
 import math

@@ -13,6 +13,8 @@ is one text, its input behind it. That text is what tells instructions apart.
   - The longest prompts come first, those alike in length together: their rows are full at the same
     time, and what memory does not suffice for shows at once.
   - What got no answer is not in the file, and said. An empty answer is an answer.
+
+Shown by tests/test_evaluate.py: test_killed_at_several_points_it_ends_in_the_same_file.
 """
 
 import argparse

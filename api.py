@@ -12,6 +12,8 @@ Worth knowing:
   - The key comes from an environment variable and goes into one header: `without` takes it out of
     whatever the server says, before that is shown or stored.
   - `Purse` sets aside the most that a request can cost before it is sent: a budget is kept.
+
+Shown by tests/test_selfinstruct.py: test_every_mix_of_faults_ends_complete_and_in_bounds.
 """
 
 import asyncio

@@ -6,6 +6,8 @@
 A batch that was paid for is never lost nor bought twice. Before it is made, `log` (a JSONL file)
 gets a line with its name, which the server keeps too: after a kill its list is searched for that
 name. The batch counts as read only when the caller, having stored the replies, asks for more.
+
+Shown by tests/test_selfinstruct.py: test_a_batch_outlives_the_run_that_sent_it.
 """
 
 import asyncio

@@ -7,6 +7,8 @@ of one sign that lie close together have bit patterns that do: what fine-tuning 
 small integer, so differences compress where weights would not.
 
 A tensor goes through in pieces of some megabytes: memory does not grow with it.
+
+Shown by tests/test_weightdiff.py: test_every_bit_comes_back.
 """
 
 import hashlib

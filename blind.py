@@ -18,6 +18,8 @@ pair; they counted 90 wins against 89.
 
 Several raters may have rated the same instruction. They are not several observations of which model
 is better: statistics are over instructions, each the mean of its raters.
+
+Shown by tests/test_blind.py: test_a_session_stopped_killed_and_finished.
 """
 
 import json

@@ -13,6 +13,8 @@ are stored, a row of the cache for every sequence, and each step adds one positi
 
 Shapes: B rows, T new tokens, L stored ones, H query heads, K key/value heads, G = H / K, D head
 width. Grouped queries, which make caches small: arXiv:2305.13245.
+
+Shown by tests/test_model.py: test_cached_decoding_equals_the_full_forward_at_every_position.
 """
 
 import torch

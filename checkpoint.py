@@ -12,6 +12,8 @@ folders in safetensors that transformers opens as they are.
   - All that is wrong with a checkpoint stands in one error: missing, unexpected, misshapen tensors.
   - A config that asks for what model.py does not compute is refused by name (config_json.py).
   - A folder appears under its name when every byte of it is on disk, and not before.
+
+Shown by tests/test_checkpoint.py: test_transformers_opens_what_we_write.
 """
 
 import argparse

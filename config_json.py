@@ -7,6 +7,8 @@ model.py computes the right thing, and anything else is refused by name.
 
 Two spellings exist. transformers 4 writes `rope_theta` and `rope_scaling` at the top, transformers
 5 puts both into `rope_parameters`; folders edited by hand have all three.
+
+Shown by tests/test_checkpoint.py: test_configs_we_do_not_compute_are_refused_by_name.
 """
 
 from typing import Any

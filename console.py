@@ -9,6 +9,8 @@
 
 `ValueError` is for what a user can cause, `assert` for what only a bug can: a bug keeps its
 traceback. ALPACA_TRACEBACK=1 shows one for a user's mistake too.
+
+Shown by tests/test_console.py: test_a_users_mistake_is_one_line_and_exit_2.
 """
 
 import argparse
@@ -73,6 +75,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None = None, **how):
         how.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        if description:  # which test shows it is for readers of the code
+            description = description.partition("\n\nShown by ")[0]
         super().__init__(description=description, **how)
 
     def error(self, message: str):

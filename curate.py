@@ -18,6 +18,8 @@ verbs with their objects, and dollars. `lint` flags known defects of such data. 
     no script and needs nothing from elsewhere.
 
 The picture is Self-Instruct's, arXiv:2212.10560.
+
+Shown by tests/test_curate.py: test_a_folder_is_counted_exactly.
 """
 
 import argparse

@@ -17,6 +17,8 @@ in a JSON list or a JSONL file. Worth knowing:
     are packed, whole, into rows of about equal length: no token is spent on padding.
 
 Self-Instruct arXiv:2212.10560; Alpaca: crfm.stanford.edu/2023/03/13/alpaca.html.
+
+Shown by tests/test_dataset.py: test_packing_changes_no_loss.
 """
 
 import hashlib

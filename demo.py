@@ -27,6 +27,8 @@ its own teacher.
         --base-url http://127.0.0.1:7860/v1
 
 SIGTERM and Ctrl-C let answers under way end; a second one does not wait.
+
+Shown by tests/test_demo.py: test_nothing_is_shown_that_the_filter_did_not_pass.
 """
 
 import argparse

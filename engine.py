@@ -18,6 +18,8 @@ together cost little more than one ("continuous batching", Orca, OSDI 2022).
   - An engine belongs to one thread.
   - On a GPU a step is a CUDA graph, one for every power of two of rows, recorded while the cache
     is still empty: launching its hundreds of small kernels singly would take longer than they do.
+
+Shown by tests/test_engine.py: test_whoever_joins_and_leaves_at_random.
 """
 
 import random

@@ -20,6 +20,8 @@ model_outputs.json, each comparison's annotations.json; published ones are read 
 Alpaca's own evaluation was the blind one, on self-instruct's 252 user-oriented instructions
 (arXiv:2212.10560): 90 wins to 89. Sets: answers.py. Judging by people: blind.py, by a model:
 judge.py. Win rates, and what the length of answers does to them: winrate.py.
+
+Shown by tests/test_evaluate.py: test_swapping_the_models_mirrors_every_number.
 """
 
 import argparse

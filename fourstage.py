@@ -9,6 +9,9 @@
 A record holds an instruction with all its instances, as the seeds do; the examples in the prompts
 are seeds. What a request brought is used in prompts only LAG requests later: by then it is known
 whatever the order in which answers came, and so the same seed asks the same questions.
+
+Shown by tests/test_selfinstruct.py:
+test_the_four_stages_ask_the_same_whatever_the_order_of_answers.
 """
 
 import asyncio

@@ -21,6 +21,8 @@ command again and it goes on where it stopped. Worth knowing:
     a slow disk needs more, `--shutdown-timeout 300`; a dead GPU rank is noticed that much later.
 
 ZeRO: arXiv:1910.02054; FSDP: 2304.11277; activation checkpointing: 1604.06174; AdamW: 1711.05101.
+
+Shown by tests/test_train.py: test_the_run_equals_a_plain_loop_over_hugging_faces_model.
 """
 
 import argparse

@@ -10,6 +10,8 @@ Instruction and input go into Alpaca's prompt, character for character the one o
 data; the answer streams and ends where the model says it does. `--chat` keeps a conversation, in
 the one form that training, chat and API share (dataset.py). How tokens are chosen: sampling.py; how
 many answers are made at once: engine.py; weights of 8 or 4 bits: quantize.py; adapters: lora.py.
+
+Shown by tests/test_generate.py: test_an_answer_is_the_templates_continuation.
 """
 
 import argparse

@@ -18,6 +18,8 @@
     may hold instructions to the judge.
 
 Judging by a model, and what biases it: arXiv:2306.05685. Weighting: arXiv:2404.04475.
+
+Shown by tests/test_judge.py: test_the_parser_never_guesses.
 """
 
 import argparse

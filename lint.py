@@ -6,6 +6,8 @@
 They would rather miss a defect than flag a good record. What was found wrong in Alpaca's own 52,000
 (links, tasks about pictures, instructions inside outputs, refusals, cut answers) is where they
 come from. `curate.py lint` is the command.
+
+Shown by tests/test_curate.py: test_a_defect_is_flagged.
 """
 
 import re

@@ -9,6 +9,8 @@ tokens make 1 GiB of them in fp32, their gradient another. Two facts do away wit
 
 Value and gradients equal the naive ones (tests/test_loss.py); the gradient's own gradient is not to
 be had. Taking gradients early is Liger Kernel's idea, arXiv:2410.10989.
+
+Shown by tests/test_loss.py: test_value_and_gradients_equal_the_naive_ones.
 """
 
 import torch

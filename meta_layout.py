@@ -13,6 +13,8 @@ model was split over (7B one, 13B two, 30B four, 65B eight). Three things differ
 `params.json` leaves out what the tensors tell (vocabulary, ffn width) and what nothing tells: the
 number of positions trained on. `positions` says how that is inferred. LLaMA 1, Llama 2 and
 CodeLlama are read; Llama 3, whose tokenizer is no SentencePiece model, is not.
+
+Shown by tests/test_checkpoint.py: test_metas_folder_is_the_same_model.
 """
 
 import re

@@ -15,6 +15,8 @@ makes of each token by itself. Definitions run leaf to root; to read from the to
 Shapes: B batch, T tokens, C width, H query heads, K key/value heads, D head width, V vocabulary,
 N supervised tokens, L stored ones. Papers: LLaMA arXiv:2302.13971, RMSNorm 1910.07467, RoPE
 2104.09864, SwiGLU 2002.05202.
+
+Shown by tests/test_model.py: test_logits_and_gradients_equal_hugging_face.
 """
 
 from dataclasses import dataclass

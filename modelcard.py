@@ -6,6 +6,8 @@ came of it, and what it should not be used for. The trainer writes it as README.
 Hugging Face looks for it.
 
 Model cards: arXiv:1810.03993; datasheets: 1803.09010.
+
+Shown by tests/test_modelcard.py: test_the_trainer_writes_it_beside_the_weights.
 """
 
 import hashlib

@@ -12,6 +12,8 @@ Worth knowing:
   - `passed` cuts a growing text where it may be shown, so that an answer can stream: a piece, with
     what came before it, is checked first and appears then. Pieces end between words, and for a
     service are long enough to be judged.
+
+Shown by tests/test_moderation.py: test_every_character_that_is_shown_was_checked.
 """
 
 import argparse

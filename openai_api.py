@@ -12,6 +12,8 @@
   - `max_tokens` beyond what the server gives is cut to it; finish_reason "length" tells.
 
 platform.openai.com/docs/api-reference
+
+Shown by tests/test_demo.py: test_openai_chat.
 """
 
 import json

@@ -9,6 +9,8 @@ memory; then these are applied, in this order, and only then does it get its wei
     fill                              every rank reads its own rows, so none holds the whole model
 
 ZeRO: arXiv:1910.02054; FSDP: 2304.11277; activation checkpointing: 1604.06174.
+
+Shown by tests/test_train.py: test_two_ranks_equal_one.
 """
 
 import ctypes

@@ -21,6 +21,8 @@ tests/test_plan.py; compiled blocks keep fewer, and an allocator adds some of it
 simpler: six operations a weight and token, recomputation not counted.
 
 Kaplan et al. arXiv:2001.08361; Korthikanti et al., on activations, 2205.05198.
+
+Shown by tests/test_plan.py: test_a_real_step_takes_the_memory_planned.
 """
 
 import os

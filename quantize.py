@@ -17,6 +17,8 @@ checkpoint is read, so that a 7B model in int4 loads where 8 GB are. The folder 
 keeps the integers; how a CPU or GPU wants them arranged is its own affair and made on loading.
 
 More on rounding large models: arXiv:2208.07339 (int8), arXiv:2212.09720 (why 4 bits).
+
+Shown by tests/test_quantize.py: test_the_kernels_compute_what_the_integers_say.
 """
 
 import argparse

@@ -5,6 +5,8 @@
     loss.svg         the picture of it
 
 A lock on the folder keeps a second process out; it dies with the process that holds it.
+
+Shown by tests/test_train.py: test_a_run_is_not_mixed_with_another.
 """
 
 import json

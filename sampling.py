@@ -11,6 +11,8 @@ The logits l of the next token, one for each piece of the vocabulary V, become a
      what is kept passes u times its total.
 
 Rows are independent: what is drawn for one does not depend on which others are decoded with it.
+
+Shown by tests/test_sampling.py: test_draws_follow_the_definition.
 """
 
 from dataclasses import dataclass

@@ -20,6 +20,9 @@ nothing that has a ROUGE-L above 0.7 with a seed or with what was kept before. W
   - Several --teacher share the work by weight; a record tells its teacher, prompt seeds and time.
 
 Self-Instruct arXiv:2212.10560; Alpaca: crfm.stanford.edu/2023/03/13/alpaca.html.
+
+Shown by tests/test_selfinstruct.py:
+test_the_same_answers_make_the_same_records_however_they_arrive.
 """
 
 import argparse

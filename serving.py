@@ -15,6 +15,8 @@ an inbox that the thread empties between two tokens, so a request joins, or leav
   - Beyond `most` answers a request is refused at once: a queue that nobody will wait out only
     makes everybody late.
   - If a step fails, those in it have failed, and decoding goes on with the others.
+
+Shown by tests/test_serving.py: test_answers_are_those_of_one_at_a_time_whatever_joins_or_leaves.
 """
 
 import asyncio

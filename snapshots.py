@@ -11,6 +11,8 @@
   costs at most the newest state.
 - Only tensors are in it. What else a run must know is JSON. (Reading still goes through the
   checkpoint library's own pickled index: resume from your own folders only.)
+
+Shown by tests/test_train.py: test_a_killed_run_goes_on_to_the_same_bits.
 """
 
 import json

@@ -8,6 +8,8 @@ A completion goes on where the prompt stopped, in the middle of task 4. Chat mod
 each in its own way: markdown, other numbers, no numbers, no ###, code fences. `parse` goes by the
 labels (Instruction, Input, Output) at the start of a line. Where labels carry numbers, a label
 without one, or with an earlier task's, does not begin a task: it is part of one.
+
+Shown by tests/test_tasks.py: test_two_tasks_however_they_are_sent.
 """
 
 import json

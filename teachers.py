@@ -9,6 +9,8 @@
 An entry of responses.jsonl is an answer as it came, with what it cost and where it is from. A run
 that was killed asks again only for what is not there. Which teacher gets a question hangs on
 --seed and the question's number alone.
+
+Shown by tests/test_selfinstruct.py: test_killed_three_times_it_ends_as_if_it_had_never_been.
 """
 
 import argparse

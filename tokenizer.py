@@ -11,6 +11,8 @@
     what it returns, joined, is what `decode` makes of all the ids at once.
 
 SentencePiece: arXiv:1808.06226; byte-pair encoding: arXiv:1508.07909.
+
+Shown by tests/test_tokenizer.py: test_ids_equal_hugging_faces_where_it_agrees_with_sentencepiece.
 """
 
 import argparse

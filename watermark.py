@@ -27,6 +27,8 @@ is 1 if all are equally likely and, for the same gamma and delta, 0.35 if only o
     avoid it, or forge it.
 
 Kirchenbauer et al., "A Watermark for Large Language Models": arXiv:2301.10226.
+
+Shown by tests/test_watermark.py: test_transformers_marks_the_same_and_detects_the_same.
 """
 
 import argparse

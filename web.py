@@ -16,6 +16,8 @@ One thread and asyncio's streams: a client that waits costs a few kilobytes, not
     its own name point here (DNS rebinding); and no page of another origin may send anything.
   - `Problem` becomes an error in OpenAI's form. Any other exception is a line on the server's
     stderr and a plain 500: no stack trace is sent.
+
+Shown by tests/test_web.py: test_what_is_malformed_is_refused_and_named.
 """
 
 import asyncio

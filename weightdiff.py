@@ -22,6 +22,8 @@ the weights may not. Worth knowing:
     has its head tied to the embedding, that is the base's head. All of it is said.
   - A diff without a manifest is taken for one like Alpaca's (float differences, rows that were
     added compared with the mean row); `make --format alpaca` writes such a one.
+
+Shown by tests/test_weightdiff.py: test_every_bit_comes_back.
 """
 
 import argparse

@@ -39,6 +39,8 @@ So a model's rate here depends a little on its company. Where answers were cut t
 1.8 times their length on purpose (the judge in tests/test_winrate.py, means of 30 draws), the raw
 rate goes from 24 to 57, the controlled one from 33 to 40. If all answers of a model are longer by
 the same amount, nobody can tell length from merit, and the two rates agree.
+
+Shown by tests/test_winrate.py: test_a_judge_of_length_alone_is_seen_through.
 """
 
 import math

@@ -1,5 +1,6 @@
 """The README says what is there."""
 
+import ast
 import re
 
 from conftest import ROOT, our_modules
@@ -36,3 +37,11 @@ def test_nothing_is_left_to_be_filled_in():
 def test_it_is_short_and_starts_with_a_command():
     lines = README.splitlines()
     assert len(lines) <= 200 and "make test" in "\n".join(lines[:30])
+
+
+def test_every_module_names_the_test_that_shows_it():
+    for file in our_modules():
+        said = ast.get_docstring(ast.parse(file.read_text()))
+        found = re.search(r"Shown by tests/(test_\w+\.py):\s(test_\w+)\.", said)
+        assert found, f"{file.name} does not say which test shows what it teaches"
+        assert f"def {found[2]}(" in (ROOT / "tests" / found[1]).read_text(), found[0]

@@ -449,9 +449,7 @@ def convert(
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = console.Parser(__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser(
         "convert", help="write any readable checkpoint as a Hugging Face folder"

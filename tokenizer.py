@@ -183,9 +183,7 @@ def train(files: list[Path], vocab_size: int, out: Path) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = console.Parser(__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("train", help="make a tokenizer.model from text files")
     verb.add_argument("files", type=Path, nargs="+", help="UTF-8 text, a sentence or so a line")

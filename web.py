@@ -236,7 +236,7 @@ class Server:
             while await self.exchange(reader, writer, address):
                 pass
             await self.close(reader, writer)
-        except (ConnectionError, TimeoutError, asyncio.CancelledError):
+        except (OSError, asyncio.CancelledError):  # it left, or was too slow
             pass
         finally:
             writer.transport.abort()  # nothing happens if it is closed already
@@ -268,7 +268,7 @@ class Server:
             response = await self.app(request)
         except Problem as problem:
             response = refusal(problem)
-        except (ConnectionError, TimeoutError):
+        except ConnectionError:
             raise
         except Exception:
             traceback.print_exc(file=sys.stderr)

@@ -111,7 +111,10 @@ def read_adapter(folder: str | Path, config: LlamaConfig) -> tuple[Lora, dict[st
     files = [folder / name for name in FILES if (folder / name).exists()]
     if not files:
         raise ValueError(f"{folder}: neither {' nor '.join(FILES)} is there")
-    found = {name.removeprefix(PREFIX): tensor for name, tensor in open_file(files[0])}
+    found: dict[str, Tensor] = {}
+    for name, tensor in open_file(files[0]):
+        if found.setdefault(name.removeprefix(PREFIX), tensor) is not tensor:
+            raise ValueError(f"{files[0]}: {name} is there twice, with {PREFIX} and without")
     wanted = {}
     for stem, (N, K) in adapted(config, lora):
         wanted[f"{stem}.lora_A.weight"] = [lora.rank, K]
@@ -122,6 +125,8 @@ def read_adapter(folder: str | Path, config: LlamaConfig) -> tuple[Lora, dict[st
         if list(found[name].shape) != wanted[name]:
             shapes = f"{list(found[name].shape)} where this model needs {wanted[name]}"
             problems.append(f"{name} is {shapes}")
+        elif not found[name].is_floating_point() or found[name].itemsize < 2:
+            problems.append(f"{name} is {found[name].dtype}, of which no adapter is made")
         elif not found[name].isfinite().all():
             problems.append(f"{name} holds numbers that are not finite")
     if problems:
@@ -134,7 +139,6 @@ def save_adapter(
     lora: Lora,
     folder: str | Path,
     base: str | Path | None = None,
-    card: str = "",  # its README.md
 ) -> None:
     """Write a folder that PEFT reads, from what a model learns or from (name, tensor) pairs."""
     if isinstance(source, nn.Module):
@@ -156,5 +160,3 @@ def save_adapter(
     with console.atomic_folder(folder) as partial:
         save_file(weights, partial / FILES[0], {"format": "pt"})
         write_json(partial / "adapter_config.json", fields)
-        if card:
-            (partial / "README.md").write_text(card, encoding="utf-8")

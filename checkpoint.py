@@ -268,13 +268,11 @@ def save_model(
     dtype: torch.dtype | None = None,
     tokenizer: str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
-    card: str = "",
 ) -> None:
     """Write a Hugging Face folder from a model, or from (name, tensor) pairs in any order.
 
     One tensor is in memory at a time: the config tells beforehand where each will stand. `dtype`
-    None keeps the first tensor's; `tokenizer` is the folder, or the file, to copy beside,
-    `card` the text of a README.md."""
+    None keeps the first tensor's; `tokenizer` is the folder, or the file, to copy beside."""
     pairs = iter(source.named_parameters() if isinstance(source, Llama) else source)
     first = next(pairs, ("", torch.empty(0)))
     dtype = dtype or first[1].dtype
@@ -287,8 +285,6 @@ def save_model(
         write_json(partial / "config.json", config_to_json(config, dtype))
         ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
         write_json(partial / "generation_config.json", ends)
-        if card:
-            (partial / "README.md").write_text(card, encoding="utf-8")
         for name, tensor in chain([first], pairs):
             shards.write(name, tensor)
         if shards.pending:

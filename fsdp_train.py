@@ -6,7 +6,7 @@
     torchrun fsdp_train.py --lora --bits 4 --model-dir llama-7b --data alpaca_data.json
     python fsdp_train.py --model-dir llama-7b --data alpaca_data.json --plan --gpus 8
 
-The second line is Alpaca's run, the fourth alpaca-lora's, for a card of 12 GB (lora.py). Run a
+The second line is Alpaca's run, the fourth learns an adapter on a card of 12 GB (lora.py). Run a
 command again and it goes on where it stopped. Worth knowing:
 
   - Weights, gradients and Adam's moments are fp32 and divided among the ranks; a block's weights
@@ -26,6 +26,7 @@ Shown by tests/test_train.py: test_the_run_equals_a_plain_loop_over_hugging_face
 """
 
 import argparse
+import gc
 import math
 import os
 import resource
@@ -73,7 +74,6 @@ from parallel import (
     random_weight,
     together,
 )
-from quantize import Recipe, Source
 from runfolder import RunFolder
 from snapshots import Snapshots
 from tokenizer import Tokenizer
@@ -134,7 +134,10 @@ def prepare(args: argparse.Namespace) -> Job:
     if args.preset:
         config = LlamaConfig.preset(args.preset)
     elif args.lora:
-        config = Source(args.model_dir, Recipe(args.bits)).config
+        source = lora.frozen(args.model_dir, args.bits)
+        config, args.bits = source.config, source.recipe.bits
+        if args.offload and args.bits < 16:
+            raise ValueError("--offload cannot move rounded weights: train without it")
     else:
         config = read_config(args.model_dir)
         check_tensors(stored_tensors(args.model_dir), config, args.model_dir)
@@ -171,7 +174,7 @@ def settings(args: argparse.Namespace, job: Job) -> dict[str, Any]:
     names = ("preset", "epochs", "batch_size", "lr", "warmup", "max_length", "seed", "dtype")
     files = {"base": str(args.model_dir), "data": " ".join(args.data), "ids": job.train.digest()}
     # None too, or a whole model's run would go on in an adapter's folder
-    adapter = {"lora": f"{args.lora}, {args.bits} bits" if args.lora else None}
+    adapter = {"lora": f"{args.lora}, base of {args.bits} bits" if args.lora else None}
     chosen = {name: getattr(args, name) for name in names}
     return {**files, **adapter, **chosen, "steps": job.steps}
 
@@ -190,7 +193,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 def build(args: argparse.Namespace, config: LlamaConfig, mesh: DeviceMesh) -> Llama:
     """The model, sharded and filled, without any rank ever holding it whole."""
     device, dtype = torch.device(mesh.device_type), DTYPES[args.dtype]
-    source = Source(args.model_dir, Recipe(args.bits)) if args.lora else None
+    source = lora.frozen(args.model_dir, args.bits) if args.lora else None
     with torch.device("meta"):
         model = lora.skeleton(source, dtype, args.lora) if args.lora else Llama(config)
     apply_activation_checkpointing(model, args.checkpointing)
@@ -252,8 +255,10 @@ def train_step(
 def held_out_loss(model: Llama, examples: Examples, args: argparse.Namespace, device) -> float:
     """Mean loss over examples that are not learned from."""
     total = torch.zeros(1, dtype=torch.float64, device=device)
+    model.eval()  # an adapter drops nothing
     for row in my_rows(examples, np.arange(len(examples)), args, device):
         total += model(**row)
+    model.train()
     dist.all_reduce(total)
     model.reshard()  # the root group would stay gathered until a backward pass
     return total.item() / int(examples.supervised.sum())
@@ -350,7 +355,7 @@ def train(
         loss = held_out_loss(model, job.held_out, args, device)
         run.add({"step": job.steps, "held_out_loss": loss})
     run.end()
-    export(model, job, args, run)
+    export(model, job, args)
     snapshots.finish()
     snapshots.remove()
     stop.forget()
@@ -382,7 +387,7 @@ def speed(
     return figures
 
 
-def export(model: Llama, job: Job, args: argparse.Namespace, run: RunFolder) -> None:
+def export(model: Llama, job: Job, args: argparse.Namespace) -> None:
     """What was learned, a tensor at a time: all ranks gather it, the first writes it."""
     dtype = torch.float32 if args.lora else DTYPES[args.save_dtype]
     whole = ((n, p.detach().full_tensor().to(dtype)) for n, p in trainable(model).items())
@@ -390,27 +395,34 @@ def export(model: Llama, job: Job, args: argparse.Namespace, run: RunFolder) -> 
         for _ in whole:
             pass
     elif args.lora:
-        save_adapter(whole, args.lora, outcome(args), args.model_dir, card(args, job, run))
+        save_adapter(whole, args.lora, outcome(args), args.model_dir)
     else:
-        tokenizer = args.tokenizer or args.model_dir
-        save_model(whole, job.config, outcome(args), dtype, tokenizer, card=card(args, job, run))
+        save_model(whole, job.config, outcome(args), dtype, args.tokenizer or args.model_dir)
 
 
-def card(args: argparse.Namespace, job: Job, run: RunFolder) -> str:
-    """data/MODEL_CARD.md, filled in for this run."""
+def write_card(args: argparse.Namespace, job: Job, run: RunFolder, ranks: int) -> None:
+    """data/MODEL_CARD.md, filled in for this run. It hashes the base: not while ranks wait."""
     elsewhere = ("base", "data", "preset")  # on the card
     recipe = {k: v for k, v in settings(args, job).items() if k not in elsewhere and v is not None}
-    return model_card(
+    recipe |= {"optimizer": f"AdamW {BETAS}, eps {EPS}, no weight decay; norm clipped at {CLIP}"}
+    whole, layers = plan.parameters(job.config), job.config.num_hidden_layers
+    learned = layers * plan.adapter_parameters(job.config, args.lora) if args.lora else whole
+    card = model_card(
         args.out.name,
         args.model_dir,
         args.data,
-        recipe | {"ranks": dist.get_world_size()},
+        str(args.eval_data) if args.eval_data else None,
+        recipe | {"ranks": ranks},
         run.records,
-        parameters=plan.parameters(job.config),
+        adapter=args.lora is not None,
+        parameters=whole,
+        learned=learned,
         positions=job.config.max_position_embeddings,
         examples=len(job.train),
         supervised=int(job.train.supervised.sum()),
     )
+    with console.atomic_file(outcome(args) / "README.md", "w") as file:
+        file.write(card)
 
 
 def outcome(args: argparse.Namespace) -> Path:
@@ -466,6 +478,7 @@ def answers(args: argparse.Namespace, job: Job, device: torch.device) -> list[tu
         ids = job.tokenizer.encode(prompt(record["instruction"], record["input"]), bos=True)
         if len(asked) < args.answers and len(ids) <= args.max_length // 2:
             asked.append((record, ids))
+    gc.collect()  # the trained model hangs in cycles, and two may not fit where one did
     model, found = written(args, device) if asked else None, []
     for batch in (asked[start : start + 64] for start in range(0, len(asked), 64)):
         texts = greedy(model, job.tokenizer, [ids for _, ids in batch], args.max_length // 2)
@@ -476,7 +489,8 @@ def answers(args: argparse.Namespace, job: Job, device: torch.device) -> list[tu
 def written(args: argparse.Namespace, device: torch.device) -> Llama:
     if not args.lora:
         return load_model(outcome(args), device)
-    return lora.load(args.model_dir, outcome(args), Recipe(args.bits), device, DTYPES[args.dtype])
+    recipe = lora.frozen(args.model_dir, args.bits).recipe
+    return lora.load(args.model_dir, outcome(args), recipe, device, DTYPES[args.dtype])
 
 
 # ---------------------------------------------------------------- the command line
@@ -545,8 +559,6 @@ with --lora, in either case (and --out ends in -lora):
         parser.error("--preset trains from random weights, --model-dir from a base: choose one")
     if args.preset and args.lora:
         parser.error("--lora adapts a base, and --preset is none: give a --model-dir")
-    if args.offload and args.lora and args.bits in (8, 4):
-        parser.error("--offload cannot move rounded weights: leave it or --bits out")
     recipe = ALPACA if args.preset or args.model_dir else TINY
     if recipe is TINY:
         args.model_dir = TINY_MODEL
@@ -607,6 +619,8 @@ def main() -> None:
             )
             train(args, job, run, mesh, device)
     if not others:
+        if not (outcome(args) / "README.md").exists():
+            write_card(args, job, run, mesh.size())
         show(args, job, run, device)
     run.close()
 

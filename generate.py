@@ -275,6 +275,8 @@ def loaded(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
         raise ValueError("--adapter goes with --model-dir, the base that it was trained for")
     if args.model_dir is None and not folder.exists():
         raise ValueError(f"no model at {folder} yet: `make train` makes it, or name a --model-dir")
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is an adapter: --model-dir BASE --adapter {folder}")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here")

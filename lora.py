@@ -26,7 +26,7 @@ Shown by tests/test_lora.py: test_ten_steps_equal_pefts.
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache, partial, reduce
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ import console
 import quantize
 from adapter import ATTENTION, TARGETS, Lora, adapted, read_adapter
 from checkpoint import (
+    DTYPES,
     as_dtype,
     check_tensors,
     parameter_shapes,
@@ -109,8 +110,12 @@ class FrozenLinear(nn.Module):
 
 
 def attach(model: Llama, lora: Lora) -> None:
+    layers = dict(model.named_modules())
     for stem, _ in adapted(model.config, lora):
-        model.set_submodule(stem, LoraLinear(model.get_submodule(stem), lora))
+        layer = layers.get(stem)
+        if layer is None or isinstance(layer, LoraLinear):
+            raise ValueError(f"{stem} is adapted or arranged for decoding: adapt a model as stored")
+        model.set_submodule(stem, LoraLinear(layer, lora))
 
 
 def add_lora(
@@ -127,6 +132,12 @@ def add_lora(
         if type(module) in KINDS.values():
             model.set_submodule(path, FrozenLinear(module))
     attach(model, lora)
+
+
+def frozen(folder: str | Path, bits: int) -> Source:
+    """A base to train beside; a folder that is rounded already stays as it is."""
+    kept = quantize.kept_recipe(Path(folder))
+    return Source(folder, PLAIN if kept and bits in (16, kept.bits) else Recipe(bits))
 
 
 def skeleton(source: Source, dtype: torch.dtype, lora: Lora) -> Llama:
@@ -189,10 +200,15 @@ def load(
 
 
 def merge(
-    base: Path, adapter: Path, out: Path, tokenizer: Path | None = None
+    base: Path,
+    adapter: Path,
+    out: Path,
+    tokenizer: Path | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[int, int, torch.dtype]:
-    """Write the whole model as a Hugging Face folder of the base's dtype, a tensor in memory at a
-    time. Returned is how many weights have changed, of how many adapted ones, and the dtype."""
+    """Write the whole model as a Hugging Face folder, of the dtype of the base's embedding unless
+    told, a tensor in memory at a time. Returned is how many weights have changed, of how many
+    adapted ones, and the dtype."""
     if quantize.kept_recipe(base):
         raise ValueError(f"{base} is quantized: merge into the model that it was made from")
     config, found = read_config(base), stored_tensors(base)
@@ -201,7 +217,7 @@ def merge(
     tokenizer = tokenizer or tokenizer_in(base)
     if tokenizer is None:
         raise ValueError(f"{base}: no tokenizer there: name one with --tokenizer FILE")
-    dtype = reduce(torch.promote_types, (stored.dtype for stored in found.values()))
+    dtype = dtype or found["model.embed_tokens.weight"].dtype
     targets, changed = dict(adapted(config, lora)), []
     names = parameter_shapes(config)
     progress = console.Progress(len(names), "tensors")
@@ -258,12 +274,15 @@ def parse_args() -> argparse.Namespace:
     verb.add_argument("--adapter", type=Path, required=True, help="folder of its adapter")
     verb.add_argument("--out", type=Path, required=True, help="folder to write, not there yet")
     verb.add_argument("--tokenizer", type=Path, help="file or folder (default: the base's)")
+    verb.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the base's)")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    changed, of, dtype = merge(args.base, args.adapter, args.out, args.tokenizer)
+    changed, of, dtype = merge(
+        args.base, args.adapter, args.out, args.tokenizer, DTYPES.get(args.dtype)
+    )
     told = str(dtype).removeprefix("torch.")
     print(f"{args.out}: {changed} of {of} adapted weights have changed, rounded once to {told}")
 

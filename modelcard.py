@@ -33,13 +33,17 @@ def sha256(file: Path) -> str:
 
 def code() -> str:
     """Which state of this project is running."""
-    asked = {"cwd": HERE, "capture_output": True, "text": True, "check": False}
+
+    def git(*words: str) -> str:
+        asked = {"cwd": HERE, "capture_output": True, "text": True, "check": False}
+        return subprocess.run(["git", *words], **asked).stdout.strip()
+
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **asked).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], **asked).stdout.strip()
+        top = git("rev-parse", "--show-toplevel")  # might be another project's, around a copy
+        commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
     except OSError:
-        commit = changed = ""
-    if not commit:
+        top = commit = ""
+    if not commit or Path(top) != HERE.resolve():
         return "of a copy without its history"
     return f"commit {commit}{', with changes that are in no commit' if changed else ''}"
 
@@ -49,38 +53,46 @@ def weights(folder: Path) -> str:
     return "\n".join(f"- `{file.name}`, SHA-256 `{sha256(file)}`" for file in sorted(found))
 
 
-def dataset(file: Path) -> str:
-    """How much is in it, and who wrote that, by what the records say of themselves."""
-    if not file.exists():
-        return f"- `{file.name}`: it was there when training began, and no longer when it ended"
-    records = [record for _, record in numbered_objects(file)]
+def dataset(spec: str) -> str:
+    """How much is in it, and who wrote that, by what the records say of themselves. The model is
+    trained by now: what has become of a file since is told, not an error."""
+    file, weight = parse_weight(spec)
+    try:
+        records = [record for _, record in numbered_objects(file)]
+    except (OSError, ValueError):
+        return f"- `{file.name}`: it could be read when training began, and no longer afterwards"
     sources = [record.get("provenance") for record in records if isinstance(record, dict)]
     named = Counter(source.get("teacher") for source in sources if isinstance(source, dict))
     told = ", ".join(f"{count:,} by {teacher}" for teacher, count in named.most_common())
     told = told or "they do not say who wrote them"
-    return f"- `{file.name}`: {len(records):,} records, {told}; SHA-256 `{sha256(file)}`"
+    taken = "" if weight == 1 else f", taken {weight:g} times"
+    return f"- `{file.name}`: {len(records):,} records{taken}, {told}; SHA-256 `{sha256(file)}`"
 
 
 def results(metrics: list[dict]) -> str:
     """Losses at the beginning and the end, and what was spent."""
     steps = [record for record in metrics if "loss" in record]
     held_out = [record["held_out_loss"] for record in metrics if "held_out_loss" in record]
+    if not steps:
+        return "- its log was lost"
     tokens = sum(record["tokens"] for record in steps)
-    hours = sum(record["tokens"] / max(1, record["tokens_per_s"]) for record in steps) / 3600
+    seconds = sum(record["tokens"] / max(1, record["tokens_per_s"]) for record in steps)
     first, last = steps[0]["loss"], steps[-1]["loss"]
     lines = [f"- training loss {first:.3f} at the first step, {last:.3f} at the last"]
     if held_out:
         lines.append(f"- held-out loss {held_out[0]:.3f} before, {held_out[-1]:.3f} after")
-    return "\n".join([*lines, f"- {tokens:,} tokens in {hours:.2f} hours"])
+    return "\n".join([*lines, f"- {tokens:,} tokens in {seconds:,.0f} seconds"])
 
 
 def model_card(
     name: str,
     base: Path | None,  # None: random weights
     data: list[str],  # files, or FILE:WEIGHT
+    held_out: str | None,
     recipe: dict,
     metrics: list[dict],  # metrics.jsonl
-    **numbers: int,  # parameters, positions, examples, supervised
+    adapter: bool,
+    **numbers: int,  # parameters, learned, positions, examples, supervised
 ) -> str:
     gpu = torch.cuda.is_available()
     facts = {
@@ -90,7 +102,9 @@ def model_card(
         "versions": f"torch {version('torch')}, Python {platform.python_version()}",
         "base": f"`{base.name}`" if base else "none; it began with random weights",
         "base_files": weights(base) if base else "",
-        "data_files": "\n".join(dataset(parse_weight(spec)[0]) for spec in data),
+        "data_files": "\n".join(map(dataset, data)),
+        "held_out_file": dataset(held_out).removeprefix("- ") + "." if held_out else "none.",
+        "how": "--model-dir BASE --adapter FOLDER" if adapter else "--model-dir FOLDER",
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {platform.machine()}",
         "recipe": "\n".join(f"| {field} | {value} |" for field, value in recipe.items()),
         "results": results(metrics),

@@ -248,6 +248,25 @@ def test_an_adapter_of_7b_fits_where_it_is_said_to(chip, bits, fits):
     assert fits or "--bits 4" in told
 
 
+def test_beside_an_adapter_plain_matrices_are_divided_and_rounded_ones_are_not():
+    def parts(world: int, bits: int) -> dict[str, float]:
+        run = seven(world=world, checkpointing="full", lora=Lora(), bits=bits)
+        return plan.tides(run)["forward"]
+
+    alone, shared = parts(1, 16), parts(8, 16)
+    for part in ("weights", "optimizer", "gradients"):
+        assert shared[part] == pytest.approx(alone[part] / 8)
+    assert shared["gathered"] > alone["gathered"] + 2 * 32000 * 4096  # the root's, and blocks'
+    alone, shared = parts(1, 4), parts(8, 4)
+    integers = 32 * (4 * 4096**2 + 3 * 4096 * 11008) * 0.625
+    assert shared["weights"] - alone["weights"] / 8 == pytest.approx(integers * 7 / 8)
+
+
+def test_a_base_of_8_bits_is_told_of_4():
+    run = seven(world=1, checkpointing="full", lora=Lora(), bits=8)
+    assert any("--bits 4" in change for change in plan.remedies(run, 9.5e9))
+
+
 @pytest.mark.parametrize("targets", [ATTENTION, TARGETS, ("k_proj", "down_proj")])
 def test_an_adapter_is_counted(targets):
     config = LlamaConfig(500, 64, 176, 3, 4, 2)

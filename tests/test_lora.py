@@ -865,7 +865,8 @@ def test_the_held_out_loss_is_that_of_the_adapter_without_dropout(base, here, tm
     words = lora_flags(base, out, lora_dropout=0.5, eval_data=base / "records.json")
     train(here, words)
     logged = [r["held_out_loss"] for r in metrics_of(out) if "held_out_loss" in r]
-    model = lora.load(base / "model", out / "adapter")
+    model = load_model(base / "model")
+    load_adapter(model, out / "adapter")
     examples = [
         encode_example(record, Tokenizer(TOKENIZER), 128)
         for record in load_records(base / "records.json")

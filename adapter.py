@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 import console
@@ -158,5 +158,6 @@ def save_adapter(
         "use_rslora": False,
     }
     with console.atomic_folder(folder) as partial:
-        save_file(weights, partial / FILES[0], {"format": "pt"})
+        # not save_file, which makes it unreadable for everybody else
+        (partial / FILES[0]).write_bytes(save(weights, {"format": "pt"}))
         write_json(partial / "adapter_config.json", fields)

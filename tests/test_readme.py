@@ -1,8 +1,11 @@
 """The README says what is there."""
 
 import ast
+import importlib
 import re
+import shlex
 
+import pytest
 from conftest import ROOT, our_modules
 
 README = (ROOT / "README.md").read_text()
@@ -45,3 +48,32 @@ def test_every_module_names_the_test_that_shows_it():
         found = re.search(r"Shown by tests/(test_\w+\.py):\s(test_\w+)\.", said)
         assert found, f"{file.name} does not say which test shows what it teaches"
         assert f"def {found[2]}(" in (ROOT / "tests" / found[1]).read_text(), found[0]
+
+
+def commands() -> list[list[str]]:
+    """Every `python FILE …` and `torchrun … FILE …` of the README, from FILE on."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    spans = re.findall(r"`((?:python|torchrun) [^`]+)`", README)
+    found = []
+    for line in [line for text in (*blocks, *spans) for line in text.splitlines()]:
+        for part in re.split(r" && | & ", line.replace("…", "")):
+            words = shlex.split(part, comments=True)
+            if words[:1] in (["python"], ["torchrun"]) and "-m" not in words:
+                start = next(i for i, word in enumerate(words) if word.endswith(".py"))
+                found.append(words[start:])
+    return found
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_is_understood(words, monkeypatch):
+    """All of them by their parsers; tests/test_pipeline.py runs one of almost every kind."""
+    monkeypatch.setattr("sys.argv", words)
+    module = importlib.import_module(words[0].removesuffix(".py"))
+    if "--lora" in words and "--data" not in words:  # "and so on" in the table
+        words += ["--data", "alpaca_data.json"]
+    assert module.parse_args()
+
+
+def test_commands_are_found():
+    files = {words[0] for words in commands()}
+    assert len(files) >= 10 and {"fsdp_train.py", "demo.py", "evaluate.py"} <= files

@@ -27,8 +27,6 @@ import pytest
 import torch
 from teacher_server import Server, tasks_for
 
-import fsdp_train
-
 ROOT = Path(__file__).parent.parent
 HELD_OUT = ROOT / "data/sample_heldout.json"
 EXPECTED = {
@@ -63,7 +61,7 @@ class Tour:
         self.say(f"\n{what}\n  $ {' '.join(self.words(command))}")
         start = time.monotonic()
         out = self.runner(self.words(command)[1:]).strip()
-        self.say(f"  {re.search(shows, out)[0]}   ({time.monotonic() - start:.0f} s)")
+        self.say(f"  {re.search(shows, out)[0] or 'done'}   ({time.monotonic() - start:.0f} s)")
         return out
 
     def in_a_process(self, words: list[str]) -> str:
@@ -179,7 +177,7 @@ def here(command, monkeypatch):
     """Commands in this process: importing torch a dozen times would take most of the time."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("OPENAI_API_KEY", "")
-    monkeypatch.setattr(fsdp_train, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr("fsdp_train.keep_freed_memory", lambda: None)
     threads = torch.get_num_threads()
 
     def run(words: list[str]) -> str:

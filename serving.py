@@ -84,11 +84,11 @@ class Decoder:
         """Busy if there is no room for so many more."""
         if not self.thread.is_alive():
             raise RuntimeError("the thread that decodes has ended")
-        if sum(n for a, n in self.under_way.items() if a.asker == asker) + count > self.share:
-            raise Busy(1.0, own=self.share < self.most)
         if self.load + count > self.most:
             tokens = sum(s.way.max_new_tokens / 2 for a in self.under_way for s in a.sequences)
             raise Busy(min(60.0, tokens / self.pace / self.load) if self.pace else 1.0)
+        if sum(n for a, n in self.under_way.items() if a.asker == asker) + count > self.share:
+            raise Busy(1.0, own=True)
 
     async def submit(
         self, prompts: list[list[int]], ways: list[Sampling], stream: bool = False, asker: str = ""

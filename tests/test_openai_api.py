@@ -81,7 +81,7 @@ REFUSED = {
         [{"role": "user", "content": [{"type": "image_url"}]}],
         [{"role": "system", "content": ""}]],
     "temperature": ["1", -0.1, 2.1, math.nan, math.inf, True, []],
-    "top_p": [0, 1.1, "a"],
+    "top_p": [-0.1, 1.1, "a"],
     "top_k": [-1, 1.5],
     "repetition_penalty": [0, 100],
     "n": [0, 9, 1.0, "2", True],

@@ -85,9 +85,7 @@ class Filter:
         text = self.read(text)
         return text[max(0, len(text) - self.context) :]
 
-    async def passed(
-        self, text: str, shown: int, whole: bool, before: str = ""
-    ) -> tuple[int, str]:
+    async def passed(self, text: str, shown: int, whole: bool, before: str = "") -> tuple[int, str]:
         """Up to where a text may be shown that goes on from `before`, and of which `shown`
         characters are shown already; and what is wrong with the rest, if something is."""
         end = len(text)
@@ -134,12 +132,13 @@ def spaced(text: str, hidden: tuple[str, ...] = ("Cf",)) -> str:
     if not text.isascii():
         drop = {ord(c): None for c in set(text) if unicodedata.category(c) in hidden}
         text = text.translate({**drop, ord(SPACE): " "})
-    return re.sub(r"\s+", " ", text)
+    return re.sub(r"(\s)\s+", r"\1", text)
 
 
 def plainer(text: str) -> str:
-    """The same in lower case, compatible forms made one, accents dropped."""
-    return spaced(unicodedata.normalize("NFKD", text), ("Cf", "Mn")).casefold()
+    """The same in one line and lower case, compatible forms made one, accents dropped."""
+    text = spaced(unicodedata.normalize("NFKD", text), ("Cf", "Mn")).casefold()
+    return re.sub(r"\s", " ", text)
 
 
 class Service(Filter):

@@ -78,6 +78,7 @@ LONGEST_REPORTED = 20_000  # characters, of each field
 LENGTH_HELP = "tokens of prompt and answer together (default: what it knows, at most 2048)"
 KEY_VARIABLE = "ALPACA_WATERMARK_KEY"
 KEY_HELP = f"what only you know (default: ${KEY_VARIABLE}, which no list of processes shows; {KEY})"
+RATE_HELP = "answers a minute a client, and a quarter of the queue; 0: any (default: 60)"
 HOST_HELP = "another name it is reached by, a proxy's say; repeatable"
 TELL = (
     "A language model of {million:,} million parameters, fine-tuned to follow instructions. It "
@@ -142,17 +143,16 @@ class Demo:
         if asked.ways[0].logprobs and self.filter.name != "off":
             said = "likelier tokens are told only where nothing is filtered (--filter off)"
             raise Problem(400, said, param="logprobs", code="unsupported_parameter")
-        prompts, ways = asked.each
+        (prompts, ways), asker = asked.each, self.client(request)
         if len(ways) > 1:
             self.charge(request, len(ways) - 1)
         deadline = asyncio.get_running_loop().time() + self.args.timeout
-        growing = asked.stream or self.filter.name != "off"  # what is wrong with it ends it early
         try:
             async with asyncio.timeout_at(deadline):
-                self.decoder.check(len(ways), self.client(request))
+                self.decoder.check(len(ways), asker)
                 if found := await self.checked(asked.text):
                     raise Problem(400, explained(found), param=param, code="content_filter")
-                answers = await self.decoder.submit(prompts, ways, growing, self.client(request))
+                answers = await self.decoder.submit(prompts, ways, asked.stream, asker)
         except Busy as busy:
             raise too_many(busy) from None
         except Unavailable as problem:
@@ -169,7 +169,7 @@ class Demo:
         return (await self.filter.passed(text, 0, True))[1]
 
     def late(self, begun: bool) -> Problem:
-        said = f"no {'whole ' * begun}answer in {self.args.timeout:g} s: too many ask"
+        said = f"no {'whole ' * begun}answer in {self.args.timeout:g} s: try again later"
         return Problem(504 if begun else 503, said, "timeout", headers=soon(10))
 
     async def whole(self, asked: api.Asked, answers: Answers, told: AsyncGenerator) -> Response:
@@ -431,7 +431,7 @@ def parse_args() -> argparse.Namespace:
     add("--port", type=int, default=7860, help="0: any that is free (default: 7860)")
     add("--allow-host", action="append", default=[], metavar="NAME", help=HOST_HELP)
     add("--client-header", metavar="NAME", help="header in which your proxy tells who asks")
-    add("--rate", type=float, default=60, help="answers a minute a client; 0: any (default: 60)")
+    add("--rate", type=float, default=60, help=RATE_HELP)
     add("--queue", type=count, default=48, help="answers that may wait for a row (default: 48)")
     add("--connections", type=count, default=512, help="open at once (default: 512)")
     add("--timeout", type=above_0, default=120, help="seconds for an answer (default: 120)")

@@ -199,9 +199,19 @@ def add_filter_flags(parser: argparse.ArgumentParser) -> None:
     add("--rules", type=Path, default=RULES, help="the list (default: data/filter_rules.txt)")
     add("--moderation-url", metavar="URL", help=f"of the service, up to /v1 (default: {OPENAI})")
     model = "omni-moderation-latest"
-    add("--moderation-model", default=model, metavar="NAME", help=f"of the service ({model})")
+    add(
+        "--moderation-model",
+        default=model,
+        metavar="NAME",
+        help=f"of the service (default: {model})",
+    )
     key = "OPENAI_API_KEY"
-    add("--moderation-key", default=key, metavar="NAME", help=f"variable with its key ({key})")
+    add(
+        "--moderation-key",
+        default=key,
+        metavar="NAME",
+        help=f"variable with its key (default: {key})",
+    )
 
 
 def chosen_filter(args: argparse.Namespace) -> Filter:

@@ -10,7 +10,7 @@ The engine belongs to this thread. Whoever asks lives in an asyncio loop: what t
 an inbox that the thread empties between two tokens, so a request joins, or leaves, at the next one.
 
   - News is told for all at once, one call into the loop, and to streams not at every token but
-    every 30 ms: waking tasks costs time that decoding wants too.
+    every 30 ms, to others every half second: waking tasks costs time that decoding wants too.
   - `Sequence.reason` is set after the text is whole: read the reason first, then the text.
   - Beyond `most` answers a request is refused at once: a queue that nobody will wait out only
     makes everybody late.
@@ -30,7 +30,7 @@ from queue import Empty, SimpleQueue
 from engine import Engine, Sequence
 from sampling import Sampling
 
-EVERY = 0.03  # s between two news of a stream
+EVERY, SELDOM = 0.03, 0.5  # s between two news of a stream; of another answer that goes on
 
 
 class Busy(Exception):
@@ -46,6 +46,7 @@ class Answers:
 
     def __init__(self, stream: bool, asker: str):
         self.stream, self.asker, self.sequences = stream, asker, []
+        self.told = time.monotonic()
         self.changed, self.accepted = asyncio.Event(), asyncio.get_running_loop().create_future()
 
     @property
@@ -125,8 +126,10 @@ class Decoder:
                     answers.accepted.set_exception(mistake)
                 else:
                     answers.accepted.set_result(None)
+        now = time.monotonic()
         for answers in self.under_way:
-            if answers.stream or (ended and answers.ended):
+            if answers.stream or now - answers.told > SELDOM or (ended and answers.ended):
+                answers.told = now
                 answers.changed.set()
 
     # ------------------------------------------------------------ in the thread

@@ -9,21 +9,22 @@ Alpaca's demo was withdrawn after a week, for what it cost and because its filte
 What this one does about it:
 
   - Requests are decoded together (serving.py): one joins at the next token, and one whose client
-    has left frees its row at the next token. A bounded queue and a rate for each client: beyond
-    them the answer is 503 or 429 with Retry-After, at once.
+    has left frees its row at the next token. A bounded queue, and for each client a rate and a
+    share of it, in answers: beyond them it is 503 or 429 with Retry-After, at once.
   - Prompt and answer pass a filter (moderation.py), the answer piece by piece before it is shown.
     With $OPENAI_API_KEY set that is OpenAI's moderation service, to which texts are sent; else a
     small list of rules. If the filter cannot be asked, nothing is shown.
   - Every answer bears a watermark (watermark.py; --no-watermark turns it off), and the page finds
-    it. The default key is everybody's: set your own with --watermark-key.
+    it. The default key is everybody's: set your own in $ALPACA_WATERMARK_KEY.
   - It listens to this machine alone unless --host says otherwise, serves the page and the API and
     no other path, and shows what a model says as text, never as HTML.
 
 The API is OpenAI's /v1/completions, /v1/chat/completions and /v1/models: the trained model can be
-its own teacher.
+its own teacher. (Not the one of `make train`: Self-Instruct's prompt has some 1,300 tokens, and it
+knows 512.)
 
-    python demo.py --rate 0 &
-    OPENAI_API_KEY= python selfinstruct.py generate --out runs/own --teacher tiny \\
+    python demo.py --model-dir alpaca-7b --rate 0 --max-new-tokens 700 &
+    OPENAI_API_KEY= python selfinstruct.py generate --out runs/own --teacher alpaca-7b \\
         --base-url http://127.0.0.1:7860/v1
 
 SIGTERM and Ctrl-C let answers under way end; a second one does not wait.
@@ -35,7 +36,9 @@ import argparse
 import asyncio
 import base64
 import hashlib
+import ipaddress
 import math
+import os
 import re
 import signal
 import threading
@@ -43,6 +46,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import console
 import openai_api as api
@@ -62,6 +66,7 @@ from web import (
     Response,
     Server,
     as_json,
+    host_of,
     listening,
     soon,
 )
@@ -69,7 +74,11 @@ from web import (
 HERE = Path(__file__).parent
 LONGEST_CHECKED = 20_000  # characters, in the watermark's tab
 MOST_REPORTS = 64 << 20  # bytes
+LONGEST_REPORTED = 20_000  # characters, of each field
 LENGTH_HELP = "tokens of prompt and answer together (default: what it knows, at most 2048)"
+KEY_VARIABLE = "ALPACA_WATERMARK_KEY"
+KEY_HELP = f"what only you know (default: ${KEY_VARIABLE}, which no list of processes shows; {KEY})"
+RATE_HELP = "answers a minute a client, and a quarter of the queue; 0: any (default: 60)"
 HOST_HELP = "another name it is reached by, a proxy's say; repeatable"
 TELL = (
     "A language model of {million:,} million parameters, fine-tuned to follow instructions. It "
@@ -83,12 +92,13 @@ class Demo:
         self.tokenizer, self.watermark = engine.tokenizer, marks
         self.model = name_of(args)
         self.allowance, self.checking = Allowance(args.rate), asyncio.Semaphore(1)
-        self.page = page(HERE / "demo.html")
+        self.page, self.draining = page(HERE / "demo.html"), False
         self.about = as_json(about(args, engine, filter))
         self.routes = {
             "/": ("GET", self.send_page),
             "/health": ("GET", self.health),
             "/v1/models": ("GET", self.models),
+            f"/v1/models/{quote(self.model)}": ("GET", self.models),
             "/v1/completions": ("POST", self.answer),
             "/v1/chat/completions": ("POST", self.answer),
             "/api/about": ("GET", self.send_about),
@@ -106,10 +116,13 @@ class Demo:
             kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":  # which no foreign page's form can send
                 raise Problem(415, "send JSON, as Content-Type: application/json")
-            if wait := self.allowance.wait(self.client(request)):
-                said = f"too many requests: try again in {max(1, round(wait))} s"
-                raise Problem(429, said, "rate_limit_error", headers=soon(wait))
+            self.charge(request, 1)
         return await route(request)
+
+    def charge(self, request: Request, cost: int) -> None:
+        if wait := self.allowance.wait(self.client(request), cost):
+            said = f"too many requests: try again in {max(1, round(wait))} s"
+            raise Problem(429, said, "rate_limit_error", headers=soon(wait))
 
     def client(self, request: Request) -> str:
         """Behind a proxy all requests come from one address, and a header tells whose they are."""
@@ -122,34 +135,47 @@ class Demo:
         body = api.read_json(request.body)
         most = self.args.max_new_tokens
         asked = api.understood(body, request.path, self.model, self.tokenizer, most)
-        longest = max(map(len, asked.prompts))
+        longest, param = max(map(len, asked.prompts)), "messages" if asked.chat else "prompt"
         if longest >= self.engine.max_length:
             said = f"the prompt has {longest} tokens; with its answer it may have "
             said += str(self.engine.max_length)
-            raise Problem(400, said, param="messages", code="context_length_exceeded")
-        prompts, ways = asked.each
+            raise Problem(400, said, param=param, code="context_length_exceeded")
+        if asked.ways[0].logprobs and self.filter.name != "off":
+            said = "likelier tokens are told only where nothing is filtered (--filter off)"
+            raise Problem(400, said, param="logprobs", code="unsupported_parameter")
+        (prompts, ways), asker = asked.each, self.client(request)
+        if len(ways) > 1:
+            self.charge(request, len(ways) - 1)
+        deadline = asyncio.get_running_loop().time() + self.args.timeout
         try:
-            self.decoder.check(len(ways))
-            if found := await self.checked(asked.text):
-                raise Problem(400, explained(found), param="messages", code="content_filter")
-            answers = await self.decoder.submit(prompts, ways, asked.stream)
+            async with asyncio.timeout_at(deadline):
+                self.decoder.check(len(ways), asker)
+                if found := await self.checked(asked.text):
+                    raise Problem(400, explained(found), param=param, code="content_filter")
+                answers = await self.decoder.submit(prompts, ways, asked.stream, asker)
         except Busy as busy:
-            said = "the server is busy: too many answers are waiting to be made"
-            raise Problem(503, said, "overloaded", headers=soon(busy.wait)) from None
+            raise too_many(busy) from None
         except Unavailable as problem:
             raise closed(problem) from None
+        except TimeoutError:
+            raise self.late(False) from None
+        told = self.told(answers, deadline)
         if asked.stream:
             headers = {"X-Accel-Buffering": "no"}  # a proxy should pass pieces on as they come
-            return Response(self.events(asked, answers), "text/event-stream", headers=headers)
-        return await self.whole(asked, answers)
+            return Response(self.events(asked, answers, told), "text/event-stream", headers=headers)
+        return await self.whole(asked, answers, told)
 
     async def checked(self, text: str) -> str:
         return (await self.filter.passed(text, 0, True))[1]
 
-    async def whole(self, asked: api.Asked, answers: Answers) -> Response:
+    def late(self, begun: bool) -> Problem:
+        said = f"no {'whole ' * begun}answer in {self.args.timeout:g} s: try again later"
+        return Problem(504 if begun else 503, said, "timeout", headers=soon(10))
+
+    async def whole(self, asked: api.Asked, answers: Answers, told: AsyncGenerator) -> Response:
         texts, reasons = [""] * len(answers.sequences), [""] * len(answers.sequences)
         try:
-            async for index, new, reason, _ in self.told(answers):
+            async for index, new, reason, _ in told:
                 texts[index] += new
                 reasons[index] = reason
         except Unavailable as problem:
@@ -158,11 +184,13 @@ class Demo:
             self.decoder.cancel(answers)
         return as_json(api.whole(asked, answers.sequences, texts, reasons))
 
-    async def events(self, asked: api.Asked, answers: Answers) -> AsyncGenerator[bytes, None]:
+    async def events(
+        self, asked: api.Asked, answers: Answers, told: AsyncGenerator
+    ) -> AsyncGenerator[bytes, None]:
         try:
             if first := api.first_pieces(asked):
                 yield first
-            async for index, new, reason, found in self.told(answers):
+            async for index, new, reason, found in told:
                 if new:
                     yield api.piece(asked, index, new)
                 if reason:
@@ -176,26 +204,31 @@ class Demo:
         finally:
             self.decoder.cancel(answers)
 
-    async def told(self, answers: Answers) -> AsyncGenerator[tuple[int, str, str, str], None]:
+    async def told(
+        self, answers: Answers, deadline: float
+    ) -> AsyncGenerator[tuple[int, str, str, str], None]:
         """(which answer, more of its text, why it ended, what was wrong with it), as the filter
         lets it pass. What was decoded meanwhile is in the next piece."""
-        shown = [0] * len(answers.sequences)
-        open_, deadline = dict(enumerate(answers.sequences)), time.monotonic() + self.args.timeout
+        passed, shown = self.filter.passed, [0] * len(answers.sequences)
+        before = [self.filter.tail(self.tokenizer.decode(s.prompt)) for s in answers.sequences]
+        open_ = dict(enumerate(answers.sequences))
         while open_:
             try:
-                async with asyncio.timeout(deadline - time.monotonic()):
+                async with asyncio.timeout_at(deadline):
                     await answers.news()
+                    now = [(i, s.reason or "", s.text) for i, s in open_.items()]  # in this order
+                    if any(reason in ("failed", "cancelled") for _, reason, _ in now):
+                        raise Problem(500, "the model failed at this answer", "server_error")
+                    checks = (passed(text, shown[i], why != "", before[i]) for i, why, text in now)
+                    ends = await asyncio.gather(*checks)
             except TimeoutError:
                 begun = any(sequence.ids for sequence in answers.sequences)
-                said = f"no {'whole ' * begun}answer in {self.args.timeout:g} s: too many ask"
-                raise Problem(504 if begun else 503, said, "timeout", headers=soon(10)) from None
-            for index, sequence in list(open_.items()):
-                reason, text = sequence.reason or "", sequence.text  # in this order
-                if reason in ("failed", "cancelled"):
-                    raise Problem(500, "the model failed at this answer", "server_error")
-                end, found = await self.filter.passed(text, shown[index], reason != "")
+                raise self.late(begun) from None
+            for (index, reason, text), (end, found) in zip(now, ends, strict=True):
                 new, shown[index] = text[shown[index] : end], end
-                reason = "content_filter" if found else reason
+                if found:
+                    reason = "content_filter"
+                    self.decoder.stop([open_[index]])  # nobody will see more of it
                 if reason:
                     del open_[index]
                 if new or reason:
@@ -210,12 +243,14 @@ class Demo:
         return self.about
 
     async def health(self, request: Request) -> Response:
-        load = self.decoder.load
-        return as_json({"status": "ok", "answers": load, "at_once": self.engine.rows})
+        status = "draining" if self.draining else "ok" if self.decoder.well else "failing"
+        told = {"status": status, "answers": self.decoder.load, "at_once": self.engine.rows}
+        return as_json(told, 200 if status == "ok" else 503)
 
     async def models(self, request: Request) -> Response:
         model = {"id": self.model, "object": "model", "created": 0, "owned_by": "alpaca"}
-        return as_json({"object": "list", "data": [model]})
+        one = request.path != "/v1/models"
+        return as_json(model if one else {"object": "list", "data": [model]})
 
     async def detect(self, request: Request) -> Response:
         text = api.text_of(api.read_json(request.body), "text")
@@ -242,6 +277,8 @@ class Demo:
         report = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "model": self.model}
         for name in ("instruction", "input", "output", "why"):
             report[name] = api.text_of(body, name, "")
+            if len(report[name]) > LONGEST_REPORTED:
+                raise Problem(413, f"at most {LONGEST_REPORTED} characters", param=name)
         for name in ("temperature", "top_p", "max_tokens"):
             report[name] = api.number(body, name, None, 0, 1 << 30)
         if not report["output"] and not report["why"]:
@@ -254,8 +291,22 @@ class Demo:
         file = self.args.reports
         if file.exists() and file.stat().st_size > MOST_REPORTS:
             raise Problem(503, "no more reports can be stored", "server_error", headers=soon(3600))
-        file.parent.mkdir(parents=True, exist_ok=True)
+        private(file)
         console.append_jsonl(file, report)
+
+
+def private(file: Path) -> None:
+    """A file for its owner alone, if there is none yet: it will hold what people wrote."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch(mode=0o600)
+
+
+def too_many(busy: Busy) -> Problem:
+    if busy.own:
+        said = "as many of your answers are being made as one client may have"
+        return Problem(429, said, "rate_limit_error", headers=soon(busy.wait))
+    said = "the server is busy: too many answers are waiting to be made"
+    return Problem(503, said, "overloaded", headers=soon(busy.wait))
 
 
 def closed(problem: Unavailable) -> Problem:
@@ -324,10 +375,14 @@ async def running(args, bound, engine: Engine, filter: Filter, marks: Watermark)
     ended = threading.Event()
     dealing = threading.Thread(target=deal_all, args=(marks, ended), name="green lists")
     async with filter:
-        decoder = Decoder(engine, args.rows + args.queue)
+        most = args.rows + args.queue
+        decoder = Decoder(engine, most, max(most // 4, api.MOST_ANSWERS) if args.rate else most)
         demo = Demo(args, engine, decoder, filter, marks)
-        local = args.host in LOOPBACK
-        hosts = {*LOOPBACK, *args.allow_host} if local or args.allow_host else None
+        address, _, _ = bound.getsockname()[0].partition("%")
+        local = ipaddress.ip_address(address).is_loopback
+        hosts = {*LOOPBACK, address, *args.allow_host} if local or args.allow_host else None
+        if not local:
+            console.notice(f"others may ask: it listens at {address}")
         server = Server(demo.handle, Limits(connections=args.connections), hosts)
         await server.start(bound)
         if engine.watermark:
@@ -336,6 +391,7 @@ async def running(args, bound, engine: Engine, filter: Filter, marks: Watermark)
             yield server, demo
         finally:
             ended.set()
+            demo.draining = True
             await server.drain(args.drain)
             await decoder.close()
 
@@ -367,14 +423,15 @@ def parse_args() -> argparse.Namespace:
     add("--max-length", type=count, metavar="N", help=LENGTH_HELP)
     add("--max-new-tokens", type=count, default=512, help="of an answer at most (default: 512)")
     add("--no-watermark", action="store_true", help="answer without a watermark")
-    add("--watermark-key", type=int, default=KEY, help=f"what only you know (default: {KEY})")
+    key = os.environ.get(KEY_VARIABLE, KEY)
+    add("--watermark-key", type=int, default=key, metavar="N", help=KEY_HELP)
     add_filter_flags(parser)
     add = parser.add_argument_group("who may ask, and how much").add_argument
     add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
     add("--port", type=int, default=7860, help="0: any that is free (default: 7860)")
     add("--allow-host", action="append", default=[], metavar="NAME", help=HOST_HELP)
     add("--client-header", metavar="NAME", help="header in which your proxy tells who asks")
-    add("--rate", type=float, default=60, help="requests a minute a client; 0: any (default: 60)")
+    add("--rate", type=float, default=60, help=RATE_HELP)
     add("--queue", type=count, default=48, help="answers that may wait for a row (default: 48)")
     add("--connections", type=count, default=512, help="open at once (default: 512)")
     add("--timeout", type=above_0, default=120, help="seconds for an answer (default: 120)")
@@ -387,6 +444,10 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not 0 <= args.port < 1 << 16 or not 0 <= args.rate < 1e6:
         parser.error("--port is 0 to 65535, --rate 0 or above")
+    named = [host_of(name) for name in args.allow_host]
+    if "" in named:
+        parser.error(f"--allow-host {args.allow_host[named.index('')]!r} is no name of a host")
+    args.allow_host = named
     return args
 
 
@@ -404,6 +465,7 @@ def main() -> None:
     filter = chosen_filter(args)
     with listening(args.host, args.port) as bound:
         engine, marks = made(args)
+        private(args.reports)
         asyncio.run(serve(args, bound, engine, filter, marks))
 
 

@@ -25,6 +25,7 @@ Shown by tests/test_engine.py: test_whoever_joins_and_leaves_at_random.
 import random
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import accumulate
 
 import torch
@@ -144,6 +145,8 @@ class Engine:
     def cancel(self, sequence: Sequence) -> None:
         if sequence.reason is None:
             sequence.end("cancelled")  # its row is freed before the next token
+            with suppress(ValueError):
+                self.waiting.remove(sequence)
 
     @property
     def busy(self) -> bool:
@@ -218,9 +221,6 @@ class Engine:
     def joining(self) -> list[Sequence]:
         chosen, tokens = [], 0
         while self.waiting and len(self.active) + len(chosen) < self.rows:
-            if self.waiting[0].reason is not None:  # cancelled before it began
-                self.waiting.popleft()
-                continue
             tokens += len(self.waiting[0].prompt)
             if chosen and tokens > JOIN_TOKENS:
                 break

@@ -10,8 +10,10 @@ Worth knowing:
   - It fails closed. A service that cannot be reached, is slow, or answers anything but the promised
     form is `Unavailable`, and what nobody has checked is not shown.
   - `passed` cuts a growing text where it may be shown, so that an answer can stream: a piece, with
-    what came before it, is checked first and appears then. Pieces end between words, and for a
-    service are long enough to be judged.
+    the end of what came before it, prompt included, is checked first and appears then. Pieces end
+    between words, and for a service are long enough to be judged.
+  - How far back it looks is counted after the text was made plain: 250 spaces, or characters that
+    do not show, push nothing out of sight.
 
 Shown by tests/test_moderation.py: test_every_character_that_is_shown_was_checked.
 """
@@ -19,18 +21,23 @@ Shown by tests/test_moderation.py: test_every_character_that_is_shown_was_checke
 import argparse
 import asyncio
 import json
+import math
 import re
+import time
 import unicodedata
 from pathlib import Path
 from typing import Any
 
 from api import Client, Endpoint, GaveUp, Refused, Unusable
-from console import listed, plain
+from console import listed, notice, plain
+from tokenizer import SPACE
 
 RULES = Path(__file__).parent / "data/filter_rules.txt"
-LAST_WORD = re.compile(r"[^\W\u2e80-\uffff]*\Z")  # Chinese or Japanese may be cut anywhere
+OPENAI = "https://api.openai.com/v1"
+LAST_WORD = re.compile(r"[^\W\u2e80-\u9fff\uf900-\ufaff]*\Z")  # Chinese may be cut anywhere
 LONGEST_WORD = 40
-LONGEST_RULE_TEXT = 200  # what a rule of ours can span
+LONGEST_RULE_TEXT = 200  # what our rules span, in words of usual length
+EVERY = 60  # s between two notices that the service cannot be asked
 HELP = (
     "If you are thinking of harming yourself, please talk to somebody now: findahelpline.com lists "
     "free and confidential help in most countries."
@@ -58,7 +65,7 @@ class Filter:
 
     name = "off"
     piece = 1  # characters to be checked at a time, at the least
-    context = 0  # characters before them that are looked at again
+    context = 0  # characters before them that are looked at again, of a text made plain
 
     async def __aenter__(self) -> "Filter":
         return self
@@ -69,9 +76,18 @@ class Filter:
     async def check(self, text: str) -> str:
         return ""
 
-    async def passed(self, text: str, shown: int, whole: bool) -> tuple[int, str]:
-        """Up to where a text may be shown of which `shown` characters are already; and what is
-        wrong with the rest, if something is."""
+    def read(self, text: str) -> str:
+        """As it is checked."""
+        return spaced(text)
+
+    def tail(self, text: str) -> str:
+        """The end of it that is looked at again."""
+        text = self.read(text)
+        return text[max(0, len(text) - self.context) :]
+
+    async def passed(self, text: str, shown: int, whole: bool, before: str = "") -> tuple[int, str]:
+        """Up to where a text may be shown that goes on from `before`, and of which `shown`
+        characters are shown already; and what is wrong with the rest, if something is."""
         end = len(text)
         if not whole:
             unfinished = LAST_WORD.search(text, max(shown, end - LONGEST_WORD))[0]
@@ -80,7 +96,7 @@ class Filter:
                 return shown, ""
         if end == shown:
             return shown, ""
-        found = await self.check(text[max(0, shown - self.context) : end])
+        found = await self.check(self.tail(before + text[:shown]) + self.read(text[shown:end]))
         return (shown if found else end), found
 
 
@@ -103,16 +119,26 @@ class Rules(Filter):
         if not self.rules:
             raise ValueError(f"{path}: no rules in it")
 
+    def read(self, text: str) -> str:
+        return plainer(text)
+
     async def check(self, text: str) -> str:
         text = plainer(text)
         return next((category for category, rule in self.rules if rule.search(text)), "")
 
 
+def spaced(text: str, hidden: tuple[str, ...] = ("Cf",)) -> str:
+    """One space for many, the tokenizer's among them; characters that do not show dropped."""
+    if not text.isascii():
+        drop = {ord(c): None for c in set(text) if unicodedata.category(c) in hidden}
+        text = text.translate({**drop, ord(SPACE): " "})
+    return re.sub(r"(\s)\s+", r"\1", text)
+
+
 def plainer(text: str) -> str:
-    """Lower case, compatible forms made one, hidden characters and accents dropped, one space."""
-    text = unicodedata.normalize("NFKD", text)
-    text = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Mn"))
-    return " ".join(text.casefold().split())
+    """The same in one line and lower case, compatible forms made one, accents dropped."""
+    text = spaced(unicodedata.normalize("NFKD", text), ("Cf", "Mn")).casefold()
+    return re.sub(r"\s", " ", text)
 
 
 class Service(Filter):
@@ -122,7 +148,7 @@ class Service(Filter):
 
     def __init__(self, endpoint: Endpoint, timeout: float = 8.0):
         self.endpoint, self.timeout = endpoint, timeout
-        self.name = endpoint.url
+        self.name, self.told = endpoint.url, -math.inf
 
     async def __aenter__(self) -> "Service":
         self.client = Client(timeout=self.timeout / 2, attempts=2, first_wait=0.2)
@@ -138,7 +164,10 @@ class Service(Filter):
             async with asyncio.timeout(self.timeout):
                 call = self.client.call
                 return await call(self.endpoint, "POST", "moderations", flagged, json=asked)
-        except (GaveUp, Refused, ValueError, TimeoutError):
+        except (GaveUp, Refused, ValueError, TimeoutError) as problem:
+            if time.monotonic() - self.told > EVERY:  # the operator's to mend
+                self.told = time.monotonic()
+                notice(f"the filter cannot be asked: {problem or 'no verdict in time'}")
             raise Unavailable from None
 
 
@@ -164,20 +193,34 @@ def names_of(categories: dict[str, Any]) -> str:
 
 def add_filter_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("filter").add_argument
-    told = "(default: service if its key is set, else rules)"
-    add("--filter", choices=("service", "rules", "off"), help=told)
+    kinds = "service: ask --moderation-url; rules: those of --rules; off: let everything pass "
+    kinds += "(default: service if its URL or key is set, else rules)"
+    add("--filter", choices=("service", "rules", "off"), help=kinds)
     add("--rules", type=Path, default=RULES, help="the list (default: data/filter_rules.txt)")
-    url = "https://api.openai.com/v1"
-    add("--moderation-url", default=url, metavar="URL", help="service, up to /v1 (default: OpenAI)")
+    add("--moderation-url", metavar="URL", help=f"of the service, up to /v1 (default: {OPENAI})")
     model = "omni-moderation-latest"
-    add("--moderation-model", default=model, metavar="NAME", help=f"of the service ({model})")
+    add(
+        "--moderation-model",
+        default=model,
+        metavar="NAME",
+        help=f"of the service (default: {model})",
+    )
     key = "OPENAI_API_KEY"
-    add("--moderation-key", default=key, metavar="NAME", help=f"variable with its key ({key})")
+    add(
+        "--moderation-key",
+        default=key,
+        metavar="NAME",
+        help=f"variable with its key (default: {key})",
+    )
 
 
 def chosen_filter(args: argparse.Namespace) -> Filter:
-    endpoint = Endpoint(args.moderation_model, args.moderation_url, key=args.moderation_key)
-    kind = args.filter or ("service" if endpoint.secret() else "rules")
+    url = args.moderation_url or OPENAI
+    endpoint = Endpoint(args.moderation_model, url, key=args.moderation_key)
+    asked_for = args.moderation_url or endpoint.secret()
+    kind = args.filter or ("service" if asked_for else "rules")
+    if kind == "service" and "//api.openai.com" in url.lower() and not endpoint.secret():
+        raise ValueError(f"OpenAI's filter takes a key: set {args.moderation_key}, or --filter")
     if kind == "off":
         return Filter()
     return Service(endpoint) if kind == "service" else Rules(args.rules)

@@ -31,20 +31,24 @@ from web import Problem
 MOST_ANSWERS, MOST_STOPS = 8, 16
 LENGTHS = ("max_tokens", "max_completion_tokens")  # the older name and the newer
 NEVER = -9999.0  # a logprob of -inf is no JSON
-UNSUPPORTED = {  # and what means nothing
-    "audio": None,
-    "best_of": 1,
-    "echo": False,
-    "frequency_penalty": 0,
-    "function_call": "none",
-    "functions": [],
-    "logit_bias": {},
-    "modalities": ["text"],
-    "presence_penalty": 0,
-    "response_format": {"type": "text"},
-    "suffix": "",
-    "tool_choice": "none",
-    "tools": [],
+UNSUPPORTED: dict[str, tuple] = {  # and what means nothing
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),  # there are no functions, see below
+    "functions": ([],),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
 }
 
 
@@ -119,12 +123,14 @@ def understood(body: dict, path: str, model: str, tokenizer: Tokenizer, most: in
         said = f"there is no model {str(body['model'])[:100]!r} here: the one that is, is {model!r}"
         raise Problem(404, said, param="model", code="model_not_found")
     for name, nothing in UNSUPPORTED.items():
-        if body.get(name) not in (None, nothing):
+        if body.get(name) not in (None, *nothing):
             raise Problem(400, f"{name} is not supported", param=name, code="unsupported_parameter")
     stream, n = yes_or_no(body, "stream"), number(body, "n", 1, 1, MOST_ANSWERS, int)
     logprobs = number(body, "logprobs", None, 0, 5, int) if not chat else None
     if chat and yes_or_no(body, "logprobs"):
         logprobs = number(body, "top_logprobs", 0, 0, 20, int)
+    elif body.get("top_logprobs") is not None:
+        raise Problem(400, "top_logprobs are told with logprobs only", param="top_logprobs")
     if stream and logprobs is not None:
         raise Problem(400, "logprobs are told without stream only", param="logprobs")
     options = body.get("stream_options") or {}
@@ -152,7 +158,7 @@ def sampling(body: dict, most: int, logprobs: int | None) -> Sampling:
     return Sampling(
         temperature=number(body, "temperature", 1.0, 0, 2),
         top_k=number(body, "top_k", 0, 0, 1 << 30, int),
-        top_p=number(body, "top_p", 1.0, 1e-6, 1),
+        top_p=max(1e-6, number(body, "top_p", 1.0, 0, 1)),  # 0: the likeliest alone
         repetition_penalty=number(body, "repetition_penalty", 1.0, 0.1, 10),
         seed=secrets.randbits(31) if seed is None else seed,
         max_new_tokens=min(most, *longest),
@@ -191,12 +197,11 @@ def conversation(body: dict, tokenizer: Tokenizer) -> tuple[str, list[list[int]]
             raise Problem(400, said, param="messages")
         if role != "system":
             expected = "assistant" if role == "user" else "user"
-        content = message.get("content")
+        content, named = message.get("content"), f"messages[{place}].content"
         if isinstance(content, list) and all(isinstance(part, dict) for part in content):
             if any(part.get("type") != "text" for part in content):
                 raise Problem(400, "contents other than text are not supported", param="messages")
-            content = "".join(str(part.get("text", "")) for part in content)
-        named = f"messages[{place}].content"
+            content = "".join(text_of({named: part.get("text")}, named) for part in content)
         messages.append({"role": role, "content": text_of({named: content}, named)})
     if expected != "assistant" or not messages[-1]["content"].strip():
         raise Problem(400, "the last message must be the user's", param="messages")
@@ -208,12 +213,13 @@ def conversation(body: dict, tokenizer: Tokenizer) -> tuple[str, list[list[int]]
 
 
 def whole(asked: Asked, sequences: list[Sequence], texts: list[str], reasons: list[str]) -> dict:
-    """The answer in one piece. Of what the filter stopped nothing is told but that."""
+    """The answer in one piece. Of what the filter stopped nothing is told but that, and no token
+    that spells what a stop text cut off."""
     choices = []
     for index, (s, text, reason) in enumerate(zip(sequences, texts, reasons, strict=True)):
         said = {"message": {"role": "assistant", "content": text}} if asked.chat else {"text": text}
         told = s.way.logprobs is not None and reason != "content_filter"
-        logprobs = (chat_logprobs if asked.chat else plain_logprobs)(s) if told else None
+        logprobs = (chat_logprobs if asked.chat else plain_logprobs)(s, text) if told else None
         choices.append({"index": index, **said, "logprobs": logprobs, "finish_reason": reason})
     kind = "chat.completion" if asked.chat else "text_completion"
     return {**asked.about, "object": kind, "choices": choices, "usage": usage(asked, sequences)}
@@ -264,28 +270,38 @@ def spelled(tokenizer: Tokenizer, token: int) -> tuple[str, list[int]]:
     return text, list(text.encode())
 
 
-def chat_logprobs(s: Sequence) -> dict:
+def offsets(s: Sequence, text: str) -> list[int]:
+    """Where in the text its tokens begin, of those that do not end behind it."""
+    stream, found, at = s.tokenizer.stream(after=s.prompt), [], 0
+    for token in s.ids:
+        found.append(at)
+        at += len(stream.push(token))
+        if at > len(text):
+            return found[:-1]
+    return found
+
+
+def chat_logprobs(s: Sequence, text: str) -> dict:
     def told(token: int, logprob: float) -> dict:
         text, spelling = spelled(s.tokenizer, token)
         return {"token": text, "logprob": max(logprob, NEVER), "bytes": spelling}
 
     content = [
         {**told(token, logprob), "top_logprobs": [told(*pair) for pair in best]}
-        for token, logprob, best in zip(s.ids, s.logprobs, s.likeliest, strict=True)
+        for token, logprob, best, _ in zip(
+            s.ids, s.logprobs, s.likeliest, offsets(s, text), strict=False
+        )
     ]
     return {"content": content, "refusal": None}
 
 
-def plain_logprobs(s: Sequence) -> dict:
-    tokens = [spelled(s.tokenizer, token)[0] for token in s.ids]
-    stream, offsets, at = s.tokenizer.stream(after=s.prompt), [], 0
-    for token in s.ids:
-        offsets.append(at)
-        at += len(stream.push(token))
-    logprobs = [max(value, NEVER) for value in s.logprobs]
+def plain_logprobs(s: Sequence, text: str) -> dict:
+    starts = offsets(s, text)
+    tokens = [spelled(s.tokenizer, token)[0] for token in s.ids[: len(starts)]]
+    logprobs = [max(value, NEVER) for value in s.logprobs[: len(starts)]]
     best = [
         {spelled(s.tokenizer, token)[0]: max(value, NEVER) for token, value in likeliest}
-        for likeliest in s.likeliest
+        for likeliest in s.likeliest[: len(starts)]
     ]
     names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-    return dict(zip(names, (tokens, logprobs, best, offsets), strict=True))
+    return dict(zip(names, (tokens, logprobs, best, starts), strict=True))

@@ -10,11 +10,12 @@ The engine belongs to this thread. Whoever asks lives in an asyncio loop: what t
 an inbox that the thread empties between two tokens, so a request joins, or leaves, at the next one.
 
   - News is told for all at once, one call into the loop, and to streams not at every token but
-    every 30 ms: waking tasks costs time that decoding wants too.
+    every 30 ms, to others every half second: waking tasks costs time that decoding wants too.
   - `Sequence.reason` is set after the text is whole: read the reason first, then the text.
   - Beyond `most` answers a request is refused at once: a queue that nobody will wait out only
     makes everybody late.
-  - If a step fails, those in it have failed, and decoding goes on with the others.
+  - If a step fails, those in it have failed, and decoding goes on with the others. A request that
+    fails to join, or to leave, harms no other either; `well` tells how the newest step went.
 
 Shown by tests/test_serving.py: test_answers_are_those_of_one_at_a_time_whatever_joins_or_leaves.
 """
@@ -29,22 +30,23 @@ from queue import Empty, SimpleQueue
 from engine import Engine, Sequence
 from sampling import Sampling
 
-EVERY = 0.03  # s between two news of a stream
+EVERY, SELDOM = 0.03, 0.5  # s between two news of a stream; of another answer that goes on
 
 
 class Busy(Exception):
     """No more answers now; perhaps in `wait` seconds."""
 
-    def __init__(self, wait: float):
+    def __init__(self, wait: float, own: bool = False):
         super().__init__("busy")
-        self.wait = wait
+        self.wait, self.own = wait, own  # the asker's own answers are too many
 
 
 class Answers:
     """The answers to one request."""
 
-    def __init__(self, stream: bool):
-        self.stream, self.sequences = stream, []
+    def __init__(self, stream: bool, asker: str):
+        self.stream, self.asker, self.sequences = stream, asker, []
+        self.told = time.monotonic()
         self.changed, self.accepted = asyncio.Event(), asyncio.get_running_loop().create_future()
 
     @property
@@ -57,14 +59,15 @@ class Answers:
 
 
 class Decoder:
-    """To be made inside the loop that asks."""
+    """To be made inside the loop that asks. `most` answers, `share` of them one asker's."""
 
-    def __init__(self, engine: Engine, most: int):
-        self.engine, self.most = engine, most
+    def __init__(self, engine: Engine, most: int, share: int | None = None):
+        self.engine, self.most, self.share = engine, most, share or most
         self.loop = asyncio.get_running_loop()
         self.inbox: SimpleQueue = SimpleQueue()
         self.under_way: dict[Answers, int] = {}  # and how many; the loop's
         self.told, self.pace = 0.0, 0.0  # of the newest news; tokens a second, all together
+        self.failed = False  # the newest step
         self.thread = threading.Thread(target=self.run, name="decoder", daemon=True)
         self.thread.start()
 
@@ -74,18 +77,26 @@ class Decoder:
     def load(self) -> int:
         return sum(self.under_way.values())
 
-    def check(self, count: int) -> None:
+    @property
+    def well(self) -> bool:
+        return self.thread.is_alive() and not self.failed
+
+    def check(self, count: int, asker: str = "") -> None:
         """Busy if there is no room for so many more."""
+        if not self.thread.is_alive():
+            raise RuntimeError("the thread that decodes has ended")
         if self.load + count > self.most:
             tokens = sum(s.way.max_new_tokens / 2 for a in self.under_way for s in a.sequences)
             raise Busy(min(60.0, tokens / self.pace / self.load) if self.pace else 1.0)
+        if sum(n for a, n in self.under_way.items() if a.asker == asker) + count > self.share:
+            raise Busy(1.0, own=True)
 
     async def submit(
-        self, prompts: list[list[int]], ways: list[Sampling], stream: bool = False
+        self, prompts: list[list[int]], ways: list[Sampling], stream: bool = False, asker: str = ""
     ) -> Answers:
         """Have these answered; a ValueError if the engine does not take a prompt."""
-        self.check(len(prompts))
-        answers = Answers(stream)
+        self.check(len(prompts), asker)
+        answers = Answers(stream, asker)
         self.under_way[answers] = len(prompts)
         try:
             self.inbox.put((answers, prompts, ways))
@@ -98,22 +109,27 @@ class Decoder:
     def cancel(self, answers: Answers) -> None:
         """Also of what has ended: the end of every request."""
         if self.under_way.pop(answers, None) is not None:
-            self.inbox.put((answers, None, None))
+            self.stop(answers.sequences)
+
+    def stop(self, sequences: list[Sequence]) -> None:
+        self.inbox.put(sequences)
 
     async def close(self) -> None:
         """When nobody asks any more."""
         self.inbox.put(None)
         await asyncio.to_thread(self.thread.join)
 
-    def tell(self, accepted: list[tuple[Answers, ValueError | None]], ended: bool) -> None:
+    def tell(self, accepted: list[tuple[Answers, Exception | None]], ended: bool) -> None:
         for answers, mistake in accepted:
             if not answers.accepted.done():  # or its asker has left
                 if mistake:
                     answers.accepted.set_exception(mistake)
                 else:
                     answers.accepted.set_result(None)
+        now = time.monotonic()
         for answers in self.under_way:
-            if answers.stream or (ended and answers.ended):
+            if answers.stream or now - answers.told > SELDOM or (ended and answers.ended):
+                answers.told = now
                 answers.changed.set()
 
     # ------------------------------------------------------------ in the thread
@@ -136,12 +152,14 @@ class Decoder:
             stepped: list[Sequence] = self.engine.step()
         except Exception:
             traceback.print_exc(file=sys.stderr)
+            self.failed = True
             return True
+        self.failed = False
         pace = len(stepped) / (time.monotonic() - start)
         self.pace += 0.05 * (pace - self.pace) if self.pace else pace
         return any(sequence.reason for sequence in stepped)
 
-    def empty_inbox(self) -> list[tuple[Answers, ValueError | None]] | None:
+    def empty_inbox(self) -> list[tuple[Answers, Exception | None]] | None:
         """Take what is there, and wait for something if there is nothing to decode."""
         accepted = []
         while True:
@@ -151,15 +169,17 @@ class Decoder:
                 return accepted
             if found is None:
                 return None
-            answers, prompts, ways = found
-            if prompts is None:
-                for sequence in answers.sequences:
-                    self.engine.cancel(sequence)
-                continue
             mistake = None
             try:
-                for prompt, way in zip(prompts, ways, strict=True):
-                    answers.sequences.append(self.engine.add(prompt, way))
-            except ValueError as problem:
+                if isinstance(found, list):
+                    for sequence in found:
+                        self.engine.cancel(sequence)
+                    continue
+                for prompt, way in zip(*found[1:], strict=True):
+                    found[0].sequences.append(self.engine.add(prompt, way))
+            except Exception as problem:
                 mistake = problem
-            accepted.append((answers, mistake))
+                if not isinstance(problem, ValueError):
+                    traceback.print_exc(file=sys.stderr)
+            if isinstance(found, tuple):
+                accepted.append((found[0], mistake))

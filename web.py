@@ -9,9 +9,11 @@ One thread and asyncio's streams: a client that waits costs a few kilobytes, not
   - Everything a client can hold is bounded: connections, the size of head and body, the seconds in
     which they have to be there, the seconds it may take to read what is sent to it.
   - A client that closes its connection (or its sending half) has left: the app's coroutine is
-    cancelled where it waits, so that work for nobody ends.
+    cancelled where it waits, so that work for nobody ends. So has one that sends more than a
+    head's length ahead of the answer: its leaving could not be seen behind that.
   - Of HTTP only what clients of an API send: no chunked bodies, no folded headers, no second
     Content-Length. What two parsers could read in two ways is refused (RFC 9112).
+  - Between two requests of a connection others have their turn.
   - Who only listens on this machine answers only to its name there, or any web page could have
     its own name point here (DNS rebinding); and no page of another origin may send anything.
   - `Problem` becomes an error in OpenAI's form. Any other exception is a line on the server's
@@ -33,13 +35,14 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 MOST_CLIENTS = 10_000  # whose rates are remembered
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") (/[!-~]*) HTTP/1\.([01])")
 HEADER_LINE = re.compile(rb"(" + TOKEN + rb"):[ \t]*([\t -~\x80-\xff]*)")
+HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]{1,5})?", re.IGNORECASE)
+SINGLE = ("host", "origin", "content-type", "content-length", "transfer-encoding")
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
@@ -105,12 +108,13 @@ def refusal(problem: Problem) -> Response:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """The address is taken before anything slow begins, and connected to only from `start` on."""
+    """The address is taken before anything slow begins; who connects waits until `start`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
+        bound.listen()  # bound alone it could be taken by another, too
     except (OSError, OverflowError) as mistake:
         bound.close()
         why = getattr(mistake, "strerror", None) or mistake
@@ -133,7 +137,7 @@ def parsed_head(head: bytes, address: str) -> Request:
         if not said:
             raise Problem(400, "a header line is malformed")
         name = said[1].decode().lower()
-        if name in headers and name in ("host", "content-length", "transfer-encoding"):
+        if name in headers and name in SINGLE:
             raise Problem(400, f"two {name} headers")
         headers[name] = said[2].decode("latin-1").strip()
     if "host" not in headers and asked[3] == b"1":
@@ -145,15 +149,25 @@ def parsed_head(head: bytes, address: str) -> Request:
 
 
 def host_of(said: str) -> str:
-    with suppress(ValueError):
-        return urlsplit(f"//{said}").hostname or ""
-    return ""
+    """Name or address of NAME[:PORT], in lower case; "" if it is not of that form."""
+    found = HOST.fullmatch(said)
+    return (found[1] or found[2]).lower() if found else ""
 
 
 class Reader(asyncio.StreamReader):
     """Knows what to do when the client leaves."""
 
     leave: Callable[[], object] | None = None
+
+    @property
+    def ahead(self) -> bool:
+        """Is more sent already than it looks at? Soon it would pause, and see no end."""
+        return len(self._buffer) > self._limit
+
+    def feed_data(self, data: bytes) -> None:
+        super().feed_data(data)
+        if self.leave and self.ahead:
+            self.leave()
 
     def feed_eof(self) -> None:
         super().feed_eof()
@@ -167,23 +181,24 @@ class Reader(asyncio.StreamReader):
 
 
 class Allowance:
-    """So many requests a minute for each client, a third of them at once."""
+    """So many answers a minute for each client, a third of them at once."""
 
     def __init__(self, per_minute: float):
         self.per_second, self.burst = per_minute / 60, max(1.0, per_minute / 3)
         self.clients: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
-    def wait(self, client: str) -> float:
+    def wait(self, client: str, cost: float = 1) -> float:
         """Seconds until it may ask; 0: it may now, and has."""
         if not self.per_second:
             return 0.0
         now = time.monotonic()
         left, then = self.clients.pop(client, (self.burst, now))
         left = min(self.burst, left + (now - then) * self.per_second)
-        self.clients[client] = (left - 1 if left >= 1 else left, now)
+        cost = min(cost, self.burst)
+        self.clients[client] = (left - cost if left >= cost else left, now)
         if len(self.clients) > MOST_CLIENTS:
             self.clients.popitem(last=False)
-        return 0.0 if left >= 1 else (1 - left) / self.per_second
+        return 0.0 if left >= cost else (cost - left) / self.per_second
 
 
 # ---------------------------------------------------------------- server
@@ -234,7 +249,7 @@ class Server:
         self.connections[task] = address
         try:
             while await self.exchange(reader, writer, address):
-                pass
+                await asyncio.sleep(0)
             await self.close(reader, writer)
         except (OSError, asyncio.CancelledError):  # it left, or was too slow
             pass
@@ -262,7 +277,7 @@ class Server:
             if request is None:
                 return False
             reader.leave = asyncio.current_task().cancel
-            if reader.at_eof():
+            if reader.at_eof() or reader.ahead:
                 return False
             keep = request.newest and "close" not in request.headers.get("connection", "").lower()
             response = await self.app(request)

@@ -126,7 +126,10 @@ def test_openai_models_and_errors(client):
         client.chat.completions.create(model="tiny", messages=say, temperature=3)
     with pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(model="tiny", prompt="word " * 2000)
-    assert refused.value.code == "context_length_exceeded"
+    assert refused.value.code == "context_length_exceeded" and refused.value.param == "prompt"
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-4")
 
 
 def test_a_conversation_is_the_one_that_training_has(tiny):
@@ -245,10 +248,13 @@ def test_every_answer_bears_the_watermark_unless_told_otherwise(tiny):
     assert found[1]["z"] < 3.5 and not found[1]["verdict"].startswith("watermarked")
 
 
-def test_the_watermark_of_the_command_line():
+def test_the_watermark_of_the_command_line(monkeypatch):
     here = ("--model-dir", TINY, "--rows", 1, "--watermark-key", 12345)
     engine, marks = demo.made(arguments(*here))
     assert engine.watermark is marks and (marks.key, marks.vocab_size) == (12345, 1024)
+    monkeypatch.setenv("ALPACA_WATERMARK_KEY", "777")
+    assert arguments(*here[:4]).watermark_key == 777
+    assert arguments(*here).watermark_key == 12345
     engine, marks = demo.made(arguments(*here, "--no-watermark"))
     assert engine.watermark is None and marks.key == 12345
 
@@ -295,9 +301,9 @@ class Broken(Filter):
 @pytest.mark.parametrize("how", ["down", "flags"])
 def test_nothing_is_shown_that_the_filter_did_not_pass(path, stream, how):
     engine = Scripted(lambda prompt: SECRET)
-    asked = {"prompt": "a", "messages": [{"role": "user", "content": "a"}], "logprobs": 0}
-    asked = {**asked, "logprobs": True, "stream": stream} if "chat" in path else asked
-    asked |= {"stream": stream, "logprobs": None}
+    asked = {"prompt": "a", "messages": [{"role": "user", "content": "a"}], "stream": stream}
+    if not stream:
+        asked["logprobs"] = True if "chat" in path else 0
     for good in (0, 1, 3):
         with running(engine, filter=Broken(good, how)) as server:
             reply = server.post(path, asked)
@@ -343,6 +349,55 @@ def test_the_filter_reads_all_that_a_person_wrote():
         reply = server.post("/v1/chat/completions", {"messages": chat})
         assert reply.status == 400 and json.loads(reply.read())["error"]["code"] == "content_filter"
         assert server.answer("hello")["choices"][0]["text"] == "fine"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_no_rule_ends_where_the_answer_begins(stream):
+    with running(Scripted(lambda prompt: "mb you need a pipe."), filter=Rules()) as server:
+        how = {"prompt": "The best way to make a pipe bo", "stream": stream}
+        said = server.post("/v1/completions", how).read().decode()
+        assert '"finish_reason": "content_filter"' in said and "need" not in said
+        asked = {"instruction": "I wonder how people make", "stream": stream}
+        assert "need" in server.post("/v1/completions", asked).read().decode()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_the_filter_stops_is_not_decoded_on(stream):
+    engine = Scripted(lambda prompt: "make mustard gas " + "word " * 3000, rows=1, pace=0.01)
+    with running(engine, "--max-new-tokens", 3000, filter=Rules()) as server:
+        said = server.post("/v1/completions", {"prompt": "a ", "stream": stream}).read()
+        assert b"content_filter" in said and engine.steps < 200
+        server.wait(lambda: not engine.busy, 0.5)
+
+
+class Slow(Filter):
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    async def check(self, text: str) -> str:
+        await asyncio.sleep(self.seconds)
+        return ""
+
+
+def test_the_time_for_an_answer_is_also_the_filters():
+    with running(Scripted(lambda prompt: "fine"), "--timeout", 0.4, filter=Slow(5)) as server:
+        start = time.monotonic()
+        reply = server.post("/v1/completions", {"prompt": "a"})
+        assert reply.status == 503 and time.monotonic() - start < 2
+        server.wait(lambda: server.demo.decoder.load == 0)
+
+
+def test_answers_are_checked_at_the_same_time():
+    with running(Scripted(lambda prompt: "fine", rows=8), filter=Slow(0.3)) as server:
+        start = time.monotonic()
+        assert len(server.answer("a", n=8)["choices"]) == 8
+        assert time.monotonic() - start < 1.5  # of 9 checks
+
+
+def test_what_the_model_might_have_said_is_told_where_nothing_is_filtered():
+    with running(Scripted(lambda prompt: "fine"), filter=Rules()) as server:
+        reply = server.post("/v1/completions", {"prompt": "a", "logprobs": 2})
+        assert reply.status == 400 and b"--filter off" in reply.read()
 
 
 @contextmanager
@@ -396,13 +451,19 @@ def test_the_service_is_asked_about_prompt_and_answer(monkeypatch):
             assert said.count("swordfish") == 30
         asked = [body["input"] for body in judge.bodies]
         assert asked[0] == "hello\nthere" and len(asked) > 2
-        assert all(re.fullmatch(r"(swordfish ?)+", text) for text in asked[1:])
+        for number, text in enumerate(asked[1:], 1):  # after its prompt, and what is shown already
+            assert re.search(r"hello\s.*there\s.*?(swordfish ?)+$", text, re.DOTALL), text
+            assert text.count("swordfish") > 8 * number
 
 
 def test_which_filter_is_used(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert chosen_filter(arguments()).name == "rules"
     assert chosen_filter(arguments("--filter", "off")).name == "off"
+    own = ("--moderation-url", "http://localhost:1/v1")
+    assert chosen_filter(arguments(*own)).name == own[1]  # without a key, too
+    with pytest.raises(ValueError, match="OPENAI_API_KEY"):
+        chosen_filter(arguments("--filter", "service"))
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-some-length")
     assert chosen_filter(arguments()).name == "https://api.openai.com/v1"
     assert chosen_filter(arguments("--filter", "rules")).name == "rules"
@@ -441,7 +502,7 @@ def test_each_client_has_its_own_rate():
         assert ask("9.9.9.9, 5.6.7.8").status == 200  # what the client itself says comes first
         assert ask("5.6.7.8").status == 200 and ask("8.8.8.8, 5.6.7.8").status == 429
         refused = ask("1.2.3.4")
-        assert 1 <= int(refused.headers["Retry-After"]) <= 10
+        assert 8 <= int(refused.headers["Retry-After"]) <= 10
         assert json.loads(refused.read())["error"]["type"] == "rate_limit_error"
         assert server.get("/health", X_Forwarded_For="1.2.3.4").status == 200
 
@@ -456,6 +517,39 @@ def test_a_rate_comes_back_and_remembers_no_more_than_it_should(monkeypatch):
     for number in range(web.MOST_CLIENTS + 5):
         allowance.wait(str(number))
     assert len(allowance.clients) == web.MOST_CLIENTS
+    assert "a" not in allowance.clients and str(web.MOST_CLIENTS + 4) in allowance.clients
+    now[0] = 1000.0
+    assert (
+        allowance.wait("b", 8) == allowance.wait("b", 12) == 0.0 and allowance.wait("b", 3) == 3.0
+    )
+    assert allowance.wait("c", 50) == 0.0 and allowance.wait("c") == 1.0  # as much as there can be
+
+
+def test_a_request_costs_what_it_asks_for():
+    with running(Scripted(lambda prompt: "fine"), "--rate", 24) as server:
+        statuses = [server.post("/v1/completions", {"prompt": "a", "n": 8}).status for _ in "ab"]
+        assert statuses == [200, 429]
+
+
+def test_one_client_gets_a_share_of_the_queue():
+    engine = Scripted(lambda prompt: "word " * 3000, rows=1, pace=0.01)
+    with running(engine, "--rate", 600, "--max-new-tokens", 3000) as server:
+        body = request(b'{"prompt": "a", "n": 8}')
+        with socket.create_connection(("127.0.0.1", server.port)) as one:
+            one.sendall(body)
+            server.wait(lambda: server.demo.decoder.load == 8)
+            reply = server.post("/v1/completions", {"prompt": "a", "n": 8})  # 12 of 49 are its own
+            assert reply.status == 429 and b"one client" in reply.read()
+        server.wait(lambda: server.demo.decoder.load == 0)
+
+
+def test_health_tells_when_nothing_is_decoded_any_more():
+    with running(Scripted(lambda prompt: "fine")) as server:
+        assert server.get("/health").status == 200
+        server.demo.decoder.inbox.put(None)
+        server.wait(lambda: not server.demo.decoder.thread.is_alive())
+        assert server.get("/health").status == 503
+        assert server.post("/v1/completions", {"prompt": "a"}).status == 500  # at once
 
 
 def held() -> tuple[int, int]:
@@ -566,6 +660,8 @@ def test_reports_are_appended(tmp_path):
         assert server.post("/api/flag", {"output": "x\n中"}).status == 201
         for bad in ({}, {"output": 3}, {"output": "\ud800"}, {"output": "a", "top_p": "b"}):
             assert server.post("/api/flag", bad).status == 400
+        assert server.post("/api/flag", {"output": "a" * 20_001}).status == 413
+    assert file.stat().st_mode & 0o777 == 0o600
     reports = list(read_jsonl(file))
     assert [report["output"] for report in reports] == ["<b>", "x\n中"]
     assert first.items() <= reports[0].items() and reports[0]["model"] == "tiny"
@@ -681,6 +777,48 @@ def test_page_detects_a_watermark(browser, tiny):
         page.locator("#found").wait_for()
         assert page.inner_text("#verdict").startswith("Watermarked")
         assert page.locator("#tokens .is-green").count() > 60
+        said = page.locator("#tokens [role=img][aria-label$=', green']")  # to who does not see it
+        assert said.count() == page.locator("#tokens .is-green").count()
+
+
+def test_page_by_keyboard(browser, tmp_path):
+    """Nothing is lost on the way: neither the focus, nor a report, nor an answer."""
+    focus = "document.activeElement.id"
+    engine, file = Scripted(lambda prompt: "word " * 400, pace=0.01), tmp_path / "reports.jsonl"
+    with running(engine, "--reports", file) as server, opened(browser, server) as page:
+        page.fill("#instruction", "Say words.")
+        page.focus("#send")
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(100)
+        assert page.evaluate(focus) == "stop"
+        page.click("#tab-check")
+        page.keyboard.press("Escape")  # is not for the other tab
+        page.keyboard.press("Home")
+        assert page.evaluate(focus) == "tab-ask"
+        page.keyboard.press("End")
+        assert page.evaluate(focus) == "tab-check"
+        page.keyboard.press("Home")
+        assert page.get_attribute("#answer", "aria-busy") == "true"
+        page.focus("#stop")
+        page.keyboard.press("Escape")
+        in_page(page, "Stopped")
+        assert page.evaluate(focus) == "send"
+        page.click("#flag")
+        page.fill("#why", "dull")
+        page.keyboard.press("Control+Enter")
+        in_page(page, "Reported")
+    (report,) = read_jsonl(file)
+    assert report["why"] == "dull"
+
+
+def test_page_tells_whom_the_filter_stopped_where_help_is(browser):
+    engine = Scripted(lambda prompt: "I want to die")
+    with running(engine, filter=Rules()) as server, opened(browser, server) as page:
+        page.fill("#instruction", "Say it.")
+        page.click("#send")
+        in_page(page, "findahelpline.com")
+        assert "die" not in page.text_content("#answer")
+        assert page.get_attribute("#answer", "aria-live") == "polite"
 
 
 def test_page_shows_html_as_text(browser):
@@ -795,4 +933,6 @@ def test_mistakes_are_one_line(command, tmp_path):
     assert_refused(command(demo, *here, "--rules", tmp_path / "none"), "none")
     assert_refused(command(demo, *here, "--max-length", 4000), "4000")
     assert_refused(command(demo, *here, "--watermark-key", 0), "key")
+    (tmp_path / "file").write_text("")
+    assert_refused(command(demo, *here, "--reports", tmp_path / "file/r.jsonl"), "file")
     assert_refused(command(demo, "--rate", -1), "--rate")

@@ -1,5 +1,6 @@
 """OpenAI's API from the server's side: what is understood, and what is refused by name."""
 
+import json
 import math
 
 import pytest
@@ -79,9 +80,10 @@ REFUSED = {
         [{"role": "user", "content": " \n"}], [*USER, {"role": "assistant", "content": "a"}],
         [{"role": "user", "content": "\ud800"}], [*USER, {"role": "system", "content": "a"}],
         [{"role": "user", "content": [{"type": "image_url"}]}],
+        [{"role": "user", "content": [{"type": "text", "text": ["x"]}]}],
         [{"role": "system", "content": ""}]],
     "temperature": ["1", -0.1, 2.1, math.nan, math.inf, True, []],
-    "top_p": [0, 1.1, "a"],
+    "top_p": [-0.1, 1.1, "a"],
     "top_k": [-1, 1.5],
     "repetition_penalty": [0, 100],
     "n": [0, 9, 1.0, "2", True],
@@ -96,6 +98,11 @@ REFUSED = {
     "logit_bias": [{"1": 2}],
     "frequency_penalty": [0.5],
     "response_format": [{"type": "json_object"}],
+    "best_of": [2],
+    "echo": [True],
+    "reasoning_effort": ["high"],
+    "verbosity": ["low"],
+    "web_search_options": [{}],
 }  # fmt: skip
 
 
@@ -125,6 +132,37 @@ def test_prompts_that_are_none():
 
 def test_what_means_nothing_is_let_pass():
     understood(frequency_penalty=0, presence_penalty=0.0, logit_bias={}, tools=[], tool_choice=None)
+    understood(tool_choice="auto")
+    assert 0 < understood(top_p=0).ways[0].top_p < 0.001
+
+
+def test_top_logprobs_without_logprobs_are_refused():
+    with pytest.raises(Problem, match="top_logprobs"):
+        understood(top_logprobs=2)
+
+
+def test_a_chats_last_piece_adds_no_text():
+    last = json.loads(api.piece(understood(), 0, "", "stop")[6:])["choices"][0]
+    assert last["delta"] == {} and last["finish_reason"] == "stop"
+
+
+def test_a_prompt_is_counted_once():
+    asked = understood(PLAIN, prompt=["a", "b c"], n=2)
+    sequences = [finished("x", asked.ways[0]) for _ in range(4)]
+    read = len(encoded("a")) + len(encoded("b c"))
+    assert api.usage(asked, sequences)["prompt_tokens"] == read
+
+
+@pytest.mark.parametrize("path", [CHAT, PLAIN])
+def test_what_a_stop_cut_off_is_not_told_by_its_tokens(path):
+    how = {"logprobs": True} if path == CHAT else {"logprobs": 0, "prompt": "a"}
+    asked = understood(path, stop=["se"], **how)
+    s = finished("A pear is no secret", asked.ways[0])
+    assert s.text == "A pear is no " and s.reason == "stop"
+    told = api.whole(asked, [s], [s.text], ["stop"])["choices"][0]["logprobs"]
+    tokens = told["tokens"] if path == PLAIN else [one["token"] for one in told["content"]]
+    assert "pear" in "".join(tokens) and "A pear is no secret".startswith("".join(tokens).strip())
+    assert "s" not in "".join(tokens).replace("is", "")
 
 
 def finished(text: str, way: Sampling) -> Sequence:
@@ -133,6 +171,8 @@ def finished(text: str, way: Sampling) -> Sequence:
         s.logprobs.append(-math.inf)
         s.likeliest.append([(token, -0.5)])
         s.push(token)
+        if s.reason:
+            break
     return s
 
 

@@ -112,6 +112,10 @@ def test_beyond_the_bound_it_is_busy_at_once_and_then_not():
         with pytest.raises(Busy) as refused:
             await decoder.submit([ids], [way])
         assert time.monotonic() - start < 0.1 and 0 < refused.value.wait <= 60
+        decoder.pace = 100.0  # 3 answers of 1500 tokens: 45 s, and an answer ends every 15
+        with pytest.raises(Busy) as refused:
+            await decoder.submit([ids], [way])
+        assert refused.value.wait == pytest.approx(15, rel=0.2)
         decoder.cancel(held[0])
         decoder.cancel(await decoder.submit([ids], [way]))
 
@@ -154,6 +158,89 @@ def test_a_failing_step_fails_those_in_it_and_no_others(capsys):
 
     with_decoder(engine, work)
     assert "out of memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["add", "cancel"])
+def test_a_request_that_fails_to_join_or_leave_harms_no_other(name, capsys):
+    engine = tiny_engine(rows=2)
+    whole = getattr(engine, name)
+
+    def failing(*args):
+        setattr(engine, name, whole)
+        raise RuntimeError("out of memory")
+
+    async def work(decoder):
+        way = Sampling(max_new_tokens=5)
+        setattr(engine, name, failing)
+        if name == "add":
+            with pytest.raises(RuntimeError, match="memory"):
+                await asyncio.wait_for(decoder.submit([[1, 5]], [way]), 5)
+        else:
+            await ended(decoder, await decoder.submit([[1, 5]], [way]))
+        answers = await asyncio.wait_for(decoder.submit([[1, 5]], [way]), 5)
+        await ended(decoder, answers)
+        assert len(answers.sequences[0].ids) == 5 and decoder.well and decoder.load == 0
+
+    with_decoder(engine, work)
+    assert "out of memory" in capsys.readouterr().err
+
+
+def test_it_tells_whether_it_is_well(capsys):
+    engine = tiny_engine(rows=2)
+    whole = engine.next_logits
+
+    async def work(decoder):
+        way = Sampling(max_new_tokens=5)
+        engine.next_logits = lambda: 1 / 0
+        await ended(decoder, await decoder.submit([[1, 5]], [way]))
+        while decoder.well:  # as soon as the thread knows
+            await asyncio.sleep(0.01)
+        engine.next_logits = whole
+        await ended(decoder, await decoder.submit([[1, 5]], [way]))
+        while not decoder.well:
+            await asyncio.sleep(0.01)
+        decoder.inbox.put(None)
+        await asyncio.to_thread(decoder.thread.join)
+        assert not decoder.well
+        with pytest.raises(RuntimeError):
+            await decoder.submit([[1, 5]], [way])  # at once, not never
+
+    with_decoder(engine, work)
+    capsys.readouterr()
+
+
+def test_nobody_has_more_than_a_share():
+    engine = Scripted(lambda prompt: "word " * 3000, rows=1, pace=0.002)
+    ids = engine.tokenizer.encode("a", bos=True)
+
+    async def work(decoder):
+        decoder.share = 2
+        ways = [Sampling(max_new_tokens=3000)] * 2
+        held = [await decoder.submit([ids] * 2, ways, False, "one")]
+        with pytest.raises(Busy) as refused:
+            await decoder.submit([ids], ways[:1], False, "one")
+        assert refused.value.own
+        held.append(await decoder.submit([ids], ways[:1], False, "two"))
+        for answers in held:
+            decoder.cancel(answers)
+
+    with_decoder(engine, work)
+
+
+def test_who_left_the_queue_is_kept_nowhere():
+    engine = Scripted(lambda prompt: "word " * 3000, rows=1, pace=0.005)
+    ids = engine.tokenizer.encode("a", bos=True)
+
+    async def work(decoder):
+        way = Sampling(max_new_tokens=3000)
+        first = await decoder.submit([ids], [way])
+        for _ in range(10):
+            decoder.cancel(await decoder.submit([ids], [way]))
+        await asyncio.sleep(0.1)
+        assert not first.ended and len(engine.waiting) == 0
+        decoder.cancel(first)
+
+    with_decoder(engine, work)
 
 
 def test_an_asker_who_leaves_while_it_is_queued_leaves_nothing():

@@ -1,15 +1,19 @@
 """The HTTP server: what is malformed, slow, too large or from elsewhere holds nothing up."""
 
+import asyncio
 import json
 import socket
 import struct
+import threading
 import time
 
 import pytest
-from demo_server import Scripted, running
+from conftest import assert_refused
+from demo_server import Scripted, arguments, running
 
+import demo
 from moderation import Filter
-from web import Limits
+from web import LOOPBACK, Limits, listening
 
 QUICK = Limits(connections=12, idle_s=1.5, read_s=0.6, write_s=0.6, body_bytes=4000)
 HOST = b"Host: localhost\r\n"
@@ -73,6 +77,10 @@ MALFORMED = {
         b"OPTIONS /v1/completions HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n",
         405,
     ),
+    "two origins": (POST + b"Origin: http://localhost\r\nOrigin: null\r\n\r\n", 400),
+    "two types": (POST + b"Content-Type: text/plain\r\n\r\n", 400),
+    "a user in the host": (b"GET / HTTP/1.1\r\nHost: evil@localhost\r\n\r\n", 421),
+    "a word for a port": (b"GET / HTTP/1.1\r\nHost: localhost:abc\r\n\r\n", 421),
     "foreign host": (b"GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n", 421),
     "foreign origin": (POST + b"Origin: https://evil.example\r\nContent-Length: 0\r\n\r\n", 403),
     "no origin's": (POST + b"Origin: null\r\nContent-Length: 0\r\n\r\n", 403),
@@ -115,6 +123,98 @@ def test_a_name_that_was_allowed_is_answered_to_with_its_pages():
         asked = b"GET /health HTTP/1.1\r\nConnection: close\r\nHost: "
         assert status(raw(server, asked + b"demo.example\r\n\r\n")) == 200
         assert status(raw(server, asked + b"evil.example\r\n\r\n")) == 421
+
+
+def test_names_are_allowed_as_browsers_write_them(command):
+    """In lower case, without the port."""
+    names = ("--allow-host", "Demo.Example", "--allow-host", "a.example:8443")
+    assert arguments(*names).allow_host == ["demo.example", "a.example"]
+    for odd in ("https://a.example", "a/b", ""):
+        assert_refused(command(demo, "--allow-host", odd), "no name of a host")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "LOCALHOST"])
+def test_every_spelling_of_this_machine_answers_to_no_other_name(host, capsys):
+    with running(Scripted(lambda prompt: "fine"), "--host", host) as server:
+        assert None is not server.http.hosts >= LOOPBACK
+        assert "others may ask" not in capsys.readouterr().err
+
+
+def test_on_all_addresses_it_says_so_and_keeps_foreign_pages_out(capsys):
+    with running(Scripted(lambda prompt: "fine"), "--host", "0.0.0.0") as server:
+        assert "others may ask" in capsys.readouterr().err
+        asked = POST.replace(b"localhost", b"demo.example") + b"Connection: close\r\n"
+        length = b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+        assert status(raw(server, asked + b"Origin: https://demo.example\r\n" + length)) == 200
+        assert status(raw(server, asked + b"Origin: https://evil.example\r\n" + length)) == 403
+    names = ("--host", "0.0.0.0", "--allow-host", "demo.example")
+    with running(Scripted(lambda prompt: "fine"), *names) as server:
+        asked = b"GET /health HTTP/1.1\r\nConnection: close\r\nHost: "
+        assert status(raw(server, asked + b"demo.example\r\n\r\n")) == 200
+        assert status(raw(server, asked + b"evil.example\r\n\r\n")) == 421
+
+
+def test_an_address_is_taken_by_one():
+    with listening("127.0.0.1", 0) as bound:
+        port = bound.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"127\.0\.0\.1, port {port}: .*in use"):
+            listening("127.0.0.1", port)
+
+
+def test_every_answer_forbids_guessing_keeping_and_embedding(server):
+    for path in ("/", "/health", "/none"):
+        headers = server.get(path).headers
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Cache-Control"] == "no-store"
+        assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
+
+
+def test_one_other_machine_gets_no_more_than_its_connections(server, monkeypatch):
+    monkeypatch.setattr("web.LOOPBACK", set())  # as if this one were another
+    server.wait(lambda: not server.http.connections)
+    monkeypatch.setattr(server.http, "limits", Limits(connections=12, per_address=2))
+    held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
+    server.wait(lambda: len(server.http.connections) == 2)
+    assert status(raw(server, GET + b"\r\n")) == 503
+    for one in held:
+        one.close()
+    server.wait(lambda: not server.http.connections)
+
+
+@pytest.mark.parametrize("ahead", [0, 10_000, 40_000, 200_000])
+def test_who_leaves_is_seen_to_also_behind_what_it_sent_ahead(ahead):
+    engine = Scripted(lambda prompt: "word " * 3000, rows=1, pace=0.01)
+    with running(engine, "--max-new-tokens", 3000) as server:
+        sent = POST + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as one:
+            one.sendall(sent)
+            server.wait(lambda: engine.steps > 2)
+            one.sendall(b"a" * ahead)
+        server.wait(lambda: server.demo.decoder.load == 0 and not server.http.connections, 2)
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as one:
+            one.sendall(sent + b"a" * ahead)  # all at once
+        server.wait(lambda: server.demo.decoder.load == 0 and not server.http.connections, 2)
+
+
+def test_others_have_their_turn_between_two_requests_of_one(server, monkeypatch):
+    turns, noted, app, done = [0], [], server.http.app, threading.Event()
+
+    async def other():
+        while not done.is_set():
+            turns[0] += 1
+            await asyncio.sleep(0)
+
+    async def noting(request):
+        noted.append(turns[0])
+        return await app(request)
+
+    monkeypatch.setattr(server.http, "app", noting)
+    future = asyncio.run_coroutine_threadsafe(other(), server.loop)
+    many = b"HEAD /health HTTP/1.1\r\n" + HOST + b"\r\n"
+    raw(server, many * 200 + GET + b"Connection: close\r\n\r\n")
+    done.set()
+    future.result(5)
+    assert len(noted) == len(set(noted)) == 201
 
 
 def test_many_requests_on_one_connection_also_sent_ahead(server):

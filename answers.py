@@ -29,9 +29,9 @@ import dataset
 import generate
 from api import Endpoint, Reply
 from engine import Engine
-from teachers import Answers, Teachers, ask_all, endpoints_of
+from teachers import Answers, Teachers, ask_all, endpoint_of
 
-OUTPUTS = "model_outputs.json"
+OUTPUTS, ANNOTATIONS = "model_outputs.json", "annotations.json"
 
 
 class Item(NamedTuple):
@@ -129,12 +129,30 @@ def paired(model: Path, baseline: Path, common: bool = False) -> Pairs:
     )
 
 
+def annotation(pairs: Pairs, pair: Pair, annotator: str, preference: float | None) -> dict:
+    """As AlpacaEval writes them; without a preference where there is no verdict."""
+    return {
+        "instruction": pair.instruction,
+        "output_1": pair.output_1,
+        "generator_1": pairs.baseline,
+        "dataset": pair.dataset,
+        "output_2": pair.output_2,
+        "generator_2": pairs.model,
+        "annotator": annotator,
+        "preference": preference,
+    }
+
+
 # ---------------------------------------------------------------- asking
 
 
 def answered_here(items: dict[str, Item], args: argparse.Namespace, log: Path) -> dict[str, Made]:
     """By the model that the flags name, as `generate.py` would."""
-    made = {line["id"]: Made(line["output"], line["cut"]) for line in console.read_log(log)}
+    made = {}
+    for number, line in enumerate(console.read_log(log), 1):
+        if line.keys() != {"id", "output", "cut"}:
+            raise ValueError(f"{log}, line {number}: no answer as they are stored here")
+        made[line["id"]] = Made(line["output"], line["cut"])
     left = [id for id in items if id not in made]
     if not left:
         return made
@@ -172,7 +190,7 @@ def queued(engine: Engine, items: dict[str, Item], args: argparse.Namespace) -> 
 def answered_there(items: dict[str, Item], args: argparse.Namespace, log: Path) -> dict[str, Made]:
     """By a server: a chat gets the instruction as a user would say it, what only completes a text
     gets Alpaca's prompt."""
-    (endpoint,) = endpoints_of(args, [args.model])
+    endpoint = endpoint_of(args, "--model", args.model)
     options = {"max_tokens": args.max_new_tokens, "temperature": args.temperature}
     options |= {"top_p": args.top_p if args.top_p < 1 else None, "stop": args.stop or None}
     options |= args.request

@@ -155,18 +155,23 @@ def unblind_command(args: argparse.Namespace) -> None:
 def judge_command(args: argparse.Namespace) -> None:
     """A model compares two models' answers."""
     pairs = paired(args.model, args.baseline, args.common)
-    (endpoint,) = teachers.endpoints_of(args, [args.judge])
+    endpoint = teachers.endpoint_of(args, "--judge", args.judge)
     args.name = args.name or endpoint.model + (", explained" if args.explain else "")
     settings = {"answers": digest(pairs), "judge": endpoint.model, "url": endpoint.url}
-    for name in ("kind", "request", "single_order", "explain", "no_logprobs", "seed"):
+    for name in ("kind", "request", "single_order", "explain", "no_logprobs"):
         settings[name] = getattr(args, name)
-    args.lock = console.claim(args.out, plain(settings), "judging")
-    found = judge.judged(pairs, endpoint, args, args.out / "responses.jsonl")
+    settings["seed"] = args.seed if args.single_order else None
+    log = args.out / "responses.jsonl"
+    args.lock = console.claim(args.out, plain(settings), "judging", log.name)
+    found = judge.judged(pairs, endpoint, args, log)
     for line in found.told:
         print(console.printable(line))
-    if all(entry["preference"] is None for entry in found.entries):
+    silent = {entry["instruction"] for entry in found.entries if entry["preference"] is None}
+    if silent.issuperset(pair.instruction for pair in pairs.all):
+        count = sum(entry["preference"] is not None for entry in found.entries)
         why = f"{endpoint.model} gave none" if found.enough else "the budget has no room for one"
-        raise ValueError(f"no verdict at all: {why}; nothing is written")
+        why = f"{count} verdicts, but no pair has one in both orders" if count else why
+        raise ValueError(f"no verdict on any pair: {why}; nothing is written")
     file = args.out / blind.ANNOTATIONS
     write_json(file, found.entries)
     if not found.enough:
@@ -180,7 +185,7 @@ def judge_command(args: argparse.Namespace) -> None:
 def score_command(args: argparse.Namespace) -> None:
     """Win rates of annotation files."""
     files = [path / blind.ANNOTATIONS if path.is_dir() else path for path in args.files]
-    rows = winrate.leaderboard(files)
+    rows = winrate.leaderboard(files, args.common)
     if args.plot:
         with console.atomic_file(args.plot, "w") as file:
             file.write(picture(rows))
@@ -315,6 +320,7 @@ def add_judge(parser: argparse.ArgumentParser) -> None:
 
 def add_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", type=Path, nargs="+", help="annotations.json, or folders with one")
+    parser.add_argument("--common", action="store_true", help="over the instructions that all have")
     parser.add_argument("--json", action="store_true", help="everything, in the order of the files")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="SVG of the win rates to write")
     parser.set_defaults(command=score_command)

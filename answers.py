@@ -21,6 +21,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +84,17 @@ def read_items(path: Path, answered: bool = False) -> list[Item]:
 def digest(items: Any) -> str:
     """Tells one set, or one model's answers to it, from another."""
     return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16]
+
+
+def stamp(folder: Path, out: Path) -> str:
+    """Changes when a model is trained anew in the same place. Answers, in `out`, may lie there."""
+    folder = folder.resolve()
+    files = [f for f in folder.rglob("*") if f.is_file() and out not in f.parents]
+    facts = [f.stat() for f in files]
+    latest = max((fact.st_mtime_ns for fact in facts), default=0)
+    written = datetime.fromtimestamp(latest // 10**9).isoformat(" ")
+    size = sum(fact.st_size for fact in facts)
+    return f"{folder}, {size} bytes, written {written}.{latest % 10**9:09}"
 
 
 # ---------------------------------------------------------------- two models side by side

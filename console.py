@@ -414,9 +414,10 @@ def interval_chart(
         parts.append(f"{escape(printable(short))}</text>")
         for place, (low, mid, high) in enumerate(intervals.values()):
             y, colour = middle + 10 * (place - (len(intervals) - 1) / 2), colours[place]
-            parts.append(f'<path d="M{across(low)} {y}H{across(high)}" stroke="{colour}" ')
-            parts.append(f'stroke-width="2"/><circle cx="{across(mid)}" cy="{y}" r="4" ')
-            parts.append(f'fill="{colour}"/>')
+            if math.isfinite(high - low):  # or nobody knows: no bar
+                parts.append(f'<path d="M{across(low)} {y}H{across(high)}" stroke="{colour}" ')
+                parts.append('stroke-width="2"/>')
+            parts.append(f'<circle cx="{across(mid)}" cy="{y}" r="4" fill="{colour}"/>')
     style = 'font-family="sans-serif" font-size="12" style="background:#fff"'
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{"".join(parts)}</svg>\n'

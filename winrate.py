@@ -282,9 +282,6 @@ def maximum(
     def z(b: np.ndarray) -> np.ndarray:  # (M, N)
         return b[:M, None] + b[M] * t + (b[M + 1 :] if N else 0)
 
-    def gain(b: np.ndarray) -> float:
-        return float(((y * z(b) - np.logaddexp(0, z(b))) * seen).sum() - hold @ b**2 / 2)
-
     def over_qfh(x: np.ndarray) -> np.ndarray:
         """Σ x dz/dq, Σ x dz/df, Σ x dz/dh."""
         return np.r_[x.sum(1), (x * t).sum(), x.sum(0)[:N]]
@@ -300,10 +297,7 @@ def maximum(
         slope = over_qfh(y - p) - hold * b
         if np.abs(slope).max() < 1e-11 * y.shape[1]:
             return b, y - p, curve
-        step = np.linalg.solve(curve, slope)
-        while gain(b + step) < gain(b) - 1e-9:  # far from the top Newton may overshoot
-            step /= 2
-        b += step
+        b += np.linalg.solve(curve, slope)
     raise AssertionError("a concave function has a maximum, and Newton did not find it")
 
 

@@ -21,6 +21,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,9 +30,9 @@ import dataset
 import generate
 from api import Endpoint, Reply
 from engine import Engine
-from teachers import Answers, Teachers, ask_all, endpoints_of
+from teachers import Answers, Teachers, ask_all, endpoint_of
 
-OUTPUTS = "model_outputs.json"
+OUTPUTS, ANNOTATIONS = "model_outputs.json", "annotations.json"
 
 
 class Item(NamedTuple):
@@ -85,6 +86,17 @@ def digest(items: Any) -> str:
     return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16]
 
 
+def stamp(folder: Path, out: Path) -> str:
+    """Changes when a model is trained anew in the same place. Answers, in `out`, may lie there."""
+    folder = folder.resolve()
+    files = [f for f in folder.rglob("*") if f.is_file() and out not in f.parents]
+    facts = [f.stat() for f in files]
+    latest = max((fact.st_mtime_ns for fact in facts), default=0)
+    written = datetime.fromtimestamp(latest // 10**9).isoformat(" ")
+    size = sum(fact.st_size for fact in facts)
+    return f"{folder}, {size} bytes, written {written}.{latest % 10**9:09}"
+
+
 # ---------------------------------------------------------------- two models side by side
 
 
@@ -129,12 +141,30 @@ def paired(model: Path, baseline: Path, common: bool = False) -> Pairs:
     )
 
 
+def annotation(pairs: Pairs, pair: Pair, annotator: str, preference: float | None) -> dict:
+    """As AlpacaEval writes them; without a preference where there is no verdict."""
+    return {
+        "instruction": pair.instruction,
+        "output_1": pair.output_1,
+        "generator_1": pairs.baseline,
+        "dataset": pair.dataset,
+        "output_2": pair.output_2,
+        "generator_2": pairs.model,
+        "annotator": annotator,
+        "preference": preference,
+    }
+
+
 # ---------------------------------------------------------------- asking
 
 
 def answered_here(items: dict[str, Item], args: argparse.Namespace, log: Path) -> dict[str, Made]:
     """By the model that the flags name, as `generate.py` would."""
-    made = {line["id"]: Made(line["output"], line["cut"]) for line in console.read_log(log)}
+    made = {}
+    for number, line in enumerate(console.read_log(log), 1):
+        if line.keys() != {"id", "output", "cut"}:
+            raise ValueError(f"{log}, line {number}: no answer as they are stored here")
+        made[line["id"]] = Made(line["output"], line["cut"])
     left = [id for id in items if id not in made]
     if not left:
         return made
@@ -172,7 +202,7 @@ def queued(engine: Engine, items: dict[str, Item], args: argparse.Namespace) -> 
 def answered_there(items: dict[str, Item], args: argparse.Namespace, log: Path) -> dict[str, Made]:
     """By a server: a chat gets the instruction as a user would say it, what only completes a text
     gets Alpaca's prompt."""
-    (endpoint,) = endpoints_of(args, [args.model])
+    endpoint = endpoint_of(args, "--model", args.model)
     options = {"max_tokens": args.max_new_tokens, "temperature": args.temperature}
     options |= {"top_p": args.top_p if args.top_p < 1 else None, "stop": args.stop or None}
     options |= args.request

@@ -13,7 +13,7 @@ pair; they counted 90 wins against 89.
   - Order and sides are drawn for each rater alone: a habit of pressing A favours nobody.
   - A rating is on disk before the next pair is shown. Stop at any time, at any other go on.
   - Keys count for the pair that is on the screen: what was typed ahead is dropped.
-  - Pairs of the same text are not shown: they are ties.
+  - Pairs of the same text are not shown: they are ties, of all who have rated anything.
   - After `unblind` nobody can rate any more.
 
 Several raters may have rated the same instruction. They are not several observations of which model
@@ -34,7 +34,7 @@ import termios
 import tty
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,11 +42,11 @@ import numpy as np
 
 import console
 import winrate
-from answers import Pair, Pairs, digest, write_json
+from answers import ANNOTATIONS, Pair, Pairs, annotation, digest, write_json
 
 CHOICES = {"a": "a", "b": "b", "t": "tie", "s": "skip"}
 KEYS = "a, b: that one is better   t: tie   s: skip   u: undo   q: stop > "
-ITEMS, ANNOTATIONS = "items.jsonl", "annotations.json"
+ITEMS = "items.jsonl"
 
 
 # ---------------------------------------------------------------- start
@@ -101,7 +101,12 @@ class Copy:
             raise ValueError(f"{folder} is no rater's copy: `blind start` makes them")
         self.folder, self.log = folder, folder / "ratings.jsonl"
         self.settings = console.read_json(folder / "settings.json")
+        if odd := {"rater", "alike", "answers"} - self.settings.keys():
+            raise ValueError(f"{folder / 'settings.json'}: it has no {min(odd)!r}")
         self.items = list(console.read_jsonl(folder / ITEMS))
+        for number, item in enumerate(self.items, 1):
+            if not all(isinstance(item.get(name), str) for name in ("instruction", "a", "b")):
+                raise ValueError(f"{folder / ITEMS}, line {number}: these are other answers")
         self.choices: dict[int, str] = {}
         for number, line in enumerate(console.read_log(self.log), 1):
             place, choice = line.get("place"), line.get("choice")
@@ -128,11 +133,11 @@ def rate(folder: Path) -> None:
     """A session at the terminal, from where the last one stopped."""
     if not sys.stdin.isatty():
         raise ValueError("rating is done at a terminal, a key a pair")
-    settings = Copy(folder).settings
-    if (folder.parent / ANNOTATIONS).exists():
-        raise ValueError(f"{folder.parent} has been unblinded: ratings are closed")
-    lock = console.claim(folder, settings, "rating")
+    Copy(folder)  # is it one?
+    lock = console.claim(folder, {}, "rating")
     try:
+        if (folder.absolute().parent / ANNOTATIONS).exists():
+            raise ValueError(f"{folder} has been unblinded: ratings are closed")
         copy = Copy(folder)  # read when nobody else can write any more
         with single_keys() as fd:
             while (choice := ask(copy, fd)) != "stop":
@@ -153,9 +158,9 @@ def ask(copy: Copy, fd: int) -> str | None:
         print("\nAll are rated.   u: undo the last   q: done > ", end="", flush=True)
     else:
         item = copy.items[place]
-        parts = [f"===== {place + 1} of {len(copy.items)} =====", item["instruction"]]
-        parts += ["----- A -----", item["a"], "----- B -----", item["b"], "-" * 13]
-        print("\n" + "\n\n".join(map(shown, parts)), KEYS, sep="\n", end="", flush=True)
+        parts = [f"===== {place + 1} of {len(copy.items)} =====", shown(item["instruction"])]
+        parts += ["----- A -----", shown(item["a"]), "----- B -----", shown(item["b"]), "-" * 13]
+        print("\n" + "\n\n".join(parts), KEYS, sep="\n", end="", flush=True)
     while True:
         pressed = key(fd)
         if pressed in ("q", "\x04", ""):
@@ -167,8 +172,9 @@ def ask(copy: Copy, fd: int) -> str | None:
 
 
 def shown(text: str) -> str:
-    """Answers are anybody's text: they may not move the cursor."""
-    return "\n".join(console.printable(line.expandtabs()) for line in text.splitlines())
+    """Answers are anybody's text: they may not move the cursor, nor pass for lines of ours."""
+    lines = ["│ " + console.printable(line.expandtabs()) for line in text.splitlines()]
+    return "\n".join(lines) if text.strip() else "(empty)"
 
 
 @contextmanager
@@ -207,10 +213,17 @@ class Report(NamedTuple):
 
 
 def unblind(folder: Path, pairs: Pairs, early: bool = False) -> Report:
-    """Count, and write annotations.json: from then on nobody can rate."""
-    copies = [Copy(path.parent) for path in sorted(folder.glob(f"*/{ITEMS}"))]
-    if not copies:
+    """Count, and write annotations.json: from then on nobody can rate, nor can meanwhile."""
+    there = [path.parent for path in sorted(folder.glob(f"*/{ITEMS}"))]
+    if not there:
         raise ValueError(f"{folder} holds no rater's copy: `blind start` makes them")
+    with ExitStack() as locks:
+        for copy in there:
+            locks.callback(os.close, console.claim(copy, {}, "rating"))
+        return counted(folder, [Copy(copy) for copy in there], pairs, early)
+
+
+def counted(folder: Path, copies: list[Copy], pairs: Pairs, early: bool) -> Report:
     raters = {copy.settings["rater"]: copy.folder for copy in copies}
     if odd := [copy.folder for copy in copies if copy.folder not in raters.values()]:
         raise ValueError(f"{odd[0]} is a copy of the copy of another rater: remove it")
@@ -229,16 +242,17 @@ def unblind(folder: Path, pairs: Pairs, early: bool = False) -> Report:
             )
     alike = dict.fromkeys(copies[0].settings["alike"], "tie")
     votes = {copy.settings["rater"]: liked(copy, by_text) for copy in copies}
-    counted = Counter(choice for said in votes.values() for choice in said.values())
-    counted["tie"] += len(alike) * len(copies)
     kept = {r: {q: c for q, c in s.items() if c in WORTH} for r, s in votes.items()}
     if not any(kept.values()):
         raise ValueError(f"{folder}: nobody has preferred anything yet")
-    told = {rater: said | alike for rater, said in kept.items()}
-    rows = winrate.rows(list(comparisons(folder, pairs, told)))
-    entries = [e for rater in told for e in annotations(pairs, by_text, votes[rater], alike, rater)]
+    for rater, said in kept.items():
+        if said:  # who has rated nothing has not found anything alike either
+            votes[rater] |= alike
+    rows = winrate.rows(list(comparisons(folder, pairs, votes)))
+    entries = [e for rater, said in votes.items() for e in annotations(pairs, said, rater)]
     write_json(folder / ANNOTATIONS, entries)
-    return Report(counted, rows, winrate.agreement(kept.values()))
+    count = Counter(choice for said in votes.values() for choice in said.values())
+    return Report(count, rows, winrate.agreement(kept.values()))
 
 
 WORTH = {"model": 1.0, "baseline": 0.0, "tie": 0.5}
@@ -259,34 +273,27 @@ def liked(copy: Copy, by_text: dict[str, Pair]) -> dict[str, str]:
     return found
 
 
-def comparisons(folder: Path, pairs: Pairs, told: dict) -> Iterator[winrate.Comparison]:
-    """Each rater's, and the mean of all."""
-    asked = [pair for pair in pairs.all if any(pair.instruction in said for said in told.values())]
+def comparisons(folder: Path, pairs: Pairs, votes: dict) -> Iterator[winrate.Comparison]:
+    """Of each rater who has preferred anything, and the mean of all, over what anybody has."""
+    asked = [p for p in pairs.all if any(v.get(p.instruction) in WORTH for v in votes.values())]
     lengths = np.array([[len(p.output_1), len(p.output_2)] for p in asked], float).T
     texts = [pair.instruction for pair in asked]
     each = np.array(  # (raters, N)
-        [[WORTH.get(said.get(text), np.nan) for text in texts] for said in told.values()]
+        [[WORTH.get(said.get(text), np.nan) for text in texts] for said in votes.values()]
     )
-    names = (pairs.model, pairs.baseline)
-    if len(told) > 1:
+    names, flips = (pairs.model, pairs.baseline), np.full(len(texts), np.nan)
+    if len(votes) > 1:
         mean = np.nanmean(each, 0)
-        yield winrate.Comparison(folder, *names, "all raters", texts, mean, lengths, None)
-    for rater, won in zip(told, each, strict=True):
+        yield winrate.Comparison(folder, *names, "all raters", texts, mean, lengths, flips)
+    for rater, won in zip(votes, each, strict=True):
         if not np.isnan(won).all():
-            yield winrate.Comparison(folder, *names, rater, texts, won, lengths, None)
+            yield winrate.Comparison(folder, *names, rater, texts, won, lengths, flips)
 
 
-def annotations(pairs: Pairs, by_text: dict, said: dict, alike: dict, rater: str) -> Iterator[dict]:
+def annotations(pairs: Pairs, said: dict[str, str], rater: str) -> Iterator[dict]:
     """As AlpacaEval's: a skipped pair has no preference."""
-    for text, choice in (said | alike).items():
-        pair, worth = by_text[text], WORTH.get(choice)
-        yield {
-            "instruction": text,
-            "output_1": pair.output_1,
-            "generator_1": pairs.baseline,
-            "dataset": pair.dataset,
-            "output_2": pair.output_2,
-            "generator_2": pairs.model,
-            "annotator": rater,
-            "preference": None if worth is None else 1 + worth,
-        }
+    for pair in pairs.all:
+        if pair.instruction not in said:
+            continue
+        worth = WORTH.get(said[pair.instruction])
+        yield annotation(pairs, pair, rater, None if worth is None else 1 + worth)

@@ -239,9 +239,10 @@ def atomic_folder(path: str | Path, keep: Container[str] = ()) -> Iterator[Path]
     sync(path.parent)
 
 
-def claim(folder: Path, settings: dict[str, Any], doing: str) -> int:
+def claim(folder: Path, settings: dict[str, Any], doing: str, begun: str = "settings.json") -> int:
     """Make a folder, or find it, lock it for one process, and hold what it was begun with against
-    `settings`. The lock goes with the file handle that is returned, or with the process."""
+    `settings`; until there is a file `begun` they may change. The lock goes with the file handle
+    that is returned, or with the process."""
     file = folder / "settings.json"
     there = [path.name for path in folder.iterdir()] if folder.exists() else []
     if not file.exists() and (odd := [name for name in there if not name.endswith(".partial")]):
@@ -253,7 +254,7 @@ def claim(folder: Path, settings: dict[str, Any], doing: str) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is {doing} in {folder}") from None
-        if not file.exists():
+        if not file.exists() or not (folder / begun).exists():
             with atomic_file(file, "w") as opened:
                 json.dump(settings, opened, indent=2)
         before = read_json(file)
@@ -413,9 +414,10 @@ def interval_chart(
         parts.append(f"{escape(printable(short))}</text>")
         for place, (low, mid, high) in enumerate(intervals.values()):
             y, colour = middle + 10 * (place - (len(intervals) - 1) / 2), colours[place]
-            parts.append(f'<path d="M{across(low)} {y}H{across(high)}" stroke="{colour}" ')
-            parts.append(f'stroke-width="2"/><circle cx="{across(mid)}" cy="{y}" r="4" ')
-            parts.append(f'fill="{colour}"/>')
+            if math.isfinite(high - low):  # or nobody knows: no bar
+                parts.append(f'<path d="M{across(low)} {y}H{across(high)}" stroke="{colour}" ')
+                parts.append('stroke-width="2"/>')
+            parts.append(f'<circle cx="{across(mid)}" cy="{y}" r="4" fill="{colour}"/>')
     style = 'font-family="sans-serif" font-size="12" style="background:#fff"'
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{"".join(parts)}</svg>\n'

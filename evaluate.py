@@ -26,7 +26,9 @@ Shown by tests/test_evaluate.py: test_swapping_the_models_mirrors_every_number.
 
 import argparse
 import json
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import answers
@@ -36,22 +38,14 @@ import generate
 import judge
 import teachers
 import winrate
-from answers import (
-    OUTPUTS,
-    answered_here,
-    answered_there,
-    digest,
-    paired,
-    read_items,
-    write_json,
-    write_outputs,
-)
+from answers import ANNOTATIONS, OUTPUTS, digest, paired, read_items, write_json
 
 HERE = Path(__file__).parent
 # What makes no difference to the answers.
 INCIDENTAL = {"command", "verb", "lock", "set", "out", "name", "rows", "device", "compile"}
 INCIDENTAL |= {"in_flight", "timeout", "attempts", "first_wait", "key_env"}
 INCIDENTAL |= {"price_in", "price_out", "budget", "instruction", "chat", "n", "json"}
+INCIDENTAL |= {"model_dir", "adapter"}  # but what is in them does
 OF_A_SERVER = {"model", "base_url", "kind", "request"}
 
 
@@ -62,20 +56,22 @@ def answers_command(args: argparse.Namespace) -> None:
     """Run a model over a set of instructions."""
     items = {str(number): item for number, item in enumerate(read_items(args.set))}
     folders = checked(args)
+    served = args.model is not None
     name = args.name or args.model or "+".join(map(own_name, folders))
-    without = INCIDENTAL if args.model else INCIDENTAL | OF_A_SERVER
+    without = INCIDENTAL if served else INCIDENTAL | OF_A_SERVER
     settings = {key: value for key, value in vars(args).items() if key not in without}
     settings |= {"set": digest([item[:2] for item in items.values()]), "generator": name}
-    settings["files"] = [fingerprint(folder) for folder in folders]
-    args.lock = console.claim(args.out, plain(settings), "answering")
-    log = args.out / ("responses.jsonl" if args.model else "answers.jsonl")
-    made = (answered_there if args.model else answered_here)(items, args, log)
+    settings["model's files"] = [answers.stamp(folder, args.out.resolve()) for folder in folders]
+    log = args.out / ("responses.jsonl" if served else "answers.jsonl")
+    args.lock = console.claim(args.out, plain(settings), "answering", log.name)
+    made = (answers.answered_there if served else answers.answered_here)(items, args, log)
     if not made:
         raise ValueError(f"{args.out}: no answer to any of {len(items)} instructions")
-    write_outputs(args.out / OUTPUTS, items, made, name)
+    answers.write_outputs(args.out / OUTPUTS, items, made, name)
     print(f"{len(made)} answers of {name} in {args.out / OUTPUTS}")
+    why = "the same command asks again" if served else "the model has no room for them"
     for count, what in (
-        (len(items) - len(made), "have no answer and are left out: the same command asks again"),
+        (len(items) - len(made), f"have no answer and are left out: {why}"),
         (sum(one.cut for one in made.values()), f"were cut at {args.max_new_tokens} tokens"),
         (sum(not one.output.strip() for one in made.values()), "are empty"),
     ):
@@ -84,34 +80,41 @@ def answers_command(args: argparse.Namespace) -> None:
 
 
 def checked(args: argparse.Namespace) -> list[Path]:
-    """The folders that a local model is made of. What does not go together is refused."""
-    flags = console.Parser()
-    generate.add_model_flags(flags)
-    generate.add_sampling_flags(flags)
-    default = vars(flags.parse_args([]))
-    given = [name for name, value in default.items() if getattr(args, name) != value]
-    if args.model:
-        taken = {"temperature", "top_p", "max_new_tokens", "stop", "seed"}
-        if odd := [name for name in given if name not in taken]:
-            flag = "--" + odd[0].replace("_", "-")
-            raise ValueError(f"--model asks a server: {flag} is for a model in a folder")
+    """The folders that a local model is made of. What does not go together is refused, before a
+    folder is made for it."""
+    generate.sampling(args, args.seed)
+    if args.model is not None:
+        taken = {"temperature", "top_p", "max_new_tokens", "stop"}
+        local = given(args, generate.add_model_flags, generate.add_sampling_flags)
+        if odd := [flag for flag in local if flag[2:].replace("-", "_") not in taken]:
+            raise ValueError(f"--model asks a server: {odd[0]} is for a model in a folder")
+        teachers.endpoint_of(args, "--model", args.model)
         return []
-    args.model_dir = args.model_dir or generate.TRAINED
-    if not args.model_dir.exists():
-        raise ValueError(f"no model at {args.model_dir}: `make train` makes one, --model-dir names")
-    return [value for name in default if isinstance(value := getattr(args, name), Path)]
+    if odd := given(args, teachers.add_flags):
+        raise ValueError(f"{odd[0]} is for a server: --model names the one of its models to ask")
+    if args.adapter and args.model_dir is None:
+        raise ValueError("--adapter goes with --model-dir, the base that it was trained for")
+    folders = [folder for folder in (args.model_dir or generate.TRAINED, args.adapter) if folder]
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"no model at {folder}: `make train` makes one, --model-dir names")
+    return folders
+
+
+def given(args: argparse.Namespace, *groups: Callable) -> list[str]:
+    """Those flags of these groups that are not at their defaults."""
+    flags = console.Parser()
+    for add in groups:
+        add(flags)
+    default = vars(flags.parse_args([]))
+    odd = [name for name, value in default.items() if getattr(args, name) != value]
+    return ["--" + name.replace("_", "-") for name in odd]
 
 
 def own_name(folder: Path) -> str:
     """runs/tiny/model is "tiny"."""
     path = folder.absolute()
     return path.parent.name if path.name == "model" else path.name
-
-
-def fingerprint(folder: Path) -> str:
-    """Changes when the model is trained anew in the same place."""
-    files = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
-    return digest([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
 
 
 def plain(settings: dict) -> dict:
@@ -149,25 +152,30 @@ def unblind_command(args: argparse.Namespace) -> None:
     if same.items:
         alpha = "" if same.alpha is None else f", Krippendorff's alpha {same.alpha:.2f}"
         print(f"raters agree in {same.per_cent:.1f} % of pairs{alpha} ({same.items} instructions)")
-    print(f"{args.folder / blind.ANNOTATIONS}; ratings are closed")
+    print(f"{args.folder / ANNOTATIONS}; ratings are closed")
 
 
 def judge_command(args: argparse.Namespace) -> None:
     """A model compares two models' answers."""
     pairs = paired(args.model, args.baseline, args.common)
-    (endpoint,) = teachers.endpoints_of(args, [args.judge])
+    endpoint = teachers.endpoint_of(args, "--judge", args.judge)
     args.name = args.name or endpoint.model + (", explained" if args.explain else "")
     settings = {"answers": digest(pairs), "judge": endpoint.model, "url": endpoint.url}
-    for name in ("kind", "request", "single_order", "explain", "no_logprobs", "seed"):
+    for name in ("kind", "request", "single_order", "explain", "no_logprobs"):
         settings[name] = getattr(args, name)
-    args.lock = console.claim(args.out, plain(settings), "judging")
-    found = judge.judged(pairs, endpoint, args, args.out / "responses.jsonl")
+    settings["seed"] = args.seed if args.single_order else None
+    log = args.out / "responses.jsonl"
+    args.lock = console.claim(args.out, plain(settings), "judging", log.name)
+    found = judge.judged(pairs, endpoint, args, log)
     for line in found.told:
         print(console.printable(line))
-    if all(entry["preference"] is None for entry in found.entries):
+    silent = {entry["instruction"] for entry in found.entries if entry["preference"] is None}
+    if silent.issuperset(pair.instruction for pair in pairs.all):
+        count = sum(entry["preference"] is not None for entry in found.entries)
         why = f"{endpoint.model} gave none" if found.enough else "the budget has no room for one"
-        raise ValueError(f"no verdict at all: {why}; nothing is written")
-    file = args.out / blind.ANNOTATIONS
+        why = f"{count} verdicts, but no pair has one in both orders" if count else why
+        raise ValueError(f"no verdict on any pair: {why}; nothing is written")
+    file = args.out / ANNOTATIONS
     write_json(file, found.entries)
     if not found.enough:
         print(f"The budget of ${args.budget:g} is spent: a larger --budget goes on from here.")
@@ -179,8 +187,8 @@ def judge_command(args: argparse.Namespace) -> None:
 
 def score_command(args: argparse.Namespace) -> None:
     """Win rates of annotation files."""
-    files = [path / blind.ANNOTATIONS if path.is_dir() else path for path in args.files]
-    rows = winrate.leaderboard(files)
+    files = [path / ANNOTATIONS if path.is_dir() else path for path in args.files]
+    rows = winrate.leaderboard(files, args.common)
     if args.plot:
         with console.atomic_file(args.plot, "w") as file:
             file.write(picture(rows))
@@ -235,10 +243,10 @@ def picture(rows: list[dict]) -> str:
     bars = {}
     for row in sorted(rows, key=lambda row: -row["length_controlled_win_rate"]):
         middle, error = row["length_controlled_win_rate"], row["length_controlled_standard_error"]
-        reach = winrate.Z * (error or 0)
+        reach = winrate.Z * error if error is not None else math.nan  # no bar
         bars[", ".join(row[name] for name in ("model", *varying))] = {
             "win rate": (row["win_rate_low"], row["win_rate"], row["win_rate_high"]),
-            "length-controlled": (max(0, middle - reach), middle, min(100, middle + reach)),
+            "length-controlled": (max(middle - reach, 0), middle, min(middle + reach, 100)),
         }
     return console.interval_chart("Win rates, in per cent, with bounds of 95 %", bars, 0, 100)
 
@@ -315,6 +323,7 @@ def add_judge(parser: argparse.ArgumentParser) -> None:
 
 def add_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", type=Path, nargs="+", help="annotations.json, or folders with one")
+    parser.add_argument("--common", action="store_true", help="over the instructions that all have")
     parser.add_argument("--json", action="store_true", help="everything, in the order of the files")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="SVG of the win rates to write")
     parser.set_defaults(command=score_command)

@@ -8,14 +8,15 @@
 
         y = (P(B) + P(C) / 2) / (P(A) + P(B) + P(C))
 
-    is how much better the second answer is, 0 to 1; without them it is 0, 1/2 or 1. AlpacaEval's
+    is how much better the second answer is, 0 to 1; without them, or where the letter is no token
+    of its own at the end of the reply, it is 0, 1/2 or 1. AlpacaEval's
     `preference` is 1 + y where output_1 was shown first, and 2 - y where output_2 was.
   - A reply counts if it is one letter, or ends in a line `Verdict: X` and has no other such line
     with another letter. Anything else (a refusal, both, nothing, a reply that was cut) is asked
     again, and if need be told and left without a preference. It is never counted for a side.
   - Two answers that are the same text are equally good: nobody is asked.
-  - The answers are material: they stand between marks that they cannot have foreseen, for an answer
-    may hold instructions to the judge.
+  - The answers are material: they stand between marks that they cannot have foreseen, drawn by lot
+    for each folder, for an answer may hold instructions to the judge.
 
 Judging by a model, and what biases it: arXiv:2306.05685. Weighting: arXiv:2404.04475.
 
@@ -24,23 +25,24 @@ Shown by tests/test_judge.py: test_the_parser_never_guesses.
 
 import argparse
 import asyncio
-import hashlib
 import json
 import math
 import random
 import re
+import secrets
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import console
-from answers import Pair, Pairs
+from answers import Pair, Pairs, annotation
 from api import Endpoint, Reply
 from teachers import Answers, Teachers, ask_all, at_most
 
 LETTERS = {"A": 0.0, "B": 1.0, "C": 0.5}  # how much better the second answer is
-LINE = re.compile(r"[\s*#>]{0,9}verdict[\s*]{0,9}:", re.I)
-AROUND = " \t\r\n*`\"'()[]."  # what may decorate a letter
+LINE = re.compile(r"[\s*_`#>]{0,9}verdict[\s*_`]{0,9}:", re.I)
+AROUND = " \t\r\n*_`\"'()[]."  # what may decorate a letter
+RULE = " \t\r*_`-="  # a line of nothing else says nothing
 
 QUESTION = """\
 You compare two answers to the same instruction. Decide which one serves the person who gave the \
@@ -64,9 +66,9 @@ SHORT = (
     "C if they are equally good."
 )
 EXPLAIN = (
-    "First explain in a few sentences what is good and bad about each. Then write a last line "
-    "of this form: `Verdict: A` if answer A is better, `Verdict: B` if answer B is better, "
-    "`Verdict: C` if they are equally good."
+    "First explain in a few sentences what is good and bad about each. Then end with one of these "
+    "lines, the first if answer A is better, the second if answer B is better, the third if they "
+    "are equally good:\n\nVerdict: A\nVerdict: B\nVerdict: C"
 )
 
 
@@ -78,9 +80,17 @@ class Verdict(NamedTuple):
 # ---------------------------------------------------------------- what is asked
 
 
-def question(pair: Pair, swapped: bool, explain: bool) -> str:
+def mark_of(folder: Path) -> str:
+    """Drawn once: a run that goes on asks what it would have asked."""
+    file = folder / "mark"
+    if not file.exists():
+        with console.atomic_file(file, "w") as opened:
+            opened.write("=====" + secrets.token_hex(8))
+    return file.read_text()
+
+
+def question(pair: Pair, swapped: bool, explain: bool, mark: str) -> str:
     first, second = pair.output_1, pair.output_2
-    mark = "=====" + hashlib.sha256("\0".join(pair).encode()).hexdigest()[:8]
     if swapped:
         first, second = second, first
     return QUESTION.format(
@@ -117,7 +127,7 @@ def letter(text: str) -> str | None:
     """The verdict in a reply, if it holds one and no other."""
     if (alone := text.strip(AROUND)) in LETTERS:
         return alone
-    lines = [line for line in text.split("\n") if line.strip()]
+    lines = [line for line in text.split("\n") if line.strip(RULE)]
     said = {line[found.end() :].strip(AROUND) for line in lines if (found := LINE.match(line))}
     if len(said) == 1 and said <= LETTERS.keys() and LINE.match(lines[-1]):
         return said.pop()
@@ -128,14 +138,14 @@ def verdict(reply: Reply) -> Verdict | None:
     said = None if reply.cut else letter(reply.text)
     if said is None:
         return None
-    better = weighted(reply.body, said)
+    better = weighted(reply, said)
     return Verdict(LETTERS[said], False) if better is None else Verdict(better, True)
 
 
-def weighted(body: str, said: str) -> float | None:
-    """y of the docstring, from the last token that is the letter; None if the server tells none."""
+def weighted(reply: Reply, said: str) -> float | None:
+    """y of the docstring, from the token that is the verdict; None if the server tells none."""
     try:
-        told = json.loads(body)["choices"][0]["logprobs"]
+        told = json.loads(reply.body)["choices"][0]["logprobs"]
         if "content" in told:  # a chat
             tokens = [token["token"] for token in told["content"]]
             tops = [
@@ -145,11 +155,13 @@ def weighted(body: str, said: str) -> float | None:
         else:
             tokens, tops = told["tokens"], [list(top.items()) for top in told["top_logprobs"]]
         place = max(i for i, token in enumerate(tokens) if token.strip() == said)
+        if "".join(tokens[: place + 1]).strip(AROUND) != reply.text.strip(AROUND):
+            return None  # an "A" in the reasons; that of the verdict is half a token
         shares = Counter()
         for token, logprob in tops[place]:
             if token.strip() in LETTERS and logprob <= 1e-3:  # NaN is not
                 shares[token.strip()] += math.exp(logprob)
-    except (LookupError, TypeError, AttributeError, ValueError):
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError):
         return None
     if not shares[said]:
         return None
@@ -170,16 +182,16 @@ def judged(pairs: Pairs, endpoint: Endpoint, args: argparse.Namespace, log: Path
     work = orders(pairs.all, args)
     asked = {id: one for id, one in work.items() if one[0].output_1 != one[0].output_2}
     options, answers = options_of(args), Answers(log)
-    verdicts: dict[str, Verdict] = {}
+    mark, verdicts = mark_of(log.parent), {}
 
     async def one(teachers: Teachers, id: str, what: tuple[Pair, bool]) -> None:
-        text = question(*what, args.explain)
+        text = question(*what, args.explain, mark)
         if found := await teachers.insist(id, verdict, args.tries, text, options):
             verdicts[id] = found
 
     if endpoint.price_in or endpoint.price_out:
         new = [what for id, what in asked.items() if f"{id}.0" not in answers.entries]
-        texts = (question(*what, args.explain) for what in new)
+        texts = (question(*what, args.explain, mark) for what in new)
         most = sum(at_most(endpoint, endpoint.body(text, options)) for text in texts)
         console.notice(f"{len(new)} questions for at most ${most:.2f}, if none is asked twice")
     enough = asyncio.run(ask_all(answers, endpoint, args, asked, one, "verdicts"))
@@ -190,21 +202,11 @@ def judged(pairs: Pairs, endpoint: Endpoint, args: argparse.Namespace, log: Path
 
 
 def entry(pairs: Pairs, pair: Pair, swapped: bool, name: str, found: Verdict | None) -> dict:
-    """As AlpacaEval writes them; `swapped` is winrate.py's."""
+    """`swapped` is winrate.py's."""
     preference = None
     if found:
         preference = 2 - found.better if swapped else 1 + found.better
-    return {
-        "instruction": pair.instruction,
-        "output_1": pair.output_1,
-        "generator_1": pairs.baseline,
-        "dataset": pair.dataset,
-        "output_2": pair.output_2,
-        "generator_2": pairs.model,
-        "annotator": name,
-        "preference": preference,
-        "swapped": swapped,
-    }
+    return annotation(pairs, pair, name, preference) | {"swapped": swapped}
 
 
 def told(work: dict, asked: dict, verdicts: dict, answers: Answers, endpoint: Endpoint) -> list:

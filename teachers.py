@@ -15,6 +15,7 @@ Shown by tests/test_selfinstruct.py: test_killed_three_times_it_ends_as_if_it_ha
 
 import argparse
 import asyncio
+import itertools
 import json
 import math
 import random
@@ -42,7 +43,12 @@ class Answers:
 
     def __init__(self, file: Path):
         self.file = file
-        self.entries = {entry["id"]: entry for entry in console.read_log(file)}
+        self.entries: dict[str, dict] = {}
+        for number, entry in enumerate(console.read_log(file), 1):
+            said = entry.keys() & {"response", "failed"}
+            if not said or not {"id", "provenance", "usage", "cost"} <= entry.keys():
+                raise ValueError(f"{file}, line {number}: no answer as they are stored here")
+            self.entries[entry["id"]] = entry
         self.spent = sum(entry["cost"] for entry in self.entries.values())
         self.fresh: set[str] = set()  # not from an earlier run
 
@@ -117,18 +123,19 @@ class Teachers:
     async def insist(
         self, id: str, read: Callable[[Reply], T | None], tries: int, prompt: str, options: dict
     ) -> T | None:
-        """What `read` makes of the first of at most `tries` answers that is of use to it. No answer
-        at all in an earlier run does not count: the server may be well again."""
-        number = 0
-        while tries > 0:
-            entry = await self.ask(f"{id}.{number}", prompt, options, [])
+        """What `read` makes of the first answer that is of use to it: of all that are stored, then
+        of new ones, as long as there are less than `tries`. No answer at all in an earlier run does
+        not count: the server may be well again."""
+        for number in itertools.count():
+            entry = self.answers.entries.get(f"{id}.{number}")
+            if entry is None and tries <= 0:
+                return None
+            entry = entry or await self.ask(f"{id}.{number}", prompt, options, [])
             if "response" in entry:
                 found = read(understood(entry["response"]))
                 if found is not None:
                     return found
             tries -= "response" in entry or entry["id"] in self.answers.fresh
-            number += 1
-        return None
 
     async def answer(
         self, endpoint: Endpoint, prompt: str, again: Callable[[], bool], options: dict
@@ -353,6 +360,14 @@ def endpoints_of(args: argparse.Namespace, models: list[str], licence: str = "")
             )
     check_request(args)
     return endpoints
+
+
+def endpoint_of(args: argparse.Namespace, flag: str, model: str) -> Endpoint:
+    """The one model to ask: a plain name, since all else about it has a flag of its own."""
+    if not model or "=" in model:
+        raise ValueError(f"{flag} {model!r} is no name of a model; --base-url names the server")
+    (endpoint,) = endpoints_of(args, [model])
+    return endpoint
 
 
 def check_request(args: argparse.Namespace) -> None:

@@ -46,13 +46,14 @@ Shown by tests/test_winrate.py: test_a_judge_of_length_alone_is_seen_through.
 import math
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
 
+import console
 import dataset
 
 HOLD_F, HOLD_H = 0.1, 1.0  # f and h are expected around 0, with variances 10 and 1
@@ -79,7 +80,14 @@ class Comparison:
     instructions: list[str]
     won: np.ndarray  # (N), nan where there is no verdict
     lengths: np.ndarray  # (2, N), characters of the baseline's answers, of the model's
-    flip_rate: float | None  # among those with verdicts in both orders, if there are any
+    flips: np.ndarray  # (N), 1 where the winner changed with the order, nan where nobody knows
+
+    def of(self, texts: set[str]) -> "Comparison":
+        """On these instructions alone."""
+        keep = np.array([text in texts for text in self.instructions])
+        some = [text for text in self.instructions if text in texts]
+        parts = {"won": self.won[keep], "lengths": self.lengths[:, keep], "flips": self.flips[keep]}
+        return replace(self, instructions=some, **parts)
 
 
 def read_annotations(path: str | Path) -> list[Comparison]:
@@ -106,6 +114,7 @@ def understood(raw: Any) -> tuple[tuple[str, ...], str, bool, Entry]:
     """(model, baseline, annotator), instruction, swapped, and the rest."""
     if not isinstance(raw, dict):
         raise ValueError("an object with instruction, outputs and preference was expected")
+    raw = {key: value for key, value in raw.items() if value is not None}  # null as if absent
     raw = {"annotator": "", "swapped": False, "preference": None} | raw
     if odd := [name for name in NAMES if not isinstance(raw.get(name), str)]:
         raise ValueError(f"{odd[0]}: a string was expected")
@@ -133,20 +142,35 @@ def compared(path: Path, who: tuple[str, ...], asked: dict[str, dict[bool, Entry
     for place, entries in enumerate(asked.values()):
         if len(entries) == orders:
             found[:, place] = [entry.won for entry in entries.values()]
-    sides = found[:, ~np.isnan(found).any(0)] - 0.5
-    flips = sides[0] * sides[-1] < 0
+    sides = found - 0.5
+    both = ~np.isnan(sides).any(0) & (orders == 2)
+    flips = np.where(both, sides[0] * sides[-1] < 0, math.nan)
     outputs = [next(iter(entries.values())).outputs for entries in asked.values()]
     lengths = np.array([[len(text) for text in pair] for pair in outputs], float).T
-    flip_rate = float(flips.mean()) if orders == 2 and flips.size else None
-    return Comparison(path, *who, list(asked), found.mean(0), lengths, flip_rate)
+    return Comparison(path, *who, list(asked), found.mean(0), lengths, flips)
 
 
 # ---------------------------------------------------------------- win rates
 
 
-def leaderboard(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """A row for each comparison, in the order of the files."""
-    return rows([found for path in paths for found in read_annotations(path)])
+def leaderboard(paths: Iterable[str | Path], common: bool = False) -> list[dict[str, Any]]:
+    """A row for each comparison, in the order of the files; over what all have, if `common`."""
+    found = [one for path in paths for one in read_annotations(path)]
+    told = [one for one in found if not np.isnan(one.won).all()]
+    for one in found:
+        if told and np.isnan(one.won).all():
+            console.notice(f"{one.source}: no preference of {one.annotator}'s: left out")
+    return rows(shared(told or found) if common else told or found)
+
+
+def shared(comparisons: list[Comparison]) -> list[Comparison]:
+    """Of each the part on the instructions that all have."""
+    texts = set.intersection(*(set(one.instructions) for one in comparisons))
+    if not texts:
+        raise ValueError("--common: there is no instruction that all of them have")
+    if more := len(set.union(*(set(one.instructions) for one in comparisons))) - len(texts):
+        console.notice(f"{more} instructions that not all have are left out")
+    return [one.of(texts) for one in comparisons]
 
 
 def rows(comparisons: list[Comparison]) -> list[dict[str, Any]]:
@@ -184,7 +208,7 @@ def check(comparisons: list[Comparison]) -> None:
             others = f"{first.model} in {first.source}"
             raise ValueError(
                 f"{told}: other instructions than {others} has: {len(odd)} are in one of them only "
-                f"({min(odd)[:60]!r} {where}): score what has the same ones"
+                f"({min(odd)[:60]!r} {where}): score what has the same ones, or --common"
             )
         if np.isnan(one.won).all():
             raise ValueError(f"{told}: no preference in it is a number: judge it again")
@@ -195,12 +219,14 @@ def row_of(one: Comparison, controlled: float, error: float, fond: float) -> dic
     None is what nobody can know: the error of a single observation, flips in a single order."""
     won = one.won[~np.isnan(one.won)]
     n, sure = len(won), len(won) > 1
+    flips = one.flips[~np.isnan(one.flips)]
     wins, losses = int((won > 0.5).sum()), int((won < 0.5).sum())
     low, high = wilson(float(won.sum()), n)
     baseline_length, length = one.lengths.mean(1).tolist()
     return {
         "model": one.model,
         "win_rate": 100 * float(won.mean()),
+        "discrete_win_rate": 100 * (wins + (n - wins - losses) / 2) / n,
         "standard_error": 100 * float(won.std(ddof=1)) / math.sqrt(n) if sure else None,
         "win_rate_low": 100 * low,
         "win_rate_high": 100 * high,
@@ -211,7 +237,7 @@ def row_of(one: Comparison, controlled: float, error: float, fond: float) -> dic
         "n_draws": n - wins - losses,
         "sign_test": sign_test(wins, losses),
         "verdict": verdict(wins, losses, n - wins - losses),
-        "flip_rate": one.flip_rate,
+        "flip_rate": float(flips.mean()) if flips.size else None,
         "length_controlled_win_rate": 100 * controlled,
         "length_controlled_standard_error": 100 * error if sure else None,
         "length_coefficient": fond,  # f
@@ -256,9 +282,6 @@ def maximum(
     def z(b: np.ndarray) -> np.ndarray:  # (M, N)
         return b[:M, None] + b[M] * t + (b[M + 1 :] if N else 0)
 
-    def gain(b: np.ndarray) -> float:
-        return float(((y * z(b) - np.logaddexp(0, z(b))) * seen).sum() - hold @ b**2 / 2)
-
     def over_qfh(x: np.ndarray) -> np.ndarray:
         """Σ x dz/dq, Σ x dz/df, Σ x dz/dh."""
         return np.r_[x.sum(1), (x * t).sum(), x.sum(0)[:N]]
@@ -274,10 +297,7 @@ def maximum(
         slope = over_qfh(y - p) - hold * b
         if np.abs(slope).max() < 1e-11 * y.shape[1]:
             return b, y - p, curve
-        step = np.linalg.solve(curve, slope)
-        while gain(b + step) < gain(b) - 1e-9:  # far from the top Newton may overshoot
-            step /= 2
-        b += step
+        b += np.linalg.solve(curve, slope)
     raise AssertionError("a concave function has a maximum, and Newton did not find it")
 
 

@@ -10,8 +10,9 @@ import signal
 import sys
 import termios
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from conftest import assert_refused
@@ -247,14 +248,48 @@ def test_stop_and_a_copy_that_is_done_and_one_that_is_closed(command, tmp_path, 
         terminal.prompted(1)
         with Terminal(out / "ann") as second:
             assert second.end() == 2 and "another process is rating" in second.seen
-        terminal.press("q")
+        told = "another process is rating"
+        assert_refused(unblind(command, out, two, "--early"), told, str(out / "ann"))
+        terminal.press("\x04")  # Ctrl-D
         assert terminal.end() == 0 and "8 left: the same command goes on" in terminal.seen
     assert_refused(command(evaluate, "blind", "rate", out / "ann"), "terminal")
     assert_refused(command(evaluate, "blind", "rate", out), "terminal")
 
 
 def test_what_answers_hold_cannot_steer_the_terminal():
-    assert blind.shown("a\x1b[2J\tb\r\nc\u202e") == "a\\x1b[2J   b\nc\\u202e"
+    assert blind.shown("a\x1b[2J\tb\r\nc\u202e") == "│ a\\x1b[2J   b\n│ c\\u202e"
+
+
+def test_what_answers_hold_cannot_pass_for_the_frame():
+    fake = "fine\n\n----- B -----\u2028I am bad\n(empty)"
+    assert all(line.startswith("│ ") for line in blind.shown(fake).splitlines())
+    assert blind.shown(" \n") == blind.shown("") == "(empty)"
+
+
+@pytest.mark.parametrize("meanwhile", ["rated", "unblinded"])
+def test_what_happens_before_the_lock_is_held_counts(tmp_path, two, command, meanwhile):
+    start(command, two, tmp_path / "b", "--raters", "ann")
+    folder, claim, places = tmp_path / "b/ann", console.claim, []
+
+    def late(*args):
+        if meanwhile == "rated":
+            Copy(folder).say(0, "a")
+        else:
+            (tmp_path / "b/annotations.json").write_text("[]")
+        return claim(*args)
+
+    with (
+        mock.patch.object(blind.console, "claim", late),
+        mock.patch.object(blind, "single_keys", lambda: nullcontext(0)),
+        mock.patch.object(blind, "ask", lambda copy, fd: places.append(copy.place) or "stop"),
+        mock.patch.object(sys, "stdin", mock.Mock(isatty=lambda: True)),
+    ):
+        if meanwhile == "unblinded":
+            with pytest.raises(ValueError, match="closed"):
+                blind.rate(folder)
+        else:
+            blind.rate(folder)
+    assert places == ([1] if meanwhile == "rated" else [])
 
 
 # ---------------------------------------------------------------- copies
@@ -383,6 +418,20 @@ def test_early_and_then_it_is_closed(command, tmp_path, two):
         assert terminal.end() == 2 and "unblinded: ratings are closed" in terminal.seen
 
 
+def test_a_rater_who_prefers_nothing_has_no_row_and_no_ties(command, tmp_path, two):
+    out = tmp_path / "blind"
+    start(command, two, out, "--raters", "ann", "ben")
+    rated(out / "ann", dict.fromkeys([f"Task {n}" for n in range(8)], "Ours"))
+    rated(out / "ben", dict.fromkeys([f"Task {n}" for n in range(8)], "skip"))
+    code, said, _ = unblind(command, out, two)
+    assert code == 0 and "8 vs 0" in said and "1 ties, 8 skipped" in said
+    assert not [line for line in said.splitlines() if line.startswith(MODEL) and " ben " in line]
+    code, said, err = command(evaluate, "score", out, "--json")
+    (row,) = json.loads(said)
+    assert code == 0 and row["annotator"] == "ann" and row["n"] == 9
+    assert "no preference of ben's: left out" in err
+
+
 def test_only_the_files_it_was_begun_with_unblind(command, tmp_path, two):
     out = tmp_path / "blind"
     start(command, two, out, "--raters", "ann")
@@ -421,6 +470,9 @@ def test_mistakes_are_one_line(command, tmp_path, two):
     assert_refused(start(command, two, out), "exists already")
     assert_refused(unblind(command, tmp_path / "no", two), "no rater's copy")
     assert_refused(unblind(command, two[0], two), "no rater's copy")
+    settings = out / "rater/settings.json"
+    settings.write_text("{}")
+    assert_refused(unblind(command, out, two), f"{settings}: it has no 'alike'")
     same = {f"Task {n}: say it.": "x" for n in range(3)}
     alike = [write(tmp_path / name, name, same) for name in ("p", "q")]
     assert_refused(start(command, alike, tmp_path / "b2"), "nothing to compare")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import statistics
@@ -61,6 +62,10 @@ def outputs(folder) -> list[dict]:
 def write(path, content):
     path.write_text(json.dumps(content, ensure_ascii=False))
     return path
+
+
+def read(path) -> str:
+    return path.read_text()
 
 
 def write_lines(path, records):
@@ -173,7 +178,8 @@ def test_the_longest_come_first_and_what_is_too_long_is_left_out(command, tmp_pa
     tasks = [{"instruction": text} for text in ("a", "word " * 2000, "b " * 50, "c " * 9)]
     file = write(tmp_path / "s.json", tasks)
     code, out, err = answer(command, tmp_path / "o", "--set", file, "--rows", 1)
-    assert code == 0 and "too many" in err and "1 have no answer and are left out" in out
+    assert code == 0 and "too many" in err
+    assert "1 have no answer and are left out: the model has no room" in out
     assert [one["id"] for one in console.read_log(tmp_path / "o/answers.jsonl")] == ["2", "3", "0"]
     assert [one["instruction"] for one in outputs(tmp_path / "o")] == ["a", "b " * 50, "c " * 9]
 
@@ -204,7 +210,7 @@ def test_killed_at_several_points_it_ends_in_the_same_file(command, tmp_path):
     assert outputs(tmp_path / "o") == outputs(tmp_path / "quiet")
 
 
-def test_a_run_goes_on_with_the_same_model_and_set_only(command, tmp_path):
+def test_a_run_goes_on_with_the_same_model_and_set_only(command, tmp_path, monkeypatch):
     model = shutil.copytree(TINY, tmp_path / "mine/model")
     file = write(tmp_path / "s.json", [{"instruction": "Name a fruit."}])
     flags = ("--set", file, "--model-dir", model)
@@ -216,8 +222,14 @@ def test_a_run_goes_on_with_the_same_model_and_set_only(command, tmp_path):
     warm = answer(command, tmp_path / "o", *flags, "--temperature", 1)
     assert_refused(warm, "another run", "temperature", "--out")
     (model / "config.json").touch()
-    assert_refused(answer(command, tmp_path / "o", *flags), "another run", "files")
+    changed = answer(command, tmp_path / "o", *flags)
+    assert_refused(changed, "another run", "model's files was", f"now it is ['{model}, ")
     shutil.copytree(TINY, model, dirs_exist_ok=True, copy_function=shutil.copy2)
+    monkeypatch.chdir(tmp_path)
+    near = ("--set", file, "--model-dir", "mine/model")
+    assert answer(command, tmp_path / "o", *near)[0] == 0, "the same place by another name"
+    for _ in range(2):
+        assert answer(command, model / "answers", *flags)[0] == 0, "its own files are no model's"
     write(file, [{"instruction": "Name a tree."}])
     assert_refused(answer(command, tmp_path / "o", *flags), "another run", "set")
 
@@ -234,7 +246,30 @@ def test_mistakes_are_one_line_and_write_nothing(command, tmp_path, monkeypatch)
     assert_refused(command(evaluate, "blind"), "STEP")
     nowhere = command(evaluate, "answers", "--out", out, "--model-dir", tmp_path / "x")
     assert_refused(nowhere, "no model at")
+    for more in (["--base-url", "http://x/v1"], ["--budget", 1], ["--request", '{"a": 1}']):
+        assert_refused(command(evaluate, "answers", "--out", out, *more), more[0], "--model")
+    served = ("answers", "--out", out, "--model")
+    assert_refused(command(evaluate, *served, ""), "--model ''")
+    assert_refused(command(evaluate, *served, "model=m,kind=chat"), "no name of a model")
+    assert_refused(command(evaluate, *served, "m", "--seed", 3), "--seed")
+    assert_refused(command(evaluate, *served, "m", "--budget", 3), "--price-in")
+    assert_refused(command(evaluate, "answers", "--out", out, "--adapter", TINY), "--model-dir")
+    assert_refused(answer(command, out, "--top-p", 3), "top_p")
     assert not out.exists()
+
+
+def test_what_has_no_answer_yet_may_be_begun_otherwise(command, tmp_path):
+    file = write(tmp_path / "s.json", [{"instruction": "Name a fruit."}])
+    with Server() as server:
+        typo = served(command, tmp_path / "o", server, file, "--model", "nobody")
+        assert typo[0] == 2 and "does not exist" in typo[2]
+        assert served(command, tmp_path / "o", server, file)[0] == 0
+        other = served(command, tmp_path / "o", server, file, "--temperature", 1)
+        assert_refused(other, "another run", "temperature")
+    log = tmp_path / "p/answers.jsonl"
+    assert answer(command, tmp_path / "p", "--set", file)[0] == 0
+    log.write_text('{"output": "x"}\n')
+    assert_refused(answer(command, tmp_path / "p", "--set", file), f"{log}, line 1")
 
 
 # ---------------------------------------------------------------- answers of a server
@@ -274,7 +309,8 @@ def test_what_a_server_does_not_answer_is_left_out_and_asked_again(command, tmp_
         server.refuse = lambda body: "Task 5" in body["messages"][0]["content"]
         more = ("--in-flight", 1, "--price-in", 1, "--price-out", 2)
         code, out, err = served(command, tmp_path / "o", server, file, *more)
-        assert code == 0 and "1 have no answer" in out and "1 are empty" in out and "$" in err
+        assert code == 0 and "1 are empty" in out and "$" in err
+        assert "1 have no answer and are left out: the same command asks again" in out
         assert [one["instruction"] for one in outputs(tmp_path / "o")] == [
             f"Task {n}." for n in range(8) if n != 5
         ]
@@ -319,6 +355,7 @@ def test_the_published_arithmetic_by_hand(command, tmp_path):
     deviation = math.sqrt(sum((v - statistics.mean(y)) ** 2 for v in y) / 7)
     assert row["standard_error"] == pytest.approx(100 * deviation / math.sqrt(8), abs=1e-9)
     numbers = ("n", "n_missing", "n_wins", "n_losses", "n_draws")
+    assert row["discrete_win_rate"] == 100 * (4 + 2 / 2) / 8
     assert [row[name] for name in numbers] == [8, 2, 4, 2, 2]
     assert row["length_controlled_win_rate"] == pytest.approx(row["win_rate"], abs=1e-9)
     assert row["verdict"] == "too few to tell" and row["mean_length"] == 8
@@ -359,6 +396,35 @@ def test_several_judges_and_baselines_are_named(command, tmp_path):
     assert "against" not in out and "human" in out and "gpt" in out
 
 
+def test_a_picture_s_bars_are_95_per_cent_and_missing_where_nobody_knows(command, tmp_path):
+    files = [write(tmp_path / "a.json", [entry(n, 1 + n % 2) for n in range(100)])]
+    rows = json.loads(score(command, *files, "--plot", tmp_path / "p.svg", "--json")[1])
+    bars = re.findall(r'd="M([\d.]+) [\d.]+H([\d.]+)" stroke="#d1570a"', read(tmp_path / "p.svg"))
+    reach = 1.959964 * rows[0]["length_controlled_standard_error"]
+    ends = [240 + (50 + side * reach) / 100 * (720 - 240 - 16) for side in (-1, 1)]
+    assert [float(end) for end in bars[0]] == pytest.approx(ends, abs=0.06)
+    alone = write(tmp_path / "b.json", [entry(0, 2)])
+    assert score(command, alone, "--plot", tmp_path / "p.svg")[0] == 0
+    assert 'stroke="#d1570a"' not in read(tmp_path / "p.svg") and "nan" not in read(
+        tmp_path / "p.svg"
+    )
+
+
+def test_the_table_is_sorted_by_the_controlled_rate(command, tmp_path):
+    """One wins where it is long, and has the better raw rate by it."""
+    files = []
+    for name, long in (("wordy", 80), ("able", 0)):
+        won = [n % 8 > 0 if n < long else n % 10 < (2 if long else 6) for n in range(100)]
+        texts = ["w" * (300 if n < long else 8) for n in range(100)]
+        some = [entry(n, 1 + won[n], generator_2=name, output_2=texts[n]) for n in range(100)]
+        files.append(write(tmp_path / f"{name}.json", some))
+    rows = json.loads(score(command, *files, "--json")[1])
+    raw, controlled = ([r[k] for r in rows] for k in ("win_rate", "length_controlled_win_rate"))
+    assert raw[0] > raw[1] and controlled[0] < controlled[1]
+    lines = score(command, *files)[1].splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["able", "wordy"]
+
+
 def test_names_from_files_steer_no_terminal_and_no_picture(command, tmp_path):
     odd = "<script>\x1b[2J"
     file = write(tmp_path / "a.json", [entry(n, 2, generator_2=odd) for n in range(7)])
@@ -391,6 +457,11 @@ def test_files_that_do_not_belong_together_are_one_line(command, tmp_path):
     told = (f"{b}: new against base", "2 are in one of them only", "'instruction 0'")
     assert_refused(score(command, a, b), *told)
     assert_refused(score(command, a, a), "already")
+    code, said, err = score(command, a, b, "--common", "--json")
+    assert code == 0 and [row["n"] for row in json.loads(said)] == [4, 4]
+    assert "2 instructions that not all have" in err
+    c = write(tmp_path / "d.json", [entry(9, 2, generator_2="far")])
+    assert_refused(score(command, a, c, "--common"), "no instruction that all")
     silent = write(tmp_path / "c.json", [entry(n, math.nan) for n in range(5)])
     assert_refused(score(command, silent), "no preference")
     assert_refused(score(command, tmp_path / "none.json"), "none.json")

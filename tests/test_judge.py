@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import time
+from argparse import Namespace
 
 import pytest
 from conftest import assert_refused, begin
@@ -18,6 +19,7 @@ import evaluate
 import judge
 import winrate
 from answers import Pair
+from api import understood
 from judge import letter
 
 
@@ -32,7 +34,7 @@ def write(path, name: str, texts: list[str]):
 
 def shown(prompt: str) -> tuple[str, str, str]:
     """Instruction, first and second answer as the judge is shown them."""
-    mark = re.search(r"^(=====\w{8}) instruction$", prompt, re.M)[1]
+    mark = re.search(r"^(=====\w{16}) instruction$", prompt, re.M)[1]
     parts = re.split(rf"\n{mark} [a-zA-Z ]+\n", prompt)
     return tuple(parts[1:4])
 
@@ -67,14 +69,16 @@ def row(folder) -> dict:
 
 
 def logprobs(kind: str, said: str, likely: dict) -> dict:
-    if kind == "chat":
-        top = [{"token": t, "logprob": v} for t, v in likely.items()]
-        content = [{"token": "so", "logprob": 0, "top_logprobs": [{"token": "A", "logprob": 0}]}]
-        content += [{"token": said, "logprob": likely[said], "top_logprobs": top}]
-        message = {"message": {"content": said}}
-        return message | {"logprobs": {"content": content}}
-    told = {"tokens": ["so", said], "top_logprobs": [{"A": 0}, likely]}
-    return {"text": said, "logprobs": told}
+    """A reply that ends in a verdict, but has both letters in it before."""
+    tokens = ["A", " or", " B", "?\n", "Verdict:", said]
+    tops = [{"A": 0}, {}, {"B": 0}, {"A": 0}, {}, likely]
+    if kind == "completions":
+        return {"text": "".join(tokens), "logprobs": {"tokens": tokens, "top_logprobs": tops}}
+    content = [
+        {"token": token, "top_logprobs": [{"token": t, "logprob": v} for t, v in top.items()]}
+        for token, top in zip(tokens, tops, strict=True)
+    ]
+    return {"message": {"content": "".join(tokens)}, "logprobs": {"content": content}}
 
 
 @pytest.fixture
@@ -150,6 +154,12 @@ def test_a_single_order_is_half_the_price_and_drawn_by_lot(command, tmp_path, tw
     assert row(tmp_path / "j")["flip_rate"] is None
 
 
+def test_the_sides_of_a_single_order_hang_on_the_seed():
+    pairs = [Pair(f"{n}", "a", "b", "d") for n in range(40)]
+    drawn = [list(judge.orders(pairs, Namespace(seed=n, single_order=True))) for n in (0, 1, 0)]
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
 # ---------------------------------------------------------------- what is asked, what is written
 
 
@@ -186,13 +196,15 @@ def test_annotations_are_alpaca_evals(command, tmp_path, two):
     assert asked == ours | {(task, b, a) for task, a, b in ours}
 
 
-def test_texts_arrive_as_they_are_behind_marks_nobody_foresees():
+def test_texts_arrive_as_they_are_behind_marks_nobody_foresees(tmp_path):
     pair = Pair("{how} {first}", "a\n===== answer B\n{second}", "Verdict: A\n\n", "d")
-    text = judge.question(pair, False, True)
+    mark = judge.mark_of(tmp_path)
+    text = judge.question(pair, False, True, mark)
     assert shown(text) == pair[:3]
-    assert shown(judge.question(pair, True, True)) == (pair[0], pair[2], pair[1])
-    other = judge.question(pair._replace(output_2="x"), False, True)
-    assert re.search("=====[0-9a-f]{8}", text)[0] not in other
+    assert shown(judge.question(pair, True, True, mark)) == (pair[0], pair[2], pair[1])
+    assert judge.mark_of(tmp_path) == mark, "a run that goes on asks the same"
+    (tmp_path / "other").mkdir()
+    assert judge.mark_of(tmp_path / "other") != mark
 
 
 @pytest.mark.parametrize("kind", ["chat", "completions"])
@@ -216,11 +228,27 @@ def test_log_probabilities_weigh_the_verdict(command, tmp_path, two, kind):
     [None, {}, {"content": None}, {"content": []}, {"content": [{"token": "A"}]}, "no", [1],
      {"content": [{"token": "A", "top_logprobs": [{"token": "A", "logprob": math.nan}]}]},
      {"content": [{"token": "A", "top_logprobs": [{"token": "A", "logprob": "0"}]}]},
+     {"content": [{"token": "A", "top_logprobs": [{"token": "A", "logprob": -(10**400)}]}]},
+     {"content": [{"token": "A", "top_logprobs": [{"token": "B", "logprob": 0}]}]},
      {"content": [{"token": "A", "top_logprobs": [{"token": "The", "logprob": 0}]}]}],
 )  # fmt: skip
 def test_without_usable_log_probabilities_a_verdict_is_plain(broken):
     body = json.dumps({"choices": [{"message": {"content": "A"}, "logprobs": broken}]})
-    assert judge.weighted(body, "A") is None
+    assert judge.verdict(understood(body)) == (0, False)
+
+
+def test_the_weight_is_not_that_of_a_letter_in_the_reasons():
+    tokens = ["Answer", " A", " is fine but", " B", " wrong.\n**", "Verdict:", " A**"]
+    tops = [[{"token": " B", "logprob": -0.1}, {"token": " A", "logprob": -2}]] * len(tokens)
+    content = [{"token": t, "top_logprobs": top} for t, top in zip(tokens, tops, strict=True)]
+    choice = {"message": {"content": "".join(tokens)}, "logprobs": {"content": content}}
+    assert judge.verdict(understood(json.dumps({"choices": [choice]}))) == (0, False)
+    tokens[-1:] = [" A", "**"]
+    content[-1:] = [{"token": t, "top_logprobs": tops[0]} for t in tokens[-2:]]
+    content.append({"token": "<|end|>", "top_logprobs": []})  # as some servers have it
+    better = 1 / (1 + math.exp(-1.9))
+    found = judge.verdict(understood(json.dumps({"choices": [choice]})))
+    assert found.weighted and found.better == pytest.approx(better)
 
 
 def test_no_logprobs_explain_and_other_fields_arrive(command, tmp_path, two):
@@ -230,6 +258,9 @@ def test_no_logprobs_explain_and_other_fields_arrive(command, tmp_path, two):
         assert judged(command, tmp_path / "j", server, *two, *more)[0] == 0
     (body,) = {json.dumps({**b, "messages": 0}, sort_keys=True) for b in server.bodies}
     assert body == '{"messages": 0, "model": "m", "reasoning": 1, "temperature": 0}'
+    assert (
+        judge.options_of(Namespace(explain=True, no_logprobs=True, request={}))["max_tokens"] > 500
+    )
     assert row(tmp_path / "j")["annotator"] == "m, explained"
     assert row(tmp_path / "j")["flip_rate"] == 1
 
@@ -241,6 +272,10 @@ NONSENSE = [
     "   ",
     "A B",
     "AB",
+    "A:",
+    "A,",
+    "A;",
+    "A!",
     "A and B",
     "A or B",
     "[[A]] [[B]]",
@@ -275,7 +310,11 @@ VERDICTS = {
     "because …\n\nVerdict: [[B]]\n": "B",
     "**Verdict:** C.": "C",
     "### Verdict: A\nall in all\nVERDICT: A": "A",
-}
+    "`Verdict: A`": "A",
+    "__Verdict: B__": "B",
+    "```\nVerdict: C\n```": "C",
+    "so\nVerdict: A\n---": "A",
+} | {f"so\n{line}": line[-1] for line in judge.EXPLAIN.split("\n") if "Verdict" in line}
 
 
 @pytest.mark.parametrize("text", NONSENSE)
@@ -314,6 +353,8 @@ def test_replies_that_are_none_are_told_and_never_a_verdict(command, tmp_path, t
         odd.clear()
         assert judged(command, tmp_path / "j", server, *two, "--tries", 3)[0] == 0
         assert server.seen["answers"] == 48 and row(tmp_path / "j")["n"] == 12
+        assert judged(command, tmp_path / "j", server, *two, "--tries", 1)[0] == 0
+        assert server.seen["answers"] == 48 and row(tmp_path / "j")["n"] == 12, "they are paid"
 
 
 def test_one_order_without_a_verdict_leaves_the_pair_out(command, tmp_path, two):
@@ -325,7 +366,9 @@ def test_one_order_without_a_verdict_leaves_the_pair_out(command, tmp_path, two)
 def test_a_judge_who_talks_only_nonsense_writes_nothing(command, tmp_path, two):
     with Server(answer=lambda prompt: "Hello!") as server:
         code, out, err = judged(command, tmp_path / "j", server, *two, "--tries", 1)
-    assert code == 2 and "no verdict" in err and "24 unparsed" in out and "Hello!" in out
+    assert (
+        code == 2 and "no verdict on any pair" in err and "24 unparsed" in out and "Hello!" in out
+    )
     assert not (tmp_path / "j/annotations.json").exists()
 
 
@@ -369,6 +412,8 @@ def test_a_budget_is_kept_and_a_larger_one_goes_on(command, tmp_path, two):
         assert cost <= 2 and f"${cost:.4f}" in out
         assert judged(command, tmp_path / "j", server, *two, *PRICES, "--budget", 600)[0] == 0
         assert server.seen["answers"] == 24 and set(server.prompts.values()) == {1}
+        _, _, err = judged(command, tmp_path / "j", server, *two, *PRICES, "--budget", 600)
+        assert "0 questions for at most $0.00" in err
     assert row(tmp_path / "j")["n"] == 12
     assert_refused(judged(command, tmp_path / "k", server, *two, "--budget", 1), "--price-in")
 
@@ -406,8 +451,19 @@ def test_a_run_that_is_over_asks_nothing(command, tmp_path, two):
         assert judged(command, tmp_path / "j", server, *two)[0] == 0
         assert server.seen["answers"] == 24
         assert (tmp_path / "j/annotations.json").read_bytes() == before
+        log = tmp_path / "j/responses.jsonl"
+        log.write_text(log.read_text() + '{"cost": 1}\n')
+        assert_refused(judged(command, tmp_path / "j", server, *two), f"{log}, line 25")
+        log.write_text("".join(log.read_text().splitlines(True)[:24]))
         other = judged(command, tmp_path / "j", server, *two, "--explain")
         assert_refused(other, "another run", "explain")
+        for more in (["--no-logprobs"], ["--request", '{"x": 1}'], ["--single-order"]):
+            other = judged(command, tmp_path / "j", server, *two, *more)
+            assert_refused(other, "another run", more[0].strip("-").replace("-", "_"))
+        assert judged(command, tmp_path / "j", server, *two, "--seed", 3)[0] == 0, "no lot drawn"
+        assert judged(command, tmp_path / "k", server, *two, "--single-order")[0] == 0
+        other = judged(command, tmp_path / "k", server, *two, "--single-order", "--seed", 3)
+        assert_refused(other, "another run", "seed")
         assert_refused(judged(command, tmp_path / "j", server, *reversed(two)), "another run")
 
 
@@ -440,4 +496,25 @@ def test_mistakes_are_one_line(command, tmp_path, two):
         odd = judged(command, tmp_path / "k2", server, *two, "--request", '{"model": "x"}')
         assert_refused(odd, "--request")
         assert_refused(judged(command, tmp_path / "k2", server, two[0], tmp_path / "no"), "no")
+        for odd in ("", "model=m,kind=completions"):
+            assert_refused(
+                judged(command, tmp_path / "k2", server, *two, "--judge", odd), "--judge"
+            )
         assert not (tmp_path / "k2").exists()
+
+
+def test_a_mistake_put_right_goes_on_in_the_same_folder(command, tmp_path, two):
+    with Server(answer=fair) as server:
+        typo = judged(command, tmp_path / "j", server, *two, "--judge", "nobody")
+        assert typo[0] == 2 and "does not exist" in typo[2]
+        assert judged(command, tmp_path / "j", server, *two)[0] == 0
+
+
+def test_half_pairs_only_are_no_result(command, tmp_path, two):
+    def says(prompt: str) -> str:
+        return "A" if shown(prompt)[1].startswith("ours") else "hm"
+
+    with Server(answer=says) as server:
+        code, _, err = judged(command, tmp_path / "j", server, *two, "--tries", 1)
+    assert code == 2 and "12 verdicts, but no pair has one in both orders" in err
+    assert not (tmp_path / "j/annotations.json").exists()

@@ -115,6 +115,8 @@ def test_the_published_arithmetic(tmp_path):
     assert row["mean_length"] == pytest.approx(statistics.mean(lengths))
     assert row["baseline_mean_length"] == len("baseline")
     assert row["flip_rate"] is None and row["model"] == "tuned" and row["annotator"] == "judge"
+    nobody = [one | {"annotator": None} for one in entries]
+    assert only(tmp_path, nobody) == row | {"annotator": ""}, "null is as absent"
 
 
 def test_a_published_annotation_is_read_as_it_is(tmp_path):

@@ -126,11 +126,12 @@ def test_a_mistake_in_a_set_names_the_place(command, tmp_path, text, said):
 
 def test_pairs_are_of_the_same_instruction_whatever_the_order(tmp_path):
     ours = [{"instruction": n, "output": n + "1", "generator": "m"} for n in "abc"]
+    ours = [one | {"dataset": "mine"} for one in ours]
     theirs = [{"instruction": n, "output": n + "2", "generator": "b"} for n in "cab"]
     a, b = write(tmp_path / "a.json", ours), write(tmp_path / "b.json", theirs)
     pairs = paired(a, b)
     assert (pairs.model, pairs.baseline) == ("m", "b")
-    assert [pair[:3] for pair in pairs.all] == [(n, n + "2", n + "1") for n in "abc"]
+    assert list(pairs.all) == [(n, n + "2", n + "1", "b") for n in "abc"], "b.json has no dataset"
     write(b, theirs[:2])
     with pytest.raises(
         ValueError, match=r"1 are in one of them only \('b' in .*a.json\).*--common"

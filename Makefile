@@ -17,7 +17,7 @@ help:
 	@echo "make clean     remove the environment"
 
 train: $(VENV)/.ready
-	$(BIN)/torchrun fsdp_train.py
+	$(BIN)/python fsdp_train.py
 
 tour: $(VENV)/.ready-test
 	rm -rf runs/tour

@@ -46,7 +46,7 @@ UNIMPORTANT = {  # about how it came to be, or belonging to switches that are of
 
 
 class Lora(NamedTuple):
-    """What is learned beside which weights; the defaults are alpaca-lora's."""
+    """What is learned beside which weights; the defaults are alpaca-lora's published run's."""
 
     rank: int = 16
     alpha: float = 16

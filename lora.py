@@ -207,7 +207,7 @@ def merge(
     dtype: torch.dtype | None = None,
 ) -> tuple[int, int, torch.dtype]:
     """Write the whole model as a Hugging Face folder, of the dtype of the base's embedding unless
-    told, a tensor in memory at a time. Returned is how many weights have changed, of how many
+    told, a tensor in memory at a time. Returned is how many matrices have changed, of how many
     adapted ones, and the dtype."""
     if quantize.kept_recipe(base):
         raise ValueError(f"{base} is quantized: merge into the model that it was made from")
@@ -284,7 +284,7 @@ def main() -> None:
         args.base, args.adapter, args.out, args.tokenizer, DTYPES.get(args.dtype)
     )
     told = str(dtype).removeprefix("torch.")
-    print(f"{args.out}: {changed} of {of} adapted weights have changed, rounded once to {told}")
+    print(f"{args.out}: {changed} of {of} adapted matrices have changed, rounded once to {told}")
 
 
 if __name__ == "__main__":

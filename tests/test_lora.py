@@ -452,7 +452,7 @@ def test_a_merged_model_is_base_and_adapter(base, adapter, command, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     told = merged(command, base / "model", adapter, tmp_path / "out")
-    assert "14 of 14 adapted weights have changed" in told
+    assert "14 of 14 adapted matrices have changed" in told
     ids = random_ids(2, 24, vocab_size=1024)
     model = load_model(base / "model")
     plain = model(ids)

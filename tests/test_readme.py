@@ -22,7 +22,7 @@ def test_the_file_table_is_true():
 def test_the_snippet_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(snippet.replace("my-tiny", str(tmp_path / "my-tiny")), {})
+    exec(snippet.replace("runs/my-tiny", str(tmp_path / "my-tiny")), {})
     assert capsys.readouterr().out.strip()
 
 

@@ -88,6 +88,15 @@ class Parser(argparse.ArgumentParser):
             super().print_help(file)
 
 
+def run_verb(args: argparse.Namespace) -> None:
+    """The command of a verb, which may leave what it got from `claim` in `args.lock`."""
+    try:
+        args.command(args)
+    finally:
+        if getattr(args, "lock", None) is not None:
+            os.close(args.lock)
+
+
 def positive(kind: type) -> Callable[[str], Any]:
     """For `type=` of a flag: an int or a float above 0."""
 

@@ -27,7 +27,6 @@ Shown by tests/test_evaluate.py: test_swapping_the_models_mirrors_every_number.
 import argparse
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,7 +41,7 @@ from answers import ANNOTATIONS, OUTPUTS, digest, paired, read_items, write_json
 
 HERE = Path(__file__).parent
 # What makes no difference to the answers.
-INCIDENTAL = {"command", "verb", "lock", "set", "out", "name", "rows", "device", "compile"}
+INCIDENTAL = {"command", "verb", "set", "out", "name", "rows", "device", "compile"}
 INCIDENTAL |= {"in_flight", "timeout", "attempts", "first_wait", "key_env"}
 INCIDENTAL |= {"price_in", "price_out", "budget", "instruction", "chat", "n", "json"}
 INCIDENTAL |= {"model_dir", "adapter"}  # but what is in them does
@@ -92,9 +91,7 @@ def checked(args: argparse.Namespace) -> list[Path]:
         return []
     if odd := given(args, teachers.add_flags):
         raise ValueError(f"{odd[0]} is for a server: --model names the one of its models to ask")
-    if args.adapter and args.model_dir is None:
-        raise ValueError("--adapter goes with --model-dir, the base that it was trained for")
-    folders = [folder for folder in (args.model_dir or generate.TRAINED, args.adapter) if folder]
+    folders = generate.folders(args)
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"no model at {folder}: `make train` makes one, --model-dir names")
@@ -339,17 +336,11 @@ def parse_args() -> argparse.Namespace:
         ("score", winrate, add_score, "win rates of annotation files, a leaderboard"),
     ):
         add(verbs.add_parser(name, help=told, description=module.__doc__))
-    parser.set_defaults(lock=None)
     return parser.parse_args()
 
 
 def main() -> None:
-    args = parse_args()
-    try:
-        args.command(args)
-    finally:
-        if args.lock is not None:
-            os.close(args.lock)
+    console.run_verb(parse_args())
 
 
 if __name__ == "__main__":

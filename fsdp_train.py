@@ -406,7 +406,7 @@ def write_card(args: argparse.Namespace, job: Job, run: RunFolder, ranks: int) -
     recipe = {k: v for k, v in settings(args, job).items() if k not in elsewhere and v is not None}
     recipe |= {"optimizer": f"AdamW {BETAS}, eps {EPS}, no weight decay; norm clipped at {CLIP}"}
     whole, layers = plan.parameters(job.config), job.config.num_hidden_layers
-    learned = layers * plan.adapter_parameters(job.config, args.lora) if args.lora else whole
+    learned = layers * plan.block_adapter_parameters(job.config, args.lora) if args.lora else whole
     card = model_card(
         args.out.name,
         args.model_dir,

@@ -268,8 +268,8 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def loaded(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
-    """Model and tokenizer as the flags of `add_model_flags` ask for them."""
+def folders(args: argparse.Namespace) -> list[Path]:
+    """What the model is made of: its folder, and its adapter's if there is one."""
     folder = args.model_dir or TRAINED
     if args.adapter and args.model_dir is None:
         raise ValueError("--adapter goes with --model-dir, the base that it was trained for")
@@ -277,6 +277,12 @@ def loaded(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
         raise ValueError(f"no model at {folder} yet: `make train` makes it, or name a --model-dir")
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise ValueError(f"{folder} is an adapter: --model-dir BASE --adapter {folder}")
+    return [folder, args.adapter] if args.adapter else [folder]
+
+
+def loaded(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
+    """Model and tokenizer as the flags of `add_model_flags` ask for them."""
+    folder = folders(args)[0]
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here")

@@ -111,7 +111,7 @@ def projections(config: LlamaConfig) -> dict[str, tuple[int, int]]:
     return {**attention, "o_proj": (width, query), **mlp}
 
 
-def adapter_parameters(config: LlamaConfig, lora: Lora) -> int:
+def block_adapter_parameters(config: LlamaConfig, lora: Lora) -> int:
     """Of a block."""
     shapes = projections(config)
     return sum(lora.rank * sum(shapes[name]) for name in lora.targets)
@@ -132,7 +132,7 @@ def flops_per_token(
     attention = layers * 2 * width * length / 2
     if lora is None:
         return 6 * (body + head + attention)
-    return 4 * (body + head) + 6 * (layers * adapter_parameters(config, lora) + attention)
+    return 4 * (body + head) + 6 * (layers * block_adapter_parameters(config, lora) + attention)
 
 
 def mean_length(lengths: np.ndarray) -> float:
@@ -240,7 +240,7 @@ def frozen_tides(run: Run) -> dict[str, dict[str, float]]:
     """The same with an adapter, whose gradients are too few to make a moment of their own."""
     config, size, layers = run.config, run.compute.itemsize, run.config.num_hidden_layers
     matrices = sum(N * K for N, K in projections(config).values())
-    adapter, root = adapter_parameters(config, run.lora), root_parameters(config)
+    adapter, root = block_adapter_parameters(config, run.lora), root_parameters(config)
     plain = block_parameters(config) - (matrices if run.bits < 16 else 0)  # in what it computes in
     weights = (size * (layers * plain + root) + 4 * layers * adapter) / run.shards
     gathered = size * 2 * adapter
@@ -308,7 +308,7 @@ def report(
     copies = f" as {run.replicas} whole copies" if run.replicas > 1 else ""
     what = f"{console.human(parameters(config))} parameters on {run.world} x {where}{copies}"
     if run.lora:
-        learned = config.num_hidden_layers * adapter_parameters(config, run.lora)
+        learned = config.num_hidden_layers * block_adapter_parameters(config, run.lora)
         base = f"int{run.bits}" if run.bits < 16 else str(run.compute).removeprefix("torch.")
         what = f"an adapter of {console.human(learned)} parameters, beside {base} of {what}"
     how = f"{dtype}, checkpointing {run.checkpointing}, rows of up to {run.row_tokens} tokens"

@@ -31,7 +31,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import random
 import shutil
 from collections import Counter, deque
@@ -398,7 +397,6 @@ def parse_args() -> argparse.Namespace:
     verb.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     verb.add_argument("--full", action="store_true", help="similarities and provenance too")
     verb.set_defaults(command=export_command)
-    parser.set_defaults(lock=None)
     return parser.parse_args()
 
 
@@ -456,12 +454,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    args = parse_args()
-    try:
-        args.command(args)
-    finally:
-        if args.lock is not None:
-            os.close(args.lock)
+    console.run_verb(parse_args())
 
 
 if __name__ == "__main__":

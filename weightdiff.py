@@ -483,8 +483,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = parse_args()
-    args.command(args)
+    console.run_verb(parse_args())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from xml.etree import ElementTree
 import pytest
 from conftest import ROOT, assert_refused, begin
 from teacher_server import Server
+from test_generate import expected
+from test_winrate import entry
 
 import console
 import evaluate
@@ -19,7 +21,6 @@ from answers import paired, read_items
 from checkpoint import load_model
 from dataset import prompt
 from engine import Engine
-from sampling import Sampling
 from tokenizer import Tokenizer
 
 TINY = ROOT / "data/tiny-llama"  # a base: it goes on, and seldom ends
@@ -42,12 +43,6 @@ SET = [
 @pytest.fixture(scope="module")
 def engine():
     return Engine(load_model(TINY), Tokenizer(TINY))
-
-
-def expected(engine: Engine, instruction: str, input: str = "", **way) -> str:
-    ids = engine.tokenizer.encode(prompt(instruction, input), bos=True)
-    (answer,) = engine.answers([ids], Sampling(**{"max_new_tokens": 12, **way}))
-    return answer.text
 
 
 def answer(command, out, *more):
@@ -324,19 +319,6 @@ def test_what_a_server_does_not_answer_is_left_out_and_asked_again(command, tmp_
 
 
 # ---------------------------------------------------------------- score
-
-
-def entry(number: int, preference, **changes) -> dict:
-    plain = {
-        "instruction": f"instruction {number}",
-        "output_1": "baseline",
-        "output_2": "a model!",
-        "generator_1": "base",
-        "generator_2": "tuned",
-        "annotator": "judge",
-        "preference": preference,
-    }
-    return plain | changes
 
 
 def score(command, *more):

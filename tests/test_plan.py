@@ -273,7 +273,7 @@ def test_an_adapter_is_counted(targets):
     model = Llama(config)
     add_lora(model, 5, 5, 0.0, targets)
     learned = sum(own.numel() for own in model.parameters() if own.requires_grad)
-    assert 3 * plan.adapter_parameters(config, Lora(5, 5, 0.0, targets)) == learned
+    assert 3 * plan.block_adapter_parameters(config, Lora(5, 5, 0.0, targets)) == learned
 
 
 def test_operations_beside_a_frozen_base_are_those_of_the_matrix_products():

@@ -1,11 +1,10 @@
-"""What every command here shares: errors, progress, files that are whole or absent, logs, a chart.
+"""What every command here shares: errors, progress, files that are whole or absent, logs.
 
     run(main)                    a user's mistake becomes one line on stderr and exit code 2
     Progress(total, "tokens")    one line: done/total, rate, time left; all but silent when piped
     atomic_file, atomic_folder   a reader sees the old state or the new one, whatever was killed
     append_jsonl, read_log       a log that survives a kill in the middle of a line
     read_json, read_jsonl        files a user wrote; listed: names for a one-line error
-    line_chart                   a small SVG
 
 `ValueError` is for what a user can cause, `assert` for what only a bug can: a bug keeps its
 traceback. ALPACA_TRACEBACK=1 shows one for a user's mistake too.
@@ -23,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from html import escape
 from pathlib import Path
 from typing import IO, Any
 
@@ -350,83 +348,3 @@ def read_log(path: Path) -> Iterator[dict]:
 def plain(text: str) -> str:
     """Text that can be written: half a surrogate pair, which JSON may hold, cannot."""
     return text.encode("utf-8", "replace").decode()
-
-
-def line_chart(title: str, x_label: str, lines: dict[str, list[tuple[float, float]]]) -> str:
-    """An SVG of named lines over (x, y) points. Points that are not finite are left out."""
-    width, height, left, top, right, bottom = 720, 400, 64, 40, 16, 48
-    colours = ("#1f6feb", "#d1570a", "#1a7f37", "#8250df", "#9a6700", "#57606a")
-    finite = {
-        name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-        for name, points in lines.items()
-    }
-    points = [point for points in finite.values() for point in points] or [(0, 0)]
-    xs, ys = zip(*points, strict=True)
-    (x0, x1), (y0, y1) = (
-        (min(v) - (min(v) == max(v)), max(v) + (min(v) == max(v))) for v in (xs, ys)
-    )
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = left + (x - x0) / (x1 - x0) * (width - left - right)
-        down = height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom)
-        return round(across, 1), round(down, 1)
-
-    parts = [f'<text x="{width / 2}" y="22" text-anchor="middle" font-size="15">{escape(title)}']
-    parts.append(f'</text><text x="{width / 2}" y="{height - 8}" text-anchor="middle">')
-    parts.append(f"{escape(x_label)}</text>")
-    for step in range(6):  # five intervals of grid, with their figures
-        x, y = x0 + (x1 - x0) * step / 5, y0 + (y1 - y0) * step / 5
-        across, down = place(x, y)
-        parts.append(f'<path d="M{left} {down}H{width - right}" stroke="#d0d7de"/>')
-        parts.append(f'<text x="{left - 6}" y="{down + 4}" text-anchor="end">{y:.4g}</text>')
-        parts.append(f'<text x="{across}" y="{height - bottom + 18}" text-anchor="middle">')
-        parts.append(f"{x:.4g}</text>")
-    for index, (name, points) in enumerate(finite.items()):
-        colour = colours[index % len(colours)]
-        path = " ".join("{},{}".format(*place(x, y)) for x, y in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<text x="{width - right - 4}" y="{top + 14 + 16 * index}" fill="{colour}" ')
-        parts.append(f'text-anchor="end">{escape(name)}</text>')
-    style = 'font-family="sans-serif" font-size="12" style="background:#fff"'
-    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{"".join(parts)}</svg>\n'
-
-
-def interval_chart(
-    title: str,
-    rows: dict[str, dict[str, tuple[float, float, float]]],
-    start: float,
-    end: float,
-) -> str:
-    """An SVG of named intervals (low, middle, high) between start and end, a row of them for each
-    name: a leaderboard with its errors."""
-    colours = ("#1f6feb", "#d1570a", "#1a7f37", "#8250df")
-    width, left, right, top, step = 720, 240, 16, 64, 22 + 6 * len(next(iter(rows.values())))
-    height = top + step * len(rows) + 32
-
-    def across(x: float) -> float:
-        return round(left + (x - start) / (end - start) * (width - left - right), 1)
-
-    parts = [f'<text x="{width / 2}" y="22" text-anchor="middle" font-size="15">{escape(title)}']
-    parts.append("</text>")
-    for tick in range(5):
-        x = start + (end - start) * tick / 4
-        parts.append(f'<path d="M{across(x)} {top - 8}V{height - 32}" stroke="#d0d7de"/>')
-        parts.append(f'<text x="{across(x)}" y="{height - 12}" text-anchor="middle">{x:g}</text>')
-    for place, name in enumerate(next(iter(rows.values()))):
-        parts.append(f'<text x="{left + 160 * place}" y="{top - 20}" fill="{colours[place]}">')
-        parts.append(f"● {escape(name)}</text>")
-    for row, (name, intervals) in enumerate(rows.items()):
-        middle = top + step * row + step / 2
-        short = name if len(name) <= 34 else name[:33] + "…"
-        parts.append(f'<text x="{left - 12}" y="{middle + 4}" text-anchor="end">')
-        parts.append(f"{escape(printable(short))}</text>")
-        for place, (low, mid, high) in enumerate(intervals.values()):
-            y, colour = middle + 10 * (place - (len(intervals) - 1) / 2), colours[place]
-            if math.isfinite(high - low):  # or nobody knows: no bar
-                parts.append(f'<path d="M{across(low)} {y}H{across(high)}" stroke="{colour}" ')
-                parts.append('stroke-width="2"/>')
-            parts.append(f'<circle cx="{across(mid)}" cy="{y}" r="4" fill="{colour}"/>')
-    style = 'font-family="sans-serif" font-size="12" style="background:#fff"'
-    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{"".join(parts)}</svg>\n'

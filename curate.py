@@ -37,20 +37,20 @@ import numpy as np
 
 import console
 import dataset
+from charts import Bars, bar_chart, sunburst
 from lint import RULES, flags_of
 from rougel import Pool, tokenize, tokenize_unicode
 
 VERBS, OBJECTS = 20, 4  # as many as are shown, of each verb
 EDGES = (1, 5, 9, 17, 33, 65, 129, 257, 513)  # words with which a bar of the histograms begins
 LOGS = ("records.jsonl", "rejected.jsonl", "responses.jsonl")
-Bars = list[tuple[str, int]]
 
 
 def shown(text: str, most: int = 100) -> str:
     """Text from data as one line of printable characters."""
     text = " ".join(text[: 4 * most].split())
     text = text if len(text) <= most else text[: most - 1] + "…"
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return console.printable(text)
 
 
 def read_source(source: Path) -> list[tuple[Any, list[dict]]]:
@@ -231,75 +231,21 @@ def report_command(args) -> None:
     tables = (text_bars(title, bars) for title, bars in histograms)
     text = "\n".join([*lines, *chain(*tables), *verb_table(openings)])
     if args.out:
-        picture = sunburst(openings)
+        picture = sunburst_of(openings)
         with console.atomic_file(args.out, "w") as file:
             file.write(picture if kind == ".svg" else page(text, picture, histograms))
     print(text)
 
 
-# ---------------------------------------------------------------- pictures
-
-
-def svg(width: int, height: int, parts: Iterable[str]) -> str:
-    shape = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-    style = 'font-family="sans-serif" font-size="12"'
-    inside = "\n".join(parts)
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {shape} {style}>\n{inside}\n</svg>\n'
-
-
-def sector(start: float, stop: float, inner: int, outer: int, colour: str, told: str) -> str:
-    """Part of a ring, from one turn (0 is the top, 1 all around) to another, and its name."""
-    stop = min(stop, start + 0.9999)  # an arc that ends where it began would be none
-
-    def point(radius: float, turn: float) -> str:
-        angle = 2 * math.pi * turn
-        return f"{360 + radius * math.sin(angle):.1f} {360 - radius * math.cos(angle):.1f}"
-
-    large, turn, middle = int(stop - start > 0.5), (start + stop) / 2, (inner + outer) / 2
-    path = f"M{point(inner, start)}L{point(outer, start)}"
-    path += f"A{outer} {outer} 0 {large} 1 {point(outer, stop)}L{point(inner, stop)}"
-    path += f"A{inner} {inner} 0 {large} 0 {point(inner, start)}Z"
-    part = f'<path d="{path}" fill="{colour}" stroke="#fff"><title>{escape(told)}</title></path>'
-    if (stop - start) * 2 * math.pi * middle < 13:  # pixels: no room for a line of text
-        return part
-    place = f"translate({point(middle, turn)}) rotate({360 * turn + (90, -90)[turn < 0.5]:.1f})"
-    name = escape(shown(told.split(":")[0].split(" ")[-1], 18))
-    return f'{part}\n<text transform="{place}" text-anchor="middle" dy="4">{name}</text>'
-
-
-def sunburst(openings: Openings) -> str:
-    """The most frequent verbs, each as wide as it is frequent; around it, sharing its width, its
-    most frequent objects."""
+def sunburst_of(openings: Openings) -> str:
+    """The most frequent verbs and, around each, its most frequent objects."""
     verbs = [(verb, n) for verb, n in openings.verbs.most_common() if verb[0] != "("][:VERBS]
-    count, parts, start = sum(n for _, n in verbs), [], 0.0
-    for number, (verb, times) in enumerate(verbs):
-        hue, width, place = 360 * number // len(verbs), times / count, start
-        objects = openings.objects(verb)
-        for noun, n in objects:
-            stop = place + width * n / sum(n for _, n in objects)
-            colour, told = f"hsl({hue},60%,84%)", f"{verb} {noun}: {n:,}"
-            parts.append(sector(place, stop, 215, 345, colour, told))
-            place = stop
-        told = f"{verb}: {times:,}"
-        parts.append(sector(start, start + width, 100, 215, f"hsl({hue},60%,70%)", told))
-        start += width
-    parts.append('<text x="360" y="364" text-anchor="middle">')
-    parts.append(f"{count:,} of {openings.verbs.total():,} records</text>")
-    return svg(720, 720, parts)
-
-
-def svg_bars(bars: Bars) -> str:
-    most, parts = max((count for _, count in bars), default=1), []
-    for row, (label, count) in enumerate(bars):
-        width, down = 460 * count / most, 18 * row
-        parts.append(f'<rect x="80" y="{down + 2}" width="{width:.1f}" height="14" fill="#58e"/>')
-        parts.append(f'<text x="70" y="{down + 13}" text-anchor="end">{escape(label)}</text>')
-        parts.append(f'<text x="{width + 86:.1f}" y="{down + 13}">{count:,}</text>')
-    return svg(620, 18 * len(bars) + 4, parts)
+    below = f"{sum(n for _, n in verbs):,} of {openings.verbs.total():,} records"
+    return sunburst([(verb, n, openings.objects(verb)) for verb, n in verbs], below)
 
 
 def page(text: str, picture: str, histograms: list[tuple[str, Bars]]) -> str:
-    charts = "".join(f"<h2>{escape(title)}</h2>\n{svg_bars(bars)}" for title, bars in histograms)
+    charts = "".join(f"<h2>{escape(title)}</h2>\n{bar_chart(bars)}" for title, bars in histograms)
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/><title>Instruction data</title>

@@ -32,6 +32,7 @@ from pathlib import Path
 
 import answers
 import blind
+import charts
 import console
 import generate
 import judge
@@ -245,7 +246,7 @@ def picture(rows: list[dict]) -> str:
             "win rate": (row["win_rate_low"], row["win_rate"], row["win_rate_high"]),
             "length-controlled": (max(middle - reach, 0), middle, min(middle + reach, 100)),
         }
-    return console.interval_chart("Win rates, in per cent, with bounds of 95 %", bars, 0, 100)
+    return charts.interval_chart("Win rates, in per cent, with bounds of 95 %", bars, 0, 100)
 
 
 # ---------------------------------------------------------------- command

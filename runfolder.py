@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import charts
 import console
 
 LINE = "loss {loss:.3f}  lr {lr:.2e}  norm {grad_norm:.2f}  {tokens_per_s:,} tokens/s"
@@ -80,6 +81,6 @@ class RunFolder:
         if not self.quiet:
             self.progress.close()
             lines = {"training": self.points("loss"), "held out": self.points("held_out_loss")}
-            chart = console.line_chart("Loss", "step", {k: v for k, v in lines.items() if v})
+            chart = charts.line_chart("Loss", "step", {k: v for k, v in lines.items() if v})
             with console.atomic_file(self.chart, "w") as file:
                 file.write(chart)

@@ -43,6 +43,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import charts
 import console
 from checkpoint import read_config
 from tokenizer import Tokenizer
@@ -139,7 +140,7 @@ def power(watermark: Watermark, longest: int = 200) -> str:
     }
     lines["z = 4"] = [(0, 4.0), (longest, 4.0)]
     how = f"gamma {watermark.gamma:g}, delta {watermark.delta:g}, spike entropy S"
-    return console.line_chart(f"z of marked text: {how}", "tokens scored", lines)
+    return charts.line_chart(f"z of marked text: {how}", "tokens scored", lines)
 
 
 # ---------------------------------------------------------------- commands

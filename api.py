@@ -47,14 +47,6 @@ class Refused(ValueError):
     """The server will not answer, however often it is asked."""
 
 
-class GaveUp(Exception):
-    """This request got no usable answer in all its attempts; another one may."""
-
-    def __init__(self, why: str, usage: "Usage", unreachable: bool = False):
-        super().__init__(why)
-        self.usage, self.unreachable = usage, unreachable
-
-
 class Usage(NamedTuple):
     """Tokens as the server counts them, of failed attempts too. `unmetered`: answers without."""
 
@@ -68,6 +60,20 @@ class Usage(NamedTuple):
 
 NONE = Usage()
 LOST = Usage(unmetered=1)  # it was on its way, so it is paid for
+
+
+class Failed(Exception):
+    def __init__(self, why: str, usage: Usage = NONE, unreachable: bool = False):
+        super().__init__(why)
+        self.usage, self.unreachable = usage, unreachable
+
+
+class GaveUp(Failed):
+    """This request got no usable answer in all its attempts; another one may."""
+
+
+class Unusable(Failed):
+    """One attempt failed, and another may not."""
 
 
 class Reply(NamedTuple):
@@ -118,13 +124,11 @@ class Endpoint:
     @classmethod
     def parsed(cls, text: str, default: Mapping[str, Any]) -> "Endpoint":
         """`MODEL`, or `model=…,url=…,key=VARIABLE,weight=2,…` over the defaults."""
-        given = {"model": text}
-        if re.match(r"\w+=", text):
-            pairs = [part.partition("=") for part in text.split(",")]
-            if not all(equals for _, equals, _ in pairs):
-                raise ValueError("--teacher: every part between commas is NAME=VALUE")
-            given = {name: value for name, _, value in pairs}
-        given = {name.strip().replace("-", "_"): value for name, value in given.items()}
+        text = text if re.match(r"\w+=", text) else f"model={text}"
+        pairs = [part.partition("=") for part in text.split(",")]
+        if not all(equals for _, equals, _ in pairs):
+            raise ValueError("--teacher: every part between commas is NAME=VALUE")
+        given = {name.strip().replace("-", "_"): value for name, _, value in pairs}
         types = {field.name: field.type for field in fields(cls)}
         if unknown := given.keys() - types.keys():
             raise ValueError(f"--teacher: {', '.join(unknown)}? One of {', '.join(types)}")
@@ -289,18 +293,10 @@ class Client:
         if status in (401, 403) and not endpoint.secret():
             line += f" (${endpoint.key} is not set)"
         if status in (400, 413, 422) and endpoint in self.answered:
-            raise GaveUp(line, NONE)  # it took other requests: it is something about this one
+            raise GaveUp(line)  # it took other requests: it is something about this one
         if status in (301, 302, 307, 308):
             line += f" (moved to {without(endpoint, response.headers.get('location', '?'))})"
         raise Refused(line)
-
-
-class Unusable(Exception):
-    """One attempt failed, and another may not."""
-
-    def __init__(self, why: str, usage: Usage = NONE, unreachable: bool = False):
-        super().__init__(why)
-        self.usage, self.unreachable = usage, unreachable
 
 
 def understood(said: str) -> Reply:
@@ -308,7 +304,7 @@ def understood(said: str) -> Reply:
     try:
         body = json.loads(said)
     except (ValueError, RecursionError):
-        raise Unusable("the answer is not JSON", Usage(unmetered=1)) from None
+        raise Unusable("the answer is not JSON", LOST) from None
     usage = usage_of(body)
     try:
         choice = body["choices"][0]
@@ -339,7 +335,7 @@ def usage_of(body: Any) -> Usage:
     numbers[1] = 0 if numbers[1] is None and "total_tokens" in counted else numbers[1]
     if all(type(number) is int and 0 <= number < MOST_TOKENS for number in numbers):
         return Usage(*numbers)
-    return Usage(unmetered=1)
+    return LOST
 
 
 def message_of(text: str) -> str:

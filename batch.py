@@ -15,11 +15,12 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import console
-from api import KINDS, NONE, Client, Endpoint, GaveUp, Refused, Reply, Unusable, understood
+from api import KINDS, Client, Endpoint, GaveUp, Refused, Reply, Unusable, understood
 
 PRICE = 0.5  # of what single requests cost
 MOST = 20_000  # requests in a batch; the server's own limits are 50,000 and 200 MB
@@ -99,7 +100,7 @@ async def find_or_make(
         except Unusable as problem:
             why = str(problem)
             await asyncio.sleep(client.wait_before(attempt + 2))
-    raise GaveUp(f"{endpoint.url}: no batch made in {client.attempts} attempts, last: {why}", NONE)
+    raise GaveUp(f"{endpoint.url}: no batch made in {client.attempts} attempts, last: {why}")
 
 
 async def find(client: Client, endpoint: Endpoint, name: str) -> dict[str, Any] | None:
@@ -107,12 +108,12 @@ async def find(client: Client, endpoint: Endpoint, name: str) -> dict[str, Any] 
     while after not in seen:  # a server may turn in a circle
         seen.add(after)
         page = await client.call(endpoint, "GET", f"batches?limit=100{after}", page_of)
-        for there in page["data"]:
-            metadata = there.get("metadata")
-            if isinstance(metadata, dict) and metadata.get("name") == name:
+        batches = [one for one in page["data"] if has(one, id=str, status=str)]
+        for there in batches:
+            if has(there, metadata=dict) and there["metadata"].get("name") == name:
                 return there
-        if page.get("has_more") and page["data"]:
-            after = f"&after={page['data'][-1]['id']}"
+        if page.get("has_more") and batches:
+            after = f"&after={batches[-1]['id']}"
     return None
 
 
@@ -128,58 +129,39 @@ async def results(client: Client, endpoint: Endpoint, there: dict) -> dict[str, 
 
 
 def reply_of(line: dict) -> Reply | GaveUp:
-    response = line.get("response") or {}
-    body = response.get("body") if isinstance(response, dict) else None
+    response = line["response"] if has(line, response=dict) else {}
+    if response.get("status_code") != 200:
+        return GaveUp(f"the batch says {line.get('error') or response.get('body')}"[:300])
     try:
-        if response.get("status_code") != 200:
-            raise Unusable(f"the batch says {line.get('error') or body}")
-        return understood(json.dumps(body, ensure_ascii=True))
-    except (Unusable, AttributeError) as problem:
-        return GaveUp(str(problem)[:300], getattr(problem, "usage", NONE))
+        return understood(json.dumps(response.get("body")))
+    except Unusable as problem:
+        return GaveUp(str(problem)[:300], problem.usage)
 
 
 def trouble(there: dict) -> str:
-    errors = there.get("errors")
-    found = errors.get("data") if isinstance(errors, dict) else None
-    found = found if isinstance(found, list) else []
-    told = (str(e.get("message", e)) if isinstance(e, dict) else str(e) for e in found)
+    known = has(there, errors=dict) and has(there["errors"], data=list)
+    errors = there["errors"]["data"] if known else []
+    told = (str(e.get("message", e)) if isinstance(e, dict) else str(e) for e in errors)
     return "; ".join(told)[:300] or "it has no results"
 
 
-def described(text: str) -> dict[str, Any]:
-    found = named(text)
-    if not isinstance(found.get("status"), str):
-        raise Unusable("a batch without a status")
-    return found
+def has(found: Any, **kinds: type) -> bool:
+    return isinstance(found, dict) and all(isinstance(found.get(n), k) for n, k in kinds.items())
 
 
-def named(text: str) -> dict[str, Any]:
-    found = parsed(text)
-    if not isinstance(found.get("id"), str):
-        raise Unusable("an answer without an id")
-    return found
-
-
-def page_of(text: str) -> dict[str, Any]:
-    found = parsed(text)
-    if not isinstance(found.get("data"), list):
-        raise Unusable("a list without data")
-    found["data"] = [one for one in found["data"] if is_batch(one)]
-    return found
-
-
-def is_batch(one: Any) -> bool:
-    return isinstance(one, dict) and all(isinstance(one.get(n), str) for n in ("id", "status"))
-
-
-def parsed(text: str) -> dict[str, Any]:
+def parsed(text: str, **kinds: type) -> dict[str, Any]:
+    """The JSON object of an answer, with these fields at least."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
         raise Unusable("the answer is not JSON") from None
-    if not isinstance(found, dict):
-        raise Unusable("the answer is no JSON object")
+    if not has(found, **kinds):
+        raise Unusable(f"the answer is no JSON object with {' and '.join(kinds) or 'fields'}")
     return found
+
+
+named, described = partial(parsed, id=str), partial(parsed, id=str, status=str)
+page_of = partial(parsed, data=list)
 
 
 def lines_of(text: str) -> list[dict[str, Any]]:

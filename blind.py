@@ -29,14 +29,17 @@ import random
 import re
 import secrets
 import select
+import shutil
 import sys
 import termios
+import textwrap
 import tty
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import east_asian_width
 
 import numpy as np
 
@@ -172,9 +175,14 @@ def ask(copy: Copy, fd: int) -> str | None:
 
 
 def shown(text: str) -> str:
-    """Answers are anybody's text: they may not move the cursor, nor pass for lines of ours."""
-    lines = ["│ " + console.printable(line.expandtabs()) for line in text.splitlines()]
-    return "\n".join(lines) if text.strip() else "(empty)"
+    """Answers are anybody's text: they may not move the cursor, nor pass for lines of ours. Each line
+    on the screen has a mark, and none is left to the terminal to wrap."""
+    room, lines = max(4, shutil.get_terminal_size().columns - 2), []
+    for line in text.splitlines():
+        line = console.printable(line.expandtabs())
+        wide = any(east_asian_width(c) in "FW" for c in line)  # two columns each, 写 say
+        lines += textwrap.wrap(line, room // (1 + wide), drop_whitespace=False) or [""]
+    return "\n".join(f"│ {line}" for line in lines) if text.strip() else "(empty)"
 
 
 @contextmanager

@@ -146,13 +146,8 @@ class Progress:
 
 def human(number: float) -> str:
     """7, 3.2, 512, 14.3K, 6.7G: few enough figures for a person to compare."""
-    for least, size, letter in (
-        (1e12, 1e12, "T"),
-        (1e9, 1e9, "G"),
-        (1e6, 1e6, "M"),
-        (1e4, 1e3, "K"),
-    ):
-        if abs(number) >= least - 0.05 * size / 1e3:  # 999,960 reads 1.0M, not 1000.0K
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if abs(number) >= max(size, 1e4) - size / 2e4:  # 999,960 reads 1.0M, not 1000.0K
             return f"{number / size:.1f}{letter}"
     return f"{number:.0f}" if number == int(number) or abs(number) >= 100 else f"{number:.2g}"
 
@@ -218,15 +213,7 @@ def atomic_folder(path: str | Path, keep: Container[str] = ()) -> Iterator[Path]
     partial = path.with_name(path.name + ".partial")
     found = partial.exists()
     partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        taken = not os.path.samestat(os.fstat(lock), os.stat(partial))  # renamed or removed since
-    except (BlockingIOError, FileNotFoundError):
-        taken = True
-    if taken:
-        os.close(lock)
-        raise ValueError(f"{partial} is being written by another process")
+    lock = locked(partial, f"{partial} is being written by another process", os.O_NOFOLLOW)
     try:
         for leftover in partial.iterdir():
             if leftover.is_dir() and not leftover.is_symlink():
@@ -246,21 +233,28 @@ def atomic_folder(path: str | Path, keep: Container[str] = ()) -> Iterator[Path]
     sync(path.parent)
 
 
+def locked(folder: Path, mistake: str, how: int = 0) -> int:
+    """A lock on a folder, held until the handle that is returned is closed or the process ends."""
+    handle = os.open(folder, os.O_RDONLY | how)
+    with suppress(BlockingIOError, FileNotFoundError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(handle), os.stat(folder)):  # not renamed, nor removed, since
+            return handle
+    os.close(handle)
+    raise ValueError(mistake)
+
+
 def claim(folder: Path, settings: dict[str, Any], doing: str, begun: str = "settings.json") -> int:
     """Make a folder, or find it, lock it for one process, and hold what it was begun with against
-    `settings`; until there is a file `begun` they may change. The lock goes with the file handle
-    that is returned, or with the process."""
+    `settings`; until there is a file `begun` they may change. Returns the lock."""
+    settings = json.loads(json.dumps(settings, default=str))  # as they will be read
     file = folder / "settings.json"
     there = [path.name for path in folder.iterdir()] if folder.exists() else []
     if not file.exists() and (odd := [name for name in there if not name.endswith(".partial")]):
         raise ValueError(f"{folder} holds something else ({listed(odd, 3)}): name another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
+    lock = locked(folder, f"another process is {doing} in {folder}")
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is {doing} in {folder}") from None
         if not file.exists() or not (folder / begun).exists():
             with atomic_file(file, "w") as opened:
                 json.dump(settings, opened, indent=2)

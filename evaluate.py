@@ -63,7 +63,7 @@ def answers_command(args: argparse.Namespace) -> None:
     settings |= {"set": digest([item[:2] for item in items.values()]), "generator": name}
     settings["model's files"] = [answers.stamp(folder, args.out.resolve()) for folder in folders]
     log = args.out / ("responses.jsonl" if served else "answers.jsonl")
-    args.lock = console.claim(args.out, plain(settings), "answering", log.name)
+    args.lock = console.claim(args.out, settings, "answering", log.name)
     made = (answers.answered_there if served else answers.answered_here)(items, args, log)
     if not made:
         raise ValueError(f"{args.out}: no answer to any of {len(items)} instructions")
@@ -115,10 +115,6 @@ def own_name(folder: Path) -> str:
     return path.parent.name if path.name == "model" else path.name
 
 
-def plain(settings: dict) -> dict:
-    return json.loads(json.dumps(settings, default=str))
-
-
 # ---------------------------------------------------------------- people, or a model, compare
 
 
@@ -163,7 +159,7 @@ def judge_command(args: argparse.Namespace) -> None:
         settings[name] = getattr(args, name)
     settings["seed"] = args.seed if args.single_order else None
     log = args.out / "responses.jsonl"
-    args.lock = console.claim(args.out, plain(settings), "judging", log.name)
+    args.lock = console.claim(args.out, settings, "judging", log.name)
     found = judge.judged(pairs, endpoint, args, log)
     for line in found.told:
         print(console.printable(line))

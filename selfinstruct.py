@@ -51,6 +51,7 @@ from teachers import Answers, OutOfMoney, Teachers, add_flags, endpoints_of
 HERE = Path(__file__).parent
 ALIKE = 0.7  # the highest ROUGE-L that is still new
 PROMPT_SEEDS = 3
+SEEDS, PROMPT = HERE / "data/seed_tasks.jsonl", HERE / "data/prompt.txt"
 BARREN = 50  # answers in a row without a new instruction, after which a run stops
 OPTIONS = {"max_tokens": 3072, "temperature": 1.0, "top_p": 1.0, "stop": ["\n20", "20."]}
 
@@ -77,6 +78,9 @@ class Alpaca:
 
     async def complete(self, judged: list[dict], ask) -> list[dict | None]:
         return list(judged)  # nothing more to ask
+
+
+PIPELINES = {"alpaca": Alpaca, "self-instruct": fourstage.SelfInstruct}
 
 
 class Folder:
@@ -182,8 +186,8 @@ class Generation:
         want = math.ceil(self.room() * (self.seen + 1) / brought)
         known = self.teachers.answers.entries
         while self.args.batch and not self.asked and str(self.following) not in known:
-            ids = [str(self.following + more) for more in range(want)]
-            ids = [id for id in ids if id not in known]
+            coming = map(str, range(self.following, self.following + want))
+            ids = [id for id in coming if id not in known]
             await self.teachers.ask_in_batches(ids, self.question, self.args.poll)
         while len(self.asked) < min(want, self.pipeline.lag):
             id = str(self.following)
@@ -275,8 +279,7 @@ def open_run(args, path: Path, suffix: str = "") -> tuple[Folder, Alpaca]:
         header = args.prompt.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{args.prompt}: not UTF-8: save the file as UTF-8") from None
-    kind = fourstage.SelfInstruct if args.pipeline == "self-instruct" else Alpaca
-    pipeline = kind(seeds, header, args.language, args.seed, args.request)
+    pipeline = PIPELINES[args.pipeline](seeds, header, args.language, args.seed, args.request)
     texts = {"seeds.json": json.dumps(seeds, ensure_ascii=False, indent=1), "prompt.txt": header}
     settings = {"pipeline": args.pipeline, "seed": args.seed, "language": args.language}
     for name, text in texts.items():
@@ -320,10 +323,9 @@ def generate_command(args) -> None:
 def reparse_command(args) -> None:
     """What today's parser and filters make of the answers that the folder has."""
     settings = console.read_json(args.folder / "settings.json")
-    names = ("pipeline", "seed", "language")
-    if absent := [name for name in names if name not in settings]:
-        raise ValueError(f"{args.folder}: settings.json has no {absent[0]}: no generate made it")
-    args.pipeline, args.seed, args.language = (settings[name] for name in names)
+    args.pipeline, args.seed, args.language = map(settings.get, ("pipeline", "seed", "language"))
+    if args.pipeline not in [*PIPELINES] or args.language is None:
+        raise ValueError(f"{args.folder}: by its settings.json no generate made it")
     args.seeds, args.prompt = args.folder / "seeds.json", args.folder / "prompt.txt"
     folder, pipeline = open_run(args, args.folder, suffix=".new")
     asyncio.run(reparse(folder, pipeline, Answers(args.folder / "responses.jsonl")))
@@ -407,22 +409,12 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add("--num", type=count, default=52_000, help="records wanted (default: 52000)")
     add(
         "--pipeline",
-        choices=("alpaca", "self-instruct"),
+        choices=PIPELINES,
         default="alpaca",
         help="Alpaca's single request, or the paper's four stages (default: alpaca)",
     )
-    add(
-        "--seeds",
-        type=Path,
-        default=HERE / "data/seed_tasks.jsonl",
-        help="seed tasks (default: data/seed_tasks.jsonl)",
-    )
-    add(
-        "--prompt",
-        type=Path,
-        default=HERE / "data/prompt.txt",
-        help="what the teacher is told (default: data/prompt.txt)",
-    )
+    add("--seeds", type=Path, default=SEEDS, help="seed tasks (default: data/seed_tasks.jsonl)")
+    add("--prompt", type=Path, default=PROMPT, help="for the teacher (default: data/prompt.txt)")
     add(
         "--language",
         default="English",

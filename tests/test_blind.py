@@ -266,6 +266,18 @@ def test_what_answers_hold_cannot_pass_for_the_frame():
     assert blind.shown(" \n") == blind.shown("") == "(empty)"
 
 
+@pytest.mark.parametrize(
+    "text", ["word " * 7 + "----- B -----", "-" * 99, " " * 99 + "x", "写" * 50]
+)
+def test_no_line_is_left_to_the_terminal_to_wrap(monkeypatch, text):
+    """What it wraps begins at the margin, and may look like a line of ours."""
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = blind.shown(text).splitlines()
+    assert all(line.startswith("│ ") for line in lines)
+    assert max(len(line) + line.count("写") for line in lines) <= 40 and len(lines) < 5
+    assert "".join(line[2:] for line in lines) == text
+
+
 @pytest.mark.parametrize("meanwhile", ["rated", "unblinded"])
 def test_what_happens_before_the_lock_is_held_counts(tmp_path, two, command, meanwhile):
     start(command, two, tmp_path / "b", "--raters", "ann")

@@ -175,8 +175,8 @@ def ask(copy: Copy, fd: int) -> str | None:
 
 
 def shown(text: str) -> str:
-    """Answers are anybody's text: they may not move the cursor, nor pass for lines of ours. Each line
-    on the screen has a mark, and none is left to the terminal to wrap."""
+    """Answers are anybody's text: they may not move the cursor, nor pass for lines of ours. Each
+    line on the screen has a mark, and none is left to the terminal to wrap."""
     room, lines = max(4, shutil.get_terminal_size().columns - 2), []
     for line in text.splitlines():
         line = console.printable(line.expandtabs())

@@ -21,7 +21,8 @@ Alpaca's own evaluation was the blind one, on self-instruct's 252 user-oriented 
 (arXiv:2212.10560): 90 wins to 89. Sets: answers.py. Judging by people: blind.py, by a model:
 judge.py. Win rates, and what the length of answers does to them: winrate.py.
 
-Shown by tests/test_evaluate.py: test_swapping_the_models_mirrors_every_number.
+Shown by tests/test_evaluate.py:
+test_a_leaderboard_in_the_order_of_the_files_and_sorted_for_people.
 """
 
 import argparse

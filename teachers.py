@@ -82,8 +82,6 @@ class Teachers:
         """The entry of responses.jsonl; one without a response if no attempt brought any."""
         if id in self.answers.entries:
             return self.answers.entries[id]
-        if self.closed:
-            raise self.why
         endpoint = self.teacher(id)
         most = at_most(endpoint, endpoint.body(prompt, options))
         async with self.turn:

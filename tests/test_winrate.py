@@ -119,6 +119,14 @@ def test_the_published_arithmetic(tmp_path):
     assert only(tmp_path, nobody) == row | {"annotator": ""}, "null is as absent"
 
 
+def test_the_discrete_rate_is_alpaca_evals(tmp_path):
+    """Whoever is ahead has won, by however little; 1.5 and the old 0 are half a win."""
+    lost, drawn, won = (1, 1.49, 1.0000002), (1.5, 0, 1.5), (1.51, 2)
+    row = only(tmp_path, [entry(n, p) for n, p in enumerate((*lost, *drawn, *won))])
+    assert (row["n_losses"], row["n_draws"], row["n_wins"]) == (3, 3, 2)
+    assert row["discrete_win_rate"] == 100 * (2 + 3 / 2) / 8
+
+
 def test_a_published_annotation_is_read_as_it_is(tmp_path):
     """With fields of no interest here, an escaped slash, and one object to several lines."""
     file = tmp_path / "annotations.json"

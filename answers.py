@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 import console
 import dataset
 import generate
-from api import Endpoint, Reply
 from engine import Engine
 from teachers import Answers, Teachers, ask_all, endpoint_of
 
@@ -209,8 +208,9 @@ def answered_there(items: dict[str, Item], args: argparse.Namespace, log: Path) 
     made: dict[str, Made] = {}
 
     async def one(teachers: Teachers, id: str, item: Item) -> None:
-        reply = await teachers.insist(id, as_it_is, 1, text_for(endpoint, item), options)
-        if reply:
+        chat = endpoint.kind == "chat"
+        text = item.question if chat else dataset.prompt(item.instruction, item.input)
+        if reply := await teachers.insist(id, lambda reply: reply, 1, text, options):
             made[id] = Made(reply.text, reply.cut)
 
     answers = Answers(log)
@@ -218,15 +218,6 @@ def answered_there(items: dict[str, Item], args: argparse.Namespace, log: Path) 
         console.notice(f"the budget of ${args.budget:g} has no room for more: a larger one goes on")
     console.notice(f"${answers.spent:.4f} spent")
     return made
-
-
-def text_for(endpoint: Endpoint, item: Item) -> str:
-    chat = endpoint.kind == "chat"
-    return item.question if chat else dataset.prompt(item.instruction, item.input)
-
-
-def as_it_is(reply: Reply) -> Reply:
-    return reply
 
 
 def write_outputs(file: Path, items: dict[str, Item], made: dict[str, Made], name: str) -> None:

@@ -26,7 +26,7 @@ import argparse
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from html import escape
 from itertools import chain, pairwise
@@ -121,17 +121,16 @@ def object_in(words: list[str]) -> str:
     return re.sub(r"(?<=ss|sh|ch|.x)es$|(?<=[^\W\d_]{2}[^suic])s$", "", last)
 
 
-class Openings:
-    """How often each verb, and each object with it."""
-
-    def __init__(self, instructions: Iterable[str]):
-        self.pairs = Counter(map(opening, instructions)).most_common()
-        self.verbs: Counter[str] = Counter()
-        for (verb, _), count in self.pairs:
-            self.verbs[verb] += count
-
-    def objects(self, verb: str) -> Bars:
-        return [(noun, n) for (of, noun), n in self.pairs if of == verb and noun][:OBJECTS]
+def openings(instructions: Iterable[str]) -> list[tuple[str, int, Bars]]:
+    """Verbs, how often, and their most frequent objects; the most frequent verb first."""
+    nouns: dict[str, Counter[str]] = defaultdict(Counter)
+    for verb, noun in map(opening, instructions):
+        nouns[verb][noun] += 1
+    found = []
+    for verb, all_of_it in nouns.items():
+        objects = [(noun, n) for noun, n in all_of_it.most_common() if noun]
+        found.append((verb, all_of_it.total(), objects[:OBJECTS]))
+    return sorted(found, key=lambda one: -one[1])
 
 
 # ---------------------------------------------------------------- report
@@ -196,10 +195,10 @@ def generation(folder: Path, kept: int, wanted: int) -> Iterator[str]:
     yield f"Cost so far ${cost:.4f}{each}{rest}"
 
 
-def verb_table(openings: Openings) -> Iterator[str]:
+def verb_table(verbs: list[tuple[str, int, Bars]]) -> Iterator[str]:
     yield "\nOpening verbs and their objects"
-    for verb, count in openings.verbs.most_common(VERBS):
-        told = ", ".join(f"{shown(noun, 24)} {n:,}" for noun, n in openings.objects(verb))
+    for verb, count, objects in verbs[:VERBS]:
+        told = ", ".join(f"{shown(noun, 24)} {n:,}" for noun, n in objects)
         yield f"{count:9,}  {shown(verb, 24):<12} {told}".rstrip()
 
 
@@ -227,21 +226,16 @@ def report_command(args) -> None:
         histograms.append(likeness(instructions, args.source))
     else:
         lines.append("No likeness to the seeds: there is no seeds.json with it")
-    openings = Openings(instructions)
+    verbs = openings(instructions)
     tables = (text_bars(title, bars) for title, bars in histograms)
-    text = "\n".join([*lines, *chain(*tables), *verb_table(openings)])
+    text = "\n".join([*lines, *chain(*tables), *verb_table(verbs)])
     if args.out:
-        picture = sunburst_of(openings)
+        named = [one for one in verbs if one[0][0] != "("][:VERBS]
+        below = f"{sum(n for _, n, _ in named):,} of {len(instructions):,} records"
+        picture = sunburst(named, below)
         with console.atomic_file(args.out, "w") as file:
             file.write(picture if kind == ".svg" else page(text, picture, histograms))
     print(text)
-
-
-def sunburst_of(openings: Openings) -> str:
-    """The most frequent verbs and, around each, its most frequent objects."""
-    verbs = [(verb, n) for verb, n in openings.verbs.most_common() if verb[0] != "("][:VERBS]
-    below = f"{sum(n for _, n in verbs):,} of {openings.verbs.total():,} records"
-    return sunburst([(verb, n, openings.objects(verb)) for verb, n in verbs], below)
 
 
 def page(text: str, picture: str, histograms: list[tuple[str, Bars]]) -> str:

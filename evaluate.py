@@ -85,9 +85,9 @@ def checked(args: argparse.Namespace) -> list[Path]:
     folder is made for it."""
     generate.sampling(args, args.seed)
     if args.model is not None:
-        taken = {"temperature", "top_p", "max_new_tokens", "stop"}
+        taken = ("--temperature", "--top-p", "--max-new-tokens", "--stop")
         local = given(args, generate.add_model_flags, generate.add_sampling_flags)
-        if odd := [flag for flag in local if flag[2:].replace("-", "_") not in taken]:
+        if odd := [flag for flag in local if flag not in taken]:
             raise ValueError(f"--model asks a server: {odd[0]} is for a model in a folder")
         teachers.endpoint_of(args, "--model", args.model)
         return []

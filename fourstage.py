@@ -54,6 +54,8 @@ OUTPUT_FIRST = (
     "For each classification task, give an example of every possible label: first the label, then "
     "an input for which it is right.\n\n"
 )
+INPUT_OUTPUT = "Example {n}\nInput: {input}\nOutput: {output}\n"
+LABEL_INPUT = "Class label: {output}\nInput: {input}\n"
 ITEM = re.compile(r"^[ \t>*#-]*(?:task[ \t]*)?\d{1,3}[ \t]*[.:)][ \t*]*(.*)$", re.I | re.M)
 EXAMPLE = re.compile(r"^[ \t*#]*(?:example|instance)[ \t]*\d{0,3}[ \t]*[.:)]?[ \t*]*$", re.I | re.M)
 FIELD = re.compile(r"^[ \t*#]*((?:class )?label|input|output)[ \t*]*:[ \t*]*", re.I | re.M)
@@ -76,10 +78,13 @@ class SelfInstruct:
             rng.sample(some, min(most, len(some))) for some, most in zip(kinds, SHOWN, strict=True)
         )
         mixed = rng.sample(labelled + free, len(labelled + free))
-        self.kinds = KIND + "".join(f"{asked(s)}Classification: {yes_no(s)}\n\n" for s in mixed)
+        self.kinds = KIND
+        for seed_task in mixed:
+            told = "Yes" if seed_task["is_classification"] else "No"
+            self.kinds += f"{asked(seed_task)}Classification: {told}\n\n"
         self.first = {
-            True: OUTPUT_FIRST + "".join(map(label_first, labelled[:8])),
-            False: INPUT_FIRST + "".join(map(input_first, free[:8])),
+            True: OUTPUT_FIRST + "".join(with_examples(s, LABEL_INPUT) for s in labelled[:8]),
+            False: INPUT_FIRST + "".join(with_examples(s, INPUT_OUTPUT) for s in free[:8]),
         }
 
     def request(self, number: int, kept: list[tuple[int, str]]) -> tuple[str, dict, list[str]]:
@@ -180,19 +185,9 @@ def asked(task: dict) -> str:
     return f"Task: {one_line(task['instruction'])}\n"
 
 
-def yes_no(seed: dict) -> str:
-    return "Yes" if seed["is_classification"] else "No"
-
-
-def input_first(seed: dict) -> str:
-    cases = enumerate(seed["instances"], 1)
-    lines = (
-        f"Example {n}\nInput: {c['input'] or NO_INPUT}\nOutput: {c['output']}\n" for n, c in cases
+def with_examples(seed: dict, layout: str) -> str:
+    filled = (
+        layout.format(n=n, input=case["input"] or NO_INPUT, output=case["output"])
+        for n, case in enumerate(seed["instances"], 1)
     )
-    return asked(seed) + "".join(lines) + "\n"
-
-
-def label_first(seed: dict) -> str:
-    cases = seed["instances"]
-    lines = (f"Class label: {c['output']}\nInput: {c['input'] or NO_INPUT}\n" for c in cases)
-    return asked(seed) + "".join(lines) + "\n"
+    return asked(seed) + "".join(filled) + "\n"

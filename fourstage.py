@@ -90,7 +90,7 @@ class SelfInstruct:
     def request(self, number: int, kept: list[tuple[int, str]]) -> tuple[str, dict, list[str]]:
         """Stage 1: prompt, options, and the ids of the seeds in it."""
         rng = random.Random(f"{self.seed} {number}")
-        made = [instruction for of, instruction in kept if of <= number - LAG]
+        made = [instruction for of, instruction in kept if of <= number - self.lag]
         made = rng.sample(made, min(MACHINE, len(made)))
         human = rng.sample(self.seeds, HUMAN + MACHINE - len(made))
         shown = [one_line(seed["instruction"]) for seed in human] + list(map(one_line, made))

@@ -257,7 +257,7 @@ def test_stop_and_a_copy_that_is_done_and_one_that_is_closed(command, tmp_path, 
 
 
 def test_what_answers_hold_cannot_steer_the_terminal():
-    assert blind.shown("a\x1b[2J\tb\r\nc\u202e") == "│ a\\x1b[2J   b\n│ c\\u202e"
+    assert blind.shown("a\x1b[2J\tb\r\n\nc\u202e") == "│ a\\x1b[2J   b\n│ \n│ c\\u202e"
 
 
 def test_what_answers_hold_cannot_pass_for_the_frame():

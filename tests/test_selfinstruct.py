@@ -1,15 +1,18 @@
 """From seeds to records, against a server that answers, and one that does not."""
 
+import io
 import json
 import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -18,8 +21,10 @@ from rouge_score import rouge_scorer
 from teacher_server import ODD, THINGS, Server, answer
 
 import batch
+import console
 import selfinstruct
 from console import read_jsonl
+from fourstage import SelfInstruct
 from rougel import rouge_l, tokenize, tokenize_unicode
 
 SEEDS = ROOT / "data/seed_tasks.jsonl"
@@ -34,14 +39,24 @@ def arguments(out: Path, server: Server, num: int, *more) -> list[str]:
     return [str(one) for one in given]
 
 
-def start(out: Path, server: Server, num: int, *more, **how) -> subprocess.Popen:
+def start(out: Path, server: Server, num: int, *more, before="", **how) -> subprocess.Popen:
+    code = f"import console, selfinstruct\n{before}\nconsole.run(selfinstruct.main)"
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "selfinstruct.py"), *arguments(out, server, num, *more)],
+        [sys.executable, "-c", code, *arguments(out, server, num, *more)],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         **how,
     )
+
+
+def run(*args) -> str:
+    """What a command prints that several tests share."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as said:
+        patch.setattr(sys, "argv", ["selfinstruct.py", *map(str, args)])
+        selfinstruct.main()
+    return said.getvalue()
 
 
 def lines(folder: Path, name: str) -> list[dict]:
@@ -81,9 +96,8 @@ def made(tmp_path_factory) -> Path:
     """A run of 200 records, for the tests that only look."""
     out = tmp_path_factory.mktemp("made") / "run"
     with Server() as server:
-        process = start(out, server, 200, "--licence", "test only")
-        said, _ = process.communicate()
-        assert process.returncode == 0 and said.startswith("200 records in"), said
+        said = run(*arguments(out, server, 200, "--licence", "test only"))
+        assert said.startswith("200 records in"), said
     return out
 
 
@@ -157,8 +171,6 @@ def test_export_is_alpaca_s_list(made, tmp_path, command):
 
 
 def test_reparse_makes_the_records_anew_from_the_answers(made, tmp_path, command):
-    import shutil
-
     shutil.copytree(made, tmp_path / "run")
     (tmp_path / "run/records.jsonl").write_text("")
     (tmp_path / "run/rejected.jsonl").unlink()
@@ -169,8 +181,6 @@ def test_reparse_makes_the_records_anew_from_the_answers(made, tmp_path, command
 
 
 def test_reparse_goes_round_holes_and_finishes_after_a_kill(made, tmp_path, command):
-    import shutil
-
     shutil.copytree(made, tmp_path / "run")
     answers = lines(made, "responses")
     with open(tmp_path / "run/responses.jsonl", "w") as file:
@@ -280,57 +290,45 @@ def test_another_language_is_asked_for_compared_and_not_dropped(tmp_path, comman
 # ---------------------------------------------------------------- nothing is lost
 
 
-def killed_and_restarted(folder: Path, kills: int, seed: int, *more, num: int = 400) -> Server:
-    rng = random.Random(seed)
-    with Server({"500": 0.1}, latency=0.15, seed=seed) as server:
-        happened = 0
-        while True:
-            process = start(folder, server, num, *more, "--in-flight", 6)
-            if happened < kills:
-                file = folder / "responses.jsonl"
-                before = file.stat().st_size if file.exists() else 0
-                while process.poll() is None and (
-                    not file.exists() or file.stat().st_size == before
-                ):
-                    time.sleep(0.005)  # it has come so far as to store an answer
-                time.sleep(rng.uniform(0, 0.4))
-                process.kill()
-                happened += process.wait() == -signal.SIGKILL
-            _, said = process.communicate()
-            if process.returncode == 0:
-                break
-            assert process.returncode == -signal.SIGKILL, said
-        assert happened == kills, f"only {happened} kills: the run was over"
-        return server
+def killed(folder: Path, server: Server, num: int, after: float, *more, **how) -> None:
+    """Some seconds after it has come so far as to store an answer of its own."""
+    file, before = folder / "responses.jsonl", 0
+    if file.exists():
+        before = file.stat().st_size
+    process = start(folder, server, num, *more, **how)
+    while process.poll() is None and (not file.exists() or file.stat().st_size == before):
+        time.sleep(0.005)
+    time.sleep(after)
+    process.kill()
+    _, said = process.communicate()
+    assert process.returncode == -signal.SIGKILL, f"it was over before: {said}"
 
 
-def check_after_kills(folder: Path, server: Server, num: int) -> None:
-    check_whole(folder, num)
-    stored = {r["provenance"]["request_id"] for r in lines(folder, "responses")}
-    assert len(stored) == len(lines(folder, "responses")) <= server.seen["answers"]
+def killed_and_finished(command, folder: Path, kills: int, num: int) -> None:
+    rng = random.Random(kills)
+    with Server({"500": 0.1}, latency=0.15, seed=kills) as server:
+        for _ in range(kills):
+            killed(folder / "r", server, num, rng.uniform(0, 0.4), "--in-flight", 6)
+        assert command(selfinstruct, *arguments(folder / "r", server, num))[0] == 0
+    check_whole(folder / "r", num)
+    stored = {r["provenance"]["request_id"] for r in lines(folder / "r", "responses")}
+    assert len(stored) == len(lines(folder / "r", "responses")) <= server.seen["answers"]
+    with Server() as quiet:
+        assert command(selfinstruct, *arguments(folder / "s", quiet, num))[0] == 0
+    assert same(folder / "r") == same(folder / "s")
 
 
 def test_killed_three_times_it_ends_as_if_it_had_never_been(tmp_path, command):
-    server = killed_and_restarted(tmp_path / "r", kills=3, seed=1)
-    check_after_kills(tmp_path / "r", server, 400)
-    with Server() as quiet:
-        assert command(selfinstruct, *arguments(tmp_path / "s", quiet, 400))[0] == 0
-    assert same(tmp_path / "r") == same(tmp_path / "s")
+    killed_and_finished(command, tmp_path, kills=3, num=400)
 
 
 @pytest.mark.slow
 def test_killed_twenty_times_it_ends_as_if_it_had_never_been(tmp_path, command):
-    server = killed_and_restarted(tmp_path / "r", kills=20, seed=2, num=2500)
-    check_after_kills(tmp_path / "r", server, 2500)
-    with Server() as quiet:
-        assert command(selfinstruct, *arguments(tmp_path / "s", quiet, 2500))[0] == 0
-    assert same(tmp_path / "r") == same(tmp_path / "s")
+    killed_and_finished(command, tmp_path, kills=20, num=2500)
 
 
 @pytest.mark.parametrize("cut", [1, 40, 200])
 def test_a_torn_last_line_is_made_anew(made, tmp_path, command, cut):
-    import shutil
-
     for name in ("records", "rejected", "responses"):
         shutil.rmtree(tmp_path / "r", ignore_errors=True)
         shutil.copytree(made, tmp_path / "r")
@@ -438,7 +436,7 @@ def test_a_server_that_only_fails_ends_the_run_in_one_line(tmp_path, command):
 
 
 def test_thirty_two_at_once_while_the_pool_holds_fifty_thousand(tmp_path):
-    """Two seconds an answer, 17 tasks in each: nothing but the server's time may count."""
+    """With two seconds an answer they come sixteen in a second; a busy machine has some grace."""
     rng = random.Random(0)
     words = (*THINGS.split(), *(f"word{i}" for i in range(800)))
     with open(tmp_path / "seeds.jsonl", "w") as file:
@@ -447,19 +445,23 @@ def test_thirty_two_at_once_while_the_pool_holds_fifty_thousand(tmp_path):
             case = {"input": "", "output": "x"}
             seed = {"id": f"s{number}", "instruction": text, "instances": [case]}
             file.write(json.dumps(seed) + "\n")
-    with Server(latency=2.0) as server:
+    with Server(latency=0.5) as server:
         process = start(tmp_path / "r", server, 10**6, "--seeds", tmp_path / "seeds.jsonl")
-        while not server.bodies:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.01)
-        began = time.monotonic()
-        time.sleep(6.9)
-        answers, seconds = server.seen["answers"], time.monotonic() - began
-        records = len(lines(tmp_path / "r", "records"))
+        began = come_to(process, tmp_path / "r/records.jsonl", 100)
+        ended = come_to(process, tmp_path / "r/records.jsonl", 100 + 16 * 14)
         process.kill()
         process.communicate()
-    assert answers >= 0.9 * 32 * int(seconds / 2), (answers, seconds)
-    assert records >= 0.8 * 14 * 32 * 2, records  # judged as they came
+    assert server.most == 32
+    assert (ended - began) / 16 < 4 / 16, "seconds of a processor for each answer"
+
+
+def come_to(process: subprocess.Popen, file: Path, count: int) -> float:
+    """Wait for so many records; the seconds of a processor that have gone into them."""
+    while not file.exists() or file.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 # ---------------------------------------------------------------- money
@@ -657,19 +659,29 @@ def test_a_failed_batch_is_one_line(tmp_path, command, monkeypatch):
 # ---------------------------------------------------------------- the paper's four stages
 
 
+STAGES = ("--pipeline", "self-instruct")
+SOON = "selfinstruct.fourstage.SelfInstruct.lag = 8"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_was_made_is_shown_soon():
+    """Sixty requests before what was made is shown in a prompt would be a long test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SelfInstruct, "lag", 8)
+        yield
+
+
 @pytest.fixture(scope="module")
-def four(tmp_path_factory) -> Path:
+def four(tmp_path_factory, what_was_made_is_shown_soon) -> Path:
     out = tmp_path_factory.mktemp("four") / "run"
-    with Server(latency=0.02) as server:
-        process = start(out, server, 520, "--pipeline", "self-instruct")
-        _, said = process.communicate()
-        assert process.returncode == 0, said
+    with Server() as server:
+        run(*arguments(out, server, 100, *STAGES))
     return out
 
 
 def test_the_four_stages_make_instructions_with_instances(four):
     records = lines(four, "records")
-    assert 520 <= len(records) < 527  # whole answers
+    assert 100 <= len(records) < 107  # whole answers
     for record in records:
         classify = record["instruction"].startswith("Classify")
         assert record["is_classification"] == classify
@@ -680,40 +692,30 @@ def test_the_four_stages_make_instructions_with_instances(four):
     assert {len(record["provenance"]["prompt_seeds"]) for record in records} == {6, 8}
 
 
-def test_the_four_stages_ask_the_same_whatever_the_order_of_answers(four, tmp_path):
+def test_the_four_stages_ask_the_same_whatever_the_order_of_answers(four, tmp_path, command):
     rng = random.Random(0)
 
     def slowly(prompt: str) -> str:
         time.sleep(rng.uniform(0, 0.05))
         return answer(prompt)
 
-    server = Server(answer=slowly)
-    with server:
-        process = start(
-            tmp_path / "r", server, 520, "--pipeline", "self-instruct", "--in-flight", 9
-        )
-        time.sleep(4)
-        process.kill()
-        process.communicate()
-        process = start(tmp_path / "r", server, 520, "--pipeline", "self-instruct")
-        assert process.communicate() and process.returncode == 0
+    with Server(answer=slowly) as server:
+        killed(tmp_path / "r", server, 100, 0.5, *STAGES, "--in-flight", 9, before=SOON)
+        assert 0 < len(lines(tmp_path / "r", "responses")) < len(lines(four, "responses"))
+        assert command(selfinstruct, *arguments(tmp_path / "r", server, 100, *STAGES))[0] == 0
     assert same(tmp_path / "r") == same(four)
 
 
 def test_examples_made_by_the_machine_are_those_of_long_before(four):
-    from fourstage import LAG, SelfInstruct
-
     stages = SelfInstruct(list(read_jsonl(SEEDS)), "", "English", 0, {})
     early, late = [(3, "early one"), (9, "early two")], [(10, "late one"), (400, "late two")]
-    prompt, _, seeds = stages.request(9 + LAG, early + late)
+    prompt, _, seeds = stages.request(9 + 8, early + late)
     assert "early one" in prompt and "early two" in prompt and "late" not in prompt
     assert len(seeds) == 6 and prompt.endswith("\n9.")
-    assert stages.request(9 + LAG, early + late)[0] == prompt != stages.request(10, [])[0]
+    assert stages.request(9 + 8, early + late)[0] == prompt != stages.request(10, [])[0]
 
 
 def test_reparse_and_export_of_the_four_stages(four, tmp_path, command):
-    import shutil
-
     shutil.copytree(four, tmp_path / "r")
     assert command(selfinstruct, "reparse", tmp_path / "r")[0] == 0
     assert lines(tmp_path / "r", "records") == lines(four, "records")
@@ -722,7 +724,7 @@ def test_reparse_and_export_of_the_four_stages(four, tmp_path, command):
     assert len(exported) == 2 * len(lines(four, "records"))
 
 
-def test_instances_that_fail_leave_the_data_the_same_whatever_their_delay(tmp_path):
+def test_instances_that_fail_leave_the_data_the_same_whatever_their_delay(tmp_path, command):
     def choosy(prompt: str) -> str:
         bad = prompt.endswith(("Input:", "label:")) and len(prompt) % 3 == 0
         return " x\nOutput: x" if bad else answer(prompt)
@@ -734,9 +736,8 @@ def test_instances_that_fail_leave_the_data_the_same_whatever_their_delay(tmp_pa
     for name, how in (("a", choosy), ("b", choosy_and_slow)):
         with Server(answer=how) as server:
             for num in (30, 90) if name == "b" else (90,):
-                process = start(tmp_path / name, server, num, "--pipeline", "self-instruct")
-                _, said = process.communicate()
-                assert process.returncode == 0, said
+                args = arguments(tmp_path / name, server, num, *STAGES)
+                assert command(selfinstruct, *args)[0] == 0
     assert same(tmp_path / "a") == same(tmp_path / "b")
     why = Counter(line["why"] for line in lines(tmp_path / "a", "rejected"))
     assert why["instances: none usable"] > 5
@@ -774,24 +775,19 @@ def test_instances_are_read_and_filtered(text, label_first, expected):
 # ---------------------------------------------------------------- mistakes
 
 
-def test_no_key_is_in_any_file_or_line(tmp_path, monkeypatch):
+def test_no_key_is_in_any_file_or_line(tmp_path, monkeypatch, command):
     key = "sk-test-0123456789abcdef"
-    with Server(
-        {"500": 0.1}, key=key, answer=lambda p: answer(p) + f"\nThe key is {key}."
-    ) as server:
-        process = start(
-            tmp_path / "r", server, 60, env=os.environ | {"OPENAI_API_KEY": key, "PYTHONPATH": ""}
-        )
-        said = "".join(process.communicate())
-        assert process.returncode == 0, said
-        wrong = key[:-1] + "0"
-        process = start(tmp_path / "w", server, 60, env=os.environ | {"OPENAI_API_KEY": wrong})
-        refused = "".join(process.communicate())
-        assert process.returncode == 2 and "Incorrect API key provided: Bearer ***" in refused
-    everything = (
-        said + refused + "".join(file.read_text() for file in tmp_path.rglob("*") if file.is_file())
-    )
-    assert key not in everything and wrong not in everything and "The key is ***" in everything
+    wrong = key[:-1] + "0"
+    with Server({"500": 0.1}, key=key, answer=lambda p: answer(p) + f"\nIt is {key}.") as server:
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        code, *said = command(selfinstruct, *arguments(tmp_path / "r", server, 60))
+        assert code == 0, said
+        monkeypatch.setenv("OPENAI_API_KEY", wrong)
+        code, *refused = command(selfinstruct, *arguments(tmp_path / "w", server, 60))
+        assert code == 2 and "Incorrect API key provided: Bearer ***" in refused[1]
+    files = (file.read_text() for file in tmp_path.rglob("*") if file.is_file())
+    everything = "".join([*said, *refused, *files])
+    assert key not in everything and wrong not in everything and "It is ***" in everything
 
 
 @pytest.mark.parametrize(
@@ -846,12 +842,10 @@ def test_a_folder_is_one_run_s(made, tmp_path, command):
         (tmp_path / "o").mkdir()
         (tmp_path / "o/thesis.txt").write_text("precious")
         assert_refused(command(selfinstruct, *arguments(tmp_path / "o", server, 3)), "thesis", "o")
-        first = start(tmp_path / "r", server, 10**6)
-        while not (tmp_path / "r/records.jsonl").exists():
-            time.sleep(0.02)
+        assert command(selfinstruct, *arguments(tmp_path / "r", server, 3))[0] == 0
+        lock = console.locked(tmp_path / "r", "")
         result = command(selfinstruct, *arguments(tmp_path / "r", server, 5))
-        first.kill()
-        first.communicate()
+        os.close(lock)
         assert_refused(result, "another process is generating in")
     for verb in ("report", "reparse", "export"):
         more = ("--out", tmp_path / "x.json") if verb == "export" else ()

@@ -28,13 +28,14 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # who only reads records need not wait seconds for torch
+    from torch import Tensor
 
 IGNORE = -100  # a label that is not learned from; model.py's
 
@@ -378,15 +379,17 @@ def pack_rows(lengths: np.ndarray, ranks: int, row_tokens: int) -> list[list[lis
 
 
 class Row(NamedTuple):
-    ids: Tensor  # (1, T) int64
-    labels: Tensor  # (1, T) int64
-    cu_seqlens: Tensor  # int32, 0 … T
+    ids: "Tensor"  # (1, T) int64
+    labels: "Tensor"  # (1, T) int64
+    cu_seqlens: "Tensor"  # int32, 0 … T
 
 
 def make_row(examples: Examples, which: np.ndarray, multiple: int, bounds: int) -> Row:
     """The examples `which` as one packed row. For kernels that are compiled for a shape it is
     filled up to a multiple of `multiple` tokens, with a document nothing is learned from, and
     cu_seqlens to `bounds` entries (0: as many as there are documents)."""
+    import torch
+
     spans = [slice(examples.starts[i], examples.starts[i + 1]) for i in which]
     lengths = [span.stop - span.start for span in spans]
     # A rank left without documents still takes part in the collectives: one token at least.

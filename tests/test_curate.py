@@ -94,6 +94,12 @@ def test_verb_and_object(instruction, expected):
     assert opening(instruction) == expected
 
 
+def test_of_each_verb_the_four_most_frequent_objects():
+    asked = [f"Name a {noun}" for noun in ("hen", "cat", "cat", "dog", "cow", "pig")]
+    objects = [("cat", 2), ("hen", 1), ("dog", 1), ("cow", 1)]
+    assert curate.openings([*asked, *["Sing"] * 9]) == [("sing", 9, []), ("name", 6, objects)]
+
+
 # ---------------------------------------------------------------- report
 
 

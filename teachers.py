@@ -362,7 +362,7 @@ def endpoints_of(args: argparse.Namespace, models: list[str], licence: str = "")
 
 def endpoint_of(args: argparse.Namespace, flag: str, model: str) -> Endpoint:
     """The one model to ask: a plain name, since all else about it has a flag of its own."""
-    if not model or "=" in model:
+    if not model or {"=", ","} & set(model):
         raise ValueError(f"{flag} {model!r} is no name of a model; --base-url names the server")
     (endpoint,) = endpoints_of(args, [model])
     return endpoint

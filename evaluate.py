@@ -41,7 +41,7 @@ import teachers
 import winrate
 from answers import ANNOTATIONS, OUTPUTS, digest, paired, read_items, write_json
 
-HERE = Path(__file__).parent
+SET = Path(__file__).parent / "data/eval_instructions.jsonl"
 # What makes no difference to the answers.
 INCIDENTAL = {"command", "verb", "set", "out", "name", "rows", "device", "compile"}
 INCIDENTAL |= {"in_flight", "timeout", "attempts", "first_wait", "key_env"}
@@ -251,12 +251,7 @@ def picture(rows: list[dict]) -> str:
 
 def add_answers(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what is answered").add_argument
-    add(
-        "--set",
-        type=Path,
-        default=HERE / "data/eval_instructions.jsonl",
-        help="JSON or JSONL of instructions (default: data/eval_instructions.jsonl)",
-    )
+    add("--set", type=Path, default=SET, help="of JSON (default: data/eval_instructions.jsonl)")
     add("--out", type=Path, required=True, help="folder; the same one again goes on")
     add("--name", help="of the model in all files (default: that of its folder, or --model)")
     generate.add_model_flags(parser)
@@ -279,9 +274,8 @@ def add_blind(parser: argparse.ArgumentParser) -> None:
     add_two(verb)
     verb.add_argument("--out", type=Path, required=True, help="new folder, for the copies")
     verb.add_argument("--raters", nargs="+", default=["rater"], help="names (default: rater)")
-    verb.add_argument(
-        "--num", type=console.positive(int), help="pairs, drawn by lot (default: all)"
-    )
+    count = console.positive(int)
+    verb.add_argument("--num", type=count, help="pairs, drawn by lot (default: all)")
     verb.add_argument(
         "--seed", help="the same sides and order again; who knows it can unblind (default: by lot)"
     )
@@ -305,12 +299,8 @@ def add_judge(parser: argparse.ArgumentParser) -> None:
     add("--single-order", action="store_true", help="each pair once, sides by lot: half the price")
     add("--explain", action="store_true", help="reasons first, then the verdict")
     add("--no-logprobs", action="store_true", help="for servers that refuse to be asked for them")
-    add(
-        "--tries",
-        type=console.positive(int),
-        default=3,
-        help="for a verdict, of all runs together (default: 3)",
-    )
+    count = console.positive(int)
+    add("--tries", type=count, default=3, help="for a verdict, of all runs together (default: 3)")
     add("--seed", type=int, default=0, help="draws the sides of --single-order (default: 0)")
     teachers.add_flags(parser)
     parser.set_defaults(command=judge_command)

@@ -431,17 +431,10 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         help="model to ask; repeat it for several, as model=…,url=…,kind=…,key=VARIABLE,weight=…,"
         "price-in=…,price-out=…,licence=…, where the flags here are the defaults",
     )
-    add(
-        "--licence",
-        default="",
-        metavar="NOTE",
-        help="of the teacher's output, noted in every record",
-    )
+    add("--licence", default="", metavar="NOTE", help="of the answers, for every record")
     add = add_flags(parser).add_argument
     add("--batch", action="store_true", help="the Batch API: half the price, within a day")
-    add(
-        "--poll", type=number, default=30, help="seconds between two looks at a batch (default: 30)"
-    )
+    add("--poll", type=number, default=30, help="seconds between looks at a batch (default: 30)")
     parser.set_defaults(command=generate_command)
 
 

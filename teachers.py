@@ -30,6 +30,7 @@ from api import KINDS, Client, Endpoint, GaveUp, Purse, Refused, Reply, Usage, u
 
 T = TypeVar("T")
 
+OPENAI = "https://api.openai.com/v1"
 LIMITS = ("max_tokens", "max_completion_tokens")
 PATIENCE = 10  # requests in a row without an answer, after which a run stops
 
@@ -282,18 +283,8 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Which server, how it is asked, what it may cost; returns the group for more about money."""
     count, number = console.positive(int), console.positive(float)
     add = parser.add_argument_group("server").add_argument
-    add(
-        "--base-url",
-        default="https://api.openai.com/v1",
-        metavar="URL",
-        help="server, up to /v1 (default: OpenAI's)",
-    )
-    add(
-        "--kind",
-        choices=KINDS,
-        default="chat",
-        help="chat asks /chat/completions, completions /completions (default: chat)",
-    )
+    add("--base-url", default=OPENAI, metavar="URL", help="server, up to /v1 (default: OpenAI's)")
+    add("--kind", choices=KINDS, default="chat", help="which of its two APIs (default: chat)")
     add(
         "--key-env",
         default="OPENAI_API_KEY",
@@ -311,27 +302,12 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     add("--in-flight", type=count, default=32, help="requests at once (default: 32)")
     add("--timeout", type=number, default=300, help="seconds for a whole answer (default: 300)")
     add("--attempts", type=count, default=8, help="for one request (default: 8)")
-    add(
-        "--first-wait",
-        type=number,
-        default=1.0,
-        help="seconds before the second attempt; the wait doubles, up to a minute (default: 1)",
-    )
+    add("--first-wait", type=number, default=1, help="seconds between them, doubling (default: 1)")
     money = parser.add_argument_group("money")
-    money.add_argument(
-        "--price-in",
-        type=float,
-        default=0.0,
-        help="dollars for a million tokens of prompts (default: 0)",
-    )
-    money.add_argument(
-        "--price-out", type=float, default=0.0, help="the same for answers (default: 0)"
-    )
-    money.add_argument(
-        "--budget",
-        type=number,
-        help="dollars; what the folder has cost before counts (default: no limit)",
-    )
+    add = money.add_argument
+    add("--price-in", type=float, default=0.0, help="dollars a million tokens asked (default: 0)")
+    add("--price-out", type=float, default=0.0, help="the same for answers (default: 0)")
+    add("--budget", type=number, help="dollars, those of earlier runs too (default: no limit)")
     return money
 
 

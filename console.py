@@ -247,7 +247,6 @@ def locked(folder: Path, mistake: str, how: int = 0) -> int:
 def claim(folder: Path, settings: dict[str, Any], doing: str, begun: str = "settings.json") -> int:
     """Make a folder, or find it, lock it for one process, and hold what it was begun with against
     `settings`; until there is a file `begun` they may change. Returns the lock."""
-    settings = json.loads(json.dumps(settings, default=str))  # as they will be read
     file = folder / "settings.json"
     there = [path.name for path in folder.iterdir()] if folder.exists() else []
     if not file.exists() and (odd := [name for name in there if not name.endswith(".partial")]):

@@ -1,5 +1,6 @@
 """From seeds to records, against a server that answers, and one that does not."""
 
+import asyncio
 import io
 import json
 import os
@@ -862,6 +863,8 @@ def test_a_folder_is_one_run_s(made, tmp_path, command):
         result = command(selfinstruct, *arguments(tmp_path / "r", server, 5))
         os.close(lock)
         assert_refused(result, "another process is generating in")
+    (tmp_path / "o/settings.json").write_text('{"pipeline": "another", "language": "English"}')
+    assert_refused(command(selfinstruct, "reparse", tmp_path / "o"), "settings.json no generate")
     for verb in ("report", "reparse", "export"):
         more = ("--out", tmp_path / "x.json") if verb == "export" else ()
         assert_refused(command(selfinstruct, verb, tmp_path / "nothing", *more), "nothing")
@@ -906,5 +909,34 @@ def test_the_teacher_s_prompt_is_numbered_rightly_and_asks_for_what_alpaca_s_ask
 def test_a_batch_that_has_every_kind_of_line():
     good = {"choices": [{"message": {"content": "x"}}], "id": "a"}
     assert batch.reply_of({"response": {"status_code": 200, "body": good}}).text == "x"
-    for line in ({}, {"response": None}, {"response": []}, {"response": {"status_code": 200}}):
+    failed = {"response": {"status_code": 500, "body": good}}
+    for line in ({}, {"response": []}, {"response": {"status_code": 200}}, failed):
         assert isinstance(batch.reply_of(line), batch.GaveUp)
+
+
+@pytest.mark.parametrize("said", ["{", "[]", "{}", '{"id": 3, "status": 3, "data": 3}'])
+def test_a_batch_server_s_odd_answers_are_asked_for_again(said):
+    for read in (batch.named, batch.described, batch.page_of):
+        with pytest.raises(batch.Unusable):
+            read(said)
+
+
+@pytest.mark.parametrize("errors", [None, "x", {}, {"data": 3}, {"data": []}])
+def test_trouble_that_nobody_tells(errors):
+    assert batch.trouble({"errors": errors}) == "it has no results"
+
+
+def test_a_batch_of_ours_is_found_on_any_page_and_a_circle_ends():
+    first = {"data": [{"id": "a", "status": "x"}, 7], "has_more": True}
+    ours = {"id": "b", "status": "x", "metadata": {"name": "ours"}}
+    later = {"data": [ours, first["data"][0]], "has_more": True}
+    asked = []
+
+    class Client:
+        async def call(self, endpoint, method, path, read):
+            asked.append(path)
+            return read(json.dumps(later if "after" in path else first))
+
+    for name, found in (("ours", ours), ("nobody's", None)):
+        assert asyncio.run(batch.find(Client(), None, name)) == found
+    assert asked == ["batches?limit=100", "batches?limit=100&after=a"] * 2

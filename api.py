@@ -99,8 +99,8 @@ class Endpoint:
     licence: str = ""
 
     def __post_init__(self):
-        parts = urlsplit(self.url)
         try:
+            parts = urlsplit(self.url)
             named = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
             httpx.URL(self.url)
         except (ValueError, httpx.InvalidURL):  # a port that is no number, odd characters

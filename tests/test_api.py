@@ -196,6 +196,7 @@ def test_a_stalled_answer_takes_no_longer_than_the_time_out():
         ("localhost:8000/v1", "is no server"),
         ("ftp://x/v1", "is no server"),
         ("http://", "is no server"),
+        ("http://[", "is no server"),
         ("http://x:port/v1", "is no server"),
         ("http://x y/v1", "is no server"),
         ("", "is no server"),

@@ -273,10 +273,9 @@ def liked(copy: Copy, by_text: dict[str, Pair]) -> dict[str, str]:
         pair = by_text.get(item["instruction"])
         if pair is None or {item["a"], item["b"]} != {pair.output_1, pair.output_2}:
             raise ValueError(f"{copy.folder / ITEMS}, line {place + 1}: these are other answers")
-        side = {"a": item["a"], "b": item["b"]}
         choice = copy.choices.get(place, "left")
-        if choice in side:
-            choice = "model" if side[choice] == pair.output_2 else "baseline"
+        if choice in ("a", "b"):
+            choice = "model" if item[choice] == pair.output_2 else "baseline"
         found[item["instruction"]] = choice
     return found
 

@@ -39,3 +39,8 @@ def test_a_name_is_no_tag_and_steers_nothing(picture):
     texts = ["".join(node.itertext()) for node in ET.fromstring(picture).iter(f"{SPACE}text")]
     assert any("<script>&\\x1b[2J" in text for text in texts)
     assert "<script>" not in picture and "\x1b" not in picture
+
+
+def test_a_long_name_is_cut():
+    assert charts.words("y" * 34, 34) == f"<text>{'y' * 34}</text>"
+    assert charts.words("y" * 35, 34, font_size=9) == f'<text font-size="9">{"y" * 33}…</text>'

@@ -256,20 +256,15 @@ def test_every_rejected_task_is_kept_with_its_reason(tmp_path, command):
     ]  # fmt: skip
 
 
-def test_a_teacher_that_repeats_itself_does_not_cost_for_ever(tmp_path, command):
-    text = numbered(("Say the same thing again and again", "", "again"))
+@pytest.mark.parametrize("kept", [1, 0], ids=["the same again", "no tasks"])
+def test_a_teacher_that_brings_nothing_new_does_not_cost_for_ever(tmp_path, command, kept):
+    again = numbered(("Say the same thing again and again", "", "again"))
+    text = again if kept else "I am sorry, I cannot do that."
     with Server(answer=lambda prompt: text) as server:
-        result = command(selfinstruct, *arguments(tmp_path / "r", server, 100))
-        assert result[0] == 2 and "brought nothing new" in result[2]
-        assert server.seen["answers"] < 51 + 256
-    assert len(lines(tmp_path / "r", "records")) == 1
-
-
-def test_a_teacher_that_sends_no_tasks_does_not_cost_for_ever_either(tmp_path, command):
-    with Server(answer=lambda prompt: "I am sorry, I cannot do that.") as server:
         result = command(selfinstruct, *arguments(tmp_path / "r", server, 10, "--in-flight", 4))
         assert result[0] == 2 and "brought nothing new" in result[2]
         assert server.seen["answers"] < 51 + 256
+    assert len([*console.read_log(tmp_path / "r/records.jsonl")]) == kept
     with Server() as server:  # what came of it before does not stop the next run
         assert command(selfinstruct, *arguments(tmp_path / "r", server, 10))[0] == 0
 

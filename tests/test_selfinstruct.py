@@ -418,6 +418,7 @@ def test_a_prompt_that_is_always_refused_does_not_block_a_folder(tmp_path, comma
         assert command(selfinstruct, *arguments(tmp_path / "r", server, 400))[0] == 0
     failed = [entry for entry in lines(tmp_path / "r", "responses") if "failed" in entry]
     assert failed and all("400" in entry["failed"] for entry in failed)
+    assert max(Counter(map(json.dumps, server.bodies)).values()) == 1, "it would be refused again"
 
 
 def test_a_server_that_only_fails_ends_the_run_in_one_line(tmp_path, command):

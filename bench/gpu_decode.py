@@ -17,7 +17,6 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-
 from bench.decode import take_turns, weight_bytes  # noqa: E402
 from bench.laptop import write  # noqa: E402
 from bench.measure import kept, row, table  # noqa: E402

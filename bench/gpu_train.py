@@ -53,12 +53,8 @@ def trained(model: Path, records: Path, out: Path, steps: int, way: list[str]) -
 
 
 def measured(steps: int, model: Path | None) -> str:
-    lines = [
-        f"### {TITLE}",
-        "",
-        "| what | tokens/s | MFU | peak memory, GB | Alpaca's 3 epochs, h |",
-    ]
-    lines += ["|---|---|---|---|---|"]
+    heads = "| what | tokens/s | MFU | peak memory, GB | Alpaca's 3 epochs, h |"
+    lines = [f"### {TITLE}", "", heads, "|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_records(folder / "records.json", 128 * steps)

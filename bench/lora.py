@@ -1,6 +1,6 @@
 """Learning an adapter: useful tokens a second and peak memory, against PEFT under HF's Trainer.
 
-    python bench/lora.py [--runs 3] [--steps 13]
+    python bench/lora.py [--runs 3] [--steps 9]
 
 Model, examples, batches and what counts are bench/train.py's. Adapters of rank 16 on q, k, v and o,
 dropout 0.05, beside a frozen base that both sides hold in the dtype they compute in. A 7B on a GPU

@@ -43,13 +43,15 @@ class PeakMemory:
                 return
 
 
-def alternate(sides: dict[str, Callable[[], dict]], runs: int) -> dict[str, dict[str, list]]:
-    """Run the sides in turn, a b a b …, after one run each that does not count."""
+def alternate(
+    sides: dict[str, Callable[[], dict]], runs: int, warm_up: int = 1
+) -> dict[str, dict[str, list]]:
+    """Run the sides in turn, a b a b …, the first `warm_up` times without counting."""
     found: dict[str, dict[str, list]] = {name: {} for name in sides}
-    for turn in range(runs + 1):
+    for turn in range(warm_up + runs):
         for name, side in sides.items():
             for figure, value in side().items():
-                if turn:
+                if turn >= warm_up:
                     found[name].setdefault(figure, []).append(value)
     return found
 

@@ -11,7 +11,6 @@ Worth knowing:
   - What asking again cannot mend (a wrong key, an unknown model, no money left) is `Refused`.
   - The key comes from an environment variable and goes into one header: `without` takes it out of
     whatever the server says, before that is shown or stored.
-  - `Purse` sets aside the most that a request can cost before it is sent: a budget is kept.
 
 Shown by tests/test_selfinstruct.py: test_every_mix_of_faults_ends_complete_and_in_bounds.
 """
@@ -164,23 +163,6 @@ class Endpoint:
 
     def cost(self, usage: Usage) -> float:
         return (usage.prompt * self.price_in + usage.completion * self.price_out) / 1e6
-
-
-class Purse:
-    """What may be spent, what is spent, and what requests on their way may cost at the most."""
-
-    def __init__(self, budget: float | None = None, spent: float = 0.0):
-        self.budget, self.spent, self.reserved = budget, spent, 0.0
-
-    def reserve(self, most: float) -> bool:
-        if self.budget is not None and self.spent + self.reserved + most > self.budget:
-            return False
-        self.reserved += most
-        return True
-
-    def settle(self, most: float, cost: float) -> None:
-        self.reserved -= most
-        self.spent += cost
 
 
 class Client:

@@ -8,7 +8,8 @@
 
 An entry of responses.jsonl is an answer as it came, with what it cost and where it is from. A run
 that was killed asks again only for what is not there. Which teacher gets a question hangs on
---seed and the question's number alone.
+--seed and the question's number alone. A budget is kept: the most that a request can cost is set
+aside before it is sent.
 
 Shown by tests/test_selfinstruct.py: test_killed_three_times_it_ends_as_if_it_had_never_been.
 """
@@ -26,7 +27,7 @@ from typing import Any, TypeVar
 
 import batch
 import console
-from api import KINDS, Client, Endpoint, GaveUp, Purse, Refused, Reply, Usage, understood
+from api import KINDS, Client, Endpoint, GaveUp, Refused, Reply, Usage, understood
 
 T = TypeVar("T")
 
@@ -65,7 +66,7 @@ class Teachers:
 
     def __init__(self, answers: Answers, endpoints: list[Endpoint], client: Client, args):
         self.answers, self.endpoints, self.client = answers, endpoints, client
-        self.purse, self.seed = Purse(args.budget, answers.spent), args.seed
+        self.budget, self.reserved, self.seed = args.budget, 0.0, args.seed
         self.turn = asyncio.Semaphore(args.in_flight)
         self.in_flight = self.in_a_row = 0
         self.closed = False
@@ -79,6 +80,12 @@ class Teachers:
         weights = [endpoint.weight for endpoint in self.endpoints]
         return random.Random(f"{self.seed} {number} teacher").choices(self.endpoints, weights)[0]
 
+    def reserve(self, most: float) -> bool:
+        """Set aside the most that a request can cost, if there is as much."""
+        afforded = self.budget is None or self.answers.spent + self.reserved + most <= self.budget
+        self.reserved += most if afforded else 0
+        return afforded
+
     async def ask(self, id: str, prompt: str, options: dict, seeds: list[str]) -> dict:
         """The entry of responses.jsonl; one without a response if no attempt brought any."""
         if id in self.answers.entries:
@@ -86,19 +93,20 @@ class Teachers:
         endpoint = self.teacher(id)
         most = at_most(endpoint, endpoint.body(prompt, options))
         async with self.turn:
-            while not self.closed and not self.purse.reserve(most):
+            while not self.closed and not self.reserve(most):
                 if not self.in_flight:
                     raise OutOfMoney
                 await asyncio.sleep(0.05)  # others will cost less than they may
             if self.closed:
                 raise self.why
             self.in_flight += 1
-            cost, held = 0.0, [most]
+            held = most
 
             def again() -> bool:
                 """A further attempt may be billed too."""
-                if afforded := self.purse.reserve(most):
-                    held.append(most)
+                nonlocal held
+                afforded = self.reserve(most)
+                held += most if afforded else 0
                 return afforded
 
             try:
@@ -106,7 +114,6 @@ class Teachers:
                 if self.closed and isinstance(found, GaveUp) and not any(found.usage):
                     raise self.why  # it will be asked anew
                 entry = self.entry(id, endpoint, seeds, found, most)
-                cost = entry["cost"]
                 await asyncio.to_thread(self.answers.store, entry)
                 if "failed" in entry and self.in_a_row >= PATIENCE:
                     why = f"{PATIENCE} requests in a row without an answer. {entry['failed']}"
@@ -116,7 +123,7 @@ class Teachers:
                 raise
             finally:
                 self.in_flight -= 1
-                self.purse.settle(sum(held), cost)
+                self.reserved -= held
         return entry
 
     async def insist(
@@ -206,13 +213,12 @@ class Teachers:
             sent = await asyncio.gather(*map(ask_one, self.endpoints))
         except GaveUp as problem:
             raise Refused(str(problem)) from None
-        self.purse.spent = self.answers.spent
         if not under_way and not any(sent):
             raise OutOfMoney
 
     def affordable(self, endpoint: Endpoint, bodies: list[dict]) -> int:
         """How many of these the budget has room for, whatever their answers will cost."""
-        left = math.inf if self.purse.budget is None else self.purse.budget - self.answers.spent
+        left = math.inf if self.budget is None else self.budget - self.answers.spent
         for number, body in enumerate(bodies):
             left -= at_most(endpoint, body) * batch.PRICE
             if left < 0:

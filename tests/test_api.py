@@ -8,7 +8,7 @@ import pytest
 from teacher_server import ODD, Server
 
 import api
-from api import Client, Endpoint, GaveUp, Purse, Refused, Usage, retry_after
+from api import Client, Endpoint, GaveUp, Refused, Usage, retry_after
 
 
 def ask(server: Server, kind: str = "chat", model: str = "m", prompt: str = "hello", **how):
@@ -239,14 +239,6 @@ def test_teachers_are_read_from_the_command_line():
 def test_options_that_are_none_are_left_out():
     body = Endpoint("m", "http://x/v1").body("p", {"max_tokens": None, "seed": 0})
     assert body == {"model": "m", "messages": [{"role": "user", "content": "p"}], "seed": 0}
-
-
-def test_a_purse_counts_what_is_on_its_way():
-    purse = Purse(budget=1.0, spent=0.25)
-    assert purse.reserve(0.5) and not purse.reserve(0.5) and purse.reserve(0.25)
-    purse.settle(0.5, cost=0.125)
-    assert (purse.spent, purse.reserved) == (0.375, 0.25) and purse.reserve(0.375)
-    assert not purse.reserve(0.001) and Purse().reserve(1e9)
 
 
 def test_answers_of_several_parts_and_odd_characters():

@@ -84,14 +84,13 @@ def read_config(folder: str | Path) -> LlamaConfig:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    if not (folder / "config.json").exists() and not (folder / "params.json").exists():
-        raise ValueError(f"{folder}: no config.json (Hugging Face) or params.json (Meta) in it")
     file = folder / ("params.json" if is_meta(folder) else "config.json")
+    if not file.exists():
+        raise ValueError(f"{folder}: no config.json (Hugging Face) or params.json (Meta) in it")
     fields, shards = read_json(file), load_shards(folder) if is_meta(folder) else []
     try:
-        return typed_config(
-            meta_layout.config_fields(fields, shards) if shards else understood(fields)
-        )
+        flat = meta_layout.config_fields(fields, shards) if shards else understood(fields)
+        return typed_config(flat)
     except ValueError as mistake:
         raise ValueError(f"{file}: {mistake}") from None
 
@@ -160,7 +159,7 @@ def open_file(file: Path) -> Iterable[tuple[str, Tensor]]:
         raise ValueError(f"{file}: damaged or cut short ({mistake})") from None
     except pickle.UnpicklingError:
         raise ValueError(
-            f"{file}: not a file of plain tensors; it could run code, so it is not read"
+            f"{file}: not plain tensors; it could run code, so it is not read"
         ) from None
     except Exception as mistake:  # whatever a damaged pickle provokes
         reason = str(mistake).strip().split("\n")[0]
@@ -188,8 +187,11 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, torch.Size]:
         return {name: p.shape for name, p in Llama(config).named_parameters()}
 
 
-def check_tensors(found: dict[str, Stored], config: LlamaConfig, where: str | Path) -> None:
-    """Every tensor the config calls for, in its shape, and no other; or one error with them all."""
+def check_tensors(
+    found: dict[str, Stored], config: LlamaConfig, where: str | Path
+) -> dict[str, Stored]:
+    """The tensors a config calls for, in the order of the model; or one error with all that is
+    missing, misshapen or too much."""
     wanted, problems, misfits = parameter_shapes(config), [], []
     extra = found.keys() - wanted.keys()
     if config.tie_word_embeddings and HEAD in extra:
@@ -210,13 +212,12 @@ def check_tensors(found: dict[str, Stored], config: LlamaConfig, where: str | Pa
         problems.append(listed(misfits))
     if problems:
         raise ValueError(f"{where}: {'; '.join(problems)}")
+    return {name: found[name] for name in wanted}
 
 
 def open_checkpoint(folder: str | Path) -> tuple[LlamaConfig, dict[str, Stored]]:
-    """A folder's config and the tensors it calls for, in the order of the model; all is checked."""
-    config, found = read_config(folder), stored_tensors(folder)
-    check_tensors(found, config, folder)
-    return config, {name: found[name] for name in parameter_shapes(config)}
+    config = read_config(folder)
+    return config, check_tensors(stored_tensors(folder), config, folder)
 
 
 def same_bits(a: Stored, b: Stored) -> bool:

@@ -35,19 +35,18 @@ import console
 from checkpoint import (
     EMBEDDING,
     HEAD,
-    Shards,
     as_dtype,
     copy_tokenizer,
     load_model,
     open_checkpoint,
     parameter_shapes,
     stored_tensors,
-    tensor_bytes,
     tokenizer_in,
     write_json,
 )
 from config_json import config_to_json, typed_config, understood
 from model import Llama
+from shards import Shards, tensor_bytes
 
 GROUP = 32  # neighbours that share s and z in int4
 METHOD = "round to nearest"  # quant_method in config.json

@@ -46,10 +46,8 @@ from checkpoint import (
     EMBEDDING,
     HEAD,
     OBSOLETE,
-    SHARD_BYTES,
     TOKENIZER_CONFIG,
     TOKENIZER_FILES,
-    Shards,
     Stored,
     is_meta,
     open_checkpoint,
@@ -57,14 +55,13 @@ from checkpoint import (
     parameter_shapes,
     read_config,
     save_model,
-    shards_of,
-    tensor_bytes,
     tokenizer_files,
     tokenizer_in,
     weight_files,
 )
 from config_json import config_to_json
 from model import LlamaConfig
+from shards import SHARD_BYTES, Shards, shards_of, tensor_bytes
 
 FORMAT = "bitwise difference, 1"
 LAYOUT = {"format": str, "compressed": bool, "said": list, "files": dict, "tensors": dict}

@@ -10,7 +10,6 @@ import sys
 import time
 import tracemalloc
 import zlib
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -720,69 +719,46 @@ def big_pair(folder: Path) -> None:
     save_file(numbers, folder / "tuned/model.safetensors", {"format": "pt"})
 
 
-FORKING = """
-import json, os, sys
-import console, weightdiff
-for line in sys.stdin:
-    child = os.fork()
-    if not child:
-        sys.argv, code, sys.stdout = json.loads(line), 3, open(os.devnull, "w")
-        try:
-            console.run(weightdiff.main)
-            code = 0
-        finally:
-            os._exit(code)
-    print(child, flush=True)
-    print(os.waitpid(child, 0)[1], flush=True)
-"""
+def started(*args) -> int:
+    """Begin a command and give its pid. It is forked from this process, which has done the imports:
+    what a kill meets is the work."""
+    if child := os.fork():
+        return child
+    code = 3
+    try:
+        sys.argv = ["weightdiff.py", *map(str, args)]
+        console.run(weightdiff.main)
+        code = 0
+    finally:
+        os._exit(code)
 
 
-@pytest.fixture
-def started():
-    """started(*args) begins a command and gives its pid and a function that waits for its status.
-    It is forked from a process that has done the imports: what a kill meets is the work."""
-    server = subprocess.Popen(
-        [sys.executable, "-c", FORKING],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-    def begin(*args):
-        server.stdin.write(json.dumps(["weightdiff.py", *map(str, args)]) + "\n")
-        server.stdin.flush()
-        return int(server.stdout.readline()), lambda: int(server.stdout.readline())
-
-    yield begin
-    server.communicate()
-
-
-def killed_until_done(started, args: list, output: Path, last: str, kills: int, whole) -> None:
+def killed_until_done(args: list, output: Path, last: str, kills: int, whole) -> None:
     """Killed once when `last`, the last file, is there, then at random moments of the work. A run
     that was quicker than its kill is looked at and begun anew."""
     partial = output.with_name(output.name + ".partial")
     begun = time.monotonic()
-    assert started(*args)[1]() == 0
+    assert os.waitpid(started(*args), 0)[1] == 0
     taken, rng, happened = time.monotonic() - begun, random.Random(1), 0
     while happened < kills:
         if output.exists():
             whole()
             shutil.rmtree(output)
-        pid, status = started(*args)
+        pid = started(*args)
         while not (happened or (partial / last).exists() or output.exists()):
             time.sleep(0.0005)
         time.sleep(rng.uniform(0, taken) if happened else 0)
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        ended = status()
+        os.kill(pid, signal.SIGKILL)
+        ended = os.waitpid(pid, 0)[1]
         assert ended in (0, signal.SIGKILL)
         happened += ended == signal.SIGKILL
-    assert output.exists() or started(*args)[1]() == 0
+    assert output.exists() or os.waitpid(started(*args), 0)[1] == 0
     whole()
     assert not partial.exists()
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_any_moment_it_goes_on_and_ends_the_same(tmp_path, started, kills):
+def test_killed_at_any_moment_it_goes_on_and_ends_the_same(tmp_path, kills):
     big_pair(tmp_path)
     base, tuned = ["--base", tmp_path / "base"], ["--tuned", tmp_path / "tuned"]
     weightdiff.make(tmp_path / "base", tmp_path / "tuned", tmp_path / "quiet", compress=False)
@@ -794,9 +770,9 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(tmp_path, started, ki
         assert bits(tmp_path / "out") == bits(tmp_path / "tuned")
 
     args = ["make", *base, *tuned, "--diff", tmp_path / "diff"]
-    killed_until_done(started, args, tmp_path / "diff", "manifest.json", kills, whole_diff)
+    killed_until_done(args, tmp_path / "diff", "manifest.json", kills, whole_diff)
     args = ["recover", *base, "--diff", tmp_path / "quiet", "--tuned", tmp_path / "out"]
-    killed_until_done(started, args, tmp_path / "out", "config.json", kills, whole_model)
+    killed_until_done(args, tmp_path / "out", "config.json", kills, whole_model)
 
 
 class Interrupted:

@@ -4,7 +4,7 @@
 
 Read are Hugging Face folders (`config.json`; `model.safetensors` or `pytorch_model.bin`, whole or
 in shards with an index) and Meta's (`params.json`; see meta_layout.py). Written are Hugging Face
-folders in safetensors that transformers opens as they are.
+folders in safetensors (shards.py) that transformers opens as they are.
 
   - Files are memory-mapped: a weight that needs no other dtype or device is used where it lies, any
     other is converted by itself, so loading never takes more memory than the model it makes.

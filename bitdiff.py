@@ -111,15 +111,11 @@ def make_tensor(
     return Entry(*what, *(digest.hexdigest() for digest in digests))
 
 
-def recover_tensor(
-    name: str,
-    entry: Entry,
-    base: Stored | None,
-    file: Path,
-    compress: bool,
-    write: Callable[[int, np.ndarray], None],
-) -> None:
-    """Hand the bits of base + diff to `write(offset, bits)`; a ValueError tells what is wrong."""
+def recovered_pieces(
+    name: str, entry: Entry, base: Stored | None, file: Path, compress: bool
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Where in the tensor, in bytes, and the bits of base + diff there. What is wrong is a
+    ValueError, of a digest after the last piece."""
     dtype, count = getattr(torch, entry.dtype), math.prod(entry.shape)
     theirs = flat(base, entry.known)
     if (0 if theirs is None else len(theirs)) != entry.known:
@@ -142,17 +138,13 @@ def recover_tensor(
             used = b[: max(0, entry.known - start)]
             for digest, of in zip(digests, (used, head + content, t), strict=True):
                 digest.update(of)
-            write(start * dtype.itemsize, t)
+            yield start * dtype.itemsize, t
         if opened.read(1):
             raise damaged
     base_is, diff_is, tuned_is = (digest.hexdigest() for digest in digests)
     if diff_is != entry.diff:
         raise damaged
     if base_is != entry.base:
-        was, now = entry.base_dtype, dtype_name(base)
-        raise ValueError(
-            f"the base is another one: its {name} is not what the diff was made from"
-            + (f" (that was {was}, this base is {now})" if was != now else "")
-        )
+        raise ValueError(f"the base is another one: its {name} is not what the diff was made from")
     if tuned_is != entry.tuned:
         raise ValueError(f"{file}: base and diff of {name} are right, but not what they make")

@@ -4,7 +4,7 @@
 
 Read are Hugging Face folders (`config.json`; `model.safetensors` or `pytorch_model.bin`, whole or
 in shards with an index) and Meta's (`params.json`; see meta_layout.py). Written are Hugging Face
-folders in safetensors that transformers opens as they are.
+folders in safetensors (shards.py) that transformers opens as they are.
 
   - Files are memory-mapped: a weight that needs no other dtype or device is used where it lies, any
     other is converted by itself, so loading never takes more memory than the model it makes.
@@ -17,22 +17,18 @@ Shown by tests/test_checkpoint.py: test_transformers_opens_what_we_write.
 """
 
 import argparse
-import hashlib
 import json
-import math
 import os
 import pickle
 import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -42,18 +38,11 @@ import meta_layout
 from config_json import config_to_json, typed_config, understood
 from console import listed, read_json
 from model import Llama, LlamaConfig
+from shards import SHARD_BYTES, Shards
 from tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-INTEGERS = {torch.int8: "I8", torch.uint8: "U8"}  # of weights that quantize.py has rounded
-SHARD_BYTES = 5_000_000_000
-MOST = {  # sizes beyond which a config is nonsense, that would take hours and memory to lay out
-    "num_hidden_layers": 1000,
-    "max_position_embeddings": 1 << 40,
-    "rope_theta": 1e30,
-}
-
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 OBSOLETE = re.compile(r"rotary_emb\.inv_freq|rope\.freqs")  # tables that old files carry along
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -89,14 +78,13 @@ def read_config(folder: str | Path) -> LlamaConfig:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    if not (folder / "config.json").exists() and not (folder / "params.json").exists():
-        raise ValueError(f"{folder}: no config.json (Hugging Face) or params.json (Meta) in it")
     file = folder / ("params.json" if is_meta(folder) else "config.json")
+    if not file.exists():
+        raise ValueError(f"{folder}: no config.json (Hugging Face) or params.json (Meta) in it")
     fields, shards = read_json(file), load_shards(folder) if is_meta(folder) else []
     try:
-        return typed_config(
-            meta_layout.config_fields(fields, shards) if shards else understood(fields)
-        )
+        flat = meta_layout.config_fields(fields, shards) if shards else understood(fields)
+        return typed_config(flat)
     except ValueError as mistake:
         raise ValueError(f"{file}: {mistake}") from None
 
@@ -165,7 +153,7 @@ def open_file(file: Path) -> Iterable[tuple[str, Tensor]]:
         raise ValueError(f"{file}: damaged or cut short ({mistake})") from None
     except pickle.UnpicklingError:
         raise ValueError(
-            f"{file}: not a file of plain tensors; it could run code, so it is not read"
+            f"{file}: not plain tensors; it could run code, so it is not read"
         ) from None
     except Exception as mistake:  # whatever a damaged pickle provokes
         reason = str(mistake).strip().split("\n")[0]
@@ -188,40 +176,42 @@ def load_shards(folder: Path) -> list[dict[str, Tensor]]:
     return shards
 
 
-def parameter_shapes(config: LlamaConfig, where: str | Path = "config") -> dict[str, torch.Size]:
-    for name, value in vars(config).items():
-        if type(value) in (int, float) and value > (most := MOST.get(name, 1 << 20)):
-            raise ValueError(f"{where}: {name} is {value}, where {most} would be a great deal")
+def parameter_shapes(config: LlamaConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
         return {name: p.shape for name, p in Llama(config).named_parameters()}
 
 
-def check_tensors(found: dict[str, Stored], config: LlamaConfig, where: str | Path) -> None:
-    """Every tensor the config calls for, in its shape, and no other; or one error with them all."""
-    layers = len({name.split(".")[2] for name in found if name.startswith("model.layers.")})
-    if layers and layers != config.num_hidden_layers:  # before a million layers are laid out
-        expected = config.num_hidden_layers
-        raise ValueError(f"{where}: the config says {expected} layers, the files hold {layers}")
-    wanted, problems = parameter_shapes(config, where), []
+def check_tensors(
+    found: dict[str, Stored], config: LlamaConfig, where: str | Path
+) -> dict[str, Stored]:
+    """The tensors a config calls for, in the order of the model; or one error with all that is
+    missing, misshapen or too much."""
+    wanted, problems, misfits = parameter_shapes(config), [], []
     extra = found.keys() - wanted.keys()
-    if config.tie_word_embeddings and "lm_head.weight" in extra:
-        extra.remove("lm_head.weight")
-        head, embedding = found["lm_head.weight"], found.get("model.embed_tokens.weight")
-        if embedding and not same_bits(head, embedding):
-            problems.append("lm_head.weight is not the embedding, though tie_word_embeddings is on")
+    if config.tie_word_embeddings and HEAD in extra:
+        extra.remove(HEAD)
+        if EMBEDDING in found and not same_bits(found[HEAD], found[EMBEDDING]):
+            problems.append(f"{HEAD} is not the embedding, though tie_word_embeddings is on")
     if absent := [name for name in wanted if name not in found]:
         problems.append(f"missing {listed(absent)}")
     if extra:
         problems.append(f"unexpected {listed(sorted(extra))}")
-    misfits = []
     for name in (name for name in wanted if name in found):
-        if found[name].shape != wanted[name]:
-            shapes = list(found[name].shape), list(wanted[name])
-            misfits.append(f"{name} is {shapes[0]} where the config says {shapes[1]}")
-        elif found[name].dtype not in SAFETENSORS:
-            misfits.append(f"{name} is {found[name].dtype}, not one of {', '.join(DTYPES)}")
-    if problems := problems + [listed(misfits)] * bool(misfits):
+        shape, dtype = list(found[name].shape), found[name].dtype
+        if shape != list(wanted[name]):
+            misfits.append(f"{name} is {shape} where the config says {list(wanted[name])}")
+        elif dtype not in DTYPES.values():
+            misfits.append(f"{name} is {dtype}, not one of {', '.join(DTYPES)}")
+    if misfits:
+        problems.append(listed(misfits))
+    if problems:
         raise ValueError(f"{where}: {'; '.join(problems)}")
+    return {name: found[name] for name in wanted}
+
+
+def open_checkpoint(folder: str | Path) -> tuple[LlamaConfig, dict[str, Stored]]:
+    config = read_config(folder)
+    return config, check_tensors(stored_tensors(folder), config, folder)
 
 
 def same_bits(a: Stored, b: Stored) -> bool:
@@ -237,16 +227,12 @@ def load_model(
 
     On the CPU, weights whose dtype does not change stay in the file's pages: nothing is read until
     it is used, and the files must not be written to (replacing or deleting them is fine)."""
-    config, found = read_config(folder), stored_tensors(folder)
-    check_tensors(found, config, folder)
-    dtype = dtype or found["model.embed_tokens.weight"].dtype
+    config, found = open_checkpoint(folder)
+    dtype = dtype or found[EMBEDDING].dtype
     with torch.device("meta"):
         model = Llama(config)
-    weights = {
-        name: as_dtype(found[name].read(), dtype, name).to(device)
-        for name, _ in model.named_parameters()
-    }
-    model.load_state_dict(weights, assign=True, strict=False)  # check_tensors was strict
+    weights = {n: as_dtype(stored.read(), dtype, n).to(device) for n, stored in found.items()}
+    model.load_state_dict(weights, assign=True, strict=False)  # not strict: a tied head has none
     model.tie_weights()
     return model
 
@@ -276,7 +262,7 @@ def save_model(
     pairs = iter(source.named_parameters() if isinstance(source, Llama) else source)
     first = next(pairs, ("", torch.empty(0)))
     dtype = dtype or first[1].dtype
-    if dtype not in SAFETENSORS:
+    if dtype not in DTYPES.values():
         raise ValueError(f"weights are written as {', '.join(DTYPES)}, not as {dtype}")
     shapes = {name: (shape, dtype) for name, shape in parameter_shapes(config).items()}
     with console.atomic_folder(folder) as partial, Shards(partial, shapes, shard_bytes) as shards:
@@ -286,97 +272,9 @@ def save_model(
         ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
         write_json(partial / "generation_config.json", ends)
         for name, tensor in chain([first], pairs):
-            shards.write(name, tensor)
+            shards.write(name, as_dtype(tensor.detach().cpu(), dtype, name))
         if shards.pending:
             raise ValueError(f"{folder}: missing {listed(shards.pending)}")
-
-
-def tensor_bytes(shapes: dict[str, tuple]) -> dict[str, int]:
-    """Of tensors known by shape and dtype, or by more that comes after these."""
-    return {name: math.prod(what[0]) * what[1].itemsize for name, what in shapes.items()}
-
-
-def shards_of(shapes: dict[str, tuple], shard_bytes: int = SHARD_BYTES) -> dict[str, list[str]]:
-    """File name → the tensors in it."""
-    groups, room = [], 0
-    for name, size in tensor_bytes(shapes).items():
-        if not groups or size > room:
-            groups.append([])
-            room = shard_bytes
-        groups[-1].append(name)
-        room -= size
-    titles = [f"model-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
-    return dict(zip(titles if len(groups) > 1 else ["model.safetensors"], groups, strict=True))
-
-
-class Shards(ExitStack):
-    """The safetensors files of a folder, laid out before the first tensor comes, in any order.
-
-    A safetensors file is a length in eight bytes, a JSON header of that length, and the data."""
-
-    def __init__(
-        self,
-        folder: Path,
-        shapes: dict[str, tuple],
-        shard_bytes: int = SHARD_BYTES,
-        keep: bool = False,
-    ):
-        """`keep`: what an interrupted run has written stays."""
-        super().__init__()
-        sizes = tensor_bytes(shapes)
-        groups = shards_of(shapes, shard_bytes)
-        self.kept: set[str] = set()  # of which there may be something
-        self.pending, weight_map = {}, {}  # tensor → (file, offset, shape, dtype); → file name
-        for title, names in groups.items():
-            header, end = {"__metadata__": {"format": "pt"}}, 0
-            for name in names:
-                (shape, dtype), start, end = shapes[name], end, end + sizes[name]
-                place = {"shape": list(shape), "data_offsets": [start, end]}
-                header[name] = {"dtype": (SAFETENSORS | INTEGERS)[dtype], **place}
-            text = json.dumps(header).encode()
-            text += b" " * (-len(text) % 8)  # the data starts aligned
-            there = keep and (folder / title).exists()
-            file = self.enter_context((folder / title).open("r+b" if there else "wb"))
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.flush()
-            file.truncate(8 + len(text) + end)
-            self.kept |= set(names) if there else set()
-            for name in names:
-                start = 8 + len(text) + header[name]["data_offsets"][0]
-                self.pending[name], weight_map[name] = (file, start, *shapes[name]), title
-        if len(groups) > 1:
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-            write_json(folder / "model.safetensors.index.json", index)
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        if name not in self.pending:
-            raise ValueError(f"unexpected or repeated tensor {name}")
-        file, offset, shape, dtype = self.pending.pop(name)
-        if tensor.shape != shape:
-            raise ValueError(f"{name} is {list(tensor.shape)}, not {list(shape)}")
-        file.seek(offset)
-        tensor = as_dtype(tensor.detach().cpu(), dtype, name)
-        file.write(tensor.contiguous().view(torch.uint8).numpy())
-
-    def place(self, name: str, at: int, numbers: np.ndarray) -> None:
-        """Write a part of a tensor, `at` bytes from its start; any thread may."""
-        file, offset, _, _ = self.pending[name]
-        content, done = numbers.data.cast("B"), 0
-        while done < len(content):
-            done += os.pwrite(file.fileno(), content[done:], offset + at + done)
-        # the disk may begin with it: otherwise all of it waits for the last tensor
-        os.posix_fadvise(file.fileno(), offset + at, done, os.POSIX_FADV_DONTNEED)
-
-    def digest(self, name: str) -> str | None:
-        """SHA-256 of what is there of a tensor; None if that cannot be anything."""
-        if name not in self.kept:
-            return None
-        file, offset, shape, dtype = self.pending[name]
-        left, digest = math.prod(shape) * dtype.itemsize, hashlib.sha256()
-        while left and (found := os.pread(file.fileno(), min(left, 1 << 23), offset)):
-            digest.update(found)
-            left, offset = left - len(found), offset + len(found)
-        return digest.hexdigest()
 
 
 def tokenizer_files(source: Path) -> dict[str, Path]:
@@ -397,6 +295,13 @@ def tokenizer_in(folder: Path) -> Path | None:
     return above if is_meta(folder) and above.is_file() else None
 
 
+def tokenizer_for(folder: Path, given: Path | None) -> Path:
+    """What is copied beside a model that is made of the one in `folder`."""
+    if found := given or tokenizer_in(folder):
+        return found
+    raise ValueError(f"{folder}: no tokenizer there: name one with --tokenizer FILE")
+
+
 def copy_tokenizer(source: Path, folder: Path) -> None:
     for name, file in tokenizer_files(source).items():
         shutil.copyfile(file, folder / name)
@@ -411,32 +316,25 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 def convert(
     source: Path,
     target: Path,
-    dtype: torch.dtype | None = None,
-    tokenizer: Path | None = None,
-    positions: int | None = None,
+    dtype: torch.dtype | None,
+    tokenizer: Path | None,
+    positions: int | None,
 ) -> None:
     """Any checkpoint this project reads → a Hugging Face folder in safetensors."""
-    config, found = read_config(source), stored_tensors(source)
-    check_tensors(found, config, source)
+    config, found = open_checkpoint(source)
+    tokenizer = tokenizer_for(source, tokenizer)
     if positions is not None:
-        if positions < 1:
-            raise ValueError(f"--positions must be above 0, not {positions}")
         config = replace(config, max_position_embeddings=positions)
-    if tokenizer is None:
-        tokenizer = tokenizer_in(source) or source.parent / "tokenizer.model"
-        if not tokenizer.exists():
-            raise ValueError(f"{source}: no tokenizer.model there: name one with --tokenizer FILE")
     if file := tokenizer_files(tokenizer).get("tokenizer.model"):
         pieces = Tokenizer(file)
         pieces.check(config)
         config = replace(config, bos_token_id=pieces.bos_id, eos_token_id=pieces.eos_id)
-    names = parameter_shapes(config)
-    progress = console.Progress(sum(math.prod(shape) for shape in names.values()), "weights")
+    progress = console.Progress(sum(t.shape.numel() for t in found.values()), "weights")
 
     def pairs() -> Iterator[tuple[str, Tensor]]:
-        for name, shape in names.items():
-            yield name, found[name].read()
-            progress.step(math.prod(shape))
+        for name, stored in found.items():
+            yield name, stored.read()
+            progress.step(stored.shape.numel())
 
     save_model(pairs(), config, target, dtype, tokenizer)
     guessed = is_meta(source) and positions is None
@@ -447,22 +345,14 @@ def convert(
 def parse_args() -> argparse.Namespace:
     parser = console.Parser(__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    verb = verbs.add_parser(
-        "convert", help="write any readable checkpoint as a Hugging Face folder"
-    )
-    verb.add_argument("source", type=Path, help="Hugging Face or Meta folder to read")
-    verb.add_argument("target", type=Path, help="folder to write, which must not exist yet")
-    verb.add_argument(
-        "--dtype", choices=DTYPES, help="what to write the weights as (default: what they are)"
-    )
-    verb.add_argument(
-        "--tokenizer",
-        type=Path,
-        help="tokenizer.model, or folder, to copy (default: the source's or the folder's above it)",
-    )
-    verb.add_argument(
+    flag = verbs.add_parser("convert", help="write a checkpoint as a Hugging Face one").add_argument
+    flag("source", type=Path, help="Hugging Face or Meta folder to read")
+    flag("target", type=Path, help="folder to write, which must not exist yet")
+    flag("--dtype", choices=DTYPES, help="of the weights (default: what they are)")
+    flag("--tokenizer", type=Path, help="file or folder to copy (default: the source's)")
+    flag(
         "--positions",
-        type=int,
+        type=console.positive(int),
         help="tokens the model was trained on at once (default: the config's; for Meta's folders, "
         "which do not say, 2048, 4096 or 16384 by release)",
     )
@@ -471,8 +361,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    dtype = DTYPES.get(args.dtype)
-    convert(args.source, args.target, dtype, args.tokenizer, args.positions)
+    convert(args.source, args.target, DTYPES.get(args.dtype), args.tokenizer, args.positions)
 
 
 if __name__ == "__main__":

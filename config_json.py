@@ -36,6 +36,11 @@ REQUIRED = (
     "num_hidden_layers",
     "num_attention_heads",
 )
+MOST = {  # beyond 1 << 20, or these, a config is nonsense that would take hours to lay out
+    "num_hidden_layers": 1000,
+    "max_position_embeddings": 1 << 40,
+    "rope_theta": 1e30,
+}
 
 
 def understood(fields: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +73,11 @@ def typed_config(fields: dict[str, Any]) -> LlamaConfig:
         if type(value) is not kind and (kind, type(value)) != (float, int):
             raise ValueError(f"{name} is {value!r}, where {kind.__name__} was expected")
         known[name] = value
-    return LlamaConfig(**known)
+    config = LlamaConfig(**known)
+    for name, value in vars(config).items():
+        if value > (most := MOST.get(name, 1 << 20)):
+            raise ValueError(f"{name} is {value}, where {most} would be a great deal")
+    return config
 
 
 def config_to_json(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -36,16 +36,7 @@ from torch import Tensor, nn
 import console
 import quantize
 from adapter import ATTENTION, TARGETS, Lora, adapted, read_adapter
-from checkpoint import (
-    DTYPES,
-    as_dtype,
-    check_tensors,
-    parameter_shapes,
-    read_config,
-    save_model,
-    stored_tensors,
-    tokenizer_in,
-)
+from checkpoint import DTYPES, EMBEDDING, as_dtype, open_checkpoint, save_model, tokenizer_for
 from model import Llama
 from quantize import KINDS, PLAIN, Recipe, Source
 
@@ -211,20 +202,16 @@ def merge(
     adapted ones, and the dtype."""
     if quantize.kept_recipe(base):
         raise ValueError(f"{base} is quantized: merge into the model that it was made from")
-    config, found = read_config(base), stored_tensors(base)
-    check_tensors(found, config, base)
+    config, found = open_checkpoint(base)
     lora, thin = read_adapter(adapter, config)
-    tokenizer = tokenizer or tokenizer_in(base)
-    if tokenizer is None:
-        raise ValueError(f"{base}: no tokenizer there: name one with --tokenizer FILE")
-    dtype = dtype or found["model.embed_tokens.weight"].dtype
+    tokenizer = tokenizer_for(base, tokenizer)
+    dtype = dtype or found[EMBEDDING].dtype
     targets, changed = dict(adapted(config, lora)), []
-    names = parameter_shapes(config)
-    progress = console.Progress(len(names), "tensors")
+    progress = console.Progress(len(found), "tensors")
 
     def pairs() -> Iterator[tuple[str, Tensor]]:
-        for name in names:
-            weight, stem = found[name].read(), name.removesuffix(".weight")
+        for name, stored in found.items():
+            weight, stem = stored.read(), name.removesuffix(".weight")
             if stem in targets:
                 added = thin[f"{stem}.lora_B.weight"] @ thin[f"{stem}.lora_A.weight"] * lora.scale
                 merged = as_dtype(weight.float() + added, dtype, name)

@@ -246,7 +246,8 @@ class Llama(nn.Module):
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
-        self.init_weights()
+        if not self.lm_head.weight.is_meta:  # there it would fill nothing, in half a second for 7B
+            self.init_weights()
 
     def tie_weights(self) -> None:
         if self.config.tie_word_embeddings:

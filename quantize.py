@@ -25,7 +25,6 @@ import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -34,20 +33,20 @@ from torch import Tensor, nn
 
 import console
 from checkpoint import (
-    Shards,
+    EMBEDDING,
+    HEAD,
     as_dtype,
-    check_tensors,
     copy_tokenizer,
     load_model,
+    open_checkpoint,
     parameter_shapes,
-    read_config,
     stored_tensors,
-    tensor_bytes,
     tokenizer_in,
     write_json,
 )
 from config_json import config_to_json, typed_config, understood
 from model import Llama
+from shards import Shards, tensor_bytes
 
 GROUP = 32  # neighbours that share s and z in int4
 METHOD = "round to nearest"  # quant_method in config.json
@@ -72,8 +71,6 @@ class BlockLinear(nn.Module):
 class Int8Linear(nn.Module):
     """On a CPU with int8 instructions activations become integers too, of 16 bits: nothing is lost
     beside bf16's rounding, and weights are multiplied as they are stored."""
-
-    AXES = MappingProxyType({"q": 0, "scale": 0})  # along which matrices over one x are joined
 
     def __init__(self, q: Tensor, scale: Tensor):
         super().__init__()
@@ -139,8 +136,6 @@ class Int8Embedding(Int8Linear):
 class Int4Linear(nn.Module):
     """Holds the integers until `arrange` turns them into what this machine's kernel reads."""
 
-    AXES = MappingProxyType({"q": 0, "scales": 1})
-
     def __init__(self, q: Tensor, scales: Tensor):
         super().__init__()
         self.out_features, self.in_features = q.shape[0], 2 * q.shape[1]
@@ -194,6 +189,8 @@ class Int4Linear(nn.Module):
 
 
 KINDS = {8: Int8Linear, 4: Int4Linear}
+MATRICES = (nn.Linear, *KINDS.values())
+AXES = {"weight": 0, "q": 0, "scale": 0, "scales": 1}  # of what holds a matrix, that of its rows
 
 
 # ---------------------------------------------------------------- a whole model
@@ -229,15 +226,15 @@ class Source:
         self.kept = kept_recipe(folder)
         if self.kept and recipe not in (PLAIN, self.kept):
             raise ValueError(f"{folder} is quantized already, its bits are {tuple(self.kept)}")
-        self.recipe, self.found = self.kept or recipe, stored_tensors(folder)
+        self.recipe = self.kept or recipe
         if self.kept:
+            self.found = stored_tensors(folder)
             fields = console.read_json(folder / "config.json") | {"quantization_config": None}
             self.config = typed_config(understood(fields))
         else:
-            self.config = read_config(folder)
-            check_tensors(self.found, self.config, folder)
+            self.config, self.found = open_checkpoint(folder)
             if self.config.tie_word_embeddings and recipe.head + recipe.embeddings < 32:
-                self.found["lm_head.weight"] = self.found["model.embed_tokens.weight"]
+                self.found[HEAD] = self.found[EMBEDDING]
                 self.config = replace(self.config, tie_word_embeddings=False)
         self.shapes = parameter_shapes(self.config)
         layout = self.layout()
@@ -316,7 +313,7 @@ def arranged(model: Llama, blocks: bool = True) -> Llama:
         merge(block.self_attn, ("q_proj", "k_proj", "v_proj"), blocks)
         merge(block.mlp, ("gate_proj", "up_proj"), blocks)
     for path, module in list(model.named_modules()):
-        if type(module) in (nn.Linear, *KINDS.values()):
+        if type(module) in MATRICES:
             model.set_submodule(path, fastest(module, blocks))
     if blocks and not model.model.norm.weight.is_cuda:
         let_go_of_files(model)
@@ -355,10 +352,7 @@ class Together(NamedTuple):
 def merge(parent: nn.Module, names: tuple[str, ...], blocks: bool) -> None:
     """Matrices that read the same x as one: fewer products, and larger."""
     parts = [getattr(parent, name, None) for name in names]
-    if len({type(part) for part in parts}) > 1 or type(parts[0]) not in (
-        nn.Linear,
-        *KINDS.values(),
-    ):
+    if len({type(part) for part in parts}) > 1 or type(parts[0]) not in MATRICES:
         return  # merged already, or wrapped by an adapter
     parent.merged = fastest(joined(parts), blocks)
     parent.project = Together(parent.merged, [part.out_features for part in parts])
@@ -367,12 +361,9 @@ def merge(parent: nn.Module, names: tuple[str, ...], blocks: bool) -> None:
 
 
 def joined(parts: list[nn.Module]) -> nn.Module:
-    axes = getattr(parts[0], "AXES", {"weight": 0})
-    tensors = {
-        name: torch.cat([getattr(part, name) for part in parts], axis)
-        for name, axis in axes.items()
-    }
-    if "weight" not in tensors:
+    states = [part.state_dict() for part in parts]
+    tensors = {name: torch.cat([s[name] for s in states], AXES[name]) for name in states[0]}
+    if type(parts[0]) is not nn.Linear:
         return type(parts[0])(**tensors)
     N, K = tensors["weight"].shape
     whole = nn.Linear(K, N, bias=False, device="meta")
@@ -418,33 +409,21 @@ def report(source: Source) -> str:
     """How far off the rounded weights are, and what they weigh."""
     errors = {name: source.error(name) for name in source.shapes if source.recipe.kind(name)}
     worst = max(errors, key=errors.get)
-    bytes_of = {
-        "as it is": sum(tensor_bytes(source.found).values()),
-        "quantized": sum(tensor_bytes(source.layout()).values()),
-    }
-    mean = sum(errors.values()) / len(errors)
-    sizes = ", ".join(f"{what} {size:,} bytes" for what, size in bytes_of.items())
+    before, after = (sum(tensor_bytes(t).values()) for t in (source.found, source.layout()))
     return (
-        f"{len(errors)} tensors rounded; relative error {mean:.4f} on average, at most "
-        f"{errors[worst]:.4f} ({worst})\n{sizes}"
+        f"{len(errors)} tensors rounded; relative error {sum(errors.values()) / len(errors):.4f} "
+        f"on average, at most {errors[worst]:.4f} ({worst})\n"
+        f"as it is {before:,} bytes, quantized {after:,} bytes"
     )
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """--bits, --head and --embeddings, for every command that loads a model to decode with."""
-    group = parser.add_argument_group("rounded weights (see quantize.py)")
-    group.add_argument(
-        "--bits", type=int, choices=(16, 8, 4), default=16, help="a weight (default: 16, as it is)"
-    )
-    group.add_argument(
-        "--head",
-        type=int,
-        choices=(16, 8, 4),
-        help="bits of the head (default: 8 if --bits is less)",
-    )
-    group.add_argument(
-        "--embeddings", type=int, choices=(16, 8), default=16, help="their bits (default: 16)"
-    )
+    flag = parser.add_argument_group("rounded weights (see quantize.py)").add_argument
+    bits = (16, 8, 4)
+    flag("--bits", type=int, choices=bits, default=16, help="a weight (default: 16, as it is)")
+    flag("--head", type=int, choices=bits, help="bits of the head (default: 8 if --bits is less)")
+    flag("--embeddings", type=int, choices=(16, 8), default=16, help="their bits (default: 16)")
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:

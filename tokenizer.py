@@ -44,11 +44,8 @@ class Tokenizer:
         except RuntimeError:
             raise ValueError(f"{file}: not a SentencePiece model") from None
         self.path, self.vocab_size = file, self.pieces.vocab_size()
-        self.unk_id, self.bos_id, self.eos_id = (
-            self.pieces.unk_id(),
-            self.pieces.bos_id(),
-            self.pieces.eos_id(),
-        )
+        self.unk_id, self.bos_id = self.pieces.unk_id(), self.pieces.bos_id()
+        self.eos_id = self.pieces.eos_id()
         for name, token in (("unk", self.unk_id), ("bos", self.bos_id), ("eos", self.eos_id)):
             if token < 0:
                 raise ValueError(f"{file}: it has no {name} piece, so no LLaMA was trained with it")
@@ -142,8 +139,6 @@ class TextStream:
 
 def train(files: list[Path], vocab_size: int, out: Path) -> None:
     """A tokenizer of LLaMA's kind: pair merges, byte fallback, single digits, spaces kept."""
-    if missing := [str(file) for file in files if not file.is_file()]:
-        raise ValueError(f"no such file: {console.listed(missing)}")
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"{out}: a file name in a folder that exists was expected")
     if out.exists() and any(out.samefile(file) for file in files):

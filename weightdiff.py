@@ -36,35 +36,32 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import console
-from bitdiff import Entry, dtype_name, make_tensor, recover_tensor
+from bitdiff import Entry, dtype_name, make_tensor, recovered_pieces
 from checkpoint import (
     DTYPES,
+    EMBEDDING,
+    HEAD,
     OBSOLETE,
-    SHARD_BYTES,
     TOKENIZER_CONFIG,
     TOKENIZER_FILES,
-    Shards,
     Stored,
-    check_tensors,
     is_meta,
+    open_checkpoint,
     open_file,
     parameter_shapes,
     read_config,
     save_model,
-    shards_of,
-    stored_tensors,
-    tensor_bytes,
     tokenizer_files,
     tokenizer_in,
     weight_files,
 )
 from config_json import config_to_json
 from model import LlamaConfig
+from shards import SHARD_BYTES, Shards, shards_of, tensor_bytes
 
 FORMAT = "bitwise difference, 1"
 LAYOUT = {"format": str, "compressed": bool, "said": list, "files": dict, "tensors": dict}
@@ -73,8 +70,8 @@ THREADS = min(4, (os.cpu_count() or 1) + 1)  # reading, hashing and writing over
 # addition rounds by up to 0.002, so that the order alone can move the total by 0.04.
 TOLERANCE = 0.05
 NAMED = [str(dtype).removeprefix("torch.") for dtype in DTYPES.values()]
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 COPIED = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+MODEL = (".json", ".safetensors", ".bin", ".pth")  # what its files end with
 LOG = "progress.jsonl"
 
 
@@ -91,24 +88,17 @@ def in_threads(work: Callable[[str], Any], names: Collection[str]) -> dict[str, 
 # ---------------------------------------------------------------- two models
 
 
-def all_tensors(folder: Path) -> dict[str, Stored]:
-    """A whole checkpoint's, in the order of the model."""
-    config, found = read_config(folder), stored_tensors(folder)
-    check_tensors(found, config, folder)
-    return {name: found[name] for name in parameter_shapes(config)}
-
-
 def base_tensors(folder: Path, wanted: Container[str]) -> dict[str, Stored]:
     """The base's, its embedding for a head that only the tuned model has of its own."""
-    found = all_tensors(folder)
+    _, found = open_checkpoint(folder)
     if HEAD in wanted and HEAD not in found:
         found[HEAD] = found[EMBEDDING]
     return found
 
 
-def rules(base: dict[str, Stored], tuned: dict[str, Stored]) -> list[str]:
+def remarks(base: dict[str, Stored], tuned: dict[str, Stored], folder: Path) -> list[str]:
     """What is to be said about two models that differ in more than numbers, or why that is too
-    much."""
+    much; and about the tuned one's folder."""
     said, misfits = [], []
     if HEAD in tuned and base.get(HEAD) is base[EMBEDDING]:
         said.append("the base's head is tied to its embedding: that is what is compared")
@@ -128,26 +118,20 @@ def rules(base: dict[str, Stored], tuned: dict[str, Stored]) -> list[str]:
     for whose, names in (("tuned model", tuned.keys() - base), ("base", base.keys() - tuned)):
         if names:
             said.append(f"only the {whose} has {console.listed(sorted(names))}")
-    return said
-
-
-def of_the_folder(tuned: Path) -> list[str]:
-    """What is to be said about files other than weights."""
-    said = []
-    if is_meta(tuned):
+    if is_meta(folder):
         said.append("the tuned model is Meta's; what is recovered will be a Hugging Face folder")
-    if not tokenizer_in(tuned):
+    if not tokenizer_in(folder):
         said.append("the tuned model has no tokenizer, so none comes along")
     return said
 
 
 def make(base: Path, tuned: Path, diff: Path, compress: bool) -> None:
-    ours = all_tensors(tuned)
+    _, ours = open_checkpoint(tuned)
     theirs = base_tensors(base, ours)
     files = other_files(tuned, next(iter(ours.values())).dtype)
-    said = rules(theirs, ours) + of_the_folder(tuned)
-    begun = {"format": FORMAT, "compress": compress}
-    begun["inputs"] = fingerprint(base) + fingerprint(tuned)
+    said = remarks(theirs, ours, tuned)
+    inputs = fingerprint(base) + fingerprint(tuned)
+    begun = {"format": FORMAT, "compress": compress, "inputs": inputs}
     with console.atomic_folder(diff, keep={LOG, *(f"{name}.diff" for name in ours)}) as partial:
         for line in said:
             console.notice(line)
@@ -175,58 +159,52 @@ def make(base: Path, tuned: Path, diff: Path, compress: bool) -> None:
         for file in partial.iterdir():
             console.sync(file)
         log.unlink()  # last: nothing that takes time is left to be killed in
-    progress.close(str(diff))
+    progress.close()
 
 
 def recover(base: Path, diff: Path, tuned: Path | None) -> None:
     """`tuned` None: check all there is to check, and write nothing."""
     manifest, entries, files = read_manifest(diff)
-    theirs = base_tensors(base, entries)
-    shapes = {n: (torch.Size(e.shape), getattr(torch, e.dtype)) for n, e in entries.items()}
-    progress, step = byte_progress(shapes)
-    sizes = tensor_bytes(shapes)
+    theirs, shapes = base_tensors(base, entries), shapes_of(entries)
     known = [name for name in theirs if name in entries and entries[name].known]
-    both = {(entries[name].base_dtype, dtype_name(theirs[name])) for name in known}
-    for was, now in sorted(pair for pair in both if pair[0] != pair[1]):
-        console.notice(f"the diff was made from a base in {was}, this one is {now}")
+    for was, now in sorted({(entries[n].base_dtype, dtype_name(theirs[n])) for n in known}):
+        if was != now:
+            console.notice(f"the diff was made from a base in {was}, this one is {now}")
+    sizes, (progress, step) = tensor_bytes(shapes), byte_progress(shapes)
 
-    def work(name: str, write: Callable[[int, np.ndarray], None]) -> None:
-        def stepping(offset: int, numbers: np.ndarray) -> None:
-            write(offset, numbers)
+    def work(name: str, place: Callable = lambda name, at, numbers: None) -> None:
+        its = entries[name], theirs.get(name), diff / f"{name}.diff"
+        for at, numbers in recovered_pieces(name, *its, manifest["compressed"]):
+            place(name, at, numbers)
             step(numbers.nbytes)
 
-        file = diff / f"{name}.diff"
-        recover_tensor(
-            name, entries[name], theirs.get(name), file, manifest["compressed"], stepping
-        )
-
     if tuned is None:
-        in_threads(lambda name: work(name, lambda offset, numbers: None), entries)
-        return progress.close("everything is as it should be")
-    with (
-        console.atomic_folder(tuned, keep=shards_of(shapes, SHARD_BYTES)) as partial,
-        Shards(partial, shapes, SHARD_BYTES, keep=True) as shards,
-    ):
+        in_threads(work, entries)
+        return progress.close()
+    with console.atomic_folder(tuned, keep=shards_of(shapes, SHARD_BYTES)) as partial:
+        interrupted = any(partial.iterdir())
+        with Shards(partial, shapes, SHARD_BYTES) as shards:
 
-        def placed(name: str) -> None:
-            if shards.digest(name) == entries[name].tuned:  # an interrupted run wrote it
-                return step(sizes[name])
-            work(name, lambda offset, numbers: shards.place(name, offset, numbers))
+            def go_on(name: str) -> None:
+                if interrupted and shards.digest(name) == entries[name].tuned:
+                    step(sizes[name])
+                else:
+                    work(name, shards.place)
 
-        in_threads(placed, entries)
+            in_threads(go_on, entries)
         for name, content in files.items():
             (partial / name).write_bytes(content)
-    progress.close(str(tuned))
+    progress.close()
+
+
+def shapes_of(entries: dict[str, Entry]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {n: (torch.Size(e.shape), getattr(torch, e.dtype)) for n, e in entries.items()}
 
 
 def fingerprint(folder: Path) -> list[list]:
     """What would tell that a model is another one than when a run began."""
-    if is_meta(folder):
-        files = [folder / "params.json", *sorted(folder.glob("consolidated.*.pth"))]
-    else:
-        files = [folder / "config.json", *weight_files(folder)]
-    states = [(file, file.stat()) for file in files]
-    return [[str(f.absolute()), state.st_size, state.st_mtime_ns] for f, state in states]
+    files = [f for f in sorted(folder.iterdir()) if f.suffix in MODEL and f.is_file()]
+    return [[str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
 def entries_of(log: Path, begun: dict[str, Any]) -> dict[str, Entry]:
@@ -261,20 +239,17 @@ def read_manifest(diff: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[st
     """The manifest, its tensors, and the other files, which are what it says."""
     text, seal = ((diff / name).read_bytes() for name in ("manifest.json", "manifest.sha256"))
     if seal != seal_of(text):
-        raise ValueError(
-            f"{diff}: manifest.json is not what manifest.sha256 says: fetch both again"
-        )
+        raise ValueError(f"{diff}: manifest.json is not what manifest.sha256 says: fetch both")
     manifest = console.read_json(diff / "manifest.json")
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{diff}: {manifest.get('format')!r}; this version reads {FORMAT!r}")
     try:
-        typed = all(type(manifest[key]) is kind for key, kind in LAYOUT.items())
-        typed &= all(type(line) is str for line in manifest["said"])
+        if [type(manifest[key]) for key in LAYOUT] != [*LAYOUT.values()]:
+            raise TypeError
+        "".join(manifest["said"])  # a TypeError, unless all of it is text
         entries = {name: Entry(**fields) for name, fields in manifest["tensors"].items()}
-    except (AttributeError, LookupError, TypeError):
-        typed = False
-    if not typed:
-        raise ValueError(f"{diff}: manifest.json is not laid out as this version does")
+    except (LookupError, TypeError):
+        raise ValueError(f"{diff}: manifest.json is not laid out as this version does") from None
     files = manifest["files"]
     if "config.json" not in files or not files.keys() <= set(COPIED):  # they are written by us
         raise ValueError(f"{diff}: files other than {', '.join(COPIED)} have no place in a diff")
@@ -282,7 +257,7 @@ def read_manifest(diff: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[st
     for name, content in contents.items():
         if hashlib.sha256(content).hexdigest() != files[name]:
             raise ValueError(f"{diff / name} is damaged: fetch it again")
-    shapes = parameter_shapes(read_config(diff), diff / "config.json")
+    shapes = parameter_shapes(read_config(diff))
     if entries.keys() != shapes.keys():
         raise ValueError(f"{diff}: the manifest's tensors are not those of config.json")
     if odd := [name for name, shape in shapes.items() if not sound(entries[name], shape)]:
@@ -294,12 +269,10 @@ def read_manifest(diff: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[st
 
 def sound(entry: Entry, shape: torch.Size) -> bool:
     """Whether a manifest can say that of a tensor; repr, since 2.0 and true are numbers, too."""
-    texts = (entry.dtype, entry.base_dtype, entry.base, entry.diff, entry.tuned)
     return (
-        repr(entry.shape) == repr(list(shape))
-        and type(entry.known) is int
+        [type(value) for value in entry] == [str, list, int, str, str, str, str]
+        and repr(entry.shape) == repr(list(shape))
         and 0 <= entry.known <= shape.numel()
-        and all(type(text) is str for text in texts)
         and entry.dtype in NAMED
     )
 
@@ -309,9 +282,7 @@ def seal_of(manifest: bytes) -> bytes:
     return f"{hashlib.sha256(manifest).hexdigest()}  manifest.json\n".encode()
 
 
-def byte_progress(
-    whole: dict[str, Stored | tuple],
-) -> tuple[console.Progress, Callable[[int], None]]:
+def byte_progress(whole: dict[str, tuple]) -> tuple[console.Progress, Callable[[int], None]]:
     """A progress line in bytes, and what threads may call to move it."""
     progress, lock = console.Progress(sum(tensor_bytes(whole).values()), "bytes"), Lock()
 
@@ -328,21 +299,21 @@ def byte_progress(
 def in_fp32(base: Path, other: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, base, other), one at a time. Rows that the base lacks are the mean of those it has, as
     Alpaca's training began with."""
-    theirs = all_tensors(other)
+    _, theirs = open_checkpoint(other)
     ours = base_tensors(base, theirs)
     if absent := [name for name in theirs if name not in ours]:
         raise ValueError(f"the base has no {console.listed(absent)}: Alpaca's format needs it")
-    for line in rules(ours, theirs) + of_the_folder(other):
+    for line in remarks(ours, theirs, other):
         console.notice(line)
-    progress, step = byte_progress(theirs)
-    sizes = tensor_bytes(theirs)
+    progress, _ = byte_progress(theirs)
     for name, stored in theirs.items():
-        numbers, rows = ours[name].read().float()[: stored.shape[0]], stored.shape[0]
+        rows = stored.shape[0]
+        numbers = ours[name].read().float()[:rows]
         if rows > len(numbers):
             mean = numbers.mean(dim=0, keepdim=True)
             numbers = torch.cat([numbers, mean.expand(rows - len(numbers), -1)])
         yield name, numbers, stored.read().float()
-        step(sizes[name])
+        progress.step(stored.shape.numel() * stored.dtype.itemsize)
     progress.close()
 
 
@@ -397,6 +368,7 @@ def make_command(args) -> None:
         raise ValueError("--compress is for the exact format: Alpaca's has plain fp32 files")
     else:
         make_alpaca(args.base, args.tuned, args.diff)
+    print(summary(args.diff))
 
 
 def recover_command(args) -> None:
@@ -405,14 +377,16 @@ def recover_command(args) -> None:
         console.refuse_existing(args.tuned)
     if exact(args.diff):
         if args.expect_sum is not None or args.dtype:
-            raise ValueError(
-                "--expect-sum and --dtype are for diffs like Alpaca's; this one is exact"
-            )
-        return recover(args.base, args.diff, args.tuned)
-    if args.tuned is None and args.expect_sum is None:
-        raise ValueError(f"{args.diff} has no manifest: all it can be verified by is --expect-sum")
-    dtype = DTYPES[args.dtype or "fp32"]
-    recover_alpaca(args.base, args.diff, args.tuned, dtype, args.expect_sum)
+            raise ValueError("--expect-sum and --dtype are for diffs like Alpaca's, not this one")
+        recover(args.base, args.diff, args.tuned)
+        found = "base, diff and result have the digests that the manifest says"
+    else:
+        if args.tuned is None and args.expect_sum is None:
+            raise ValueError(f"{args.diff} has no manifest: verify it by --expect-sum")
+        dtype = DTYPES[args.dtype or "fp32"]
+        recover_alpaca(args.base, args.diff, args.tuned, dtype, args.expect_sum)
+        found = "no digests to check by" if args.expect_sum is None else "the sum is as expected"
+    print(f"{args.tuned}: {held(args.tuned)}; {found}" if args.tuned else f"{args.diff}: {found}")
 
 
 def exact(diff: Path) -> bool:
@@ -421,64 +395,62 @@ def exact(diff: Path) -> bool:
     return any((diff / name).exists() for name in ("manifest.json", "manifest.sha256"))
 
 
-def info_command(args) -> None:
-    """What a diff holds."""
-    if not exact(args.diff):
-        found = all_tensors(args.diff)
-        size = sum(tensor_bytes(found).values())
-        return print(
-            f"{args.diff}: like Alpaca's, {len(found)} tensors, {size:,} bytes, no digests"
-        )
-    manifest, entries, _ = read_manifest(args.diff)
-    shapes = {name: (entry.shape, getattr(torch, entry.dtype)) for name, entry in entries.items()}
-    whole = sum(tensor_bytes(shapes).values())
-    size = sum((args.diff / f"{name}.diff").stat().st_size for name in entries)
+def held(folder: Path) -> str:
+    _, found = open_checkpoint(folder)
+    return f"{len(found)} tensors, {sum(tensor_bytes(found).values()):,} bytes"
+
+
+def summary(diff: Path) -> str:
+    if not exact(diff):
+        return f"{diff}: like Alpaca's, {held(diff)}, no digests"
+    _, entries, _ = read_manifest(diff)
+    whole = sum(tensor_bytes(shapes_of(entries)).values())
+    size = sum((diff / f"{name}.diff").stat().st_size for name in entries)
     kinds = ", ".join(sorted({entry.dtype for entry in entries.values()}))
-    print(f"{args.diff}: {manifest['format']}, {len(entries)} tensors of {kinds}")
-    print(f"{size:,} bytes for a model of {whole:,} ({size / whole:.1%})")
-    for line in (*manifest["said"], *manifest["files"]):
-        print(f"  {console.printable(line)}")
+    changed = sum(entry.base != entry.tuned for entry in entries.values())
+    return (
+        f"{diff}: {FORMAT.replace(', ', ', format version ')}\n"
+        f"{len(entries)} tensors of {kinds}, {changed} of them changed; "
+        f"{size:,} bytes for a model of {whole:,} ({size / whole:.1%})"
+    )
+
+
+def info_command(args) -> None:
+    print(summary(args.diff))
+    if exact(args.diff):
+        manifest, _, _ = read_manifest(args.diff)
+        for line in (*manifest["said"], *manifest["files"]):
+            print(f"  {console.printable(line)}")
 
 
 def parse_args() -> argparse.Namespace:
     parser = console.Parser(__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    helps = {
-        "make": ("the difference between two models", make_command),
-        "recover": ("base and diff make the tuned model", recover_command),
-        "verify": ("the same without writing it", recover_command),
-        "info": ("what a diff holds", info_command),
-    }
-    for verb, (text, command) in helps.items():
-        add = verbs.add_parser(verb, help=text).add_argument
-        verbs.choices[verb].set_defaults(command=command, tuned=None)
-        if verb != "info":
-            add("--base", type=Path, required=True, help="folder of the base model")
-        if verb == "make":
-            add("--tuned", type=Path, required=True, help="folder of the fine-tuned model")
-        add("--diff", type=Path, required=True, help="folder of the diff")
-        if verb == "make":
-            add("--compress", action="store_true", help="slower, smaller (see README.md)")
-            add(
-                "--format",
-                choices=("exact", "alpaca"),
-                default="exact",
-                help="alpaca: float differences in fp32, without digests (default: exact)",
-            )
-        if verb == "recover":
-            add("--tuned", type=Path, required=True, help="folder to write")
-        if verb in ("recover", "verify"):
-            add(
-                "--expect-sum",
-                type=float,
-                metavar="SUM",
-                help="of a diff like Alpaca's: the sum over all weights (50637.1836 for its 7B)",
-            )
-            add(
-                "--dtype",
-                choices=DTYPES,
-                help="of what is recovered from a diff like Alpaca's (default: fp32, as it did)",
-            )
+
+    def verb(name: str, command: Callable, help: str) -> Callable:
+        verbs.add_parser(name, help=help).set_defaults(
+            command=command, tuned=None, expect_sum=None, dtype=None
+        )
+        flag = verbs.choices[name].add_argument
+        if name != "info":
+            flag("--base", type=Path, required=True, help="folder of the base model")
+        flag("--diff", type=Path, required=True, help="folder of the diff")
+        return flag
+
+    make = verb("make", make_command, "the difference between two models")
+    make("--tuned", type=Path, required=True, help="folder of the fine-tuned model")
+    make("--compress", action="store_true", help="slower, smaller (see README.md)")
+    told = "alpaca: float differences in fp32, without digests (default: exact)"
+    make("--format", choices=("exact", "alpaca"), default="exact", help=told)
+    recover = verb("recover", recover_command, "base and diff make the tuned model")
+    recover("--tuned", type=Path, required=True, help="folder to write")
+    told = "of what is recovered from a diff like Alpaca's (default: fp32, as it did)"
+    recover("--dtype", choices=DTYPES, help=told)
+    verify = verb("verify", recover_command, "the same without writing it")
+    told = "of a diff like Alpaca's: the sum over all weights (50637.1836 for its 7B)"
+    for flag in (recover, verify):
+        flag("--expect-sum", type=float, metavar="SUM", help=told)
+    verb("info", info_command, "what a diff holds")
     return parser.parse_args()
 
 

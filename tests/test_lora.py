@@ -734,17 +734,15 @@ def test_two_ranks_equal_one(base, here, reference, tmp_path, number):
     code, _, err = finish(launch(words, ranks=2))
     assert code == 0, err
     assert_same_run(tmp_path / "run", reference(here, number))
-    train(here, lora_flags(base, tmp_path / "other", bits=number, lora_dropout=0, seed=43))
-    assert differ(tmp_path / "other", reference(here, number))
+    assert differ(reference(here, 16), reference(here, 4)), "this can tell"
 
 
-@pytest.mark.parametrize("checkpointing", ["full", "selective"])
 @pytest.mark.parametrize("number", [16, 4])
-def test_what_is_computed_again_drops_the_same(base, here, tmp_path, checkpointing, number):
-    how = {"bits": number, "lora_dropout": 0.3}
-    train(here, lora_flags(base, tmp_path / "kept", **how))
-    train(here, lora_flags(base, tmp_path / "again", checkpointing=checkpointing, **how))
-    assert_same_run(tmp_path / "again", tmp_path / "kept")
+def test_what_is_computed_again_drops_the_same(base, here, tmp_path, number):
+    for mode in ("none", "full", "selective"):
+        how = {"bits": number, "lora_dropout": 0.3, "checkpointing": mode}
+        train(here, lora_flags(base, tmp_path / mode, **how))
+        assert_same_run(tmp_path / mode, tmp_path / "none")
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(base, here, tmp_path, monkeypatch):
@@ -802,7 +800,7 @@ def test_in_bf16_the_base_is_bf16_and_the_adapter_learns_in_fp32(base, here, tmp
     assert seen["learned"] == seen["moments"] == {torch.float32}
 
 
-@pytest.mark.parametrize(("number", "mode"), [(16, "full"), (4, "none"), (4, "selective")])
+@pytest.mark.parametrize(("number", "mode"), [(16, "full"), (4, "selective")])
 def test_blocks_are_compiled_once_in_one_piece_and_compute_the_same(number, mode):
     config = small_config(num_hidden_layers=4, intermediate_size=192)
     shapes = SimpleNamespace(config=config, shapes=parameter_shapes(config), recipe=Recipe(number))

@@ -349,6 +349,13 @@ def test_rotary_tables_stay_fp32_under_fsdp_mixed_precision(tmp_path, monkeypatc
         assert parameter.grad.dtype == torch.float32 and parameter.grad.to_local().any(), name
 
 
+def test_laying_a_model_out_fills_nothing(monkeypatch):
+    """It did, at every opening of a folder, in half a second for 7B."""
+    monkeypatch.delattr(Llama, "init_weights")
+    with torch.device("meta"):
+        Llama(small_config())
+
+
 def test_tied_weights_stay_one_tensor_through_meta_init():
     with torch.device("meta"):
         model = Llama(small_config(tie_word_embeddings=True))

@@ -203,7 +203,7 @@ def test_train_refuses_in_one_line_and_writes_nothing(tmp_path, command):
         ([corpus], 100000, ["Vocabulary size too high"]),
         ([corpus], 300, ["Vocabulary size is smaller than the characters used. 300 vs"]),
         ([corpus], 10, ["--vocab-size 10: 3 special pieces and 256 bytes come first"]),
-        ([tmp_path / "absent.txt"], 1024, ["no such file", "absent.txt"]),
+        ([tmp_path / "absent.txt"], 1024, ["absent.txt: No such file"]),
     ):
         assert_refused(
             command(tokenizer_module, "train", *files, "--vocab-size", size, "--out", out), *words

@@ -76,15 +76,13 @@ class Watermark:
         return np.packbits(green, bitorder="little").tobytes()
 
     def bias(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """New logits (B, V), those green after each row's last id raised by delta.
+        """New logits (B, V), those green after each row's last id, ids (B, T), raised by delta.
 
-        `ids` are (B, T), or (B) with the last ones alone. The logits may be fewer than the
-        vocabulary: those of rows that have no piece are often cut off."""
+        They may be fewer than the vocabulary: those of rows without a piece are often cut off."""
         B, width = logits.shape
         if width > self.vocab_size:
             raise ValueError(f"{width} logits, but green lists for {self.vocab_size} tokens")
-        last = ids if ids.dim() == 1 else ids[:, -1]
-        lists = np.frombuffer(b"".join(map(self.green_list, last.tolist())), np.uint8)
+        lists = np.frombuffer(b"".join(map(self.green_list, ids[:, -1].tolist())), np.uint8)
         # numpy has an instruction for it; shifts and masks would cost four times as much
         green = np.unpackbits(lists.reshape(B, -1), axis=1, count=width, bitorder="little")
         return logits.add(torch.from_numpy(green).to(logits.device), alpha=self.delta)

@@ -28,8 +28,12 @@ from demo_server import TINY, Scripted, arguments, running, tiny_engine
 import demo
 import selfinstruct
 import web
+from adapter import Lora, save_adapter
+from checkpoint import load_model
 from console import read_jsonl
 from dataset import chat_prompt, prompt
+from engine import Engine
+from lora import add_lora
 from moderation import Filter, Rules, Unavailable, chosen_filter
 from sampling import Sampling
 
@@ -259,6 +263,21 @@ def test_the_watermark_of_the_command_line(monkeypatch):
     assert engine.watermark is None and marks.key == 12345
 
 
+def test_an_adapter_is_put_on(tmp_path):
+    model, draw = load_model(TINY), Sampling(max_new_tokens=12)
+    base = tiny_engine(rows=1, mark=False)
+    ids = base.tokenizer.encode(prompt(FRUIT), bos=True)
+    add_lora(model, 4, 8, 0.0)
+    for name, own in model.named_parameters():
+        if "lora_B" in name:  # or it would change nothing
+            own.data.normal_(0, 0.1)
+    save_adapter(model, Lora(4, 8, 0.0), tmp_path / "adapter", TINY)
+    here = ("--model-dir", TINY, "--adapter", tmp_path / "adapter", "--rows", 1, "--no-watermark")
+    said = demo.made(arguments(*here))[0].answers([ids], draw)[0].ids
+    assert said == Engine(model, base.tokenizer).answers([ids], draw)[0].ids
+    assert said != base.answers([ids], draw)[0].ids
+
+
 def test_tokens_are_coloured_as_they_are_scored(tiny):
     text = "The list of 中文 words, and the list 🎉"
     told = json.loads(tiny.post("/api/detect", {"text": text}).read())
@@ -379,11 +398,13 @@ class Slow(Filter):
         return ""
 
 
-def test_the_time_for_an_answer_is_also_the_filters():
-    with running(Scripted(lambda prompt: "fine"), "--timeout", 0.4, filter=Slow(5)) as server:
+@pytest.mark.parametrize(("seconds", "status"), [(5, 503), (0.3, 504)])  # at prompt, at answer
+def test_the_time_for_an_answer_is_also_the_filters(seconds, status):
+    engine = Scripted(lambda prompt: "fine")
+    with running(engine, "--timeout", 0.4, filter=Slow(seconds)) as server:
         start = time.monotonic()
         reply = server.post("/v1/completions", {"prompt": "a"})
-        assert reply.status == 503 and time.monotonic() - start < 2
+        assert reply.status == status and time.monotonic() - start < 2
         server.wait(lambda: server.demo.decoder.load == 0)
 
 
@@ -660,7 +681,7 @@ def test_reports_are_appended(tmp_path):
         assert server.post("/api/flag", {"output": "x\n中"}).status == 201
         for bad in ({}, {"output": 3}, {"output": "\ud800"}, {"output": "a", "top_p": "b"}):
             assert server.post("/api/flag", bad).status == 400
-        assert server.post("/api/flag", {"output": "a" * 20_001}).status == 413
+        assert server.post("/api/flag", {"output": "a" * 150_000}).status == 413
     assert file.stat().st_mode & 0o777 == 0o600
     reports = list(read_jsonl(file))
     assert [report["output"] for report in reports] == ["<b>", "x\n中"]

@@ -62,7 +62,8 @@ from web import Problem, Request, Response, as_json, soon
 HERE = Path(__file__).parent
 LONGEST = 20_000  # characters of a text to check
 MOST_REPORTS = 64 << 20  # bytes
-LENGTH_HELP = "tokens of prompt and answer together (default: what it knows, at most 2048)"
+POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+POLICY += "; connect-src 'self'; img-src data:"
 KEY_VARIABLE = "ALPACA_WATERMARK_KEY"
 KEY_HELP = f"what only you know (default: ${KEY_VARIABLE}, which no list of processes shows; {KEY})"
 RATE_HELP = "answers a minute a client, and a quarter of the queue; 0: any (default: 60)"
@@ -275,15 +276,12 @@ def private(file: Path) -> None:
 
 def page(file: Path) -> Response:
     """The page, and a policy that lets its own script and style run and nothing else."""
-    html = file.read_bytes()
-    policy = ["default-src 'none'", "base-uri 'none'", "form-action 'none'"]
-    policy += ["frame-ancestors 'none'", "connect-src 'self'", "img-src data:"]
+    html, policy = file.read_bytes(), POLICY
     for tag in (b"script", b"style"):
         (inside,) = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), html, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(inside).digest()).decode()
-        policy.append(f"{tag.decode()}-src 'sha256-{digest}'")
-    headers = {"Content-Security-Policy": "; ".join(policy)}
-    return Response(html, "text/html; charset=utf-8", headers=headers)
+        policy += f"; {tag.decode()}-src 'sha256-{digest}'"
+    return Response(html, "text/html; charset=utf-8", 200, {"Content-Security-Policy": policy})
 
 
 def name_of(args: argparse.Namespace) -> str:
@@ -379,7 +377,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("answers").add_argument
     add("--name", help="of the model, in the API (default: its folder's)")
     add("--rows", type=count, default=16, help="answers made at once (default: 16)")
-    add("--max-length", type=count, metavar="N", help=LENGTH_HELP)
+    add("--max-length", type=count, help="of prompt and answer (default: its own, at most 2048)")
     add("--max-new-tokens", type=count, default=512, help="of an answer at most (default: 512)")
     add("--no-watermark", action="store_true", help="answer without a watermark")
     key = os.environ.get(KEY_VARIABLE, KEY)

@@ -115,8 +115,7 @@ def chat(engine: Engine, args: argparse.Namespace) -> None:
             return
         if said.strip() == "/reset":
             history = list(start)
-            continue
-        if not said.strip():
+        if said.strip() in ("/reset", ""):
             continue
         turn = {"role": "user", "content": said}
         try:

@@ -129,17 +129,6 @@ class Watermark:
         return f"no watermark found: {free}, less if many were not"
 
 
-def power(watermark: Watermark, longest: int = 200) -> str:
-    """An SVG of the z to expect of marked text against its length."""
-    lines = {
-        f"S = {S:g}": [(T, watermark.expected_z(T, S)) for T in range(longest + 1)]
-        for S in (1.0, 0.8, 0.6)
-    }
-    lines["z = 4"] = [(0, 4.0), (longest, 4.0)]
-    how = f"gamma {watermark.gamma:g}, delta {watermark.delta:g}, spike entropy S"
-    return console.line_chart(f"z of marked text: {how}", "tokens scored", lines)
-
-
 # ---------------------------------------------------------------- commands
 
 
@@ -180,9 +169,13 @@ def detect_command(args) -> None:
 
 
 def power_command(args) -> None:
-    svg = power(Watermark(32000, args.gamma, args.delta))
+    """The z to expect of marked text against its length."""
+    watermark, T = Watermark(32000, args.gamma, args.delta), range(201)
+    lines = {f"S = {S:g}": [(t, watermark.expected_z(t, S)) for t in T] for S in (1.0, 0.8, 0.6)}
+    lines["z = 4"] = [(t, 4.0) for t in (0, 200)]
+    how = f"gamma {args.gamma:g}, delta {args.delta:g}, spike entropy S"
     with console.atomic_file(args.out, "w") as file:
-        file.write(svg)
+        file.write(console.line_chart(f"z of marked text: {how}", "tokens scored", lines))
 
 
 def parse_args() -> argparse.Namespace:

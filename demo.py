@@ -141,8 +141,7 @@ class Demo:
             said = "likelier tokens are told only where nothing is filtered (--filter off)"
             raise Problem(400, said, param="logprobs", code="unsupported_parameter")
         (prompts, ways), asker = asked.each, self.client(request)
-        if len(ways) > 1:
-            self.charge(request, len(ways) - 1)
+        self.charge(request, len(ways) - 1)
         deadline = asyncio.get_running_loop().time() + self.args.timeout
         async with self.within(deadline):
             self.decoder.check(len(ways), asker)

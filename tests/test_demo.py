@@ -248,6 +248,8 @@ def test_every_answer_bears_the_watermark_unless_told_otherwise(tiny):
         for server in (tiny, plain):
             reply = server.post("/api/detect", {"text": many_words(server)})
             found.append(json.loads(reply.read()))
+            told = json.loads(server.get("/api/about").read())
+            assert told["watermark"] is (server is tiny) and "1 million" in told["notice"]
     assert found[0]["z"] > 6 and found[0]["verdict"].startswith("watermarked")
     assert found[1]["z"] < 3.5 and not found[1]["verdict"].startswith("watermarked")
 
@@ -576,8 +578,7 @@ def test_health_tells_when_nothing_is_decoded_any_more():
 
 
 def held() -> tuple[int, int]:
-    """Memory in kB, and Python's objects. (oneDNN keeps a kernel for every new shape of a packed
-    prompt, up to 1,024 of them: memory settles, objects must not grow at all.)"""
+    """Memory in kB, which settles, and Python's objects, which must not grow at all."""
     gc.collect()
     with open("/proc/self/status") as status:
         memory = next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
@@ -755,8 +756,12 @@ def in_page(page, pattern: str) -> None:
 
 def test_page_type_watch_stop_flag_copy_and_check(browser, tmp_path):
     engine, file = Scripted(lambda prompt: "word " * 400, pace=0.01), tmp_path / "reports.jsonl"
-    with running(engine, "--reports", file) as server, opened(browser, server) as page:
+    flags = ("--reports", file, "--notice", "For research only.")
+    with running(engine, *flags) as server, opened(browser, server) as page:
         assert page.input_value("#instruction") == "" and page.title() == "Ask tiny"
+        assert page.inner_text("#notice") == "For research only."
+        footer = "Nothing is filtered. Every answer bears a watermark."
+        assert page.inner_text("footer p:last-child") == footer
         page.locator("#examples button").first.click()
         assert page.input_value("#instruction")
         page.fill("#instruction", "Say words.")

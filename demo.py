@@ -19,9 +19,8 @@ What this one does about it:
   - It listens to this machine alone unless --host says otherwise, serves the page and the API and
     no other path, and shows what a model says as text, never as HTML.
 
-The API is OpenAI's /v1/completions, /v1/chat/completions and /v1/models: the trained model can be
-its own teacher. (Not the one of `make train`: Self-Instruct's prompt has some 1,300 tokens, and it
-knows 512.)
+The API is OpenAI's: the trained model can be its own teacher. (Not the one of `make train`, which
+knows 512 tokens: Self-Instruct's prompt has some 1,300.)
 
     python demo.py --model-dir alpaca-7b --rate 0 --max-new-tokens 700 &
     OPENAI_API_KEY= python selfinstruct.py generate --out runs/own --teacher alpaca-7b \\
@@ -43,39 +42,28 @@ import re
 import signal
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import quote
 
 import console
 import openai_api as api
+import web
 from checkpoint import parameter_shapes
 from dataset import load_records
-from engine import Engine
+from engine import Engine, Sequence
 from generate import TRAINED, add_model_flags, loaded
-from moderation import Filter, Unavailable, add_filter_flags, chosen_filter, explained
+from moderation import DOWN, Filter, Unavailable, add_filter_flags, chosen_filter, explained
 from serving import Answers, Busy, Decoder
 from watermark import KEY, Watermark
-from web import (
-    LOOPBACK,
-    Allowance,
-    Limits,
-    Problem,
-    Request,
-    Response,
-    Server,
-    as_json,
-    host_of,
-    listening,
-    soon,
-)
+from web import Problem, Request, Response, as_json, soon
 
 HERE = Path(__file__).parent
-LONGEST_CHECKED = 20_000  # characters, in the watermark's tab
+LONGEST = 20_000  # characters of a text to check
 MOST_REPORTS = 64 << 20  # bytes
-LONGEST_REPORTED = 20_000  # characters, of each field
-LENGTH_HELP = "tokens of prompt and answer together (default: what it knows, at most 2048)"
+POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+POLICY += "; connect-src 'self'; img-src data:"
 KEY_VARIABLE = "ALPACA_WATERMARK_KEY"
 KEY_HELP = f"what only you know (default: ${KEY_VARIABLE}, which no list of processes shows; {KEY})"
 RATE_HELP = "answers a minute a client, and a quarter of the queue; 0: any (default: 60)"
@@ -87,37 +75,46 @@ TELL = (
 
 
 class Demo:
-    def __init__(self, args, engine: Engine, decoder: Decoder, filter: Filter, marks: Watermark):
-        self.args, self.engine, self.decoder, self.filter = args, engine, decoder, filter
-        self.tokenizer, self.watermark = engine.tokenizer, marks
+    def __init__(self, args, decoder: Decoder, filter: Filter, watermark: Watermark):
+        self.args, self.decoder, self.filter, self.watermark = args, decoder, filter, watermark
+        self.engine, self.tokenizer = decoder.engine, decoder.engine.tokenizer
         self.model = name_of(args)
-        self.allowance, self.checking = Allowance(args.rate), asyncio.Semaphore(1)
-        self.page, self.draining = page(HERE / "demo.html"), False
-        self.about = as_json(about(args, engine, filter))
-        self.routes = {
-            "/": ("GET", self.send_page),
-            "/health": ("GET", self.health),
-            "/v1/models": ("GET", self.models),
-            f"/v1/models/{quote(self.model)}": ("GET", self.models),
-            "/v1/completions": ("POST", self.answer),
-            "/v1/chat/completions": ("POST", self.answer),
-            "/api/about": ("GET", self.send_about),
-            "/api/detect": ("POST", self.detect),
-            "/api/flag": ("POST", self.flag),
+        self.allowance, self.checking = web.Allowance(args.rate), asyncio.Semaphore(1)
+        model = {"id": self.model, "object": "model", "created": 0, "owned_by": "alpaca"}
+        self.pages = {  # for GET, as is /health
+            "/": page(HERE / "demo.html"),
+            "/api/about": as_json(about(args, self.engine, filter)),
+            "/v1/models": as_json({"object": "list", "data": [model]}),
+            f"/v1/models/{quote(self.model)}": as_json(model),
+        }
+        self.actions = {  # for POST
+            "/v1/completions": self.answer,
+            "/v1/chat/completions": self.answer,
+            "/api/detect": self.detect,
+            "/api/flag": self.flag,
         }
 
     async def handle(self, request: Request) -> Response:
-        method, route = self.routes.get(request.path, ("", None))
-        if route is None:
+        page = self.health() if request.path == "/health" else self.pages.get(request.path)
+        action = self.actions.get(request.path)
+        if not page and not action:
             raise Problem(404, "there is nothing at this path", code="not_found")
-        if request.method != method and (request.method, method) != ("HEAD", "GET"):
-            raise Problem(405, f"this path takes {method}", headers={"Allow": method})
-        if method == "POST":
-            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind != "application/json":  # which no foreign page's form can send
-                raise Problem(415, "send JSON, as Content-Type: application/json")
-            self.charge(request, 1)
-        return await route(request)
+        methods = ("GET", "HEAD") if page else ("POST",)
+        if request.method not in methods:
+            allowed = {"Allow": ", ".join(methods)}
+            raise Problem(405, f"this path takes {methods[0]}", headers=allowed)
+        if page:
+            return page
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # which no foreign page's form can send
+            raise Problem(415, "send JSON, as Content-Type: application/json")
+        self.charge(request, 1)
+        return await action(request)
+
+    def health(self) -> Response:
+        status = "ok" if self.decoder.well else "failing"
+        told = {"status": status, "answers": self.decoder.load, "at_once": self.engine.rows}
+        return as_json(told, 200 if status == "ok" else 503)
 
     def charge(self, request: Request, cost: int) -> None:
         if wait := self.allowance.wait(self.client(request), cost):
@@ -144,33 +141,35 @@ class Demo:
             said = "likelier tokens are told only where nothing is filtered (--filter off)"
             raise Problem(400, said, param="logprobs", code="unsupported_parameter")
         (prompts, ways), asker = asked.each, self.client(request)
-        if len(ways) > 1:
-            self.charge(request, len(ways) - 1)
+        self.charge(request, len(ways) - 1)
         deadline = asyncio.get_running_loop().time() + self.args.timeout
-        try:
-            async with asyncio.timeout_at(deadline):
-                self.decoder.check(len(ways), asker)
-                if found := await self.checked(asked.text):
-                    raise Problem(400, explained(found), param=param, code="content_filter")
-                answers = await self.decoder.submit(prompts, ways, asked.stream, asker)
-        except Busy as busy:
-            raise too_many(busy) from None
-        except Unavailable as problem:
-            raise closed(problem) from None
-        except TimeoutError:
-            raise self.late(False) from None
+        async with self.within(deadline):
+            self.decoder.check(len(ways), asker)
+            _, found = await self.filter.passed(asked.text, 0, whole=True)
+            if found:
+                raise Problem(400, explained(found), param=param, code="content_filter")
+            answers = await self.decoder.submit(prompts, ways, asked.stream, asker)
         told = self.told(answers, deadline)
         if asked.stream:
             headers = {"X-Accel-Buffering": "no"}  # a proxy should pass pieces on as they come
             return Response(self.events(asked, answers, told), "text/event-stream", headers=headers)
         return await self.whole(asked, answers, told)
 
-    async def checked(self, text: str) -> str:
-        return (await self.filter.passed(text, 0, True))[1]
-
-    def late(self, begun: bool) -> Problem:
-        said = f"no {'whole ' * begun}answer in {self.args.timeout:g} s: try again later"
-        return Problem(504 if begun else 503, said, "timeout", headers=soon(10))
+    @asynccontextmanager
+    async def within(self, deadline: float, sequences: Iterable[Sequence] = ()):
+        """What keeps an answer from its asker is told as a Problem."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                yield
+        except Busy as busy:
+            status, kind = (429, "rate_limit_error") if busy.own else (503, "overloaded")
+            raise Problem(status, str(busy), kind, headers=soon(busy.wait)) from None
+        except Unavailable:
+            raise Problem(503, DOWN, "filter_unavailable", headers=soon(30)) from None
+        except TimeoutError:
+            begun = any(sequence.ids for sequence in sequences)
+            said = f"no {'whole ' * begun}answer in {self.args.timeout:g} s: try again later"
+            raise Problem(504 if begun else 503, said, "timeout", headers=soon(10)) from None
 
     async def whole(self, asked: api.Asked, answers: Answers, told: AsyncGenerator) -> Response:
         texts, reasons = [""] * len(answers.sequences), [""] * len(answers.sequences)
@@ -178,8 +177,6 @@ class Demo:
             async for index, new, reason, _ in told:
                 texts[index] += new
                 reasons[index] = reason
-        except Unavailable as problem:
-            raise closed(problem) from None
         finally:
             self.decoder.cancel(answers)
         return as_json(api.whole(asked, answers.sequences, texts, reasons))
@@ -194,13 +191,10 @@ class Demo:
                 if new:
                     yield api.piece(asked, index, new)
                 if reason:
-                    note = explained(found) if found else ""
-                    yield api.piece(asked, index, "", reason, note)
+                    yield api.piece(asked, index, "", reason, explained(found) if found else "")
             yield api.last_piece(asked, answers.sequences) + b"data: [DONE]\n\n"
         except Problem as problem:
             yield api.event({"error": problem.error})
-        except Unavailable as problem:
-            yield api.event({"error": closed(problem).error})
         finally:
             self.decoder.cancel(answers)
 
@@ -213,17 +207,13 @@ class Demo:
         before = [self.filter.tail(self.tokenizer.decode(s.prompt)) for s in answers.sequences]
         open_ = dict(enumerate(answers.sequences))
         while open_:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    await answers.news()
-                    now = [(i, s.reason or "", s.text) for i, s in open_.items()]  # in this order
-                    if any(reason in ("failed", "cancelled") for _, reason, _ in now):
-                        raise Problem(500, "the model failed at this answer", "server_error")
-                    checks = (passed(text, shown[i], why != "", before[i]) for i, why, text in now)
-                    ends = await asyncio.gather(*checks)
-            except TimeoutError:
-                begun = any(sequence.ids for sequence in answers.sequences)
-                raise self.late(begun) from None
+            async with self.within(deadline, answers.sequences):
+                await answers.news()
+                now = [(i, s.reason or "", s.text) for i, s in open_.items()]  # in this order
+                if any(reason in ("failed", "cancelled") for _, reason, _ in now):
+                    raise Problem(500, "the model failed at this answer", "server_error")
+                checks = (passed(text, shown[i], why != "", before[i]) for i, why, text in now)
+                ends = await asyncio.gather(*checks)
             for (index, reason, text), (end, found) in zip(now, ends, strict=True):
                 new, shown[index] = text[shown[index] : end], end
                 if found:
@@ -234,28 +224,12 @@ class Demo:
                 if new or reason:
                     yield index, new, reason, found
 
-    # ------------------------------------------------------------ the rest
-
-    async def send_page(self, request: Request) -> Response:
-        return self.page
-
-    async def send_about(self, request: Request) -> Response:
-        return self.about
-
-    async def health(self, request: Request) -> Response:
-        status = "draining" if self.draining else "ok" if self.decoder.well else "failing"
-        told = {"status": status, "answers": self.decoder.load, "at_once": self.engine.rows}
-        return as_json(told, 200 if status == "ok" else 503)
-
-    async def models(self, request: Request) -> Response:
-        model = {"id": self.model, "object": "model", "created": 0, "owned_by": "alpaca"}
-        one = request.path != "/v1/models"
-        return as_json(model if one else {"object": "list", "data": [model]})
+    # ------------------------------------------------------------ watermark and reports
 
     async def detect(self, request: Request) -> Response:
         text = api.text_of(api.read_json(request.body), "text")
-        if len(text) > LONGEST_CHECKED:
-            raise Problem(413, f"at most {LONGEST_CHECKED} characters", param="text")
+        if len(text) > LONGEST:
+            raise Problem(413, f"at most {LONGEST} characters", param="text")
         async with self.checking:  # it deals green lists, a quarter of a ms each
             return as_json(await asyncio.to_thread(self.coloured, text))
 
@@ -277,8 +251,6 @@ class Demo:
         report = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "model": self.model}
         for name in ("instruction", "input", "output", "why"):
             report[name] = api.text_of(body, name, "")
-            if len(report[name]) > LONGEST_REPORTED:
-                raise Problem(413, f"at most {LONGEST_REPORTED} characters", param=name)
         for name in ("temperature", "top_p", "max_tokens"):
             report[name] = api.number(body, name, None, 0, 1 << 30)
         if not report["output"] and not report["why"]:
@@ -301,29 +273,14 @@ def private(file: Path) -> None:
     file.touch(mode=0o600)
 
 
-def too_many(busy: Busy) -> Problem:
-    if busy.own:
-        said = "as many of your answers are being made as one client may have"
-        return Problem(429, said, "rate_limit_error", headers=soon(busy.wait))
-    said = "the server is busy: too many answers are waiting to be made"
-    return Problem(503, said, "overloaded", headers=soon(busy.wait))
-
-
-def closed(problem: Unavailable) -> Problem:
-    return Problem(503, str(problem), "filter_unavailable", headers=soon(30))
-
-
 def page(file: Path) -> Response:
     """The page, and a policy that lets its own script and style run and nothing else."""
-    html = file.read_bytes()
-    policy = ["default-src 'none'", "base-uri 'none'", "form-action 'none'"]
-    policy += ["frame-ancestors 'none'", "connect-src 'self'", "img-src data:"]
+    html, policy = file.read_bytes(), POLICY
     for tag in (b"script", b"style"):
         (inside,) = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), html, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(inside).digest()).decode()
-        policy.append(f"{tag.decode()}-src 'sha256-{digest}'")
-    headers = {"Content-Security-Policy": "; ".join(policy)}
-    return Response(html, "text/html; charset=utf-8", headers=headers)
+        policy += f"; {tag.decode()}-src 'sha256-{digest}'"
+    return Response(html, "text/html; charset=utf-8", 200, {"Content-Security-Policy": policy})
 
 
 def name_of(args: argparse.Namespace) -> str:
@@ -375,15 +332,15 @@ async def running(args, bound, engine: Engine, filter: Filter, marks: Watermark)
     ended = threading.Event()
     dealing = threading.Thread(target=deal_all, args=(marks, ended), name="green lists")
     async with filter:
-        most = args.rows + args.queue
+        most = engine.rows + args.queue
         decoder = Decoder(engine, most, max(most // 4, api.MOST_ANSWERS) if args.rate else most)
-        demo = Demo(args, engine, decoder, filter, marks)
+        demo = Demo(args, decoder, filter, marks)
         address, _, _ = bound.getsockname()[0].partition("%")
         local = ipaddress.ip_address(address).is_loopback
-        hosts = {*LOOPBACK, address, *args.allow_host} if local or args.allow_host else None
+        hosts = {*web.LOOPBACK, address, *args.allow_host} if local or args.allow_host else None
         if not local:
             console.notice(f"others may ask: it listens at {address}")
-        server = Server(demo.handle, Limits(connections=args.connections), hosts)
+        server = web.Server(demo.handle, web.Limits(), hosts)
         await server.start(bound)
         if engine.watermark:
             dealing.start()
@@ -391,7 +348,6 @@ async def running(args, bound, engine: Engine, filter: Filter, marks: Watermark)
             yield server, demo
         finally:
             ended.set()
-            demo.draining = True
             await server.drain(args.drain)
             await decoder.close()
 
@@ -420,7 +376,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("answers").add_argument
     add("--name", help="of the model, in the API (default: its folder's)")
     add("--rows", type=count, default=16, help="answers made at once (default: 16)")
-    add("--max-length", type=count, metavar="N", help=LENGTH_HELP)
+    add("--max-length", type=count, help="of prompt and answer (default: its own, at most 2048)")
     add("--max-new-tokens", type=count, default=512, help="of an answer at most (default: 512)")
     add("--no-watermark", action="store_true", help="answer without a watermark")
     key = os.environ.get(KEY_VARIABLE, KEY)
@@ -433,7 +389,6 @@ def parse_args() -> argparse.Namespace:
     add("--client-header", metavar="NAME", help="header in which your proxy tells who asks")
     add("--rate", type=float, default=60, help=RATE_HELP)
     add("--queue", type=count, default=48, help="answers that may wait for a row (default: 48)")
-    add("--connections", type=count, default=512, help="open at once (default: 512)")
     add("--timeout", type=above_0, default=120, help="seconds for an answer (default: 120)")
     add("--drain", type=above_0, default=30, help="seconds to end answers in (default: 30)")
     add = parser.add_argument_group("page").add_argument
@@ -442,9 +397,9 @@ def parse_args() -> argparse.Namespace:
     reports = Path("runs/demo/reports.jsonl")
     add("--reports", type=Path, default=reports, help=f"where reports go (default: {reports})")
     args = parser.parse_args()
-    if not 0 <= args.port < 1 << 16 or not 0 <= args.rate < 1e6:
-        parser.error("--port is 0 to 65535, --rate 0 or above")
-    named = [host_of(name) for name in args.allow_host]
+    if not 0 <= args.rate < math.inf:
+        parser.error("--rate is 0 or above")
+    named = [web.host_of(name) for name in args.allow_host]
     if "" in named:
         parser.error(f"--allow-host {args.allow_host[named.index('')]!r} is no name of a host")
     args.allow_host = named
@@ -463,7 +418,7 @@ def made(args: argparse.Namespace) -> tuple[Engine, Watermark]:
 def main() -> None:
     args = parse_args()
     filter = chosen_filter(args)
-    with listening(args.host, args.port) as bound:
+    with web.listening(args.host, args.port) as bound:
         engine, marks = made(args)
         private(args.reports)
         asyncio.run(serve(args, bound, engine, filter, marks))

@@ -11,7 +11,7 @@ together cost little more than one ("continuous batching", Orca, OSDI 2022).
 
   - Sequence i has row i of the key/value cache, always the first rows: when one leaves, the last
     moves into its place. No pass computes rows that are empty.
-  - Prompts that join are packed one behind the other and started in one pass, without padding.
+  - Prompts that join are packed one behind the other and started in one pass.
   - What a row holds does not depend on the others: a batch answers as one at a time does, a seed
     gives the same text alone and in company. (In fp32. With 16 bits and less, kernels round
     differently for other numbers of rows, and where two tokens are nearly equal it can show.)
@@ -228,13 +228,18 @@ class Engine:
         return chosen
 
     def start(self, sequences: list[Sequence]) -> Tensor:
-        """Fill the rows behind the active ones with prompts; the logits after each, (B, V)."""
-        bounds = [0, *accumulate(len(s.prompt) for s in sequences)]
-        ids = torch.tensor([token for s in sequences for token in s.prompt], device=self.device)
-        bounds = torch.tensor(bounds, device=self.device)
-        first = len(self.active)
-        rows = self.cache[first : first + len(sequences)]
-        hidden = self.model.hidden(ids[None], bounds.int(), rows)[0, bounds[1:] - 1]  # (B, C)
+        """Fill the rows behind the active ones with prompts; the logits after each, (B, V).
+
+        A CPU makes a kernel for every length, and keeps it: a padded end makes lengths few."""
+        ids = [token for s in sequences for token in s.prompt]
+        ends = list(accumulate(len(s.prompt) for s in sequences))
+        step = max(8, (1 << len(ids).bit_length()) // 16)  # adds an eighth at most
+        ids += [0] * min(-len(ids) % step, sequences[-1].room)
+        bounds = torch.tensor([0, *ends[:-1], len(ids)], device=self.device)
+        ids, ends = (torch.tensor(numbers, device=self.device) for numbers in (ids, ends))
+        rows = self.cache[len(self.active) : len(self.active) + len(sequences)]
+        hidden = self.model.hidden(ids[None], bounds.int(), rows)[0, ends - 1]  # (B, C)
+        rows.lengths[-1] = len(sequences[-1].prompt)  # what lies behind means nothing
         return self.model.lm_head(hidden)
 
     def next_logits(self) -> Tensor:

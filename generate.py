@@ -115,8 +115,7 @@ def chat(engine: Engine, args: argparse.Namespace) -> None:
             return
         if said.strip() == "/reset":
             history = list(start)
-            continue
-        if not said.strip():
+        if said.strip() in ("/reset", ""):
             continue
         turn = {"role": "user", "content": said}
         try:
@@ -148,18 +147,15 @@ def answer_file(args: argparse.Namespace) -> None:
             sequences.append(engine.add(ids, sampling(args, args.seed + i)))
         except ValueError as mistake:
             raise ValueError(f"{args.file}, instruction {i + 1}: {mistake}") from None
-    progress, at = console.Progress(len(records), "answers", done=done), 0
-    while at < len(sequences):
-        engine.step()
-        while at < len(sequences) and sequences[at].reason:
-            sequences[at].check()
-            answer = {**records[done + at], "output": sequences[at].text}
-            if args.out:
-                console.append_jsonl(args.out, answer | how)
-                progress.step()
-            else:
-                print(json.dumps(answer, ensure_ascii=False), flush=True)
-            at += 1
+    progress = console.Progress(len(records), "answers", done=done)
+    for record, sequence in zip(records[done:], sequences, strict=True):
+        engine.finish([sequence])  # the next ones' rows go on meanwhile
+        answer = {**record, "output": sequence.text}
+        if args.out:
+            console.append_jsonl(args.out, answer | how)
+            progress.step()
+        else:
+            print(json.dumps(answer, ensure_ascii=False), flush=True)
     if args.out:
         progress.close(str(args.out))
 
@@ -205,54 +201,45 @@ def sampling(args: argparse.Namespace, seed: int) -> Sampling:
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """For every command that asks a model: which one; see `loaded`."""
-    parser.add_argument(
-        "--model-dir", type=Path, help=f"folder of the model (default: {TRAINED}, of `make train`)"
-    )
-    parser.add_argument(
-        "--adapter", type=Path, help="folder of a LoRA adapter for --model-dir (default: none)"
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="(default: cuda if there is one, else cpu)"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="to compute in (default: as it is stored)")
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile the token step; meant for a GPU"
-    )
+    add = parser.add_argument
+    add("--model-dir", type=Path, help=f"folder of the model (default: {TRAINED}, of `make train`)")
+    add("--adapter", type=Path, help="folder of a LoRA adapter for --model-dir (default: none)")
+    add("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one, else cpu)")
+    add("--dtype", choices=DTYPES, help="to compute in (default: as it is stored)")
+    add("--compile", action="store_true", help="torch.compile the token step; meant for a GPU")
     add_flags(parser)
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """And how it is to answer; see `sampling`."""
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: likeliest (default: 0)")
-    parser.add_argument("--top-k", type=int, default=0, help="likeliest tokens kept; 0: all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="probability kept (default: 1)")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="1: none (default)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default: 0)")
-    parser.add_argument("--stop", action="append", default=[], help="text to end at; repeatable")
-    parser.add_argument(
-        "--max-new-tokens", type=console.positive(int), default=256, help="(default: 256)"
-    )
-    parser.add_argument(
-        "--rows", type=console.positive(int), default=8, help="answers made at once (default: 8)"
-    )
+    add, count = parser.add_argument, console.positive(int)
+    add("--temperature", type=float, default=0.0, help="0: likeliest (default: 0)")
+    add("--top-k", type=int, default=0, help="likeliest tokens kept; 0: all")
+    add("--top-p", type=float, default=1.0, help="probability kept (default: 1)")
+    add("--repetition-penalty", type=float, default=1.0, help="1: none (default)")
+    add("--seed", type=int, default=0, help="same seed, same text (default: 0)")
+    add("--stop", action="append", default=[], help="text to end at; repeatable")
+    add("--max-new-tokens", type=count, default=256, help="of an answer (default: 256)")
+    add("--rows", type=count, default=8, help="answers made at once (default: 8)")
 
 
 def parse_args() -> argparse.Namespace:
     parser = console.Parser(__doc__)
-    parser.add_argument("instruction", nargs="?", help="what to do; - reads it from stdin")
+    add = parser.add_argument
+    add("instruction", nargs="?", help="what to do; - reads it from stdin")
     # what is asked
-    parser.add_argument("--input", default="", help="what to do it with (default: nothing)")
-    parser.add_argument("--chat", action="store_true", help="a conversation at the prompt")
-    parser.add_argument("--system", default="", help="with --chat: what takes the preamble's place")
-    parser.add_argument("--file", type=Path, help="JSON or JSONL with an instruction a record")
-    parser.add_argument("--out", type=Path, help="with --file: JSONL to add answers to")
-    parser.add_argument("--n", type=console.positive(int), default=1, help="answers (default: 1)")
+    add("--input", default="", help="what to do it with (default: nothing)")
+    add("--chat", action="store_true", help="a conversation at the prompt")
+    add("--system", default="", help="with --chat: what takes the preamble's place")
+    add("--file", type=Path, help="JSON or JSONL with an instruction a record")
+    add("--out", type=Path, help="with --file: JSONL to add answers to")
+    add("--n", type=console.positive(int), default=1, help="answers (default: 1)")
     # of whom, and how
     add_model_flags(parser)
     add_sampling_flags(parser)
     # what is told
-    parser.add_argument("--json", action="store_true", help="with tokens and log-probabilities")
-    parser.add_argument("--stats", action="store_true", help="tokens a second, on stderr")
+    add("--json", action="store_true", help="with tokens and log-probabilities")
+    add("--stats", action="store_true", help="tokens a second, on stderr")
     args = parser.parse_args()
     asked = [args.instruction is not None, args.chat, args.file is not None]
     if sum(asked) != 1:

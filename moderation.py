@@ -38,6 +38,9 @@ LAST_WORD = re.compile(r"[^\W\u2e80-\u9fff\uf900-\ufaff]*\Z")  # Chinese may be 
 LONGEST_WORD = 40
 LONGEST_RULE_TEXT = 200  # what our rules span, in words of usual length
 EVERY = 60  # s between two notices that the service cannot be asked
+DOWN = (
+    "The content filter cannot be reached, so nothing is answered or shown. Please try again later."
+)
 HELP = (
     "If you are thinking of harming yourself, please talk to somebody now: findahelpline.com lists "
     "free and confidential help in most countries."
@@ -46,12 +49,6 @@ HELP = (
 
 class Unavailable(Exception):
     """Nobody can tell; nothing may be shown."""
-
-    def __init__(self):
-        super().__init__(
-            "The content filter cannot be reached, so nothing is answered or shown. Please try "
-            "again later."
-        )
 
 
 def explained(found: str) -> str:
@@ -198,20 +195,9 @@ def add_filter_flags(parser: argparse.ArgumentParser) -> None:
     add("--filter", choices=("service", "rules", "off"), help=kinds)
     add("--rules", type=Path, default=RULES, help="the list (default: data/filter_rules.txt)")
     add("--moderation-url", metavar="URL", help=f"of the service, up to /v1 (default: {OPENAI})")
-    model = "omni-moderation-latest"
-    add(
-        "--moderation-model",
-        default=model,
-        metavar="NAME",
-        help=f"of the service (default: {model})",
-    )
-    key = "OPENAI_API_KEY"
-    add(
-        "--moderation-key",
-        default=key,
-        metavar="NAME",
-        help=f"variable with its key (default: {key})",
-    )
+    model, key = "omni-moderation-latest", "OPENAI_API_KEY"
+    add("--moderation-model", default=model, metavar="NAME", help=f"its model (default: {model})")
+    add("--moderation-key", default=key, metavar="VARIABLE", help=f"with its key (default: {key})")
 
 
 def chosen_filter(args: argparse.Namespace) -> Filter:

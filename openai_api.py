@@ -19,6 +19,7 @@ Shown by tests/test_demo.py: test_openai_chat.
 import json
 import secrets
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -270,15 +271,15 @@ def spelled(tokenizer: Tokenizer, token: int) -> tuple[str, list[int]]:
     return text, list(text.encode())
 
 
-def offsets(s: Sequence, text: str) -> list[int]:
-    """Where in the text its tokens begin, of those that do not end behind it."""
-    stream, found, at = s.tokenizer.stream(after=s.prompt), [], 0
-    for token in s.ids:
-        found.append(at)
-        at += len(stream.push(token))
-        if at > len(text):
-            return found[:-1]
-    return found
+def tokens_of(s: Sequence, text: str) -> Iterator[tuple[int, int, float, list]]:
+    """Where in the text each of its tokens begins, the token, its logprob and the likeliest, up to
+    the first that ends behind the text."""
+    stream, end = s.tokenizer.stream(after=s.prompt), 0
+    for token, logprob, likeliest in zip(s.ids, s.logprobs, s.likeliest, strict=True):
+        start, end = end, end + len(stream.push(token))
+        if end > len(text):
+            return
+        yield start, token, logprob, likeliest
 
 
 def chat_logprobs(s: Sequence, text: str) -> dict:
@@ -287,21 +288,20 @@ def chat_logprobs(s: Sequence, text: str) -> dict:
         return {"token": text, "logprob": max(logprob, NEVER), "bytes": spelling}
 
     content = [
-        {**told(token, logprob), "top_logprobs": [told(*pair) for pair in best]}
-        for token, logprob, best, _ in zip(
-            s.ids, s.logprobs, s.likeliest, offsets(s, text), strict=False
-        )
+        {**told(token, logprob), "top_logprobs": [told(*pair) for pair in likeliest]}
+        for _, token, logprob, likeliest in tokens_of(s, text)
     ]
     return {"content": content, "refusal": None}
 
 
 def plain_logprobs(s: Sequence, text: str) -> dict:
-    starts = offsets(s, text)
-    tokens = [spelled(s.tokenizer, token)[0] for token in s.ids[: len(starts)]]
-    logprobs = [max(value, NEVER) for value in s.logprobs[: len(starts)]]
-    best = [
-        {spelled(s.tokenizer, token)[0]: max(value, NEVER) for token, value in likeliest}
-        for likeliest in s.likeliest[: len(starts)]
-    ]
-    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-    return dict(zip(names, (tokens, logprobs, best, starts), strict=True))
+    tokens = list(tokens_of(s, text))
+    return {
+        "tokens": [spelled(s.tokenizer, token)[0] for _, token, _, _ in tokens],
+        "token_logprobs": [max(logprob, NEVER) for _, _, logprob, _ in tokens],
+        "top_logprobs": [
+            {spelled(s.tokenizer, token)[0]: max(value, NEVER) for token, value in likeliest}
+            for *_, likeliest in tokens
+        ],
+        "text_offset": [start for start, *_ in tokens],
+    }

@@ -36,8 +36,8 @@ EVERY, SELDOM = 0.03, 0.5  # s between two news of a stream; of another answer t
 class Busy(Exception):
     """No more answers now; perhaps in `wait` seconds."""
 
-    def __init__(self, wait: float, own: bool = False):
-        super().__init__("busy")
+    def __init__(self, said: str, wait: float, own: bool):
+        super().__init__(said)
         self.wait, self.own = wait, own  # the asker's own answers are too many
 
 
@@ -87,9 +87,11 @@ class Decoder:
             raise RuntimeError("the thread that decodes has ended")
         if self.load + count > self.most:
             tokens = sum(s.way.max_new_tokens / 2 for a in self.under_way for s in a.sequences)
-            raise Busy(min(60.0, tokens / self.pace / self.load) if self.pace else 1.0)
+            wait = min(60.0, tokens / self.pace / self.load) if self.pace else 1.0
+            raise Busy("the server is busy: too many answers are waiting to be made", wait, False)
         if sum(n for a, n in self.under_way.items() if a.asker == asker) + count > self.share:
-            raise Busy(1.0, own=True)
+            said = "as many of your answers are being made as one client may have"
+            raise Busy(said, 1.0, True)
 
     async def submit(
         self, prompts: list[list[int]], ways: list[Sampling], stream: bool = False, asker: str = ""

@@ -77,15 +77,13 @@ class Watermark:
         return np.packbits(green, bitorder="little").tobytes()
 
     def bias(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """New logits (B, V), those green after each row's last id raised by delta.
+        """New logits (B, V), those green after each row's last id, ids (B, T), raised by delta.
 
-        `ids` are (B, T), or (B) with the last ones alone. The logits may be fewer than the
-        vocabulary: those of rows that have no piece are often cut off."""
+        They may be fewer than the vocabulary: those of rows without a piece are often cut off."""
         B, width = logits.shape
         if width > self.vocab_size:
             raise ValueError(f"{width} logits, but green lists for {self.vocab_size} tokens")
-        last = ids if ids.dim() == 1 else ids[:, -1]
-        lists = np.frombuffer(b"".join(map(self.green_list, last.tolist())), np.uint8)
+        lists = np.frombuffer(b"".join(map(self.green_list, ids[:, -1].tolist())), np.uint8)
         # numpy has an instruction for it; shifts and masks would cost four times as much
         green = np.unpackbits(lists.reshape(B, -1), axis=1, count=width, bitorder="little")
         return logits.add(torch.from_numpy(green).to(logits.device), alpha=self.delta)
@@ -132,17 +130,6 @@ class Watermark:
         return f"no watermark found: {free}, less if many were not"
 
 
-def power(watermark: Watermark, longest: int = 200) -> str:
-    """An SVG of the z to expect of marked text against its length."""
-    lines = {
-        f"S = {S:g}": [(T, watermark.expected_z(T, S)) for T in range(longest + 1)]
-        for S in (1.0, 0.8, 0.6)
-    }
-    lines["z = 4"] = [(0, 4.0), (longest, 4.0)]
-    how = f"gamma {watermark.gamma:g}, delta {watermark.delta:g}, spike entropy S"
-    return charts.line_chart(f"z of marked text: {how}", "tokens scored", lines)
-
-
 # ---------------------------------------------------------------- commands
 
 
@@ -183,9 +170,13 @@ def detect_command(args) -> None:
 
 
 def power_command(args) -> None:
-    svg = power(Watermark(32000, args.gamma, args.delta))
+    """The z to expect of marked text against its length."""
+    watermark, T = Watermark(32000, args.gamma, args.delta), range(201)
+    lines = {f"S = {S:g}": [(t, watermark.expected_z(t, S)) for t in T] for S in (1.0, 0.8, 0.6)}
+    lines["z = 4"] = [(t, 4.0) for t in (0, 200)]
+    how = f"gamma {args.gamma:g}, delta {args.delta:g}, spike entropy S"
     with console.atomic_file(args.out, "w") as file:
-        file.write(svg)
+        file.write(charts.line_chart(f"z of marked text: {how}", "tokens scored", lines))
 
 
 def parse_args() -> argparse.Namespace:

@@ -242,10 +242,8 @@ class Server:
         crowd = Counter(self.connections.values())[address] >= self.limits.per_address
         if len(self.connections) >= self.limits.connections or (crowd and address not in LOOPBACK):
             refused = refusal(Problem(503, "too many connections", "overloaded", headers=soon(1)))
-            with suppress(ConnectionError):
-                writer.write(head_of(refused, False, False) + refused.body)
-                writer.close()  # what fits the socket's buffer goes out; nobody waits for it
-            return
+            writer.write(head_of(refused, False, False) + refused.body)
+            return writer.close()  # what fits the socket's buffer goes out; nobody waits for it
         self.connections[task] = address
         try:
             while await self.exchange(reader, writer, address):

@@ -88,7 +88,6 @@ def arguments(*flags):
 def running(engine: Engine, *flags, filter: Filter | None = None, limits: Limits | None = None):
     """The server at a free port; the model's name is "tiny"."""
     args = arguments("--port", 0, "--rate", 0, "--drain", 5, "--name", "tiny", *flags)
-    args.rows = engine.rows
     bound, server = listening(args.host, 0), Running()
     marks = engine.watermark or Watermark(engine.model.config.vocab_size)
     ready, failed = threading.Event(), []

@@ -206,6 +206,22 @@ def test_many_prompts_start_in_few_passes_but_not_without_limit():
     assert len(engine.step()) == 4
 
 
+def test_prompts_of_all_lengths_start_in_passes_of_few(monkeypatch):
+    """oneDNN keeps a kernel for each: 700 MB after a thousand prompts."""
+    engine, seen = Engine(model_of(max_position_embeddings=512), TOKENIZER), set()
+    real = engine.model.hidden
+
+    def hidden(ids, *args):
+        seen.add(ids.shape[1])
+        return real(ids, *args)
+
+    monkeypatch.setattr(engine.model, "hidden", hidden)
+    for prompt in prompts_of(*range(1, 512, 3)):
+        engine.answers([prompt], Sampling(max_new_tokens=1))
+        assert engine.cache.lengths.tolist() == [len(prompt)]
+    assert len(seen) < 35 and max(seen) == 512
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_model_of_nan_says_so(temperature):
     model = model_of()

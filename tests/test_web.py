@@ -15,7 +15,7 @@ import demo
 from moderation import Filter
 from web import LOOPBACK, Limits, listening
 
-QUICK = Limits(connections=12, idle_s=1.5, read_s=0.6, write_s=0.6, body_bytes=4000)
+QUICK = Limits(connections=12, idle_s=0.8, read_s=0.6, write_s=0.6, body_bytes=4000)
 HOST = b"Host: localhost\r\n"
 
 
@@ -69,7 +69,7 @@ MALFORMED = {
     "huge body announced": (POST + b"Content-Length: 99999999999999\r\n\r\n", 413),
     "no JSON": (POST + b"Content-Length: 3\r\nConnection: close\r\n\r\n{a}", 400),
     "deep JSON": (POST + b"Content-Length: 4000\r\nConnection: close\r\n\r\n" + b"[" * 4000, 400),
-    "a form": (b"POST /v1/completions HTTP/1.1\r\n" + HOST + b"Content-Length: 0\r\n\r\n", 415),
+    "a form": (b"POST /v1/completions HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n", 415),
     "no such path": (b"GET /../demo.py HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n", 404),
     "encoded path": (b"GET /%2e%2e/ HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n", 404),
     "wrong method": (b"DELETE / HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n", 405),

@@ -200,6 +200,11 @@ def encode_example(record: dict, tokenizer: Tokenizer, max_length: int) -> tuple
     return ids[:max_length], labels[:max_length]
 
 
+def encode_chat(messages: list[dict], tokenizer: Tokenizer, max_length: int) -> tuple[list, list]:
+    """The same of a conversation, every turn of which the assistant learns with its EOS."""
+    return encode_example({"messages": messages}, tokenizer, max_length)
+
+
 def encode_record(record: dict, tokenizer: Tokenizer) -> tuple[list[int], list[int], int]:
     """(ids, labels) in full, and how many answers had to be kept from merging with their prompt."""
     if "text" in record:
@@ -235,7 +240,6 @@ def after_newline(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def encode_turns(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[int], int]:
-    """A conversation; every turn of the assistant is learned, with its EOS."""
     ids, labels, unmerged = [], [], 0
     preamble = PREAMBLE[False]
     if messages[0]["role"] == "system":

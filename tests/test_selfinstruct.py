@@ -509,6 +509,7 @@ def test_a_budget_counts_every_attempt(tmp_path, command):
         billed = (server.spent[0] * 1000 + server.spent[1] * 9000) / 1e6
     spent = sum(entry["cost"] for entry in lines(tmp_path / "r", "responses"))
     assert 0 < billed <= spent <= 60
+    assert spent > 60 - 12, "a request can cost 12: there was room for one"
 
 
 @pytest.mark.parametrize(

@@ -698,7 +698,7 @@ def test_the_four_stages_ask_the_same_whatever_the_order_of_answers(four, tmp_pa
         return answer(prompt)
 
     with Server(answer=slowly) as server:
-        killed(tmp_path / "r", server, 100, 0.5, *STAGES, "--in-flight", 9, before=SOON)
+        killed(tmp_path / "r", server, 100, 0.3, *STAGES, "--in-flight", 9, before=SOON)
         assert 0 < len(lines(tmp_path / "r", "responses")) < len(lines(four, "responses"))
         assert command(selfinstruct, *arguments(tmp_path / "r", server, 100, *STAGES))[0] == 0
     assert same(tmp_path / "r") == same(four)

@@ -81,19 +81,16 @@ async def find_or_make(
 ) -> dict[str, Any]:
     """The server's description of a batch of ours. Making one is not repeated blindly: an answer
     that was lost leaves a batch behind."""
+    request = {"method": "POST", "url": f"/v1/{KINDS[endpoint.kind]}"}
     for attempt in range(client.attempts):
         if there := await find(client, endpoint, batch["name"]):
             return there
-        lines = [
-            {"custom_id": id, "method": "POST", "url": f"/v1/{KINDS[endpoint.kind]}"}
-            | {"body": body_of(id)}
-            for id in batch["ids"]
-        ]
+        lines = (request | {"custom_id": id, "body": body_of(id)} for id in batch["ids"])
         content = "".join(json.dumps(line) + "\n" for line in lines).encode()
         files = {"file": (batch["name"] + ".jsonl", content, "application/jsonl")}
         purpose = {"purpose": "batch"}
         file = await client.call(endpoint, "POST", "files", named, data=purpose, files=files)
-        order = {"input_file_id": file["id"], "endpoint": f"/v1/{KINDS[endpoint.kind]}"}
+        order = {"input_file_id": file["id"], "endpoint": request["url"]}
         order |= {"completion_window": "24h", "metadata": {"name": batch["name"]}}
         try:
             return described(await client.send(endpoint, "POST", "batches", json=order))

@@ -193,43 +193,43 @@ def score_command(args: argparse.Namespace) -> None:
 def table(rows: list[dict]) -> str:
     """The best first, by the length-controlled rate. What is the same in all rows stands below."""
     rows = sorted(rows, key=lambda row: -row["length_controlled_win_rate"])
-    columns = {
-        "model": [row["model"] for row in rows],
-        "baseline": [row["baseline"] for row in rows],
-        "judge": [row["annotator"] for row in rows],
-        "win rate": [rate(row, "win_rate", "standard_error") for row in rows],
-        "95 %": [f"{row['win_rate_low']:.1f}–{row['win_rate_high']:.1f}" for row in rows],
-        "length-controlled": [
-            rate(row, "length_controlled_win_rate", "length_controlled_standard_error")
-            for row in rows
-        ],
-        "won–lost–drawn": [f"{r['n_wins']}–{r['n_losses']}–{r['n_draws']}" for r in rows],
-        "n": [str(row["n"]) for row in rows],
-        "missing": [str(row["n_missing"] or "") for row in rows],
-        "length": [f"{row['mean_length']:.0f}:{row['baseline_mean_length']:.0f}" for row in rows],
-        "flips": [
-            "" if row["flip_rate"] is None else f"{100 * row['flip_rate']:.0f} %" for row in rows
-        ],
-        "sign test": [f"{row['sign_test']:.2g}" for row in rows],
-        "": [row["verdict"] for row in rows],
-    }
+    lines = [cells(row) for row in rows]
+    columns = {name: [line[name] for line in lines] for name in lines[0]}
     below = ""
     for name, told in (("baseline", "against "), ("judge", "judged by ")):
         if len(set(columns[name])) == 1:
             (only,) = set(columns.pop(name))
             below += f"{', ' if below else ''}{told}{only}" if only else ""
-    columns = {name: cells for name, cells in columns.items() if any(cells)}
-    lines = [[name, *map(console.printable, cells)] for name, cells in columns.items()]
-    widths = [max(map(len, column)) for column in lines]
+    shown = [[name, *map(console.printable, told)] for name, told in columns.items() if any(told)]
+    widths = [max(map(len, column)) for column in shown]
     text = [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in zip(*lines, strict=True)
+        for line in zip(*shown, strict=True)
     ]
     return "\n".join([*text, console.printable(below)] if below else text)
 
 
-def rate(row: dict, name: str, error: str) -> str:
-    return f"{row[name]:.2f}" + (f" ± {row[error]:.2f}" if row[error] is not None else "")
+def cells(row: dict) -> dict[str, str]:
+    return {
+        "model": row["model"],
+        "baseline": row["baseline"],
+        "judge": row["annotator"],
+        "win rate": rate(row, ""),
+        "95 %": f"{row['win_rate_low']:.1f}–{row['win_rate_high']:.1f}",
+        "length-controlled": rate(row, "length_controlled_"),
+        "won–lost–drawn": f"{row['n_wins']}–{row['n_losses']}–{row['n_draws']}",
+        "n": str(row["n"]),
+        "missing": str(row["n_missing"] or ""),
+        "length": f"{row['mean_length']:.0f}:{row['baseline_mean_length']:.0f}",
+        "flips": "" if row["flip_rate"] is None else f"{100 * row['flip_rate']:.0f} %",
+        "sign test": f"{row['sign_test']:.2g}",
+        "": row["verdict"],
+    }
+
+
+def rate(row: dict, which: str) -> str:
+    error = row[f"{which}standard_error"]
+    return f"{row[f'{which}win_rate']:.2f}" + (f" ± {error:.2f}" if error is not None else "")
 
 
 def picture(rows: list[dict]) -> str:

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, assert_refused, begin
 from teacher_server import Server
 from test_generate import expected
-from test_winrate import entry
+from test_winrate import entry, write
 
 import console
 import evaluate
@@ -51,15 +51,6 @@ def answer(command, out, *more):
 
 def outputs(folder) -> list[dict]:
     return json.loads((folder / "model_outputs.json").read_text())
-
-
-def write(path, content):
-    path.write_text(json.dumps(content, ensure_ascii=False))
-    return path
-
-
-def read(path) -> str:
-    return path.read_text()
 
 
 def write_lines(path, records):
@@ -360,17 +351,16 @@ def test_several_judges_and_baselines_are_named(command, tmp_path):
 
 
 def test_a_picture_s_bars_are_95_per_cent_and_missing_where_nobody_knows(command, tmp_path):
-    files = [write(tmp_path / "a.json", [entry(n, 1 + n % 2) for n in range(100)])]
-    rows = json.loads(score(command, *files, "--plot", tmp_path / "p.svg", "--json")[1])
-    bars = re.findall(r'd="M([\d.]+) [\d.]+H([\d.]+)" stroke="#d1570a"', read(tmp_path / "p.svg"))
-    reach = 1.959964 * rows[0]["length_controlled_standard_error"]
+    file = write(tmp_path / "a.json", [entry(n, 1 + n % 2) for n in range(100)])
+    picture = tmp_path / "p.svg"
+    (row,) = json.loads(score(command, file, "--plot", picture, "--json")[1])
+    bars = re.findall(r'd="M([\d.]+) [\d.]+H([\d.]+)" stroke="#d1570a"', picture.read_text())
+    reach = 1.959964 * row["length_controlled_standard_error"]
     ends = [240 + (50 + side * reach) / 100 * (720 - 240 - 16) for side in (-1, 1)]
     assert [float(end) for end in bars[0]] == pytest.approx(ends, abs=0.06)
-    alone = write(tmp_path / "b.json", [entry(0, 2)])
-    assert score(command, alone, "--plot", tmp_path / "p.svg")[0] == 0
-    assert 'stroke="#d1570a"' not in read(tmp_path / "p.svg") and "nan" not in read(
-        tmp_path / "p.svg"
-    )
+    write(file, [entry(0, 2)])
+    assert score(command, file, "--plot", picture)[0] == 0
+    assert 'stroke="#d1570a"' not in picture.read_text() and "nan" not in picture.read_text()
 
 
 def test_the_table_is_sorted_by_the_controlled_rate(command, tmp_path):

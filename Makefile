@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-BENCHES = load train lora encode startup dedupe weightdiff decode gpu_decode quantize demo
+BENCHES = load train gpu_train lora encode startup dedupe weightdiff decode gpu_decode quantize demo
 
 .PHONY: help train tour test test-all verify lint bench clean
 

@@ -24,10 +24,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from cache import KVCache, cached_attention
 from loss import summed_cross_entropy
+
+if torch.cuda.is_available():  # it brings torch's compiler along, two seconds at every start
+    from torch.nn.attention.varlen import varlen_attn
 
 IGNORE = -100  # a label that is not learned from
 

@@ -7,6 +7,9 @@ import threading
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"  # tables of machines that not everybody has
 
 
 def memory() -> dict[str, int]:
@@ -40,15 +43,21 @@ class PeakMemory:
                 return
 
 
-def alternate(sides: dict[str, Callable[[], dict]], runs: int) -> dict[str, dict[str, list]]:
-    """Run the sides in turn, a b a b …, after one run each that does not count."""
+def alternate(
+    sides: dict[str, Callable[[], dict]], runs: int, warm_up: int = 1
+) -> dict[str, dict[str, list]]:
+    """Run the sides in turn, a b a b …, the first `warm_up` times without counting."""
     found: dict[str, dict[str, list]] = {name: {} for name in sides}
-    for turn in range(runs + 1):
+    for turn in range(warm_up + runs):
         for name, side in sides.items():
             for figure, value in side().items():
-                if turn:
+                if turn >= warm_up:
                     found[name].setdefault(figure, []).append(value)
     return found
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def row(what: str, ours: list[float], peer: list[float], more_is_better: bool = False) -> str:
@@ -56,7 +65,7 @@ def row(what: str, ours: list[float], peer: list[float], more_is_better: bool = 
     pairs = list(zip(ours, peer, strict=True))
     ratios = sorted(a / b if more_is_better else b / a for a, b in pairs)
     spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
-    middle = [f"{statistics.median(side):.3g}" for side in (ours, peer)]
+    middle = [number(statistics.median(side)) for side in (ours, peer)]
     return (
         f"| {what} | {middle[0]} | {middle[1]} | **{statistics.median(ratios):.2f}×** | {spread} |"
     )
@@ -69,6 +78,29 @@ def table(title: str, peer: str, rows: list[str], packages: list[str]) -> str:
         f"| what | ours | {peer} | ratio | spread |",
         "|---|---|---|---|---|",
     ]
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    return "\n".join([*lines, *rows, "", stamp(packages), ""])
+
+
+def gpu() -> str | None:
+    import torch  # only here: some scripts measure what importing it takes
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def stamp(packages: list[str]) -> str:
+    """When, on what and with which versions."""
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-    return "\n".join([*lines, *rows, "", f"{time.strftime('%Y-%m-%d')}; {machine}; {versions}", ""])
+    machine = f"{gpu()}, {machine}" if gpu() else machine
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    return f"{time.strftime('%Y-%m-%d')}; {machine}; {versions}"
+
+
+def kept(file: str, title: str, measured: Callable[[], str]) -> str:
+    """A table that needs a GPU: measured where there is one and kept in bench/results/, elsewhere
+    as it was kept."""
+    if gpu():
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / file).write_text(measured())
+    elif not (RESULTS / file).exists():
+        return f"### {title}\n\nNot yet measured.\n"
+    return (RESULTS / file).read_text()

@@ -26,7 +26,7 @@ Shown by tests/test_lora.py: test_ten_steps_equal_pefts.
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 import console
 import quantize
 from adapter import ATTENTION, TARGETS, Lora, adapted, read_adapter
+from arrange import arranged
 from checkpoint import DTYPES, EMBEDDING, as_dtype, open_checkpoint, save_model, tokenizer_for
 from model import Llama
 from quantize import KINDS, PLAIN, Recipe, Source
@@ -182,9 +183,11 @@ def load(
     dtype: torch.dtype | None = None,
     compile: bool = False,
 ) -> Llama:
-    """quantize.load, and an adapter put on."""
-    adapt = partial(load_adapter, folder=adapter) if adapter else None
-    return quantize.load(folder, recipe, device, dtype, compile, adapt)
+    """A model to decode with, as this machine does it fastest."""
+    model = quantize.load(folder, recipe, device, dtype)
+    if adapter:
+        load_adapter(model, adapter)
+    return arranged(model, blocks=not compile)
 
 
 # ---------------------------------------------------------------- base and adapter as one model

@@ -1,4 +1,4 @@
-"""Weights in the form that decoding reads fastest: blocks as oneDNN multiplies them, int8, int4.
+"""Weights of 8 and 4 bits, of a checkpoint that is read or in a folder of their own.
 
     python quantize.py --model-dir llama-7b --bits 4                   # how far off it would be
     python quantize.py --model-dir llama-7b --bits 4 --save llama-7b-int4  # 13.5 GB become 4.4
@@ -10,11 +10,10 @@ nearest, what a weight w becomes:
   - int8: q · s, with s = max|w| / 127 over its row of the matrix. 1 byte a weight.
   - int4: (q - 8) · s + z, s and z such that 16 steps reach from the smallest to the largest of 32
     neighbours in a row. Half a byte, and 4 bytes for s and z: 0.625 bytes a weight.
-  - 16 bits on a CPU: the same numbers, laid out in blocks; plain rows are read at half the speed.
 
 Activations keep bf16's precision, sums are fp32. Tensors are converted one at a time while a
 checkpoint is read, so that a 7B model in int4 loads where 8 GB are. The folder that --save writes
-keeps the integers; how a CPU or GPU wants them arranged is its own affair and made on loading.
+keeps the integers; how a CPU or GPU wants them arranged is its own affair (arrange.py).
 
 More on rounding large models: arXiv:2208.07339 (int8), arXiv:2212.09720 (why 4 bits).
 
@@ -22,7 +21,6 @@ Shown by tests/test_quantize.py: test_the_kernels_compute_what_the_integers_say.
 """
 
 import argparse
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -50,22 +48,10 @@ from shards import Shards, tensor_bytes
 
 GROUP = 32  # neighbours that share s and z in int4
 METHOD = "round to nearest"  # quant_method in config.json
-aten, mkldnn, onednn = torch.ops.aten, torch.ops.mkldnn, torch.ops.onednn
+aten, onednn = torch.ops.aten, torch.ops.onednn
 
 
 # ---------------------------------------------------------------- one matrix
-
-
-class BlockLinear(nn.Module):
-    """x Wᵀ on a CPU, fp32 or bf16, W (N, K) laid out in blocks: no number changes."""
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.blocks = mkldnn._reorder_linear_weight(weight.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return mkldnn._linear_pointwise(x, self.blocks, None, "none", [], "")
 
 
 class Int8Linear(nn.Module):
@@ -189,8 +175,6 @@ class Int4Linear(nn.Module):
 
 
 KINDS = {8: Int8Linear, 4: Int4Linear}
-MATRICES = (nn.Linear, *KINDS.values())
-AXES = {"weight": 0, "q": 0, "scale": 0, "scales": 1}  # of what holds a matrix, that of its rows
 
 
 # ---------------------------------------------------------------- a whole model
@@ -277,105 +261,26 @@ def load(
     recipe: Recipe = PLAIN,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-    compile: bool = False,
-    adapt: Callable[[Llama], object] | None = None,
 ) -> Llama:
-    """A model to decode with, quantized on the way if the recipe says so or the folder is.
-
-    One that will be compiled keeps its plain matrices: the compiler lays them out itself. `adapt`
-    may put an adapter on it while its layers still have their names (see lora.py)."""
+    """A model with rounded layers if the recipe says so, or the folder is one of such."""
     if recipe == PLAIN and not kept_recipe(Path(folder)):
-        model = load_model(folder, device, dtype)
-    else:
-        source = Source(folder, recipe)
-        dtype = dtype or source.found["model.norm.weight"].dtype
-        with torch.device("meta"):
-            model = Llama(source.config)
-        for name in source.shapes:
-            path, _, leaf = name.rpartition(".")
-            parts = {part: tensor.to(device) for part, tensor in source.parts(name).items()}
-            if kind := source.recipe.kind(name):
-                if kind is Int8Embedding:
-                    parts["scale"] = parts["scale"].to(dtype)
-                model.set_submodule(path, kind(**parts))
-            else:
-                weight = as_dtype(parts["weight"], dtype, name)
-                setattr(model.get_submodule(path), leaf, nn.Parameter(weight, requires_grad=False))
-        model.tie_weights()
-    if adapt:
-        adapt(model)
-    return arranged(model, blocks=not compile)
-
-
-def arranged(model: Llama, blocks: bool = True) -> Llama:
-    """Every matrix as this machine decodes fastest, one after the other; not for training."""
-    for block in model.model.layers:
-        merge(block.self_attn, ("q_proj", "k_proj", "v_proj"), blocks)
-        merge(block.mlp, ("gate_proj", "up_proj"), blocks)
-    for path, module in list(model.named_modules()):
-        if type(module) in MATRICES:
-            model.set_submodule(path, fastest(module, blocks))
-    if blocks and not model.model.norm.weight.is_cuda:
-        let_go_of_files(model)
-    return model
-
-
-def fastest(module: nn.Module, blocks: bool) -> nn.Module:
-    if type(module) is nn.Linear:
-        return BlockLinear(module.weight) if blocks and blocks_help(module.weight) else module
-    if not module.arranged and (blocks or type(module) is Int4Linear):
-        module.arrange()
-    return module
-
-
-def let_go_of_files(model: Llama) -> None:
-    """What is left of a mapped file would keep all of it in memory."""
-    for module in model.modules():
-        for name, own in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(own.detach().clone(), own.requires_grad))
-        for name, own in module.named_buffers(recurse=False):
-            if not own.is_mkldnn:
-                setattr(module, name, own.clone())
+        return load_model(folder, device, dtype)
+    source = Source(folder, recipe)
+    dtype = dtype or source.found["model.norm.weight"].dtype
+    with torch.device("meta"):
+        model = Llama(source.config)
+    for name in source.shapes:
+        path, _, leaf = name.rpartition(".")
+        parts = {part: tensor.to(device) for part, tensor in source.parts(name).items()}
+        if kind := source.recipe.kind(name):
+            if kind is Int8Embedding:
+                parts["scale"] = parts["scale"].to(dtype)
+            model.set_submodule(path, kind(**parts))
+        else:
+            weight = as_dtype(parts["weight"], dtype, name)
+            setattr(model.get_submodule(path), leaf, nn.Parameter(weight, requires_grad=False))
     model.tie_weights()
-
-
-class Together(NamedTuple):
-    """Several products over one x, made as one."""
-
-    whole: nn.Module
-    widths: list[int]
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.whole(x).split(self.widths, dim=-1)
-
-
-def merge(parent: nn.Module, names: tuple[str, ...], blocks: bool) -> None:
-    """Matrices that read the same x as one: fewer products, and larger."""
-    parts = [getattr(parent, name, None) for name in names]
-    if len({type(part) for part in parts}) > 1 or type(parts[0]) not in MATRICES:
-        return  # merged already, or wrapped by an adapter
-    parent.merged = fastest(joined(parts), blocks)
-    parent.project = Together(parent.merged, [part.out_features for part in parts])
-    for name in names:
-        delattr(parent, name)
-
-
-def joined(parts: list[nn.Module]) -> nn.Module:
-    states = [part.state_dict() for part in parts]
-    tensors = {name: torch.cat([s[name] for s in states], AXES[name]) for name in states[0]}
-    if type(parts[0]) is not nn.Linear:
-        return type(parts[0])(**tensors)
-    N, K = tensors["weight"].shape
-    whole = nn.Linear(K, N, bias=False, device="meta")
-    whole.weight = nn.Parameter(tensors["weight"], requires_grad=False)
-    return whole
-
-
-def blocks_help(weight: Tensor) -> bool:
-    if weight.is_cuda or not torch.backends.mkldnn.is_available():
-        return False
-    supported = weight.dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported()
-    return supported or weight.dtype == torch.float32
+    return model
 
 
 def kept_recipe(folder: Path) -> Recipe | None:

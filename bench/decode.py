@@ -34,8 +34,9 @@ from bench.measure import PeakMemory, memory, row, table  # noqa: E402
 from bench.train import SHAPE as SMALL  # noqa: E402
 from checkpoint import save_model  # noqa: E402
 from engine import Engine  # noqa: E402
+from lora import load  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
-from quantize import Recipe, Source, load, save  # noqa: E402
+from quantize import Recipe, Source, save  # noqa: E402
 from sampling import Sampling  # noqa: E402
 from shards import tensor_bytes  # noqa: E402
 

@@ -24,8 +24,9 @@ from bench.decode import NoTokenizer, random_prompts  # noqa: E402
 from bench.measure import PeakMemory, memory  # noqa: E402
 from checkpoint import parameter_shapes, save_model  # noqa: E402
 from engine import Engine  # noqa: E402
+from lora import load  # noqa: E402
 from model import LlamaConfig  # noqa: E402
-from quantize import Recipe, load  # noqa: E402
+from quantize import Recipe  # noqa: E402
 from sampling import Sampling  # noqa: E402
 
 NEW = 32
@@ -58,7 +59,7 @@ def main() -> None:
             write(folder)
         with PeakMemory() as peak:
             start = time.perf_counter()
-            model = load(folder, Recipe(4, 8, 16))
+            model = load(folder, recipe=Recipe(4, 8, 16))
             loaded = time.perf_counter() - start
             engine = Engine(model, NoTokenizer(), 1, 512)
             (prompt,) = random_prompts(1)

@@ -22,8 +22,9 @@ import torch  # noqa: E402
 
 from dataset import encode_example, load_records, prompt  # noqa: E402
 from engine import Engine  # noqa: E402
+from lora import load  # noqa: E402
 from model import IGNORE  # noqa: E402
-from quantize import Recipe, Source, load  # noqa: E402
+from quantize import Recipe, Source  # noqa: E402
 from sampling import Sampling  # noqa: E402
 from shards import tensor_bytes  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
@@ -68,7 +69,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     first = None
     for name, recipe in RECIPES.items():
-        model = load(folder, recipe, dtype=torch.bfloat16)
+        model = load(folder, recipe=recipe, dtype=torch.bfloat16)
         size = sum(tensor_bytes(Source(folder, recipe).layout()).values())
         perplexity, likeliest = judged(model, examples)
         answers = Engine(model, tokenizer, 16).answers(prompts, Sampling(max_new_tokens=40))

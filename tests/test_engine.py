@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import ROOT, apart, hf_model, small_config
 
+from arrange import arranged
 from checkpoint import load_model
 from engine import JOIN_TOKENS, Engine, Sequence, overlap
 from model import Llama
-from quantize import arranged
 from sampling import GREEDY, Sampling
 from tokenizer import Tokenizer
 

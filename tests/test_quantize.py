@@ -4,24 +4,15 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, assert_refused, small_config, small_model
+from conftest import ROOT, assert_refused, small_config
 from safetensors.torch import load_file, save_file
 
 import quantize
 from checkpoint import load_model, read_config, save_model
 from engine import Engine
+from lora import load as load_to_decode
 from model import Llama
-from quantize import (
-    BlockLinear,
-    Int4Linear,
-    Int8Embedding,
-    Int8Linear,
-    Recipe,
-    Source,
-    arranged,
-    load,
-    save,
-)
+from quantize import PLAIN, Int4Linear, Int8Embedding, Int8Linear, Recipe, Source, save
 from sampling import Sampling
 from tokenizer import Tokenizer
 
@@ -36,6 +27,10 @@ def matrix(N: int, K: int) -> torch.Tensor:
     weight[1, :32] = 0.37
     weight[2, 5] = 9.0
     return weight
+
+
+def load(folder, recipe=PLAIN, **how) -> Llama:
+    return load_to_decode(folder, None, recipe, **how)
 
 
 def folder_of(path, dtype=torch.bfloat16, **changes):
@@ -111,20 +106,6 @@ def test_an_outlier_does_not_drown_the_other_activations():
     ours = layer(x.bfloat16().float()) - 1000 * weight[:, 7]
     assert (ours - exact).norm() / exact.norm() < 0.02
     assert not layer(torch.zeros(2, 512).bfloat16()).any()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 2, 16, 100])
-def test_blocks_change_no_number(dtype, rows):
-    weight = torch.randn(176, 64).to(dtype)
-    x = torch.randn(rows, 64).to(dtype)
-    exact = x.double() @ weight.double().T
-    bits = {torch.float32: 2**-18, torch.bfloat16: 2**-8}[dtype]
-    out = BlockLinear(weight)(x[None])[0]
-    assert out.dtype == dtype
-    assert (
-        (out.double() - exact).abs() <= bits * (x.double().abs() @ weight.double().abs().T)
-    ).all()
 
 
 # ---------------------------------------------------------------- whole models
@@ -205,19 +186,6 @@ def test_decoding_with_rounded_weights_is_that_of_the_rounded_model(tmp_path):
     assert same == clear > 20
 
 
-def test_arranging_keeps_every_number_and_lets_go_of_the_files(tmp_path):
-    model, laid_out = small_model(), arranged(small_model())
-    ids = torch.randint(128, (2, 20))
-    with torch.no_grad():
-        assert torch.allclose(model(ids), laid_out(ids), atol=1e-4)
-    assert not any(isinstance(m, torch.nn.Linear) for m in laid_out.modules())
-    folder = folder_of(tmp_path / "m")
-    loaded = load(folder)
-    with open("/proc/self/maps") as maps:
-        assert str(folder) not in maps.read(), "the weights are in memory twice"
-    assert loaded.model.norm.weight.dtype == torch.bfloat16
-
-
 # ---------------------------------------------------------------- mistakes
 
 
@@ -252,13 +220,6 @@ def test_what_is_not_rounded_stays_as_the_checkpoint_has_it(tmp_path, dtype, rec
         assert out.dtype == dtype and (out.float() - truth).norm() / truth.norm() < 0.02
     other = load(folder, recipe, dtype=torch.bfloat16)
     assert other.model.norm.weight.dtype == torch.bfloat16 == other(ids).dtype
-
-
-def test_arranging_twice_or_copying_does_no_harm():
-    model = arranged(small_model())
-    ids = torch.randint(128, (1, 5))
-    with torch.no_grad():
-        assert torch.equal(model(ids), arranged(model)(ids))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -748,10 +748,10 @@ def opened(browser, server, **how):
     assert [line for line in said if not line.startswith("data:")] == []
 
 
-def in_page(page, pattern: str) -> None:
+def in_page(page, pattern: str, place: str = "#status") -> None:
     from playwright.sync_api import expect
 
-    expect(page.locator("#status")).to_have_text(re.compile(pattern))
+    expect(page.locator(place)).to_have_text(re.compile(pattern))
 
 
 def test_page_type_watch_stop_flag_copy_and_check(browser, tmp_path):
@@ -877,19 +877,27 @@ def test_page_fits_a_phone_and_both_colour_schemes(browser, tiny):
 
 
 def test_page_tells_what_went_wrong(browser):
-    class Down(Filter):
-        async def check(self, text):
-            raise Unavailable
+    page = browser.new_page()  # whose console tells of it too
 
-    with running(Scripted(lambda prompt: SECRET), filter=Down()) as server:
-        context = browser.new_context()
-        page = context.new_page()
+    def ask() -> None:
         page.goto(server.url)
         page.fill("#instruction", "a")
         page.click("#send")
-        in_page(page, "filter cannot be reached")
-        assert page.text_content("#answer") == ""
-        context.close()
+
+    for good in (0, 1):  # at the prompt, at the answer
+        with running(Scripted(lambda prompt: SECRET), filter=Broken(good)) as server:
+            ask()
+            in_page(page, "filter cannot be reached")
+            assert page.text_content("#answer") == ""
+    with running(Scripted(lambda prompt: "word " * 400, pace=0.01)) as server:
+        ask()
+        in_page(page, "word word", "#answer")
+        for task in list(server.http.connections):
+            server.loop.call_soon_threadsafe(task.cancel)
+        in_page(page, "connection was lost")
+    page.click("#send")
+    in_page(page, "server cannot be reached")
+    page.close()
 
 
 # ---------------------------------------------------------------- command

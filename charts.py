@@ -20,6 +20,7 @@ from console import printable
 
 COLOURS = ("#1f6feb", "#d1570a", "#1a7f37", "#8250df", "#9a6700", "#57606a")
 GRID = "#d0d7de"
+FEW = 12  # points of a line that are shown as such
 Bars = list[tuple[str, int]]
 
 
@@ -75,6 +76,10 @@ def line_chart(title: str, x_label: str, lines: dict[str, list[tuple[float, floa
         colour = COLOURS[index % len(COLOURS)]
         path = " ".join("{},{}".format(*place(x, y)) for x, y in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        few = points if len(points) < FEW else []  # what lies between them nobody has measured
+        parts += [
+            '<circle cx="{}" cy="{}" r="4" fill="{}"/>'.format(*place(*p), colour) for p in few
+        ]
         corner = {"x": width - right - 4, "y": top + 14 + 16 * index}
         parts.append(words(name, **corner, fill=colour, text_anchor="end"))
     return svg(width, height, parts)

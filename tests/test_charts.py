@@ -14,8 +14,11 @@ HOSTILE = "<script>&\x1b[2J"
 def test_a_chart_is_well_formed_and_its_lines_stay_inside():
     points = [(step, 5 / (step + 1)) for step in range(20)] + [(20, math.nan)]
     lines = {"train": points, "held out": [(0, 4.0), (9, 4.0)]}
-    drawn = ET.fromstring(charts.line_chart("loss", "step", lines)).findall(f"{SPACE}polyline")
+    picture = ET.fromstring(charts.line_chart("loss", "step", lines))
+    drawn, dots = (picture.findall(SPACE + shape) for shape in ("polyline", "circle"))
     assert len(drawn) == 2
+    few = [f"{dot.get('cx')},{dot.get('cy')}" for dot in dots]
+    assert few == drawn[1].get("points").split(), "two measurements are shown as two"
     for line in drawn:
         for point in line.get("points").split():
             x, y = map(float, point.split(","))

@@ -88,6 +88,13 @@ def test_the_kernels_compute_what_the_integers_say(kind, rows, shape):
     assert ((out[0].double() - exact).abs() <= allowed).all()
 
 
+def test_activations_become_the_nearest_of_sixteen_bits():
+    x = torch.randn(5, 64)
+    step, halves = quantize.two_bytes(x)
+    low, high = (half.int() - 128 for half in halves.chunk(2))
+    assert ((256 * high + low) * step - x).abs().le(0.51 * step).all()
+
+
 def test_any_width_can_be_int8():
     """(torch's own kernel for this reads past the end of rows of 50 columns.)"""
     layer = Int8Linear(**Int8Linear.parts(matrix(33, 50)))

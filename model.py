@@ -84,10 +84,8 @@ class LlamaConfig:
     def preset(cls, name: str) -> "LlamaConfig":
         """`tiny` trains on two CPU cores in about a minute; the others are LLaMA 1's four sizes."""
         if name == "tiny":  # its vocabulary is data/tokenizer.model's
-            width = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 352}
-            depth = {"num_hidden_layers": 4, "num_attention_heads": 4}
             # Narrow layers start wider, or attention is too even for heads that copy to form.
-            return cls(**width, **depth, max_position_embeddings=512, initializer_range=0.06)
+            return cls(1024, 128, 352, 4, 4, max_position_embeddings=512, initializer_range=0.06)
         if name not in SIZES:
             raise ValueError(f"no preset {name!r}: choose from tiny, {', '.join(SIZES)}")
         width, ffn, layers, heads, eps = SIZES[name]

@@ -138,6 +138,7 @@ def test_save_load_save_gives_the_same_bytes(tmp_path, dtype, tied):
     for file in (tmp_path / "a").glob("*.safetensors"):
         assert file.stat().st_size <= max(50_000, largest.numel() * dtype.itemsize) + 4096
         assert load_file(file)  # the safetensors library can read it
+        assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0  # its data is aligned
 
 
 @pytest.mark.outside

@@ -52,6 +52,7 @@ def test_int8_is_rounding_to_nearest_row_by_row():
     # half a step, or where the scale was rounded down, what the largest number loses by it
     assert (off <= (scale * 0.5).maximum(weight.abs() * 2**-8) + 1e-9).all()
     assert off.max() > 0 and (parts["q"][0] == 0).all()
+    assert (parts["q"][1:].abs().amax(1) == 127).all(), "all of the eight bits are used"
 
 
 def test_int4_is_rounding_to_nearest_in_groups_of_32():
@@ -64,6 +65,8 @@ def test_int4_is_rounding_to_nearest_in_groups_of_32():
     assert (off <= 0.5 * scale + reach * 2**-6 + 1e-9).all()  # s and z are rounded to bf16
     assert torch.equal(layer.integers().view(48, 3, 32)[1, 0], layer.integers()[1, :32])
     assert (off[1, :32] <= 0.37 * 2**-8).all(), "a group of equal numbers is that number"
+    low, high = layer.integers().view(48, 3, 32)[2:].aminmax(dim=-1)
+    assert (high - low >= 14).all(), "all of the four bits are used"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,6 +86,13 @@ def test_the_kernels_compute_what_the_integers_say(kind, rows, shape):
     out = layer(x[None])
     assert out.shape == (1, rows, shape[0]) and out.dtype == torch.bfloat16
     assert ((out[0].double() - exact).abs() <= allowed).all()
+
+
+def test_activations_become_the_nearest_of_sixteen_bits():
+    x = torch.randn(5, 64)
+    step, halves = quantize.two_bytes(x)
+    low, high = (half.int() - 128 for half in halves.chunk(2))
+    assert ((256 * high + low) * step - x).abs().le(0.51 * step).all()
 
 
 def test_any_width_can_be_int8():

@@ -72,19 +72,19 @@ def load_records(path: str | Path) -> list[dict]:
 
 
 def numbered_objects(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line, value) for every element of a JSON list, or every line of a JSONL file."""
+    """(line, value) for every element of a JSON list, or every object of a JSONL file."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as mistake:
         line = mistake.object[: mistake.start].count(b"\n") + 1
         raise ValueError(f"{path}, line {line}: not UTF-8: save the file as UTF-8") from None
-    if not text.lstrip().startswith("["):
-        yield from numbered_lines(path, text)
-        return
     decoder, space = json.JSONDecoder(), re.compile(r"\s*")
-    at = space.match(text, text.index("[") + 1).end()
+    at = space.match(text).end()
+    listed = text.startswith("[", at)
+    end = "]" if listed else ""  # a slice behind the text's end is empty
+    at = space.match(text, at + listed).end()
     line, counted = 1, 0
-    while not text.startswith("]", at):
+    while text[at : at + 1] != end:
         line, counted = line + text.count("\n", counted, at), at
         try:
             value, at = decoder.raw_decode(text, at)
@@ -92,25 +92,15 @@ def numbered_objects(path: Path) -> Iterator[tuple[int, Any]]:
             raise ValueError(f"{path}, line {line}: not JSON ({mistake})") from None
         yield line, value
         at = space.match(text, at).end()
-        if text.startswith(",", at):
+        if listed and text.startswith(",", at):
             at = space.match(text, at + 1).end()
-        elif not text.startswith("]", at):
+        elif listed and not text.startswith("]", at):
             line += text.count("\n", counted, at)
             raise ValueError(f"{path}, line {line}: a comma or the list's end ] was expected")
     at = space.match(text, at + 1).end()
     if rest := text[at : at + 40]:
         line += text.count("\n", counted, at)
         raise ValueError(f"{path}, line {line}: after the list there is more: {rest!r}")
-
-
-def numbered_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as mistake:
-                why = getattr(mistake, "msg", mistake)
-                raise ValueError(f"{path}, line {number}: not JSON ({why})") from None
 
 
 def understood(raw: Any) -> list[dict]:
@@ -243,13 +233,8 @@ def after_newline(text: str, tokenizer: Tokenizer) -> list[int]:
     return ids[len(tokenizer.newline) :]
 
 
-def encode_chat(messages: list[dict], tokenizer: Tokenizer, max_length: int) -> tuple[list, list]:
-    """A conversation as `encode_example`; every turn of the assistant is learned, with its EOS."""
-    ids, labels, _ = encode_turns(messages, tokenizer)
-    return ids[:max_length], labels[:max_length]
-
-
 def encode_turns(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[int], int]:
+    """A conversation; every turn of the assistant is learned, with its EOS."""
     ids, labels, unmerged = [], [], 0
     preamble = PREAMBLE[False]
     if messages[0]["role"] == "system":
@@ -262,8 +247,7 @@ def encode_turns(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int],
         else:
             asked = f"\n\n### Instruction:\n{message['content']}\n\n{RESPONSE}"
             if ids:
-                new = after_newline(asked[1:], tokenizer)
-                new = tokenizer.newline[-1:] + new
+                new = tokenizer.newline[-1:] + after_newline(asked[1:], tokenizer)
             else:
                 new = tokenizer.encode(preamble + asked, bos=True)
             labels += [IGNORE] * len(new)
@@ -348,13 +332,12 @@ def step_examples(examples: int, batch: int, epochs: float, seed: int, step: int
     """The examples of a step, counted from 0: the next `batch` of one shuffle after another."""
     stop = min((step + 1) * batch, round(examples * epochs))
     wanted = np.arange(step * batch, stop)
-    return np.concatenate(
-        [
-            shuffled(examples, seed, int(epoch))[wanted[here] % examples]
-            for epoch in np.unique(wanted // examples)
-            if (here := wanted // examples == epoch).any()
-        ]
-    )
+    epochs_of = wanted // examples
+    parts = [
+        shuffled(examples, seed, int(epoch))[wanted[epochs_of == epoch] % examples]
+        for epoch in np.unique(epochs_of)
+    ]
+    return np.concatenate(parts)
 
 
 def pack_rows(lengths: np.ndarray, ranks: int, row_tokens: int) -> list[list[list[int]]]:

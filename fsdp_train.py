@@ -47,23 +47,23 @@ from torch.distributed.device_mesh import DeviceMesh
 import console
 import lora
 import plan
-from adapter import Lora, save_adapter
+from adapter import save_adapter
 from checkpoint import DTYPES, check_tensors, load_model, read_config, save_model, stored_tensors
 from dataset import (
     Examples,
     encode_all,
     load_mixture,
-    load_records,
     make_row,
     pack_rows,
-    prompt,
     step_examples,
     total_steps,
 )
-from generate import greedy
+from engine import Engine
+from generate import question
 from model import Llama, LlamaConfig
 from modelcard import model_card
 from parallel import (
+    StopSignal,
     apply_activation_checkpointing,
     apply_compile,
     apply_fsdp,
@@ -75,42 +75,25 @@ from parallel import (
     together,
 )
 from runfolder import RunFolder
+from sampling import Sampling
 from snapshots import Snapshots
 from tokenizer import Tokenizer
 
-# What flags left out mean. Alpaca's 7B recipe, when a model is named:
-ALPACA = {
-    "data": None,
-    "eval_data": None,
-    "out": Path("runs/alpaca"),
-    "epochs": 3,
-    "batch_size": 128,
-    "lr": 2e-5,
-    "max_length": 512,
-    "row_tokens": 4096,
-    "checkpointing": "selective",
-    "dtype": "bf16",
-    "save_every": 100,
-    "answers": 4,
-}
-# The embedded model's, when none is:
+# Flags left out mean Alpaca's recipe for 7B; without a model to start from, the embedded one's:
 TINY = {
+    "model_dir": Path("data/tiny-llama"),
     "data": ["data/sample_train.json"],
-    "eval_data": "data/sample_heldout.json",
+    "eval_data": Path("data/sample_heldout.json"),
     "out": Path("runs/tiny"),
     "epochs": 2,
     "batch_size": 16,
     "lr": 3e-4,
-    "max_length": 512,
-    "row_tokens": 4096,
     "checkpointing": "none",
     "dtype": "fp32",
     "save_every": 200,
     "answers": 1000,
 }
-# alpaca-lora's, with --lora in place of either's:
-LORA = {"lr": 3e-4, "checkpointing": "full", **lora.FLAGS}
-TINY_MODEL = Path("data/tiny-llama")
+LORA = {"lr": 3e-4, "checkpointing": "full", **lora.FLAGS}  # with --lora alpaca-lora's, in both
 BETAS, EPS, CLIP = (0.9, 0.999), 1e-8, 1.0  # what Alpaca's command leaves at their defaults
 SHAPE_STEP = 128  # compiled blocks see rows of a multiple of this many tokens
 
@@ -146,9 +129,8 @@ def prepare(args: argparse.Namespace) -> Job:
     if not 0 <= args.warmup < 1:
         raise ValueError(f"--warmup {args.warmup} is not a share of the steps, from 0 to below 1")
     for name in ("seed", "save_every", "answers"):
-        if getattr(args, name) < 0:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} {getattr(args, name)} is below 0")
+        if (number := getattr(args, name)) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {number} is below 0")
     if args.max_length > config.max_position_embeddings:
         raise ValueError(
             f"--max-length {args.max_length} is more than the "
@@ -161,22 +143,24 @@ def prepare(args: argparse.Namespace) -> Job:
     steps = min(steps, args.max_steps or steps)
     if not steps:
         raise ValueError(f"--epochs {args.epochs} of {len(train)} examples is not one step")
-    questions = load_records(args.eval_data) if args.eval_data else []
-    held_out = None
-    if questions:
-        origins = [f"{args.eval_data} record {i + 1}" for i in range(len(questions))]
+    questions, held_out = [], None
+    if args.eval_data:
+        questions, origins = load_mixture([args.eval_data], args.seed)
         held_out = encode_all(questions, origins, tokenizer, args.max_length)
     return Job(config, tokenizer, train, held_out, questions, steps)
 
 
 def settings(args: argparse.Namespace, job: Job) -> dict[str, Any]:
-    """What decides the weights that come out."""
-    names = ("preset", "epochs", "batch_size", "lr", "warmup", "max_length", "seed", "dtype")
-    files = {"base": str(args.model_dir), "data": " ".join(args.data), "ids": job.train.digest()}
-    # None too, or a whole model's run would go on in an adapter's folder
-    adapter = {"lora": f"{args.lora}, base of {args.bits} bits" if args.lora else None}
-    chosen = {name: getattr(args, name) for name in names}
-    return {**files, **adapter, **chosen, "steps": job.steps}
+    """What decides the weights that come out, by the flags' names."""
+    names = ("model_dir", "preset", "epochs", "batch_size", "lr", "warmup", "max_length")
+    chosen = {name: getattr(args, name) for name in (*names, "max_steps", "seed", "dtype")}
+    return {
+        **chosen,
+        "model_dir": str(args.model_dir),
+        "data": f"{' '.join(args.data)}, as ids {job.train.digest()}",
+        # None too, or a whole model's run would go on in an adapter's folder
+        "lora": f"{args.lora}, base of {args.bits} bits" if args.lora else None,
+    }
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -230,7 +214,7 @@ def train_step(
     rows: Iterable[dict[str, Tensor]],
     learned: int,
     device: torch.device,
-    stop: "StopSignal",
+    stop: StopSignal,
 ) -> tuple[float, float, bool]:
     """One step: (mean loss of all ranks, gradient norm before clipping, is any asked to stop?).
 
@@ -327,8 +311,7 @@ def train(
         which = step_examples(len(job.train), args.batch_size, args.epochs, args.seed, step)
         learned = int(supervised[which].sum())
         rate = learning_rate(step, job.steps, args.lr, args.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        optimizer.param_groups[0]["lr"] = rate
         rows = my_rows(job.train, which, args, device)
         loss, norm, stopping = train_step(model, optimizer, rows, learned, device, stop)
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -338,10 +321,10 @@ def train(
                 f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}. The weights are "
                 f"as they were before and nothing is saved. The step's examples: {culprits}"
             )
-        clock, seconds = (now := time.perf_counter()), now - clock
-        figures = {"step": step + 1, "loss": loss, "lr": rate, "grad_norm": norm}
-        pace = speed(job.config, args.lora, lengths[which], learned, seconds, device)
-        run.step({**figures, **pace})
+        now = time.perf_counter()
+        pace = speed(args, job.config, lengths[which], learned, now - clock, device)
+        run.step({"step": step + 1, "loss": loss, "lr": rate, "grad_norm": norm, **pace})
+        clock = now
         last = step + 1 == job.steps
         due = args.save_every and (last or (step + 1) % args.save_every == 0)
         if due or stopping:
@@ -362,8 +345,8 @@ def train(
 
 
 def speed(
+    args: argparse.Namespace,
     config: LlamaConfig,
-    adapter: Lora | None,
     lengths: np.ndarray,
     learned: int,
     seconds: float,
@@ -381,8 +364,8 @@ def speed(
         return {**figures, "memory_GB": peak / 1e9}
     figures["memory_GB"] = torch.cuda.max_memory_allocated() / 1e9
     if chip := plan.find_chip(torch.cuda.get_device_name()):
-        share = learned / tokens
-        flops = plan.flops_per_token(config, plan.mean_length(lengths), share, adapter) * tokens
+        length = plan.mean_length(lengths)
+        flops = plan.flops_per_token(config, length, learned / tokens, args.lora) * tokens
         figures["mfu"] = flops / seconds / (chip.flops * dist.get_world_size())
     return figures
 
@@ -402,88 +385,36 @@ def export(model: Llama, job: Job, args: argparse.Namespace) -> None:
 
 def write_card(args: argparse.Namespace, job: Job, run: RunFolder, ranks: int) -> None:
     """data/MODEL_CARD.md, filled in for this run. It hashes the base: not while ranks wait."""
-    elsewhere = ("base", "data", "preset")  # on the card
-    recipe = {k: v for k, v in settings(args, job).items() if k not in elsewhere and v is not None}
-    recipe |= {"optimizer": f"AdamW {BETAS}, eps {EPS}, no weight decay; norm clipped at {CLIP}"}
-    whole, layers = plan.parameters(job.config), job.config.num_hidden_layers
-    learned = layers * plan.block_adapter_parameters(job.config, args.lora) if args.lora else whole
-    card = model_card(
-        args.out.name,
-        args.model_dir,
-        args.data,
-        str(args.eval_data) if args.eval_data else None,
-        recipe | {"ranks": ranks},
-        run.records,
-        adapter=args.lora is not None,
-        parameters=whole,
-        learned=learned,
-        positions=job.config.max_position_embeddings,
-        examples=len(job.train),
-        supervised=int(job.train.supervised.sum()),
-    )
+    optimizer = f"AdamW {BETAS}, eps {EPS}, no weight decay; norm clipped at {CLIP}"
+    recipe = settings(args, job) | {"optimizer": optimizer, "ranks": ranks}
     with console.atomic_file(outcome(args) / "README.md", "w") as file:
-        file.write(card)
+        file.write(model_card(args, job.config, job.train, recipe, run.summary()))
 
 
 def outcome(args: argparse.Namespace) -> Path:
     return args.out / ("adapter" if args.lora else "model")
 
 
-class StopSignal:
-    """Ctrl-C or SIGTERM, heard at the end of a step. A second Ctrl-C is not waited for; SIGTERM may
-    come twice, from a scheduler that tells every process and from torchrun passing it on."""
-
-    def __init__(self):
-        self.number = 0  # none yet
-        signals = signal.SIGINT, signal.SIGTERM
-        self.usual = {number: signal.signal(number, self.hear) for number in signals}
-
-    def hear(self, number: int, frame) -> None:
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-        if not self.number:
-            os.write(2, b"stopping after this step\n")  # print is not safe in here
-        self.number = number
-
-    def forget(self) -> None:
-        for number, handler in self.usual.items():
-            signal.signal(number, handler)
-
-
-def show(args: argparse.Namespace, job: Job, run: RunFolder, device: torch.device) -> None:
-    """What came of it: losses, and answers to instructions the model was not trained on."""
-    losses = [loss for _, loss in run.points("loss")]
-    tokens = sum(tokens for _, tokens in run.points("tokens"))
-    print(f"{len(losses)} steps of {tokens:,} tokens; training loss", end=" ")
-    print(f"{losses[0]:.3f} → {losses[-1]:.3f}", end="")
-    held_out = [loss for _, loss in run.points("held_out_loss")]
-    print(f"; held out {held_out[0]:.3f} → {held_out[-1]:.3f}" if held_out else "")
-    answered = answers(args, job, device)
-    for shown in range(0, len(answered), len(answered) // 12 + 1):  # a dozen, from all over
-        record, answer = answered[shown]
-        asked = f"{record['instruction']} [{record['input']}]".removesuffix(" []")
-        print(f"  {'right' if answer == record['output'] else 'wrong'}  {asked} → {answer}")
-    if answered:
-        right = sum(answer == record["output"] for record, answer in answered)
-        share = f"{right} of {len(answered)} held-out instructions ({right / len(answered):.1%})"
-        print(f"answered exactly as expected: {share}")
-    made = outcome(args)
-    print(f"{made} is the {made.name}, {args.out / 'loss.svg'} the picture")
-
-
-def answers(args: argparse.Namespace, job: Job, device: torch.device) -> list[tuple[dict, str]]:
-    """The first held-out records, with what the model that was written says to them."""
+def show_answers(args: argparse.Namespace, job: Job, device: torch.device) -> None:
+    """How the model that was written answers instructions that it was not trained on."""
+    half = args.max_length // 2  # for the question, as much for its answer
     asked = []
     for record in (record for record in job.questions if "output" in record):
-        ids = job.tokenizer.encode(prompt(record["instruction"], record["input"]), bos=True)
-        if len(asked) < args.answers and len(ids) <= args.max_length // 2:
+        ids = question(record["instruction"], record["input"], job.tokenizer)
+        if len(asked) < args.answers and len(ids) <= half:
             asked.append((record, ids))
+    if not asked:
+        return
     gc.collect()  # the trained model hangs in cycles, and two may not fit where one did
-    model, found = written(args, device) if asked else None, []
-    for batch in (asked[start : start + 64] for start in range(0, len(asked), 64)):
-        texts = greedy(model, job.tokenizer, [ids for _, ids in batch], args.max_length // 2)
-        found += [(record, text) for (record, _), text in zip(batch, texts, strict=True)]
-    return found
+    engine = Engine(written(args, device), job.tokenizer, min(64, len(asked)), args.max_length)
+    said = engine.answers([ids for _, ids in asked], Sampling(max_new_tokens=half))
+    answered = [(record, s.text) for (record, _), s in zip(asked, said, strict=True)]
+    for record, text in answered[:: len(answered) // 12 + 1]:  # a dozen, from all over
+        told = f"{record['instruction']} [{record['input']}]".removesuffix(" []")
+        print(f"  {'right' if text == record['output'] else 'wrong'}  {told} → {text}")
+    right = sum(text == record["output"] for record, text in answered)
+    share = f"{right} of {len(answered)} held-out instructions ({right / len(answered):.1%})"
+    print(f"answered exactly as expected: {share}")
 
 
 def written(args: argparse.Namespace, device: torch.device) -> Llama:
@@ -497,20 +428,18 @@ def written(args: argparse.Namespace, device: torch.device) -> Llama:
 
 
 def flags(recipe: dict[str, Any]) -> str:
-    given = {name: v for name, v in recipe.items() if v is not None}
-    said = {name: " ".join(v) if isinstance(v, list) else v for name, v in given.items()}
+    said = {name: " ".join(v) if isinstance(v, list) else v for name, v in recipe.items()}
     return "\n".join(f"  --{name.replace('_', '-')} {value}" for name, value in said.items())
 
 
 def parse_args() -> argparse.Namespace:
-    recipes = f"""flags left out mean, with --model-dir or --preset (Alpaca's 7B recipe):
-{flags(ALPACA)}
-and without, for the embedded {TINY_MODEL}:
+    recipes = f"""without --model-dir or --preset, flags left out mean:
 {flags(TINY)}
-with --lora, in either case (and --out ends in -lora):
+with --lora (and --out ends in -lora):
 {flags(LORA)}"""
     parser = console.Parser(__doc__, epilog=recipes)
     count, amount = console.positive(int), console.positive(float)
+    here = "(default: %(default)s)"
 
     flag = parser.add_argument_group("what is trained on what").add_argument
     flag("--model-dir", type=Path, help="the base: a Hugging Face or a Meta folder")
@@ -518,40 +447,42 @@ with --lora, in either case (and --out ends in -lora):
     flag("--tokenizer", type=Path, help="a tokenizer.model (default: the base's)")
     flag("--data", nargs="+", metavar="FILE[:WEIGHT]", help="JSON or JSONL; FILE:2 counts twice")
     flag("--eval-data", type=Path, help="held-out records, tried before and after")
-    flag("--out", type=Path, help="folder of the run")
+    flag("--out", type=Path, default=Path("runs/alpaca"), help=f"folder of the run {here}")
 
     flag = parser.add_argument_group("recipe").add_argument
-    flag("--epochs", type=amount, help="how often every example is seen")
-    flag("--batch-size", type=count, help="examples a step, over all ranks")
-    flag("--lr", type=amount, help="highest learning rate")
-    flag("--warmup", type=float, default=0.03, help="share of all steps (default: 0.03)")
-    flag("--max-length", type=count, help="tokens that an example is cut to")
+    flag("--epochs", type=amount, default=3, help=f"how often every example is seen {here}")
+    flag("--batch-size", type=count, default=128, help=f"examples a step, over all ranks {here}")
+    flag("--lr", type=amount, default=2e-5, help=f"highest learning rate {here}")
+    flag("--warmup", type=float, default=0.03, help=f"share of all steps {here}")
+    flag("--max-length", type=count, default=512, help=f"tokens that an example is cut to {here}")
     flag("--max-steps", type=count, help="steps, if fewer than the epochs have")
-    flag("--seed", type=int, default=42, help="of the shuffle (default: 42)")
+    flag("--seed", type=int, default=42, help=f"of the shuffle {here}")
 
     lora.add_flags(parser)
 
     flag = parser.add_argument_group("memory and speed").add_argument
-    flag("--row-tokens", type=count, help="most tokens a rank computes at once")
-    kept = "what blocks do not keep for the backward pass (full: all but their input)"
-    flag("--checkpointing", choices=("full", "selective", "none"), help=kept)
-    flag("--dtype", choices=("bf16", "fp32"), help="what blocks compute in")
+    flag("--row-tokens", type=count, default=4096, help=f"most a rank computes at once {here}")
+    kept = f"what blocks do not keep for the backward pass; full: all but their input {here}"
+    modes = ("full", "selective", "none")
+    flag("--checkpointing", choices=modes, default="selective", help=kept)
+    dtypes = ("bf16", "fp32")
+    flag("--dtype", choices=dtypes, default="bf16", help=f"what blocks compute in {here}")
     boolean = argparse.BooleanOptionalAction
     flag("--compile", action=boolean, help="compile the blocks (default: on a GPU)")
     flag("--offload", action="store_true", help="keep weights and moments in host memory")
-    flag("--replicas", type=count, default=1, help="copies of the sharded model (default: 1)")
-    flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    flag("--replicas", type=count, default=1, help=f"copies of the sharded model {here}")
+    flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help=f"to train on {here}")
 
     flag = parser.add_argument_group("saving").add_argument
-    flag("--save-every", type=int, help="steps between snapshots; 0: none")
-    flag("--keep", type=count, default=2, help="snapshots that are kept (default: 2)")
+    flag("--save-every", type=int, default=100, help=f"steps between snapshots; 0: none {here}")
+    flag("--keep", type=count, default=2, help=f"snapshots that are kept {here}")
     flag("--resume", action="store_true", help="go on with a run, do not start one")
-    flag("--save-dtype", choices=("bf16", "fp32"), default="bf16", help="model/'s (default: bf16)")
-    flag("--answers", type=int, help="held-out instructions to answer at the end")
+    flag("--save-dtype", choices=dtypes, default="bf16", help=f"model/'s {here}")
+    flag("--answers", type=int, default=4, help=f"held-out instructions to answer {here}")
 
     flag = parser.add_argument_group("plan").add_argument
     flag("--plan", action="store_true", help="tell memory, steps and hours; do not train")
-    flag("--gpus", type=count, default=1, help="how many to plan for (default: 1)")
+    flag("--gpus", type=count, default=1, help=f"how many to plan for {here}")
     flag("--chip", choices=plan.CHIPS, help="which to plan for (default: this machine's)")
 
     args = parser.parse_args()
@@ -559,16 +490,14 @@ with --lora, in either case (and --out ends in -lora):
         parser.error("--preset trains from random weights, --model-dir from a base: choose one")
     if args.preset and args.lora:
         parser.error("--lora adapts a base, and --preset is none: give a --model-dir")
-    recipe = ALPACA if args.preset or args.model_dir else TINY
-    if recipe is TINY:
-        args.model_dir = TINY_MODEL
+    if not (args.preset or args.model_dir):
+        parser.set_defaults(**TINY)
     if args.lora:
-        recipe = recipe | LORA | {"out": recipe["out"].with_name(recipe["out"].name + "-lora")}
+        out = parser.get_default("out")
+        parser.set_defaults(**LORA, out=out.with_name(f"{out.name}-lora"))
     elif given := [name for name in lora.FLAGS if getattr(args, name) is not None]:
         parser.error(f"--{given[0].replace('_', '-')} goes with --lora")
-    for name, value in recipe.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    args = parser.parse_args()  # again, for it is known now what flags left out mean
     args.lora = lora.lora_of(args) if args.lora else None
     if args.data is None:
         parser.error("--data is needed: which records to train on")
@@ -577,29 +506,10 @@ with --lora, in either case (and --out ends in -lora):
     return args
 
 
-def planned(args: argparse.Namespace) -> str:
-    """What the run would take on `--gpus` of the chip, by the rows it would really have."""
-    job = prepare(args)
-    lengths, supervised = job.train.lengths, job.train.supervised
-    longest = rows = tokens = 0
-    for step in range(job.steps):
-        which = step_examples(len(job.train), args.batch_size, args.epochs, args.seed, step)
-        ranks = pack_rows(lengths[which], args.gpus, args.row_tokens)
-        longest = max(longest, *(int(lengths[which[row]].sum()) for mine in ranks for row in mine))
-        rows, tokens = max(rows, len(ranks[0])), tokens + int(lengths[which].sum())
-    share = supervised.sum() / lengths.sum()
-    how = args.checkpointing, DTYPES[args.dtype], args.offload, rows, args.lora, args.bits or 16
-    run = plan.Run(job.config, args.gpus, args.replicas, longest, share, *how)
-    chip = plan.CHIPS.get(args.chip)
-    if chip is None and torch.cuda.is_available():
-        chip = plan.find_chip(torch.cuda.get_device_name())
-    return plan.report(run, tokens, job.steps, plan.mean_length(lengths), chip)
-
-
 def main() -> None:
     args = parse_args()
     if args.plan:
-        return print(planned(args))
+        return print(plan.planned(args, prepare(args)))
     keep_freed_memory()
     with process_group(args.device, args.replicas) as (mesh, device):
         if args.compile is None:  # in fp32 there is no kernel for all documents, but a loop
@@ -607,21 +517,23 @@ def main() -> None:
         job = together(lambda: prepare(args))
         others = dist.get_rank() > 0
         run = together(lambda: RunFolder(args.out, settings(args, job), args.resume, others))
-        finished = together(lambda: run.finished())
+        finished = together(run.finished)
         dist.barrier()  # everybody has looked before anybody writes
         if finished:
             console.notice(f"{args.out} is finished; remove it to train anew")
             run.begin(job.steps + 1, job.steps)
             Snapshots(args.out / "checkpoints", args.keep).remove()  # if the last run was cut off
         else:
-            console.notice(
-                "examples: " + ", ".join(f"{n} {w}" for w, n in job.train.report.items())
-            )
+            counts = ", ".join(f"{number} {what}" for what, number in job.train.report.items())
+            console.notice(f"examples: {counts}")
             train(args, job, run, mesh, device)
     if not others:
         if not (outcome(args) / "README.md").exists():
             write_card(args, job, run, mesh.size())
-        show(args, job, run, device)
+        print(run.summary())
+        show_answers(args, job, device)
+        made = outcome(args)
+        print(f"{made} is the {made.name}, {run.chart} the picture")
     run.close()
 
 
@@ -633,18 +545,17 @@ def leave(code: int) -> None:
 
 
 if __name__ == "__main__":
+    code = 1
     try:
         console.run(main)
+        code = 0
     except SystemExit as end:
-        leave(end.code)
-    except RuntimeError as mistake:
-        if lost_contact(str(mistake)) and not os.environ.get("ALPACA_TRACEBACK"):
+        code = end.code
+    except Exception as mistake:
+        gone = isinstance(mistake, RuntimeError) and lost_contact(str(mistake))
+        if gone and not os.environ.get("ALPACA_TRACEBACK"):
             why = str(mistake).strip().split("\n")[0]
             console.notice(f"another rank is gone ({why}); start again to go on", own=True)
         else:
             traceback.print_exc()
-        leave(1)
-    except Exception:
-        traceback.print_exc()
-        leave(1)
-    leave(0)
+    leave(code)

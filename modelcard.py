@@ -14,13 +14,16 @@ import hashlib
 import platform
 import subprocess
 import time
+from argparse import Namespace
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from dataset import numbered_objects, parse_weight, prompt
+import plan
+from dataset import Examples, numbered_objects, parse_weight, prompt
+from model import LlamaConfig
 
 HERE = Path(__file__).parent
 TEMPLATE = HERE / "data" / "MODEL_CARD.md"
@@ -60,55 +63,45 @@ def dataset(spec: str) -> str:
     try:
         records = [record for _, record in numbered_objects(file)]
     except (OSError, ValueError):
-        return f"- `{file.name}`: it could be read when training began, and no longer afterwards"
+        return f"`{file.name}`: it could be read when training began, and no longer afterwards"
     sources = [record.get("provenance") for record in records if isinstance(record, dict)]
     named = Counter(source.get("teacher") for source in sources if isinstance(source, dict))
     told = ", ".join(f"{count:,} by {teacher}" for teacher, count in named.most_common())
     told = told or "they do not say who wrote them"
     taken = "" if weight == 1 else f", taken {weight:g} times"
-    return f"- `{file.name}`: {len(records):,} records{taken}, {told}; SHA-256 `{sha256(file)}`"
-
-
-def results(metrics: list[dict]) -> str:
-    """Losses at the beginning and the end, and what was spent."""
-    steps = [record for record in metrics if "loss" in record]
-    held_out = [record["held_out_loss"] for record in metrics if "held_out_loss" in record]
-    if not steps:
-        return "- its log was lost"
-    tokens = sum(record["tokens"] for record in steps)
-    seconds = sum(record["tokens"] / max(1, record["tokens_per_s"]) for record in steps)
-    first, last = steps[0]["loss"], steps[-1]["loss"]
-    lines = [f"- training loss {first:.3f} at the first step, {last:.3f} at the last"]
-    if held_out:
-        lines.append(f"- held-out loss {held_out[0]:.3f} before, {held_out[-1]:.3f} after")
-    return "\n".join([*lines, f"- {tokens:,} tokens in {seconds:,.0f} seconds"])
+    return f"`{file.name}`: {len(records):,} records{taken}, {told}; SHA-256 `{sha256(file)}`"
 
 
 def model_card(
-    name: str,
-    base: Path | None,  # None: random weights
-    data: list[str],  # files, or FILE:WEIGHT
-    held_out: str | None,
-    recipe: dict,
-    metrics: list[dict],  # metrics.jsonl
-    adapter: bool,
-    **numbers: int,  # parameters, learned, positions, examples, supervised
+    args: Namespace, config: LlamaConfig, train: Examples, recipe: dict, results: str
 ) -> str:
+    """The card of a run: the trainer's flags, what it learned from, and what came of it."""
     gpu = torch.cuda.is_available()
+    whole = learned = plan.parameters(config)
+    if args.lora:
+        learned = plan.adapter_parameters(config, args.lora)
+    above = ("model_dir", "preset", "data")  # in the card's first part
+    told = {k: v for k, v in recipe.items() if k not in above and v is not None}
     facts = {
-        "name": name,
+        "name": args.out.name,
         "date": time.strftime("%Y-%m-%d"),
         "code": code(),
         "versions": f"torch {version('torch')}, Python {platform.python_version()}",
-        "base": f"`{base.name}`" if base else "none; it began with random weights",
-        "base_files": weights(base) if base else "",
-        "data_files": "\n".join(map(dataset, data)),
-        "held_out_file": dataset(held_out).removeprefix("- ") + "." if held_out else "none.",
-        "how": "--model-dir BASE --adapter FOLDER" if adapter else "--model-dir FOLDER",
+        "base": f"`{args.model_dir.name}`"
+        if args.model_dir
+        else "none; it began with random weights",
+        "base_files": weights(args.model_dir) if args.model_dir else "",
+        "data_files": "\n".join(f"- {dataset(spec)}" for spec in args.data),
+        "held_out_file": dataset(str(args.eval_data)) if args.eval_data else "none",
+        "how": "--model-dir BASE --adapter FOLDER" if args.lora else "--model-dir FOLDER",
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {platform.machine()}",
-        "recipe": "\n".join(f"| {field} | {value} |" for field, value in recipe.items()),
-        "results": results(metrics),
+        "recipe": "\n".join(f"| {field} | {value} |" for field, value in told.items()),
+        "results": results,
         "prompt": prompt("(the instruction)"),
-        **{what: f"{number:,}" for what, number in numbers.items()},
+        "parameters": f"{whole:,}",
+        "learned": f"{learned:,}",
+        "positions": f"{config.max_position_embeddings:,}",
+        "examples": f"{len(train):,}",
+        "supervised": f"{train.supervised.sum():,}",
     }
     return TEMPLATE.read_text(encoding="utf-8").format_map(facts)

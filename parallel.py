@@ -15,6 +15,7 @@ Shown by tests/test_train.py: test_two_ranks_equal_one.
 
 import ctypes
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -46,12 +47,13 @@ MATMULS = [torch.ops.aten.mm.default] + [
 def apply_activation_checkpointing(model: Llama, mode: str) -> None:
     """`full` keeps a block's input and computes the rest again in the backward pass; `selective`
     keeps the results of matrix products too, and computes again only what is cheap."""
+    if mode == "none":
+        return
     how = {"use_reentrant": False}
     if mode == "selective":
         how["context_fn"] = partial(create_selective_checkpoint_contexts, MATMULS)
-    for block in model.model.layers:
-        if mode != "none":  # replacing `forward`, not wrapping, leaves the parameters' names alone
-            block.forward = checkpointed(block.forward, how)
+    for block in model.model.layers:  # replacing `forward`, not wrapping, leaves names alone
+        block.forward = checkpointed(block.forward, how)
 
 
 def checkpointed(forward: Callable, how: dict[str, Any]) -> Callable:
@@ -174,3 +176,24 @@ def lost_contact(mistake: str) -> bool:
     """Did a collective fail because another rank is gone?"""
     words = "Connection closed", "Connection reset", "Broken pipe", "remote process", "Timed out"
     return any(word.lower() in mistake.lower() for word in words)
+
+
+class StopSignal:
+    """Ctrl-C or SIGTERM, heard between two steps. A second Ctrl-C is not waited for; SIGTERM may
+    come twice, from a scheduler that tells every process and from torchrun passing it on."""
+
+    def __init__(self):
+        self.number = 0  # none yet
+        signals = signal.SIGINT, signal.SIGTERM
+        self.usual = {number: signal.signal(number, self.hear) for number in signals}
+
+    def hear(self, number: int, frame) -> None:
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+        if not self.number:
+            os.write(2, b"stopping after this step\n")  # print is not safe in here
+        self.number = number
+
+    def forget(self) -> None:
+        for number, handler in self.usual.items():
+            signal.signal(number, handler)

@@ -13,11 +13,13 @@ import json
 import math
 import os
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import console
 
-LINE = "loss {loss:.3f}  lr {lr:.2e}  norm {grad_norm:.2f}  {tokens_per_s:,} tokens/s"
+LINE = "loss {loss:.3f}  lr {lr:.2e}  norm {grad_norm:.2f}  {tokens_per_s:,.0f} tokens/s"
+LATELY = 20  # steps that the line's tokens/s and MFU are the mean of
 
 
 class RunFolder:
@@ -27,12 +29,9 @@ class RunFolder:
         self.folder, self.quiet = folder, quiet
         self.metrics, self.chart = folder / "metrics.jsonl", folder / "loss.svg"
         self.records: list[dict[str, Any]] = []
-        if not quiet:
-            self._open(folder / "settings.json", settings, resume)
-
-    def _open(self, file: Path, settings: dict[str, Any], resume: bool) -> None:
-        folder = self.folder
-        if resume and not file.exists():
+        if quiet:
+            return
+        if resume and not (folder / "settings.json").exists():
             raise ValueError(f"--resume: there is no run in {folder}")
         self.lock = console.claim(folder, settings, "training")
         for leftover in folder.glob("*.json*.partial"):  # of a kill while a file was written
@@ -67,14 +66,33 @@ class RunFolder:
             console.append_jsonl(self.metrics, record)
 
     def step(self, record: dict[str, Any]) -> None:
+        if self.quiet:
+            return
         self.add(record)
-        if not self.quiet:
-            mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
-            memory = f"  {record['memory_GB']:.1f} GB"
-            self.progress.step(more=LINE.format_map(record) + mfu + memory)
+        for figure in ("tokens_per_s", "mfu"):
+            if figure in record:
+                recent = (r[figure] for r in self.records[-LATELY:] if figure in r)
+                record = {**record, figure: fmean(recent)}
+        mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
+        memory = f"  {record['memory_GB'] * 1e9 / 2**30:.1f} GiB"
+        self.progress.step(more=LINE.format_map(record) + mfu + memory)
 
     def points(self, figure: str) -> list[tuple[int, float]]:
         return [(r["step"], r[figure]) for r in self.records if figure in r]
+
+    def summary(self) -> str:
+        """What came of it and what was spent, in a line."""
+        steps = [record for record in self.records if "loss" in record]
+        if not steps:
+            return "its log was lost"
+        tokens = sum(record["tokens"] for record in steps)
+        seconds = sum(record["tokens"] / max(1, record["tokens_per_s"]) for record in steps)
+        held_out = [loss for _, loss in self.points("held_out_loss")]
+        return (
+            f"{len(steps)} steps of {tokens:,} tokens in {console.clock(seconds)}; "
+            f"training loss {steps[0]['loss']:.3f} → {steps[-1]['loss']:.3f}"
+            + (f"; held out {held_out[0]:.3f} → {held_out[-1]:.3f}" if held_out else "")
+        )
 
     def end(self) -> None:
         if not self.quiet:

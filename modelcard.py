@@ -43,7 +43,8 @@ def code() -> str:
 
     try:
         top = git("rev-parse", "--show-toplevel")  # might be another project's, around a copy
-        commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
+        commit = git("rev-parse", "-q", "--verify", "HEAD")  # nothing before the first commit
+        changed = git("status", "--porcelain", "-uno")
     except OSError:
         top = commit = ""
     if not commit or Path(top) != HERE.resolve():

@@ -37,16 +37,6 @@ from tokenizer import Tokenizer
 TRAINED = Path("runs/tiny/model")  # where `make train` leaves its model
 
 
-def greedy(
-    model: Llama, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int
-) -> list[str]:
-    """The likeliest answer to each prompt, all decoded together."""
-    longest = max(len(ids) for ids in prompts) + max_new_tokens
-    room = min(longest, model.config.max_position_embeddings)
-    engine = Engine(model, tokenizer, len(prompts), room)
-    return [s.text for s in engine.answers(prompts, Sampling(max_new_tokens=max_new_tokens))]
-
-
 def question(instruction: str, input: str, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(prompt(instruction, input), bos=True)
 

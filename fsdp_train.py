@@ -398,11 +398,9 @@ def outcome(args: argparse.Namespace) -> Path:
 def show_answers(args: argparse.Namespace, job: Job, device: torch.device) -> None:
     """How the model that was written answers instructions that it was not trained on."""
     half = args.max_length // 2  # for the question, as much for its answer
-    asked = []
-    for record in (record for record in job.questions if "output" in record):
-        ids = question(record["instruction"], record["input"], job.tokenizer)
-        if len(asked) < args.answers and len(ids) <= half:
-            asked.append((record, ids))
+    records = [record for record in job.questions if "output" in record]
+    asked = [(r, question(r["instruction"], r["input"], job.tokenizer)) for r in records]
+    asked = [(record, ids) for record, ids in asked if len(ids) <= half][: args.answers]
     if not asked:
         return
     gc.collect()  # the trained model hangs in cycles, and two may not fit where one did

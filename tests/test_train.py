@@ -18,9 +18,10 @@ from conftest import ROOT, apart, assert_refused, small_config
 import fsdp_train
 import parallel
 from checkpoint import load_model, save_model, tensors
-from dataset import IGNORE, encode_example, load_records, step_examples
+from dataset import IGNORE, encode_example, load_records, prompt, step_examples
 from fsdp_train import learning_rate
 from model import Llama
+from runfolder import RunFolder
 from tokenizer import Tokenizer
 
 TOKENIZER = ROOT / "data/tokenizer.model"
@@ -105,10 +106,13 @@ def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str, s
     return process.returncode, out, err
 
 
-def trained(words: list[str], ranks: int = 1, **how) -> tuple[int, str, str]:
-    code, out, err = finish(launch(words, ranks, **how))
-    assert code == 0, err
-    return code, out, err
+def succeeded(result: tuple[int, str, str]) -> tuple[int, str, str]:
+    assert result[0] == 0, result[2]
+    return result
+
+
+def trained(words: list[str], ranks: int = 1) -> tuple[int, str, str]:
+    return succeeded(finish(launch(words, ranks)))
 
 
 def metrics(out) -> list[dict]:
@@ -172,8 +176,7 @@ def test_the_run_equals_a_plain_loop_over_hugging_faces_model(base, here, tmp_pa
     from transformers import AutoModelForCausalLM
 
     words = flags(base, tmp_path / "run", epochs=4)
-    code, _, err = here(words)
-    assert code == 0, err
+    succeeded(here(words))
     model = AutoModelForCausalLM.from_pretrained(base / "model", dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     tokenizer, records = Tokenizer(TOKENIZER), load_records(base / "records.json")
@@ -213,7 +216,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 def test_how_a_step_is_cut_changes_nothing(base, reference, here, tmp_path, changes):
-    assert here(flags(base, tmp_path / "run", **changes))[0] == 0
+    succeeded(here(flags(base, tmp_path / "run", **changes)))
     assert_same_run(tmp_path / "run", reference)
 
 
@@ -227,34 +230,34 @@ def test_two_replicas_equal_one_model(base, reference, tmp_path):
     assert_same_run(tmp_path / "run", reference)
 
 
-def test_ranks_without_examples_take_part(base, tmp_path):
+def test_ranks_without_examples_take_part(base, here, tmp_path):
     """A batch of one example on two ranks: one of them has nothing to compute."""
     changes = {"batch_size": 1, "max_steps": 3}
-    trained(flags(base, tmp_path / "one", **changes))
+    succeeded(here(flags(base, tmp_path / "one", **changes)))
     trained(flags(base, tmp_path / "two", **changes), ranks=2)
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
-def test_random_weights_and_tied_ones_do_not_depend_on_the_ranks(base, tmp_path):
+def test_random_weights_and_tied_ones_do_not_depend_on_the_ranks(base, here, tmp_path):
     torch.manual_seed(1)
     tied = Llama(
         small_config(vocab_size=1024, max_position_embeddings=256, tie_word_embeddings=True)
     )
     save_model(tied, tied.config, tmp_path / "tied", tokenizer=TOKENIZER)
-    for ranks in (1, 2):
-        trained(flags(base, tmp_path / f"tied{ranks}", model_dir=tmp_path / "tied"), ranks)
+    succeeded(here(flags(base, tmp_path / "tied1", model_dir=tmp_path / "tied")))
+    trained(flags(base, tmp_path / "tied2", model_dir=tmp_path / "tied"), ranks=2)
     # Norms of tensors this large are summed in fp32, in another order when they are divided.
     assert_same_run(tmp_path / "tied2", tmp_path / "tied1", norm=5e-6)
     assert "lm_head.weight" not in dict(tensors(tmp_path / "tied2" / "model"))
     fresh = {"model_dir": None, "preset": "tiny", "tokenizer": TOKENIZER, "max_steps": 2}
-    for ranks in (1, 2):
-        trained(flags(base, tmp_path / f"fresh{ranks}", **fresh), ranks)
+    succeeded(here(flags(base, tmp_path / "fresh1", **fresh)))
+    trained(flags(base, tmp_path / "fresh2", **fresh), ranks=2)
     assert_same_run(tmp_path / "fresh2", tmp_path / "fresh1", norm=5e-6)
 
 
 @pytest.mark.slow
 def test_compiled_blocks_equal_plain_ones(base, reference, here, tmp_path):
-    assert here(flags(base, tmp_path / "run", compile=True))[0] == 0
+    succeeded(here(flags(base, tmp_path / "run", compile=True)))
     assert_same_run(tmp_path / "run", reference, loss=1e-5, norm=1e-4, weight=1e-4)
 
 
@@ -297,7 +300,7 @@ def test_weights_stay_fp32_while_blocks_compute_in_bf16(base, here, tmp_path, mo
     usual = parallel.MixedPrecisionPolicy
     monkeypatch.setattr(parallel, "MixedPrecisionPolicy", policy)
     monkeypatch.setattr(fsdp_train, "train_step", watched)
-    assert here(flags(base, tmp_path / "run", dtype="bf16", max_steps=1))[0] == 0
+    succeeded(here(flags(base, tmp_path / "run", dtype="bf16", max_steps=1)))
     assert seen["compute"] == seen["gathered"] == torch.bfloat16
     assert seen["weights"] == seen["moments"] == {torch.float32}
     assert seen["moved"]
@@ -360,7 +363,7 @@ def logged_steps(out) -> int:
     return file.read_text().count("\n") if file.exists() else 0
 
 
-def killed_until_done(base, out, draw: random.Random, kills: int) -> int:
+def killed_until_done(base, here, out, draw: random.Random, kills: int) -> int:
     """Start again and again, each time killed a random while after it got going; then let be."""
     done = 0
     for _ in range(kills):
@@ -382,7 +385,7 @@ def killed_until_done(base, out, draw: random.Random, kills: int) -> int:
             done += 1
         else:
             process.communicate()
-    trained(flags(base, out, **LONG))
+    succeeded(here(flags(base, out, **LONG)))
     return done
 
 
@@ -392,24 +395,24 @@ def assert_identical(out, reference) -> None:
     assert ours == theirs
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(base, long_reference, tmp_path):
-    assert killed_until_done(base, tmp_path / "run", random.Random(1), kills=3) >= 2
+def test_a_killed_run_goes_on_to_the_same_bits(base, here, long_reference, tmp_path):
+    assert killed_until_done(base, here, tmp_path / "run", random.Random(1), kills=3) >= 2
     assert_identical(tmp_path / "run", long_reference)
 
 
 @pytest.mark.slow
-def test_a_run_killed_twenty_times_ends_in_the_same_bits(base, long_reference, tmp_path):
+def test_a_run_killed_twenty_times_ends_in_the_same_bits(base, here, long_reference, tmp_path):
     kills = 0
     for attempt in range(7):
         out = tmp_path / f"run{attempt}"
-        kills += killed_until_done(base, out, random.Random(attempt), kills=4)
+        kills += killed_until_done(base, here, out, random.Random(attempt), kills=4)
         assert_identical(out, long_reference)
     assert kills >= 20
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(
-    base, long_reference, tmp_path, number
+    base, here, long_reference, tmp_path, number
 ):
     out = tmp_path / "run"
     process = launch(flags(base, out, **{**LONG, "save_every": 1000}))
@@ -419,17 +422,17 @@ def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(
     stopped = re.search(r"stopped after step (\d+): the same command goes on", err)
     assert stopped and code == 128 + number, err
     assert not (out / "model").exists()
-    _, _, err = trained(flags(base, out, resume=True, **{**LONG, "save_every": 1000}))
+    _, _, err = succeeded(here(flags(base, out, resume=True, **{**LONG, "save_every": 1000})))
     assert f"going on after step {stopped[1]}" in err
     assert_identical(out, long_reference)
 
 
-def test_a_run_killed_before_its_first_snapshot_starts_over(base, tmp_path):
+def test_a_run_killed_before_its_first_snapshot_starts_over(base, here, tmp_path):
     out, changes = tmp_path / "run", {**LONG, "eval_data": base / "records.json", "answers": 1}
     process = launch(flags(base, out, **{**changes, "save_every": 1000}))
     assert wait_for(lambda: logged_steps(out) >= 3, process)
     kill(process)
-    trained(flags(base, out, **{**changes, "save_every": 1000}))
+    succeeded(here(flags(base, out, **{**changes, "save_every": 1000})))
     steps = [r["step"] for r in metrics(out)]
     assert steps == [*range(31), 30], "the held-out loss at both ends, each step once"
 
@@ -438,8 +441,7 @@ def test_a_kill_while_the_folder_was_made_is_no_obstacle(base, reference, here, 
     out = tmp_path / "run"
     out.mkdir()
     (out / "settings.json.77.partial").write_text('{"lr"')
-    code, _, err = here(flags(base, out))
-    assert code == 0, err
+    succeeded(here(flags(base, out)))
     assert not list(out.glob("*.partial"))
     assert_same_run(out, reference)
 
@@ -457,14 +459,14 @@ def test_sigterm_may_come_twice(base, long_reference, tmp_path):
     assert list(out.glob("checkpoints/step-??????")) and not list(out.glob("checkpoints/*.partial"))
 
 
-def test_two_ranks_stop_together_and_one_goes_on(base, long_reference, tmp_path):
+def test_two_ranks_stop_together_and_one_goes_on(base, here, long_reference, tmp_path):
     out = tmp_path / "run"
     process = launch(flags(base, out, **LONG), ranks=2)
     assert wait_for(lambda: logged_steps(out) >= 5, process)
     process.send_signal(signal.SIGTERM)  # torchrun passes it on
     _, _, err = finish(process)
     assert "stopped after step" in err and (out / "checkpoints").exists(), err
-    trained(flags(base, out, **LONG))
+    succeeded(here(flags(base, out, **LONG)))
     assert_same_run(out, long_reference, norm=1e-5, weight=1e-4)
 
 
@@ -487,9 +489,9 @@ def test_a_rank_that_dies_takes_the_others_along_and_nothing_is_lost(
     assert_same_run(out, long_reference, norm=1e-5, weight=1e-4)
 
 
-def test_a_finished_run_is_shown_and_not_trained_again(base, reference):
+def test_a_finished_run_is_shown_and_not_trained_again(base, here, reference):
     before = {path: path.stat().st_mtime_ns for path in reference.glob("model/*")}
-    _, out, err = trained(flags(base, reference))
+    _, out, err = succeeded(here(flags(base, reference)))
     assert "is finished" in err and "5 steps" in out
     assert before == {path: path.stat().st_mtime_ns for path in reference.glob("model/*")}
     assert len(metrics(reference)) == 5 and not (reference / "checkpoints").exists()
@@ -518,7 +520,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(base, here, tmp_path
     assert kept and max(kept) < step
 
 
-def test_a_full_disk_leaves_the_snapshot_before(base, long_reference, tmp_path):
+def test_a_full_disk_leaves_the_snapshot_before(base, here, long_reference, tmp_path):
     """The limit on a file's size stands for the disk: the log grows past it, or a snapshot."""
     import resource
 
@@ -535,7 +537,7 @@ def test_a_full_disk_leaves_the_snapshot_before(base, long_reference, tmp_path):
     code, _, err = finish(launch(flags(base, out, **LONG), preexec_fn=shrink))
     assert code == 2 and "could not be written" in err and "Traceback" not in err, err
     assert list(out.glob("checkpoints/step-??????"))
-    trained(flags(base, out, **LONG))
+    succeeded(here(flags(base, out, **LONG)))
     assert_identical(out, long_reference)
 
 
@@ -555,7 +557,7 @@ def test_a_damaged_snapshot_is_named(base, here, tmp_path):
 # ---------------------------------------------------------------- the folder that comes out
 
 
-def test_train_interrupt_resume_and_answer_in_transformers(base, tmp_path):
+def test_train_interrupt_resume_and_answer_in_transformers(base, here, tmp_path):
     """The whole story: what is learned by heart here is answered there."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -568,7 +570,7 @@ def test_train_interrupt_resume_and_answer_in_transformers(base, tmp_path):
     assert wait_for(lambda: logged_steps(out) >= 8, process)
     process.send_signal(signal.SIGINT)
     finish(process)
-    _, shown, _ = trained(flags(base, out, **changes))
+    _, shown, _ = succeeded(here(flags(base, out, **changes)))
     assert "as expected: 1 of 1" in shown and "→ the old red fox" in shown
     losses = [r["held_out_loss"] for r in metrics(out) if "held_out_loss" in r]
     assert len(losses) == 2 and losses[1] < 0.1 < losses[0]
@@ -577,14 +579,13 @@ def test_train_interrupt_resume_and_answer_in_transformers(base, tmp_path):
     assert (out / "loss.svg").read_text().startswith("<svg")
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     model = AutoModelForCausalLM.from_pretrained(out / "model")
-    asked = fsdp_train.prompt(record["instruction"])
-    ids = tokenizer(asked, return_tensors="pt").input_ids
+    ids = tokenizer(prompt(record["instruction"]), return_tensors="pt").input_ids
     answer = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
     assert tokenizer.decode(answer, skip_special_tokens=True).strip() == "the old red fox"
 
 
 def test_model_is_saved_in_bf16_unless_asked_otherwise(base, here, tmp_path):
-    assert here(flags(base, tmp_path / "run", save_dtype=None, max_steps=1))[0] == 0
+    succeeded(here(flags(base, tmp_path / "run", save_dtype=None, max_steps=1)))
     model = load_model(tmp_path / "run" / "model")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
@@ -594,6 +595,22 @@ def test_every_step_is_logged_with_its_figures(reference):
         assert record["step"] == number
         for name in ("loss", "lr", "grad_norm", "tokens_per_s", "supervised_per_s", "memory_GB"):
             assert record[name] > 0, name
+
+
+def test_the_line_shows_a_running_mean_and_the_log_every_step(tmp_path, monkeypatch):
+    run, shown = RunFolder(tmp_path / "run", {}, resume=False, quiet=False), []
+    run.begin(0, 30)
+    assert run.summary() == "its log was lost"
+    monkeypatch.setattr(run.progress, "step", lambda more: shown.append(more))
+    rates = [90_000] * 10 + [1000, 3000] * 10  # the last twenty steps count
+    for step, rate in enumerate(rates, 1):
+        known = {"loss": 2 / step, "lr": 1e-3, "grad_norm": 1.0, "memory_GB": 2 * 2**30 / 1e9}
+        run.step({"step": step, "tokens": 9000, "tokens_per_s": rate, "mfu": rate / 1e4, **known})
+    run.close()
+    assert "90,000 tokens/s" in shown[0]
+    assert shown[-1].endswith("2,000 tokens/s  MFU 20.0%  2.0 GiB")
+    assert [record["tokens_per_s"] for record in metrics(tmp_path / "run")] == rates
+    assert run.summary() == "30 steps of 270,000 tokens in 2:01; training loss 2.000 → 0.067"
 
 
 # ---------------------------------------------------------------- users' mistakes
@@ -615,6 +632,7 @@ MISTAKES = {
     "negative interval": ({"save_every": -5}, "--save-every -5"),
     "replicas": ({"replicas": 2}, "--replicas 2", "1 rank"),
     "unknown flag": ({"learning_rate": 1}, "--learning-rate"),
+    "a plan's replicas": ({"replicas": 2, "plan": True}, "--replicas 2", "the 1 --gpus"),
     "nothing to resume": ({"resume": True}, "--resume", "no run"),
     "no held-out data": ({"eval_data": "nowhere.json"}, "nowhere.json"),
 }
@@ -630,7 +648,15 @@ def test_a_mistake_is_one_line_and_leaves_no_folder(base, here, tmp_path, change
 def test_a_run_is_not_mixed_with_another(base, reference, here, tmp_path):
     assert_refused(here(flags(base, reference, lr=2e-3)), "another run", "lr was 0.001")
     more = write_records(tmp_path / "records.json", 41)
-    assert_refused(here(flags(base, reference, data=more)), "another run")
+    assert_refused(here(flags(base, reference, data=more)), "another run", "data was")
+    assert_refused(here(flags(base, reference, max_steps=3)), "max_steps was None, now it is 3")
+    (tmp_path / "copy").mkdir()
+    same = (reference / "settings.json").read_text()
+    changed, count = re.subn(r"as ids \w{16}", "as ids 0123456789abcdef", same)
+    (tmp_path / "copy" / "settings.json").write_text(changed)
+    refused = here(flags(base, tmp_path / "copy"))
+    assert_refused(refused, "data was", "records.json, as ids 0123456789abcdef, now it is")
+    assert count == 1
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     assert_refused(here(flags(base, tmp_path / "mine")), "something else")

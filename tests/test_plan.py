@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -242,6 +243,13 @@ def test_memory_is_told_as_chips_are_called():
     for name, chip in plan.CHIPS.items():
         if size := re.search(r"(\d+)GB", name):
             assert chip.memory == int(size[1]) * 2**30
+
+
+def test_a_gpu_that_is_not_in_the_table_has_the_memory_it_says(monkeypatch):
+    known = SimpleNamespace(total_memory=16 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: known)
+    assert " of 16 GiB" in plan.report(seven(), 10**6, 100, 120, None)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from conftest import ROOT, apart, assert_refused, small_config
 
 import fsdp_train
 import parallel
+from adapter import Lora
 from checkpoint import load_model, save_model, tensors
 from dataset import IGNORE, encode_example, load_records, prompt, step_examples
 from fsdp_train import learning_rate
@@ -230,15 +232,7 @@ def test_two_replicas_equal_one_model(base, reference, tmp_path):
     assert_same_run(tmp_path / "run", reference)
 
 
-def test_ranks_without_examples_take_part(base, here, tmp_path):
-    """A batch of one example on two ranks: one of them has nothing to compute."""
-    changes = {"batch_size": 1, "max_steps": 3}
-    succeeded(here(flags(base, tmp_path / "one", **changes)))
-    trained(flags(base, tmp_path / "two", **changes), ranks=2)
-    assert_same_run(tmp_path / "two", tmp_path / "one")
-
-
-def test_random_weights_and_tied_ones_do_not_depend_on_the_ranks(base, here, tmp_path):
+def test_tied_weights_do_not_depend_on_the_ranks(base, here, tmp_path):
     torch.manual_seed(1)
     tied = Llama(
         small_config(vocab_size=1024, max_position_embeddings=256, tie_word_embeddings=True)
@@ -249,10 +243,15 @@ def test_random_weights_and_tied_ones_do_not_depend_on_the_ranks(base, here, tmp
     # Norms of tensors this large are summed in fp32, in another order when they are divided.
     assert_same_run(tmp_path / "tied2", tmp_path / "tied1", norm=5e-6)
     assert "lm_head.weight" not in dict(tensors(tmp_path / "tied2" / "model"))
-    fresh = {"model_dir": None, "preset": "tiny", "tokenizer": TOKENIZER, "max_steps": 2}
-    succeeded(here(flags(base, tmp_path / "fresh1", **fresh)))
-    trained(flags(base, tmp_path / "fresh2", **fresh), ranks=2)
-    assert_same_run(tmp_path / "fresh2", tmp_path / "fresh1", norm=5e-6)
+
+
+def test_random_weights_and_a_rank_without_examples_change_nothing(base, here, tmp_path):
+    """A batch of one example on two ranks: one of them has nothing to compute."""
+    fresh = {"model_dir": None, "preset": "tiny", "tokenizer": TOKENIZER}
+    fresh |= {"batch_size": 1, "max_steps": 3}
+    succeeded(here(flags(base, tmp_path / "one", **fresh)))
+    trained(flags(base, tmp_path / "two", **fresh), ranks=2)
+    assert_same_run(tmp_path / "two", tmp_path / "one", norm=5e-6)
 
 
 @pytest.mark.slow
@@ -432,7 +431,8 @@ def test_a_run_killed_before_its_first_snapshot_starts_over(base, here, tmp_path
     process = launch(flags(base, out, **{**changes, "save_every": 1000}))
     assert wait_for(lambda: logged_steps(out) >= 3, process)
     kill(process)
-    succeeded(here(flags(base, out, **{**changes, "save_every": 1000})))
+    _, told, _ = succeeded(here(flags(base, out, **{**changes, "save_every": 1000})))
+    assert "expected: 0 of 1 held-out" in told, "as many as asked for"
     steps = [r["step"] for r in metrics(out)]
     assert steps == [*range(31), 30], "the held-out loss at both ends, each step once"
 
@@ -614,6 +614,31 @@ def test_the_line_shows_a_running_mean_and_the_log_every_step(tmp_path, monkeypa
 
 
 # ---------------------------------------------------------------- users' mistakes
+
+
+def test_flags_left_out_mean_alpacas_recipe_or_that_of_the_embedded_model(monkeypatch):
+    def meant(*words: str):
+        monkeypatch.setattr(sys, "argv", ["fsdp_train.py", *words])
+        return fsdp_train.parse_args()
+
+    named = ("--model-dir", "llama", "--data", "a.json")
+    alpaca, tiny = meant(*named), meant()
+    assert (alpaca.epochs, alpaca.batch_size, alpaca.lr, alpaca.warmup) == (3, 128, 2e-5, 0.03)
+    assert (alpaca.max_length, alpaca.dtype, alpaca.checkpointing) == (512, "bf16", "selective")
+    assert alpaca.out == Path("runs/alpaca") and alpaca.eval_data is None and not alpaca.lora
+    assert tiny.model_dir == Path("data/tiny-llama") and tiny.data == ["data/sample_train.json"]
+    assert (tiny.epochs, tiny.batch_size, tiny.lr, tiny.dtype) == (2, 16, 3e-4, "fp32")
+    preset = meant("--preset", "7B", "--tokenizer", "t", "--data", "a.json")
+    assert vars(preset) | {"preset": None, "model_dir": Path("llama"), "tokenizer": None} == vars(
+        alpaca
+    )
+    adapter = meant(*named, "--lora")
+    assert (adapter.lr, adapter.checkpointing, adapter.batch_size) == (3e-4, "full", 128)
+    assert adapter.out == Path("runs/alpaca-lora") and adapter.lora == Lora() and adapter.bits == 16
+    assert meant("--lora").out == Path("runs/tiny-lora") and meant("--lora").dtype == "fp32"
+    said = meant("--lora", "--out", "here", "--lr", "1", "--lora-rank", "2", "--epochs", "9")
+    assert (said.out, said.lr, said.lora.rank, said.epochs) == (Path("here"), 1, 2, 9)
+
 
 MISTAKES = {
     "no such model": ({"model_dir": "nowhere"}, "nowhere", "no such folder"),

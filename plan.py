@@ -265,9 +265,8 @@ def peak(run: Run) -> float:
 def remedies(run: Run, limit: float) -> list[str]:
     """Changes after which it fits, the cheapest first."""
     full, rows = replace(run, checkpointing="full"), run.row_tokens // 2
-    modes = ("none", "selective", "full")
-    more = modes[modes.index(run.checkpointing) + 1 :]
-    found = {f"--checkpointing {mode}": replace(run, checkpointing=mode) for mode in more}
+    modes = ("selective", "full")
+    found = {f"--checkpointing {mode}": replace(run, checkpointing=mode) for mode in modes}
     if run.lora and run.bits > 4:
         found["--checkpointing full --bits 4"] = replace(full, bits=4)
     found[f"--checkpointing full --row-tokens {rows}"] = replace(full, row_tokens=rows)

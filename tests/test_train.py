@@ -456,6 +456,7 @@ def test_sigterm_may_come_twice(base, long_reference, tmp_path):
     process.send_signal(signal.SIGTERM)
     code, _, err = finish(process)
     assert code == 128 + signal.SIGTERM and "stopped after step" in err
+    assert "stopping" not in err, "said once"
     assert list(out.glob("checkpoints/step-??????")) and not list(out.glob("checkpoints/*.partial"))
 
 
@@ -675,13 +676,12 @@ def test_a_run_is_not_mixed_with_another(base, reference, here, tmp_path):
     more = write_records(tmp_path / "records.json", 41)
     assert_refused(here(flags(base, reference, data=more)), "another run", "data was")
     assert_refused(here(flags(base, reference, max_steps=3)), "max_steps was None, now it is 3")
+    same = (reference / "settings.json").read_text()  # but for what is in the file
     (tmp_path / "copy").mkdir()
-    same = (reference / "settings.json").read_text()
-    changed, count = re.subn(r"as ids \w{16}", "as ids 0123456789abcdef", same)
-    (tmp_path / "copy" / "settings.json").write_text(changed)
-    refused = here(flags(base, tmp_path / "copy"))
-    assert_refused(refused, "data was", "records.json, as ids 0123456789abcdef, now it is")
-    assert count == 1
+    moved = same.replace(str(base / "records.json"), str(more))
+    (tmp_path / "copy" / "settings.json").write_text(moved)
+    refused = here(flags(base, tmp_path / "copy", data=more))
+    assert_refused(refused, f"another run (data was {more}, as ids ", f"now it is {more}, as ids ")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     assert_refused(here(flags(base, tmp_path / "mine")), "something else")

@@ -281,13 +281,11 @@ def state_tensors(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, T
 
 def restore(model: Llama, optimizer: torch.optim.Optimizer, snapshots: Snapshots) -> int:
     """Take up the newest snapshot; the number of steps done."""
-    newest = snapshots.newest()
-    if newest is None:
-        return 0
-    done = snapshots.load(newest, state_tensors(model, optimizer))["step"]
+    done = snapshots.load(state_tensors(model, optimizer))
     for moments in optimizer.state.values():
         moments["step"].fill_(done)
-    console.notice(f"going on after step {done}")
+    if done:
+        console.notice(f"going on after step {done}")
     return done
 
 
@@ -328,7 +326,7 @@ def train(
         last = step + 1 == job.steps
         due = args.save_every and (last or (step + 1) % args.save_every == 0)
         if due or stopping:
-            snapshots.save(step + 1, state_tensors(model, optimizer), {"step": step + 1})
+            snapshots.save(step + 1, state_tensors(model, optimizer))
         if stopping and not last:
             snapshots.finish()
             run.end()

@@ -1,6 +1,6 @@
 """A training run's state on disk: written in the background, whole or not at all, the last K kept.
 
-  checkpoints/step-000100/    every rank's part of weights and Adam moments, and state.json
+  checkpoints/step-000100/    every rank's part of weights and Adam moments after 100 steps
   checkpoints/*.partial       being written, or cut off; cleared at the next start
 
 - `torch.distributed.checkpoint` has each rank write its own shards, and reads them back for any
@@ -9,13 +9,12 @@
   meanwhile over a process group of their own, or their messages would mix with the training's.
 - A folder gets its name when all ranks have written and synced theirs, so a kill or a full disk
   costs at most the newest state.
-- Only tensors are in it. What else a run must know is JSON. (Reading still goes through the
-  checkpoint library's own pickled index: resume from your own folders only.)
+- Only tensors are in it; what else a run must know is JSON, in its folder. (Reading still goes
+  through the checkpoint library's own pickled index: resume from your own folders only.)
 
 Shown by tests/test_train.py: test_a_killed_run_goes_on_to_the_same_bits.
 """
 
-import json
 import os
 import shutil
 from concurrent.futures import Future
@@ -40,36 +39,35 @@ class Snapshots:
         self.naming: Thread | None = None
         self.trouble: OSError | None = None
 
-    def newest(self) -> Path | None:
-        """The last whole state, the same on every rank."""
-        if self.first and self.folder.exists():
+    def _states(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*[0-9]"), key=step_of)
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> int:
+        """Fill `tensors` in place from the last whole state, the same on every rank; returns how
+        many steps it was taken after, 0 if there is none."""
+        if self.first:
             for partial in self.folder.glob("*.partial"):
                 shutil.rmtree(partial)
         found = [self._states()[-1:]]
         dist.broadcast_object_list(found, src=0, group=self.group)
-        return found[0][0] if found[0] else None
-
-    def _states(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*[0-9]"), key=lambda path: int(path.name[5:]))
-
-    def load(self, folder: Path, tensors: dict[str, torch.Tensor]) -> dict:
-        """Fill `tensors` in place; returns what `save` was given beside them."""
+        if not found[0]:
+            return 0
+        (folder,) = found[0]
         try:
             dcp.load(tensors, checkpoint_id=folder, process_group=self.group)
-            return console.read_json(folder / "state.json")
+            return step_of(folder)
         except (CheckpointException, OSError, RuntimeError, KeyError, ValueError) as mistake:
             raise ValueError(
                 f"{folder} cannot be read ({cause(mistake)}): remove it to go on from an older one"
             ) from None
 
-    def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict) -> None:
+    def save(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
         """Begin to write a state; the one before is waited for."""
         self.finish()
         final = self.folder / f"step-{step:06}"
         partial = final.with_name(final.name + ".partial")
         if self.first:
             partial.mkdir(parents=True, exist_ok=True)
-            (partial / "state.json").write_text(json.dumps(state))
         dist.barrier(self.group)
         # A writer of our own: the default one would open a context on GPU 0 from every rank.
         writer = dcp.FileSystemWriter(partial)
@@ -83,8 +81,7 @@ class Snapshots:
         if writing.exception() is not None:
             return  # `finish` tells
         try:
-            for path in (partial / "state.json", partial):
-                console.sync(path)
+            console.sync(partial)
             os.replace(partial, final)
             console.sync(self.folder)
             for old in self._states()[: -self.keep]:
@@ -117,6 +114,10 @@ class Snapshots:
         """The run is over: what it would go on from is in the way of the disk."""
         if self.first:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def cause(mistake: BaseException) -> str:

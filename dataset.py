@@ -240,6 +240,7 @@ def after_newline(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def encode_turns(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[int], int]:
+    """A conversation; every turn of the assistant is learned, with its EOS."""
     ids, labels, unmerged = [], [], 0
     preamble = PREAMBLE[False]
     if messages[0]["role"] == "system":

@@ -48,7 +48,7 @@ import console
 import lora
 import plan
 from adapter import save_adapter
-from checkpoint import DTYPES, check_tensors, load_model, read_config, save_model, stored_tensors
+from checkpoint import DTYPES, load_model, open_checkpoint, save_model, stored_tensors
 from dataset import (
     Examples,
     encode_all,
@@ -122,8 +122,7 @@ def prepare(args: argparse.Namespace) -> Job:
         if args.offload and args.bits < 16:
             raise ValueError("--offload cannot move rounded weights: train without it")
     else:
-        config = read_config(args.model_dir)
-        check_tensors(stored_tensors(args.model_dir), config, args.model_dir)
+        config, _ = open_checkpoint(args.model_dir)
     tokenizer = Tokenizer(args.tokenizer or args.model_dir)
     tokenizer.check(config)
     if not 0 <= args.warmup < 1:

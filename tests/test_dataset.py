@@ -17,7 +17,6 @@ from dataset import (
     PREAMBLE,
     chat_prompt,
     encode_all,
-    encode_chat,
     encode_example,
     load_mixture,
     load_records,
@@ -218,11 +217,15 @@ def turns(*contents: str, system: str | None = None) -> list[dict]:
     return [{"role": "system", "content": system}] * (system is not None) + said
 
 
+def encode_chat(messages: list[dict], tokenizer: Tokenizer) -> tuple[list, list]:
+    return encode_example({"messages": messages}, tokenizer, 10**6)
+
+
 def test_one_user_message_is_alpacas_prompt():
     ids = TOKENIZER.encode(prompt("Name a colour."), bos=True)
     assert chat_prompt(turns("Name a colour."), TOKENIZER) == ids
     alpaca = encode_example(record("Red", "Name a colour."), TOKENIZER, 512)
-    assert encode_chat(turns("Name a colour.", "Red"), TOKENIZER, 512) == alpaca
+    assert encode_chat(turns("Name a colour.", "Red"), TOKENIZER) == alpaca
 
 
 @pytest.mark.parametrize("system", [None, "You are a sailor.", ""])
@@ -230,7 +233,7 @@ def test_one_user_message_is_alpacas_prompt():
 def test_only_the_assistants_turns_are_learned(system, nasty, merging):
     messages = turns("Hello", nasty, nasty, "(fine)", system=system)
     for tokenizer in (TOKENIZER, merging):
-        ids, labels = encode_chat(messages, tokenizer, 10**6)
+        ids, labels = encode_chat(messages, tokenizer)
         preamble = PREAMBLE[False] if system is None else system
         asked = "\n\n### Instruction:\n{}\n\n### Response:"
         text = preamble + asked.format("Hello") + nasty + asked.format(nasty) + "(fine)"
@@ -251,7 +254,7 @@ def test_only_the_assistants_turns_are_learned(system, nasty, merging):
 def test_any_conversation_reads_as_it_was_said(said, system, merging):
     messages = turns(*said[: len(said) // 2 * 2], system=system)
     for tokenizer in (TOKENIZER, merging):
-        ids, labels = encode_chat(messages, tokenizer, 10**6)
+        ids, labels = encode_chat(messages, tokenizer)
         assert ids.count(tokenizer.bos_id) == 1 and ids[0] == tokenizer.bos_id
         at = 0
         for number, message in enumerate(messages, 1):

@@ -24,6 +24,7 @@ from dataset import IGNORE, encode_example, load_records, prompt, step_examples
 from fsdp_train import learning_rate
 from model import Llama
 from runfolder import RunFolder
+from snapshots import Snapshots
 from tokenizer import Tokenizer
 
 TOKENIZER = ROOT / "data/tokenizer.model"
@@ -540,6 +541,13 @@ def test_a_full_disk_leaves_the_snapshot_before(base, here, long_reference, tmp_
     assert list(out.glob("checkpoints/step-??????"))
     succeeded(here(flags(base, out, **LONG)))
     assert_identical(out, long_reference)
+
+
+def test_what_a_kill_left_of_a_snapshot_is_cleared(tmp_path):
+    (tmp_path / "step-000003.partial").mkdir()
+    with parallel.process_group("cpu", replicas=1):
+        assert Snapshots(tmp_path, keep=2).load({}) == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_snapshot_is_named(base, here, tmp_path):

@@ -36,6 +36,7 @@ from sampling import GREEDY, Sampling, choose, penalized
 from tokenizer import Tokenizer
 
 JOIN_TOKENS = 2048  # prompts that start in one pass have about so many tokens together
+EVEN = 16  # lengths of prompts are multiples of it: a CPU makes, and keeps, kernels for each length
 
 
 class Sequence:
@@ -228,18 +229,14 @@ class Engine:
         return chosen
 
     def start(self, sequences: list[Sequence]) -> Tensor:
-        """Fill the rows behind the active ones with prompts; the logits after each, (B, V).
-
-        A CPU makes a kernel for every length, and keeps it: a padded end makes lengths few."""
-        ids = [token for s in sequences for token in s.prompt]
-        ends = list(accumulate(len(s.prompt) for s in sequences))
-        step = max(8, (1 << len(ids).bit_length()) // 16)  # adds an eighth at most
-        ids += [0] * min(-len(ids) % step, sequences[-1].room)
-        bounds = torch.tensor([0, *ends[:-1], len(ids)], device=self.device)
-        ids, ends = (torch.tensor(numbers, device=self.device) for numbers in (ids, ends))
+        """Fill the rows behind the active ones with prompts; the logits after each, (B, V)."""
+        prompts = [s.prompt + [0] * min(-len(s.prompt) % EVEN, s.room) for s in sequences]
+        ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
+        bounds = torch.tensor([0, *accumulate(map(len, prompts))], device=self.device)
+        lengths = torch.tensor([len(s.prompt) for s in sequences], device=self.device)
         rows = self.cache[len(self.active) : len(self.active) + len(sequences)]
-        hidden = self.model.hidden(ids[None], bounds.int(), rows)[0, ends - 1]  # (B, C)
-        rows.lengths[-1] = len(sequences[-1].prompt)  # what lies behind means nothing
+        hidden = self.model.hidden(ids[None], bounds.int(), rows)[0, bounds[:-1] + lengths - 1]
+        rows.lengths.copy_(lengths)  # what was stored behind them is written over
         return self.model.lm_head(hidden)
 
     def next_logits(self) -> Tensor:

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 import openai
 import pytest
 import teacher_server
+import torch
 from conftest import ROOT, assert_refused
 from demo_server import TINY, Scripted, arguments, running, tiny_engine
 
@@ -36,6 +37,7 @@ from engine import Engine
 from lora import add_lora
 from moderation import Filter, Rules, Unavailable, chosen_filter
 from sampling import Sampling
+from tokenizer import Tokenizer
 
 FRUIT = "Name a fruit."
 
@@ -266,18 +268,18 @@ def test_the_watermark_of_the_command_line(monkeypatch):
 
 
 def test_an_adapter_is_put_on(tmp_path):
-    model, draw = load_model(TINY), Sampling(max_new_tokens=12)
-    base = tiny_engine(rows=1, mark=False)
-    ids = base.tokenizer.encode(prompt(FRUIT), bos=True)
+    model, how = load_model(TINY, dtype=torch.float32), Sampling(max_new_tokens=12)
+    engine = Engine(model, Tokenizer(TINY))
+    ids = engine.tokenizer.encode(prompt(FRUIT), bos=True)
+    base = engine.answers([ids], how)[0].ids
     add_lora(model, 4, 8, 0.0)
     for name, own in model.named_parameters():
         if "lora_B" in name:  # or it would change nothing
             own.data.normal_(0, 0.1)
     save_adapter(model, Lora(4, 8, 0.0), tmp_path / "adapter", TINY)
-    here = ("--model-dir", TINY, "--adapter", tmp_path / "adapter", "--rows", 1, "--no-watermark")
-    said = demo.made(arguments(*here))[0].answers([ids], draw)[0].ids
-    assert said == Engine(model, base.tokenizer).answers([ids], draw)[0].ids
-    assert said != base.answers([ids], draw)[0].ids
+    here = ("--model-dir", TINY, "--adapter", tmp_path / "adapter", "--rows", 1, "--dtype", "fp32")
+    said = demo.made(arguments(*here, "--no-watermark"))[0].answers([ids], how)[0].ids
+    assert said == engine.answers([ids], how)[0].ids != base
 
 
 def test_tokens_are_coloured_as_they_are_scored(tiny):

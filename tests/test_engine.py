@@ -207,7 +207,7 @@ def test_many_prompts_start_in_few_passes_but_not_without_limit():
 
 
 def test_prompts_of_all_lengths_start_in_passes_of_few(monkeypatch):
-    """oneDNN keeps a kernel for each: of 3,000 prompts they took 600 MB."""
+    """oneDNN keeps a kernel for each: those of 3,000 prompts took 700 MB instead of 200."""
     engine, seen = Engine(model_of(max_position_embeddings=500), TOKENIZER), set()
     real = engine.model.hidden
 
@@ -219,7 +219,7 @@ def test_prompts_of_all_lengths_start_in_passes_of_few(monkeypatch):
     for prompt in prompts_of(*range(1, 500, 3)):
         engine.answers([prompt], Sampling(max_new_tokens=1))
         assert engine.cache.lengths.tolist() == [len(prompt)]
-    assert len(seen) < 35 and max(seen) == 500
+    assert len(seen) == 32 and max(seen) == 500
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

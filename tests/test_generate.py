@@ -188,19 +188,20 @@ def test_the_model_of_make_train_is_the_default(command, engine, tmp_path, monke
 def test_a_conversation_remembers_and_can_be_reset(command, engine, monkeypatch):
     said = ["Name a fruit.", "And another.", "", "/reset", "Name a fruit.", "/quit", "unheard"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(said) + "\n"))
-    how = ("--temperature", 1.2, "--seed", 9)
+    how = ("--temperature", 2.5, "--seed", 9)
     code, out, _ = ask(command, "--chat", "--system", "Be brief.", *how)
     history, shown = [{"role": "system", "content": "Be brief."}], []
     for number, text in enumerate(said[:2]):
         history.append({"role": "user", "content": text})
         ids = chat_prompt(history, engine.tokenizer)
-        way = Sampling(max_new_tokens=12, temperature=1.2, seed=9 + number)
+        way = Sampling(max_new_tokens=12, temperature=2.5, seed=9 + number)
         (answer,) = engine.answers([ids], way)
         history.append({"role": "assistant", "content": answer.text})
         shown.append(answer.text + "\n")
-    ids, way = chat_prompt(history[:2], engine.tokenizer), replace(way, seed=11)
-    shown.append(engine.answers([ids], way)[0].text + "\n")
-    assert code == 0 and out == "".join(shown)
+    anew, on = (chat_prompt(h, engine.tokenizer) for h in (history[:2], history + history[1:2]))
+    reset, kept = engine.answers([anew, on], replace(way, seed=11))
+    assert code == 0 and out == "".join([*shown, reset.text + "\n"])
+    assert reset.text != kept.text  # or the test could not fail
 
 
 def test_a_conversation_that_is_too_long_is_said_and_goes_on(command, engine, monkeypatch):

@@ -123,11 +123,13 @@ class Endpoint:
     @classmethod
     def parsed(cls, text: str, default: Mapping[str, Any]) -> "Endpoint":
         """`MODEL`, or `model=…,url=…,key=VARIABLE,weight=2,…` over the defaults."""
-        text = text if re.match(r"\w+=", text) else f"model={text}"
+        text = text if re.match(r"[\w-]+=", text) else f"model={text}"
         pairs = [part.partition("=") for part in text.split(",")]
         if not all(equals for _, equals, _ in pairs):
             raise ValueError("--teacher: every part between commas is NAME=VALUE")
         given = {name.strip().replace("-", "_"): value for name, _, value in pairs}
+        if len(given) < len(pairs):
+            raise ValueError("--teacher: every NAME once")
         types = {field.name: field.type for field in fields(cls)}
         if unknown := given.keys() - types.keys():
             raise ValueError(f"--teacher: {', '.join(unknown)}? One of {', '.join(types)}")

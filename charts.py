@@ -5,8 +5,8 @@
     bar_chart(bars)                          labels and their counts
     sunburst(names, below)                   names in a ring, around each of them others
 
-Names come from downloaded files and from models. `words` is their one way into a picture: it
-escapes what would be a tag, or would steer a terminal.
+Names come from downloaded files and from models. `safe` is their one way into a picture: it escapes
+what would be a tag, or would steer a terminal.
 
 Shown by tests/test_charts.py: test_a_chart_is_well_formed_and_its_lines_stay_inside.
 """
@@ -34,7 +34,11 @@ def words(text: str, most: int = 200, **how: object) -> str:
     """A line of text; `how` are its attributes, with _ for -."""
     text = text if len(text) <= most else text[: most - 1] + "…"
     told = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in how.items())
-    return f"<text{told}>{escape(printable(text))}</text>"
+    return f"<text{told}>{safe(text)}</text>"
+
+
+def safe(text: str) -> str:
+    return escape(printable(text))
 
 
 def heading(text: str, width: int) -> str:
@@ -157,8 +161,7 @@ def sector(
     path = f"M{point(inner, start)}L{point(outer, start)}"
     path += f"A{outer} {outer} 0 {large} 1 {point(outer, stop)}L{point(inner, stop)}"
     path += f"A{inner} {inner} 0 {large} 0 {point(inner, start)}Z"
-    told = escape(printable(told))
-    part = f'<path d="{path}" fill="{colour}" stroke="#fff"><title>{told}</title></path>'
+    part = f'<path d="{path}" fill="{colour}" stroke="#fff"><title>{safe(told)}</title></path>'
     if (stop - start) * 2 * math.pi * middle < 13:  # pixels: no room for a line of text
         return part
     place = f"translate({point(middle, turn)}) rotate({360 * turn + (90, -90)[turn < 0.5]:.1f})"

@@ -349,7 +349,7 @@ def parse_args() -> argparse.Namespace:
     flag("source", type=Path, help="Hugging Face or Meta folder to read")
     flag("target", type=Path, help="folder to write, which must not exist yet")
     flag("--dtype", choices=DTYPES, help="of the weights (default: what they are)")
-    flag("--tokenizer", type=Path, help="file or folder to copy (default: the source's)")
+    flag("--tokenizer", type=Path, help="to copy (default: the source's; Meta's lies above it)")
     flag(
         "--positions",
         type=console.positive(int),

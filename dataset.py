@@ -73,19 +73,19 @@ def load_records(path: str | Path) -> list[dict]:
 
 
 def numbered_objects(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line, value) for every element of a JSON list, or every object of a JSONL file."""
+    """(line, value) for every element of a JSON list, or every line of a JSONL file."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as mistake:
         line = mistake.object[: mistake.start].count(b"\n") + 1
         raise ValueError(f"{path}, line {line}: not UTF-8: save the file as UTF-8") from None
+    if not text.lstrip().startswith("["):
+        yield from numbered_lines(path, text)
+        return
     decoder, space = json.JSONDecoder(), re.compile(r"\s*")
-    at = space.match(text).end()
-    listed = text.startswith("[", at)
-    end = "]" if listed else ""  # a slice behind the text's end is empty
-    at = space.match(text, at + listed).end()
+    at = space.match(text, text.index("[") + 1).end()
     line, counted = 1, 0
-    while text[at : at + 1] != end:
+    while not text.startswith("]", at):
         line, counted = line + text.count("\n", counted, at), at
         try:
             value, at = decoder.raw_decode(text, at)
@@ -93,15 +93,25 @@ def numbered_objects(path: Path) -> Iterator[tuple[int, Any]]:
             raise ValueError(f"{path}, line {line}: not JSON ({mistake})") from None
         yield line, value
         at = space.match(text, at).end()
-        if listed and text.startswith(",", at):
+        if text.startswith(",", at):
             at = space.match(text, at + 1).end()
-        elif listed and not text.startswith("]", at):
+        elif not text.startswith("]", at):
             line += text.count("\n", counted, at)
             raise ValueError(f"{path}, line {line}: a comma or the list's end ] was expected")
     at = space.match(text, at + 1).end()
     if rest := text[at : at + 40]:
         line += text.count("\n", counted, at)
         raise ValueError(f"{path}, line {line}: after the list there is more: {rest!r}")
+
+
+def numbered_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as mistake:
+                why = getattr(mistake, "msg", mistake)
+                raise ValueError(f"{path}, line {number}: not JSON ({why})") from None
 
 
 def understood(raw: Any) -> list[dict]:

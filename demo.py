@@ -376,7 +376,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("answers").add_argument
     add("--name", help="of the model, in the API (default: its folder's)")
     add("--rows", type=count, default=16, help="answers made at once (default: 16)")
-    add("--max-length", type=count, help="tokens of prompt and answer (default: at most 2048)")
+    known = "(default: what the model knows, at most 2048)"
+    add("--max-length", type=count, help=f"tokens of prompt and answer {known}")
     add("--max-new-tokens", type=count, default=512, help="of an answer at most (default: 512)")
     add("--no-watermark", action="store_true", help="answer without a watermark")
     key = os.environ.get(KEY_VARIABLE, KEY)

@@ -251,7 +251,8 @@ def picture(rows: list[dict]) -> str:
 
 def add_answers(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what is answered").add_argument
-    add("--set", type=Path, default=SET, help="of JSON (default: data/eval_instructions.jsonl)")
+    told = "instructions, JSON or JSONL (default: data/eval_instructions.jsonl)"
+    add("--set", type=Path, default=SET, help=told)
     add("--out", type=Path, required=True, help="folder; the same one again goes on")
     add("--name", help="of the model in all files (default: that of its folder, or --model)")
     generate.add_model_flags(parser)

@@ -53,6 +53,7 @@ from dataset import (
     Examples,
     encode_all,
     load_mixture,
+    load_records,
     make_row,
     pack_rows,
     step_examples,
@@ -144,7 +145,8 @@ def prepare(args: argparse.Namespace) -> Job:
         raise ValueError(f"--epochs {args.epochs} of {len(train)} examples is not one step")
     questions, held_out = [], None
     if args.eval_data:
-        questions, origins = load_mixture([args.eval_data], args.seed)
+        questions = load_records(args.eval_data)
+        origins = [f"{args.eval_data} record {number}" for number in range(1, len(questions) + 1)]
         held_out = encode_all(questions, origins, tokenizer, args.max_length)
     return Job(config, tokenizer, train, held_out, questions, steps)
 
@@ -383,7 +385,8 @@ def export(model: Llama, job: Job, args: argparse.Namespace) -> None:
 def write_card(args: argparse.Namespace, job: Job, run: RunFolder, ranks: int) -> None:
     """data/MODEL_CARD.md, filled in for this run. It hashes the base: not while ranks wait."""
     optimizer = f"AdamW {BETAS}, eps {EPS}, no weight decay; norm clipped at {CLIP}"
-    recipe = settings(args, job) | {"optimizer": optimizer, "ranks": ranks}
+    recipe = settings(args, job) | {"steps": job.steps, "optimizer": optimizer, "ranks": ranks}
+    recipe |= {"ids": job.train.digest()}
     with console.atomic_file(outcome(args) / "README.md", "w") as file:
         file.write(model_card(args, job.config, job.train, recipe, run.summary()))
 

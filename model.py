@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from cache import KVCache, cached_attention
 from loss import summed_cross_entropy
 
-if torch.cuda.is_available():  # it brings torch's compiler along, two seconds at every start
+if torch.cuda.device_count():  # it brings torch's compiler along, two seconds at every start
     from torch.nn.attention.varlen import varlen_attn
 
 IGNORE = -100  # a label that is not learned from
@@ -239,7 +239,8 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.model = nn.Module()  # only a prefix: Hugging Face's names begin with `model.`
-        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        table = torch.empty(config.vocab_size, config.hidden_size)  # filled below, once
+        self.model.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

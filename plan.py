@@ -54,7 +54,7 @@ CHIPS = {
     "A100 80GB": Chip(312e12, 80 * GIB),
     "H100 PCIe": Chip(756e12, 80 * GIB),
     "H100": Chip(989e12, 80 * GIB),
-    "H200": Chip(989e12, 141 * GIB),
+    "H200": Chip(989e12, 140 * GIB),
     "B200": Chip(2250e12, 180 * GIB),
     "L40S": Chip(362e12, 48 * GIB),
     "A10": Chip(125e12, 24 * GIB),

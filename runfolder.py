@@ -13,14 +13,20 @@ import json
 import math
 import os
 from pathlib import Path
-from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 import charts
 import console
 
 LINE = "loss {loss:.3f}  lr {lr:.2e}  norm {grad_norm:.2f}  {tokens_per_s:,.0f} tokens/s"
 LATELY = 20  # steps that the line's tokens/s and MFU are the mean of
+
+
+def seconds(step: dict[str, Any]) -> float:
+    """That it took."""
+    return step["tokens"] / max(1, step["tokens_per_s"])
 
 
 class RunFolder:
@@ -70,10 +76,11 @@ class RunFolder:
         if self.quiet:
             return
         self.add(record)
+        recent = [r for r in self.records[-LATELY:] if "loss" in r]
         for figure in ("tokens_per_s", "mfu"):
             if figure in record:
-                recent = (r[figure] for r in self.records[-LATELY:] if figure in r)
-                record = {**record, figure: fmean(recent)}
+                mean = np.average([r[figure] for r in recent], weights=[*map(seconds, recent)])
+                record = {**record, figure: mean}
         mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
         memory = f"  {record['memory_GB'] * 1e9 / 2**30:.1f} GiB"
         self.progress.step(more=LINE.format_map(record) + mfu + memory)
@@ -86,11 +93,10 @@ class RunFolder:
         steps = [record for record in self.records if "loss" in record]
         if not steps:
             return "its log was lost"
-        tokens = sum(record["tokens"] for record in steps)
-        seconds = sum(record["tokens"] / max(1, record["tokens_per_s"]) for record in steps)
+        tokens, took = sum(record["tokens"] for record in steps), sum(map(seconds, steps))
         held_out = [loss for _, loss in self.points("held_out_loss")]
         return (
-            f"{len(steps)} steps of {tokens:,} tokens in {console.clock(seconds)}; "
+            f"{len(steps)} steps of {tokens:,} tokens in {console.clock(took)}; "
             f"training loss {steps[0]['loss']:.3f} → {steps[-1]['loss']:.3f}"
             + (f"; held out {held_out[0]:.3f} → {held_out[-1]:.3f}" if held_out else "")
         )

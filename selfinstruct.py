@@ -324,7 +324,7 @@ def reparse_command(args) -> None:
     """What today's parser and filters make of the answers that the folder has."""
     settings = console.read_json(args.folder / "settings.json")
     args.pipeline, args.seed, args.language = map(settings.get, ("pipeline", "seed", "language"))
-    if args.pipeline not in [*PIPELINES] or args.language is None:
+    if args.pipeline not in [*PIPELINES] or None in (args.seed, args.language):
         raise ValueError(f"{args.folder}: by its settings.json no generate made it")
     args.seeds, args.prompt = args.folder / "seeds.json", args.folder / "prompt.txt"
     folder, pipeline = open_run(args, args.folder, suffix=".new")

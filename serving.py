@@ -87,7 +87,7 @@ class Decoder:
             raise RuntimeError("the thread that decodes has ended")
         if self.load + count > self.most:
             tokens = sum(s.way.max_new_tokens / 2 for a in self.under_way for s in a.sequences)
-            wait = min(60.0, tokens / self.pace / self.load) if self.pace else 1.0
+            wait = min(60.0, tokens / self.pace / max(1, self.load)) if self.pace else 1.0
             raise Busy("the server is busy: too many answers are waiting to be made", wait, False)
         if sum(n for a, n in self.under_way.items() if a.asker == asker) + count > self.share:
             said = "as many of your answers are being made as one client may have"

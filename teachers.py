@@ -308,7 +308,8 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     add("--in-flight", type=count, default=32, help="requests at once (default: 32)")
     add("--timeout", type=number, default=300, help="seconds for a whole answer (default: 300)")
     add("--attempts", type=count, default=8, help="for one request (default: 8)")
-    add("--first-wait", type=number, default=1, help="seconds between them, doubling (default: 1)")
+    waits = "seconds before the second attempt, then doubling to 60 (default: 1)"
+    add("--first-wait", type=number, default=1, help=waits)
     money = parser.add_argument_group("money")
     add = money.add_argument
     add("--price-in", type=float, default=0.0, help="dollars a million tokens asked (default: 0)")

@@ -71,7 +71,6 @@ THREADS = min(4, (os.cpu_count() or 1) + 1)  # reading, hashing and writing over
 TOLERANCE = 0.05
 NAMED = [str(dtype).removeprefix("torch.") for dtype in DTYPES.values()]
 COPIED = ("config.json", "generation_config.json", *TOKENIZER_FILES)
-MODEL = (".json", ".safetensors", ".bin", ".pth")  # what its files end with
 LOG = "progress.jsonl"
 
 
@@ -203,7 +202,10 @@ def shapes_of(entries: dict[str, Entry]) -> dict[str, tuple[torch.Size, torch.dt
 
 def fingerprint(folder: Path) -> list[list]:
     """What would tell that a model is another one than when a run began."""
-    files = [f for f in sorted(folder.iterdir()) if f.suffix in MODEL and f.is_file()]
+    if is_meta(folder):
+        files = [folder / "params.json", *sorted(folder.glob("consolidated.*.pth"))]
+    else:
+        files = [folder / "config.json", *weight_files(folder)]
     return [[str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 

@@ -39,6 +39,7 @@ def write_random(folder: Path) -> int:
 def load_once(side: str, folder: str) -> None:
     """Print one side's seconds and peak, as JSON."""
     if side == "transformers":
+        from torch import _dynamo  # noqa: F401  which it loads on the way; imports are not counted
         from transformers import AutoModelForCausalLM
 
         def load():

@@ -225,6 +225,10 @@ def test_teachers_are_read_from_the_command_line():
     assert Endpoint.parsed(text, default) == Endpoint(
         "a", "http://y/v1", "completions", "K", 2.0, 1.0, 4.0, "CC BY"
     )
+    assert Endpoint.parsed("price-in=2,model=a", default).price_in == 2
+    for twice in ("a,model=b", "model=a,price-in=1,price_in=2"):
+        with pytest.raises(ValueError, match="every NAME once"):
+            Endpoint.parsed(twice, default)
     for wrong in ("url=http://y/v1", "model=a,wieght=2", "model=a,weight=two", "model=a,weight=0"):
         with pytest.raises(ValueError, match="model|weight|float"):
             Endpoint.parsed(wrong, default)

@@ -633,6 +633,7 @@ with torch.device("meta"):
     Llama(LlamaConfig.preset("tiny"))  # what torch loads on first use is not the checkpoint's
 for work, *folders, dtype in json.loads(sys.argv[1]):
     if not (child := os.fork()):
+        code = 1
         try:
             with PeakMemory() as peak:
                 if work == "load":
@@ -642,9 +643,10 @@ for work, *folders, dtype in json.loads(sys.argv[1]):
                     config = read_config(source)
                     save_model(tensors(source), config, target, getattr(torch, dtype))
             print(peak.anonymous, flush=True)
+            code = 0
         finally:
-            os._exit(0)
-    os.waitpid(child, 0)
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
 """
 
 

@@ -249,7 +249,8 @@ def test_every_module_can_be_imported_without_a_command_line():
     """And brings no compiler along, which would be two seconds at every start without a GPU."""
     names = ", ".join(file.stem for file in our_modules())
     compiler = "torch.cuda.is_available() or 'torch._dynamo' not in sys.modules"
-    code = f"import sys, torch, {names}; assert {compiler}"
+    load = "checkpoint.load_model('data/tiny-llama')"
+    code = f"import sys, torch, {names}; {load}; assert {compiler}"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

@@ -17,6 +17,7 @@ from dataset import (
     PREAMBLE,
     chat_prompt,
     encode_all,
+    encode_chat,
     encode_example,
     load_mixture,
     load_records,
@@ -181,6 +182,9 @@ def test_a_cut_example_is_the_head_of_the_whole_one(length, merging):
         assert kept.ids.tolist() == ids[:length] and kept.labels.tolist() == labels[:length]
         assert kept.supervised.tolist() == [len(labels[:length]) - labels[:length].count(IGNORE)]
         assert kept.report["truncated"] == (len(ids) > length)
+    if length == 1:
+        whole = encode_chat(kinds[2]["messages"], TOKENIZER, 10**6)
+        assert encode_chat(kinds[2]["messages"], TOKENIZER, 1) == (whole[0][:1], whole[1][:1])
 
 
 def test_every_whole_example_ends_in_an_eos_that_is_learned(merging):
@@ -217,15 +221,11 @@ def turns(*contents: str, system: str | None = None) -> list[dict]:
     return [{"role": "system", "content": system}] * (system is not None) + said
 
 
-def encode_chat(messages: list[dict], tokenizer: Tokenizer) -> tuple[list, list]:
-    return encode_example({"messages": messages}, tokenizer, 10**6)
-
-
 def test_one_user_message_is_alpacas_prompt():
     ids = TOKENIZER.encode(prompt("Name a colour."), bos=True)
     assert chat_prompt(turns("Name a colour."), TOKENIZER) == ids
     alpaca = encode_example(record("Red", "Name a colour."), TOKENIZER, 512)
-    assert encode_chat(turns("Name a colour.", "Red"), TOKENIZER) == alpaca
+    assert encode_chat(turns("Name a colour.", "Red"), TOKENIZER, 512) == alpaca
 
 
 @pytest.mark.parametrize("system", [None, "You are a sailor.", ""])
@@ -233,7 +233,7 @@ def test_one_user_message_is_alpacas_prompt():
 def test_only_the_assistants_turns_are_learned(system, nasty, merging):
     messages = turns("Hello", nasty, nasty, "(fine)", system=system)
     for tokenizer in (TOKENIZER, merging):
-        ids, labels = encode_chat(messages, tokenizer)
+        ids, labels = encode_chat(messages, tokenizer, 10**6)
         preamble = PREAMBLE[False] if system is None else system
         asked = "\n\n### Instruction:\n{}\n\n### Response:"
         text = preamble + asked.format("Hello") + nasty + asked.format(nasty) + "(fine)"
@@ -254,7 +254,7 @@ def test_only_the_assistants_turns_are_learned(system, nasty, merging):
 def test_any_conversation_reads_as_it_was_said(said, system, merging):
     messages = turns(*said[: len(said) // 2 * 2], system=system)
     for tokenizer in (TOKENIZER, merging):
-        ids, labels = encode_chat(messages, tokenizer)
+        ids, labels = encode_chat(messages, tokenizer, 10**6)
         assert ids.count(tokenizer.bos_id) == 1 and ids[0] == tokenizer.bos_id
         at = 0
         for number, message in enumerate(messages, 1):
@@ -291,7 +291,6 @@ FORMS = {
     "text beside an instruction": ALPACA[:-1] + ', "text": "all of it"}\n' + ALPACA,
     "text with mark and carriage returns": b"\xef\xbb\xbf\r\n" + f"{ALPACA}\r\n{ALPACA}".encode(),
     "pretty": json.dumps([json.loads(ALPACA)] * 2, indent=4),
-    "pretty, without a list": json.dumps(json.loads(ALPACA), indent=4) + "\n" + ALPACA,
     "no input": '[{"instruction": "Say hi.", "output": "hi"}, '
     '{"instruction": "Say hi.", "input": null, "output": "hi"}]',
     "seeds": '{"id": "seed_0", "instruction": "Say hi.", "instances": '
@@ -348,7 +347,8 @@ BROKEN = {
     "unfinished list": (f"[{ALPACA},\n{ALPACA}\n", "line 3", "]"),
     "list that ends in a comma": (f"[{ALPACA},\n", "line 2", "not JSON"),
     "bracket astray": (f"{ALPACA}\n]", "line 2", "not JSON"),
-    "two on a line and more": (f"{ALPACA} {ALPACA}\n\n{ALPACA}, 5", "line 3", "not JSON"),
+    "two on a line": (f"{ALPACA}\n\n{ALPACA} {ALPACA}", "line 3", "not JSON"),
+    "an object over several lines": ("{\n" + ALPACA[1:], "line 1", "not JSON"),
     "more after it": (f"[{ALPACA}]\n{ALPACA}", "line 2", "after the list"),
     "list of lists": (f"[[{ALPACA}]]", "line 1", "object"),
     "endless nesting": ("[\n" + "[" * 10**5, "line 2", "not JSON"),

@@ -4,6 +4,8 @@ import hashlib
 import json
 import re
 import subprocess
+import time
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,6 +68,8 @@ def test_it_tells_base_data_recipe_and_losses(files):
     assert f"The held-out file: `data.json`: 2 records, 1 by t-1; {sealed}." in card
     assert re.search(r"commit [0-9a-f]{40}|of a copy without its history", card)
     assert str(data.parent) not in card, "where files lay is nobody's business"
+    assert f"torch {version('torch')}" in card and time.strftime("%Y-%m-%d") in card
+    assert re.search(r"^\| device \| \w", card, re.MULTILINE)
     assert "{" not in card
 
 
@@ -88,7 +92,8 @@ def test_the_trainer_writes_it_beside_the_weights(tmp_path, command, monkeypatch
     assert code == 0, err
     card = (tmp_path / "run/model/README.md").read_text()
     weights = (ROOT / "data/tiny-llama/model.safetensors").read_bytes()
-    assert sha256(weights) in card and "| ranks | 1 |" in card
+    assert sha256(weights) in card and "| ranks | 1 |" in card and "| steps | 2 |" in card
+    assert re.search(r"^\| ids \| \w{16} \|", card, re.MULTILINE), "what was really learned from"
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     losses = [record["loss"] for record in records if "loss" in record]
     assert f"training loss {losses[0]:.3f} → {losses[1]:.3f}; held out " in card

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from contextlib import redirect_stdout
@@ -433,7 +434,8 @@ def test_a_server_that_only_fails_ends_the_run_in_one_line(tmp_path, command):
 
 
 def test_thirty_two_at_once_while_the_pool_holds_fifty_thousand(tmp_path):
-    """With two seconds an answer they come sixteen in a second; a busy machine has some grace."""
+    """Sixteen answers a second leave 1/16 s of a processor for each. A busy machine takes more for
+    the same work: it has four times that."""
     rng = random.Random(0)
     words = (*THINGS.split(), *(f"word{i}" for i in range(800)))
     with open(tmp_path / "seeds.jsonl", "w") as file:
@@ -450,6 +452,19 @@ def test_thirty_two_at_once_while_the_pool_holds_fifty_thousand(tmp_path):
         process.communicate()
     assert server.most == 32
     assert (ended - began) / 16 < 4 / 16, "seconds of a processor for each answer"
+
+
+def test_answers_are_judged_beside_the_loop_that_asks(tmp_path, command, monkeypatch):
+    threads, usual = set(), selfinstruct.Folder.judge
+
+    def watched(*given):
+        threads.add(threading.current_thread())
+        return usual(*given)
+
+    monkeypatch.setattr(selfinstruct.Folder, "judge", watched)
+    with Server(latency=0.01) as server:
+        assert command(selfinstruct, *arguments(tmp_path / "r", server, 5))[0] == 0
+    assert threads and threading.main_thread() not in threads
 
 
 def come_to(process: subprocess.Popen, file: Path, count: int) -> float:

@@ -850,6 +850,19 @@ def test_what_was_made_from_something_else_is_made_again(pair, tmp_path, monkeyp
     assert contents(diff) == contents(tmp_path / "quiet")
 
 
+def test_weights_by_another_name_are_watched_too(pair, tmp_path, monkeypatch):
+    base, tuned = pair
+    file, table = tuned / "weights.pt", load_file(tuned / "model.safetensors")
+    (tuned / "model.safetensors").unlink()
+    torch.save(table, file)
+    index = {"weight_map": dict.fromkeys(table, file.name)}
+    (tuned / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    run, diff = Interrupted(monkeypatch, "make_tensor"), tmp_path / "diff"
+    run.dies(weightdiff.make, base, tuned, diff, False)
+    torch.save({name: tensor + 1 for name, tensor in table.items()}, file)
+    assert len(run.goes_on(weightdiff.make, base, tuned, diff, False)) == 21
+
+
 def test_what_else_lies_beside_the_weights_does_not_begin_a_run_anew(pair, tmp_path, monkeypatch):
     base, tuned = pair
     run, diff = Interrupted(monkeypatch, "make_tensor"), tuned / "diff"

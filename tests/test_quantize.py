@@ -243,7 +243,8 @@ def test_rows_that_are_not_contiguous(kind):
 def test_a_compiled_model_of_integers(tmp_path):
     folder = folder_of(tmp_path / "m", num_hidden_layers=1)
     prompt, way = list(range(3, 9)), Sampling(max_new_tokens=5)
-    model = load(folder, Recipe(8, 8, 16), compile=True)
+    # in fp32, where no two pieces are as likely
+    model = load(folder, Recipe(8, 8, 16), dtype=torch.float32, compile=True)
     engine = Engine(model, Tokenizer(TOKENIZER), max_length=12, compile=True)
     (plain,) = Engine(model, Tokenizer(TOKENIZER)).answers([prompt], way)
     assert engine.answers([prompt], way)[0].ids == plain.ids

@@ -80,7 +80,8 @@ from sampling import Sampling
 from snapshots import Snapshots
 from tokenizer import Tokenizer
 
-# Flags left out mean Alpaca's recipe for 7B; without a model to start from, the embedded one's:
+# Flags left out mean Alpaca's recipe for 7B, which parse_args has as their defaults. Where no model
+# to start from is named it is the embedded one, with this recipe:
 TINY = {
     "model_dir": Path("data/tiny-llama"),
     "data": ["data/sample_train.json"],
@@ -94,7 +95,8 @@ TINY = {
     "save_every": 200,
     "answers": 1000,
 }
-LORA = {"lr": 3e-4, "checkpointing": "full", **lora.FLAGS}  # with --lora alpaca-lora's, in both
+# And --lora puts alpaca-lora's in place of either's:
+LORA = {"lr": 3e-4, "checkpointing": "full", **lora.FLAGS}
 BETAS, EPS, CLIP = (0.9, 0.999), 1e-8, 1.0  # what Alpaca's command leaves at their defaults
 SHAPE_STEP = 128  # compiled blocks see rows of a multiple of this many tokens
 

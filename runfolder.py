@@ -25,7 +25,7 @@ LATELY = 20  # steps that the line's tokens/s and MFU are the mean of
 
 
 def seconds(step: dict[str, Any]) -> float:
-    """That it took."""
+    """How long a step took."""
     return step["tokens"] / max(1, step["tokens_per_s"])
 
 

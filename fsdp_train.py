@@ -44,26 +44,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-import console
-import lora
-import plan
-from adapter import save_adapter
-from checkpoint import DTYPES, load_model, open_checkpoint, save_model, stored_tensors
-from dataset import (
-    Examples,
-    encode_all,
-    load_mixture,
-    load_records,
-    make_row,
-    pack_rows,
-    step_examples,
-    total_steps,
-)
-from engine import Engine
-from generate import question
-from model import Llama, LlamaConfig
-from modelcard import model_card
-from parallel import (
+from alpaca.common.cli import Parser, positive
+from alpaca.common.errors import listed, notice, run_command
+from alpaca.common.files import atomic_file
+from alpaca.inference.engine import Engine
+from alpaca.inference.generate import question
+from alpaca.inference.sampling import Sampling
+from alpaca.training import memory_plan
+from alpaca.training.model_card import model_card
+from alpaca.training.parallel import (
     StopSignal,
     apply_activation_checkpointing,
     apply_compile,
@@ -75,9 +64,28 @@ from parallel import (
     random_weight,
     together,
 )
-from runfolder import RunFolder
-from sampling import Sampling
-from snapshots import Snapshots
+from alpaca.training.run_dir import RunFolder
+from alpaca.training.snapshots import Snapshots
+from alpaca.weights import lora
+from alpaca.weights.adapter import save_adapter
+from alpaca.weights.checkpoint import (
+    DTYPES,
+    load_model,
+    open_checkpoint,
+    save_model,
+    stored_tensors,
+)
+from dataset import (
+    Examples,
+    encode_all,
+    load_mixture,
+    load_records,
+    make_row,
+    pack_rows,
+    step_examples,
+    total_steps,
+)
+from model import Llama, LlamaConfig
 from tokenizer import Tokenizer
 
 # Flags left out mean Alpaca's recipe for 7B, which parse_args has as their defaults. Where no model
@@ -288,7 +296,7 @@ def restore(model: Llama, optimizer: torch.optim.Optimizer, snapshots: Snapshots
     for moments in optimizer.state.values():
         moments["step"].fill_(done)
     if done:
-        console.notice(f"going on after step {done}")
+        notice(f"going on after step {done}")
     return done
 
 
@@ -317,7 +325,7 @@ def train(
         loss, norm, stopping = train_step(model, optimizer, rows, learned, device, stop)
         if not math.isfinite(loss) or not math.isfinite(norm):
             snapshots.finish()
-            culprits = console.listed((job.train.origins[i] for i in which), most=16)
+            culprits = listed((job.train.origins[i] for i in which), most=16)
             raise ValueError(
                 f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}. The weights are "
                 f"as they were before and nothing is saved. The step's examples: {culprits}"
@@ -333,7 +341,7 @@ def train(
         if stopping and not last:
             snapshots.finish()
             run.end()
-            console.notice(f"stopped after step {step + 1}: the same command goes on from there")
+            notice(f"stopped after step {step + 1}: the same command goes on from there")
             sys.exit(128 + (stop.number or signal.SIGTERM))
     if job.held_out:
         loss = held_out_loss(model, job.held_out, args, device)
@@ -364,9 +372,9 @@ def speed(
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {**figures, "memory_GB": peak / 1e9}
     figures["memory_GB"] = torch.cuda.max_memory_allocated() / 1e9
-    if chip := plan.find_chip(torch.cuda.get_device_name()):
-        length = plan.mean_length(lengths)
-        flops = plan.flops_per_token(config, length, learned / tokens, args.lora) * tokens
+    if chip := memory_plan.find_chip(torch.cuda.get_device_name()):
+        length = memory_plan.mean_length(lengths)
+        flops = memory_plan.flops_per_token(config, length, learned / tokens, args.lora) * tokens
         figures["mfu"] = flops / seconds / (chip.flops * dist.get_world_size())
     return figures
 
@@ -389,7 +397,7 @@ def write_card(args: argparse.Namespace, job: Job, run: RunFolder, ranks: int) -
     optimizer = f"AdamW {BETAS}, eps {EPS}, no weight decay; norm clipped at {CLIP}"
     recipe = settings(args, job) | {"steps": job.steps, "optimizer": optimizer, "ranks": ranks}
     recipe |= {"ids": job.train.digest()}
-    with console.atomic_file(outcome(args) / "README.md", "w") as file:
+    with atomic_file(outcome(args) / "README.md", "w") as file:
         file.write(model_card(args, job.config, job.train, recipe, run.summary()))
 
 
@@ -437,8 +445,8 @@ def parse_args() -> argparse.Namespace:
 {flags(TINY)}
 with --lora (and --out ends in -lora):
 {flags(LORA)}"""
-    parser = console.Parser(__doc__, epilog=recipes)
-    count, amount = console.positive(int), console.positive(float)
+    parser = Parser(__doc__, epilog=recipes)
+    count, amount = positive(int), positive(float)
     here = "(default: %(default)s)"
 
     flag = parser.add_argument_group("what is trained on what").add_argument
@@ -483,7 +491,7 @@ with --lora (and --out ends in -lora):
     flag = parser.add_argument_group("plan").add_argument
     flag("--plan", action="store_true", help="tell memory, steps and hours; do not train")
     flag("--gpus", type=count, default=1, help=f"how many to plan for {here}")
-    flag("--chip", choices=plan.CHIPS, help="which to plan for (default: this machine's)")
+    flag("--chip", choices=memory_plan.CHIPS, help="which to plan for (default: this machine's)")
 
     args = parser.parse_args()
     if args.preset and args.model_dir:
@@ -509,7 +517,7 @@ with --lora (and --out ends in -lora):
 def main() -> None:
     args = parse_args()
     if args.plan:
-        return print(plan.planned(args, prepare(args)))
+        return print(memory_plan.planned(args, prepare(args)))
     keep_freed_memory()
     with process_group(args.device, args.replicas) as (mesh, device):
         if args.compile is None:  # in fp32 there is no kernel for all documents, but a loop
@@ -520,12 +528,12 @@ def main() -> None:
         finished = together(run.finished)
         dist.barrier()  # everybody has looked before anybody writes
         if finished:
-            console.notice(f"{args.out} is finished; remove it to train anew")
+            notice(f"{args.out} is finished; remove it to train anew")
             run.begin(job.steps + 1, job.steps)
             Snapshots(args.out / "checkpoints", args.keep).remove()  # if the last run was cut off
         else:
             counts = ", ".join(f"{number} {what}" for what, number in job.train.report.items())
-            console.notice(f"examples: {counts}")
+            notice(f"examples: {counts}")
             train(args, job, run, mesh, device)
     if not others:
         if not (outcome(args) / "README.md").exists():
@@ -547,7 +555,7 @@ def leave(code: int) -> None:
 if __name__ == "__main__":
     code = 1
     try:
-        console.run(main)
+        run_command(main)
         code = 0
     except SystemExit as end:
         code = end.code
@@ -555,7 +563,7 @@ if __name__ == "__main__":
         gone = isinstance(mistake, RuntimeError) and lost_contact(str(mistake))
         if gone and not os.environ.get("ALPACA_TRACEBACK"):
             why = str(mistake).strip().split("\n")[0]
-            console.notice(f"another rank is gone ({why}); start again to go on", own=True)
+            notice(f"another rank is gone ({why}); start again to go on", own=True)
         else:
             traceback.print_exc()
     leave(code)

@@ -8,7 +8,7 @@ makes of each token by itself. Definitions run leaf to root; to read from the to
   - Parameter names are Hugging Face's, so an HF checkpoint needs no key map, and the logits are
     HF's too: held to 1e-4 by tests/test_model.py, where a wrong rotary layout shifts them by 6.
   - Attention goes three ways that give the same numbers: a plain batch, packed documents
-    (`cu_seqlens`), and a key/value cache for decoding (cache.py).
+    (`cu_seqlens`), and a key/value cache for decoding (model.py).
   - The rotary tables are computed in fp32 from each call's positions. There is no buffer that a
     cast to bf16 could round, meta-device construction leave empty, or a checkpoint contradict.
 
@@ -25,13 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cache import KVCache, cached_attention
-from loss import summed_cross_entropy
-
 if torch.cuda.device_count():  # it brings torch's compiler along, two seconds at every start
     from torch.nn.attention.varlen import varlen_attn
 
 IGNORE = -100  # a label that is not learned from
+CHUNK = 2**23  # logits held at once: 32 MiB in fp32, 262 tokens of LLaMA's vocabulary
 
 SIZES = {  # LLaMA 1 as released: width, ffn width, layers, heads, norm eps
     "7B": (4096, 11008, 32, 32, 1e-6),
@@ -153,6 +151,78 @@ def packed_layout(ids: Tensor, config: LlamaConfig, cu_seqlens: Tensor) -> Layou
     return Layout(config, (step - start[document])[None], cu_seqlens, document[None])
 
 
+class KVCache:
+    """The key/value cache: what decoding remembers, so that a new token costs one token's work.
+
+    Attention reads the keys and values of all tokens so far. They do not change once computed, so
+    they are stored, a row of the cache for every sequence, and each step adds one position to every
+    row.
+
+      - Two calls fill rows. `model(ids, cu_seqlens, cache)` *starts* them: packed document i fills
+        row i, whatever it held before. `model(ids, cache=cache)`, ids (rows, T), lets every row *go
+        on*.
+      - `lengths[r]` is how much of row r is filled. Setting it to 0 frees the row: it stays free
+        until a prompt starts it again; what is computed for it meanwhile means nothing and harms
+        nobody.
+      - Prompts of unequal length need no padding: packed one behind the other, each starts its row.
+      - `cache[2:5]` is rows 2 to 4 of the same memory: prompts join there while other rows go on.
+      - It may be fp32 where the model is bf16: on a CPU, attention of a single bf16 query is slow.
+
+    Shapes: B rows, T new tokens, L stored ones, H query heads, K key/value heads, G = H / K, D head
+    width. Grouped queries, which make caches small: arXiv:2305.13245.
+    """
+
+    def __init__(self, config, rows: int, max_length: int, device=None, dtype=None):
+        known = config.max_position_embeddings
+        if max_length > known:
+            raise ValueError(f"{max_length} tokens are too many: the model knows {known} positions")
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, max_length)
+        self.k = torch.zeros(*shape, config.head_dim, device=device, dtype=dtype)
+        self.v = torch.zeros_like(self.k)
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        # Static shapes, so that a step can be compiled or a CUDA graph: the mask spans all slots.
+        self.static = self.k.is_cuda
+
+    def __getitem__(self, rows: slice) -> "KVCache":
+        assert isinstance(rows, slice), "a part of a cache is a slice of its rows"
+        part = object.__new__(KVCache)
+        part.k, part.v, part.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
+        part.static = self.static
+        return part
+
+    def move(self, source: int, target: int) -> None:
+        """Row `target` becomes what row `source` is."""
+        filled = int(self.lengths[source])
+        for kept in (self.k, self.v):
+            kept[:, target, :, :filled] = kept[:, source, :, :filled]
+        self.lengths[target] = filled
+
+    def check(self, sequences: int, dtype: torch.dtype) -> None:
+        """What would go wrong without a word; before anything is stored."""
+        assert len(self.lengths) == sequences, "a cache row a sequence: pass cache[first:last]"
+        fits = torch.promote_types(self.k.dtype, dtype) == self.k.dtype
+        assert fits, f"the cache is {self.k.dtype}, too narrow for a model in {dtype}"
+        assert not torch.is_grad_enabled(), "a cache is for torch.no_grad()"
+
+    def next_slots(self, T: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Row and position, (B, T), of every row's next T tokens; and the mask of what they see."""
+        device = self.lengths.device
+        position = self.lengths[:, None] + torch.arange(T, device=device)
+        row = torch.arange(len(self.lengths), device=device)[:, None].expand_as(position)
+        reach = self.k.shape[3]
+        if not self.static:
+            assert self.lengths.any(), "no row has started: prompts come with cu_seqlens"
+            reach = int(position.max()) + 1
+        hidden = torch.arange(reach, device=device) > position[:, None, :, None]  # (B, 1, T, L)
+        mask = torch.zeros(hidden.shape, device=device, dtype=self.k.dtype)
+        return row, position, mask.masked_fill_(hidden, -torch.inf)  # added to the scores
+
+    def grow(self, T: int, cu_seqlens: Tensor | None) -> None:
+        """After all layers have stored theirs."""
+        longer = self.lengths + T * (self.lengths > 0)
+        self.lengths.copy_(longer if cu_seqlens is None else cu_seqlens.diff())
+
+
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √D) v over the tokens up to one's own. q (B, T, H, D); k, v (B, T, K, D)."""
     grouped = q.shape[2] != k.shape[2]
@@ -170,6 +240,21 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longes
     lengths = cu_seqlens.diff().tolist()  # split, not slices: its backward is a single cat
     documents = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), lengths, strict=True)
     return torch.cat([causal_attention(q, k, v) for q, k, v, length in documents if length], dim=1)
+
+
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """New tokens over stored ones. q (B, T, H, D); k and v (B, K, ≥ L, D); mask (B, 1, T, L).
+
+    The G query heads of a key head are laid side by side as if they were tokens: each key is read
+    once for all of them, and reading keys is what decoding spends its time on."""
+    (B, T, H, D), K, L = q.shape, k.shape[1], mask.shape[-1]
+    G = H // K
+    q = q.view(B, T, K, G, D).permute(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
+    if T > 1:
+        mask = mask.expand(B, G, T, L).reshape(B, 1, G * T, L)
+    out = F.scaled_dot_product_attention(q.to(k.dtype), k[:, :, :L], v[:, :, :L], attn_mask=mask)
+    out = out.to(q.dtype)
+    return out.view(B, K, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
 class Attention(nn.Module):
@@ -232,6 +317,64 @@ class Block(nn.Module):
     def forward(self, x: Tensor, layout: Layout, stored=None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), layout, stored)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Σ -log softmax(weight · h)[target]: hidden (N, C), weight (V, C), targets (N); N may be 0."""
+    # Asked here, since inside an autograd function gradients are always off.
+    learn = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _Summed.apply(hidden, weight, targets, learn)
+
+
+class _Summed(torch.autograd.Function):
+    """The language-model loss without the logits: cross-entropy of W h, summed, some rows at a
+    time.
+
+    With a vocabulary of 32,000 the logits are by far the largest tensor of a training step: 8,192
+    tokens make 1 GiB of them in fp32, their gradient another. Two facts do away with both:
+
+      - A row's loss, -log softmax(W h)[y] = logsumexp(W h) - (W h)[y], needs that row's logits
+        only.
+      - Its gradient, softmax(W h) - onehot(y), is at hand the moment the loss is. Taken there, in
+        the forward pass, the logits are made once, dropped, and not made again for the backward
+        pass.
+
+    Value and gradients equal the naive ones (tests/test_loss.py); the gradient's own gradient is
+    not to be had. Taking gradients early is Liger Kernel's idea, arXiv:2410.10989.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, learn: bool) -> Tensor:
+        grad_hidden = torch.empty_like(hidden) if learn else None  # (N, C)
+        grad_weight = None  # (V, C), summed over the chunks in fp32
+        if learn and weight.requires_grad:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        chunk = max(1, CHUNK // len(weight))
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            h, target = hidden[rows], targets[rows, None]
+            log_p = p = None  # the chunk before makes room
+            # (rows, V), of the only logits there are; one fused pass, where logsumexp takes five
+            log_p = torch.log_softmax(h @ weight.T, -1, dtype=torch.float32)
+            total -= log_p.gather(1, target).sum()
+            if learn:
+                p = log_p.exp_()  # in place: the same memory from here on
+                p.scatter_add_(1, target, torch.full_like(p[:, :1], -1.0))  # softmax - onehot
+                p = p.type_as(h)
+                grad_hidden[rows] = p @ weight
+                if grad_weight is not None:
+                    grad_weight += p.T @ h
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_weight is not None:
+            grad_weight = (grad_weight * upstream).to(ctx.dtype)
+        return (grad_hidden * upstream).type_as(grad_hidden), grad_weight, None, None
 
 
 class Llama(nn.Module):

@@ -39,14 +39,16 @@ from pathlib import Path
 
 import numpy as np
 
-import batch
-import console
 import dataset
-import fourstage
-from api import Client, Endpoint, Refused, Reply, understood
+from alpaca.common.cli import Parser, positive, run_verb
+from alpaca.common.errors import listed, run_command
+from alpaca.common.files import append_jsonl, atomic_file, claim, read_json, read_log, sync
+from alpaca.common.progress import Progress
+from alpaca.datagen import batch, four_stage
+from alpaca.datagen.client import Client, Endpoint, Refused, Reply, understood
+from alpaca.datagen.prompts import Task, alpaca_prompt, parse, unfit
+from alpaca.datagen.request_log import Answers, OutOfMoney, Teachers, add_flags, endpoints_of
 from rougel import Pool, best, tokenize, tokenize_unicode
-from tasks import Task, alpaca_prompt, parse, unfit
-from teachers import Answers, OutOfMoney, Teachers, add_flags, endpoints_of
 
 HERE = Path(__file__).parent
 ALIKE = 0.7  # the highest ROUGE-L that is still new
@@ -80,7 +82,7 @@ class Alpaca:
         return list(judged)  # nothing more to ask
 
 
-PIPELINES = {"alpaca": Alpaca, "self-instruct": fourstage.SelfInstruct}
+PIPELINES = {"alpaca": Alpaca, "self-instruct": four_stage.SelfInstruct}
 
 
 class Folder:
@@ -93,11 +95,11 @@ class Folder:
         self.decided: set[str] = set()
         self.kept: list[tuple[int, str]] = []  # number of the request, instruction
         self.count = 0
-        found = [*console.read_log(self.records), *console.read_log(self.rejected)]
+        found = [*read_log(self.records), *read_log(self.rejected)]
         for line in sorted(found, key=lambda line: [int(part) for part in line["item"].split(".")]):
             self.decided.add(line["item"])
             self.count += "why" not in line
-            if "why" not in line or line["why"].startswith(fourstage.LATER):
+            if "why" not in line or line["why"].startswith(four_stage.LATER):
                 self.keep(line)
 
     def keep(self, line: dict) -> None:
@@ -141,9 +143,9 @@ class Folder:
         """Rejected ones first: a kill in between leaves what will be judged the same again."""
         kept = [line for line in judged if "why" not in line]
         if dropped := [line for line in judged if "why" in line]:
-            console.append_jsonl(self.rejected, *dropped)
+            append_jsonl(self.rejected, *dropped)
         if kept:
-            console.append_jsonl(self.records, *kept)
+            append_jsonl(self.records, *kept)
         self.count += len(kept)
 
 
@@ -155,7 +157,7 @@ class Generation:
         self.asked: deque[asyncio.Task] = deque()  # answers to come
         self.finishing: deque[tuple[list[dict], asyncio.Task]] = deque()  # judged, and complete
         self.following = self.seen = self.barren = 0  # next request; judged; without gain since
-        self.progress = console.Progress(args.num, "records", done=folder.count)
+        self.progress = Progress(args.num, "records", done=folder.count)
 
     async def run(self) -> None:
         try:
@@ -268,7 +270,7 @@ def read_seeds(path: Path) -> list[dict]:
     if len(seeds) < PROMPT_SEEDS:
         raise ValueError(f"{path}: {len(seeds)} seeds; every prompt takes {PROMPT_SEEDS}")
     if twice := [id for id, n in Counter(seed["id"] for seed in seeds).items() if n > 1]:
-        raise ValueError(f"{path}: two seeds have the id {console.listed(twice)}")
+        raise ValueError(f"{path}: two seeds have the id {listed(twice)}")
     return seeds
 
 
@@ -284,14 +286,14 @@ def open_run(args, path: Path, suffix: str = "") -> tuple[Folder, Alpaca]:
     settings = {"pipeline": args.pipeline, "seed": args.seed, "language": args.language}
     for name, text in texts.items():
         settings[f"{name} (SHA-256)"] = hashlib.sha256(text.encode()).hexdigest()
-    args.lock = console.claim(path, settings, "generating")
+    args.lock = claim(path, settings, "generating")
     records, rejected = path / "records.jsonl.new", path / "rejected.jsonl.new"
     if rejected.exists() and not records.exists():  # a reparse was killed at its last step
         rejected.replace(path / "rejected.jsonl")
     for leftover in (records, rejected):  # or before that
         leftover.unlink(missing_ok=True)
     for name, text in texts.items():  # the folder tells all that it was made from
-        with console.atomic_file(path / name, "w") as file:
+        with atomic_file(path / name, "w") as file:
             file.write(text)
     any_script = args.language.lower() != "english"
     pool = Pool((s["instruction"] for s in seeds), tokenize_unicode if any_script else tokenize)
@@ -322,21 +324,21 @@ def generate_command(args) -> None:
 
 def reparse_command(args) -> None:
     """What today's parser and filters make of the answers that the folder has."""
-    settings = console.read_json(args.folder / "settings.json")
+    settings = read_json(args.folder / "settings.json")
     args.pipeline, args.seed, args.language = map(settings.get, ("pipeline", "seed", "language"))
     if args.pipeline not in [*PIPELINES] or None in (args.seed, args.language):
         raise ValueError(f"{args.folder}: by its settings.json no generate made it")
     args.seeds, args.prompt = args.folder / "seeds.json", args.folder / "prompt.txt"
     folder, pipeline = open_run(args, args.folder, suffix=".new")
     asyncio.run(reparse(folder, pipeline, Answers(args.folder / "responses.jsonl")))
-    before = sum(1 for _ in console.read_log(args.folder / "records.jsonl"))
+    before = sum(1 for _ in read_log(args.folder / "records.jsonl"))
     for file in (folder.records, folder.rejected):
         file.touch()
         if (old := file.with_suffix("")).exists():
             shutil.copyfile(old, file.with_suffix(".before"))
     for file in (folder.records, folder.rejected):  # after a kill in between open_run goes on
         file.replace(file.with_suffix(""))
-    console.sync(args.folder)
+    sync(args.folder)
     print(f"{folder.count:,} records where there were {before:,} (now records.jsonl.before)")
 
 
@@ -344,14 +346,14 @@ def export_command(args) -> None:
     """Alpaca's JSON list."""
     extra = ("most_similar_instructions", "avg_similarity_score", "provenance") if args.full else ()
     exported = []
-    for record in console.read_log(args.folder / "records.jsonl"):
+    for record in read_log(args.folder / "records.jsonl"):
         for case in record.get("instances", [record]):
             fields = {"instruction": record["instruction"]}
             fields |= {"input": case["input"], "output": case["output"]}
             exported.append(fields | {name: record[name] for name in extra if name in record})
     if not exported:
         raise ValueError(f"{args.folder} holds no records yet: generate some first")
-    with console.atomic_file(args.out, "w") as file:
+    with atomic_file(args.out, "w") as file:
         json.dump(exported, file, ensure_ascii=False, indent=4)
     print(f"{len(exported):,} records in {args.out}")
 
@@ -360,14 +362,14 @@ def report_command(args) -> None:
     """Answers, records, tokens and dollars of each teacher."""
     rows: dict[tuple, Counter] = {}
     whose = {}
-    for entry in console.read_log(args.folder / "responses.jsonl"):
+    for entry in read_log(args.folder / "responses.jsonl"):
         source = entry["provenance"]
         key = tuple(source[name] for name in ("teacher", "url", "endpoint", "licence"))
         row = rows.setdefault(key, Counter())
         row.update(entry["usage"], answers=1, failed="failed" in entry, cost=entry["cost"])
         whose[entry["id"]] = row
     for name in ("records", "rejected"):
-        for line in console.read_log(args.folder / f"{name}.jsonl"):
+        for line in read_log(args.folder / f"{name}.jsonl"):
             if row := whose.get(line["item"].split(".")[0]):
                 row[name] += 1
     if not rows:
@@ -387,7 +389,7 @@ def report_command(args) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = console.Parser(__doc__)
+    parser = Parser(__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     add_generate(verbs.add_parser("generate", help="ask teachers until there are enough records"))
     for name, command in (("reparse", reparse_command), ("report", report_command)):
@@ -403,7 +405,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
-    count, number = console.positive(int), console.positive(float)
+    count, number = positive(int), positive(float)
     add = parser.add_argument_group("data").add_argument
     add("--out", type=Path, required=True, help="folder of the run; the same one again goes on")
     add("--num", type=count, default=52_000, help="records wanted (default: 52000)")
@@ -439,8 +441,8 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    console.run_verb(parse_args())
+    run_verb(parse_args())
 
 
 if __name__ == "__main__":
-    console.run(main)
+    run_command(main)

@@ -1,7 +1,5 @@
 """Text ↔ ids: SentencePiece, wrapped thinly.
 
-    python tokenizer.py train corpus.txt --vocab-size 1024 --out my.model
-
   - `encode` gives SentencePiece's own ids. BOS and EOS are added as ids, never parsed out of text:
     a user who types `</s>` gets a few ordinary tokens, and ends nothing.
   - LLaMA's vocabulary holds all 256 bytes as pieces, so any text can be written, if need be byte by
@@ -15,15 +13,12 @@ SentencePiece: arXiv:1808.06226; byte-pair encoding: arXiv:1508.07909.
 Shown by tests/test_tokenizer.py: test_ids_equal_hugging_faces_where_it_agrees_with_sentencepiece.
 """
 
-import argparse
 import codecs
-import io
-import signal
 from pathlib import Path
 
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece import SentencePieceProcessor
 
-import console
+from alpaca.common.errors import notice
 
 SPACE = "\u2581"
 
@@ -79,11 +74,11 @@ class Tokenizer:
             )
         if self.vocab_size < rows:
             extra = f"rows {self.vocab_size} to {rows - 1} have no piece and are never sampled"
-            console.notice(f"the model has {rows} embedding rows: {extra}")
+            notice(f"the model has {rows} embedding rows: {extra}")
         theirs = config.bos_token_id, config.eos_token_id
         if theirs != (self.bos_id, self.eos_id):
             ours = f"the tokenizer's bos {self.bos_id} and eos {self.eos_id} are used"
-            console.notice(f"config.json has bos {theirs[0]} and eos {theirs[1]}: {ours}")
+            notice(f"config.json has bos {theirs[0]} and eos {theirs[1]}: {ours}")
 
 
 class TextStream:
@@ -135,67 +130,3 @@ class TextStream:
                 break
         self.started = self.started or text != ""
         return text
-
-
-def train(files: list[Path], vocab_size: int, out: Path) -> None:
-    """A tokenizer of LLaMA's kind: pair merges, byte fallback, single digits, spaces kept."""
-    if out.is_dir() or not out.parent.is_dir():
-        raise ValueError(f"{out}: a file name in a folder that exists was expected")
-    if out.exists() and any(out.samefile(file) for file in files):
-        raise ValueError(f"{out} is one of the texts: the model would replace it")
-    if vocab_size < 260:
-        raise ValueError(f"--vocab-size {vocab_size}: 3 special pieces and 256 bytes come first")
-    lines = []
-    for file in files:
-        try:
-            lines += file.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as mistake:
-            raise ValueError(f"{file}: not UTF-8 at byte {mistake.start}") from None
-    if not any(line.strip() for line in lines):
-        raise ValueError(f"no text in {console.listed(map(str, files))}")
-    model = io.BytesIO()
-    try:
-        SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type="bpe",
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            character_coverage=0.99995,
-            max_sentence_length=1 << 30,  # bytes; longer lines would be left out unsaid
-            num_threads=1,  # the same text makes the same model
-            minloglevel=2,
-        )
-    except RuntimeError as mistake:
-        reason = str(mistake).rpartition("] ")[2].replace("required_chars", "the characters used")
-        raise ValueError(f"SentencePiece: {reason.partition(' Increase')[0]}") from None
-    with console.atomic_file(out) as file:
-        file.write(model.getvalue())
-
-
-def parse_args() -> argparse.Namespace:
-    parser = console.Parser(__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    verb = verbs.add_parser("train", help="make a tokenizer.model from text files")
-    verb.add_argument("files", type=Path, nargs="+", help="UTF-8 text, a sentence or so a line")
-    verb.add_argument(
-        "--vocab-size", type=int, default=1024, help="pieces, 259 of them fixed (default: 1024)"
-    )
-    verb.add_argument("--out", type=Path, required=True, help="the tokenizer.model to write")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
-    usual = signal.signal(signal.SIGINT, signal.SIG_DFL)  # SentencePiece would not hear Ctrl-C
-    train(args.files, args.vocab_size, args.out)
-    signal.signal(signal.SIGINT, usual)
-    print(f"{args.out}: {Tokenizer(args.out).vocab_size} pieces")
-
-
-if __name__ == "__main__":
-    console.run(main)

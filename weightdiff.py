@@ -39,9 +39,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import console
-from bitdiff import Entry, dtype_name, make_tensor, recovered_pieces
-from checkpoint import (
+from alpaca.common.cli import Parser, run_verb
+from alpaca.common.errors import listed, notice, printable, run_command
+from alpaca.common.files import (
+    append_jsonl,
+    atomic_folder,
+    read_json,
+    read_log,
+    refuse_existing,
+    sync,
+)
+from alpaca.common.progress import Progress
+from alpaca.weights.bitdiff import Entry, dtype_name, make_tensor, recovered_pieces
+from alpaca.weights.checkpoint import (
     DTYPES,
     EMBEDDING,
     HEAD,
@@ -59,9 +69,9 @@ from checkpoint import (
     tokenizer_in,
     weight_files,
 )
-from config_json import config_to_json
+from alpaca.weights.config_json import config_to_json
+from alpaca.weights.shards import SHARD_BYTES, Shards, shards_of, tensor_bytes
 from model import LlamaConfig
-from shards import SHARD_BYTES, Shards, shards_of, tensor_bytes
 
 FORMAT = "bitwise difference, 1"
 LAYOUT = {"format": str, "compressed": bool, "said": list, "files": dict, "tensors": dict}
@@ -110,13 +120,13 @@ def remarks(base: dict[str, Stored], tuned: dict[str, Stored], folder: Path) -> 
         elif ours[0] < theirs[0]:
             said.append(f"{name}: rows from {ours[0]} on are the base's alone")
     if misfits:
-        raise ValueError(f"base and tuned model differ in shape: {console.listed(misfits, 3)}")
+        raise ValueError(f"base and tuned model differ in shape: {listed(misfits, 3)}")
     both = [(base[name].dtype, tuned[name].dtype) for name in tuned if name in base]
     for theirs, ours in sorted({pair for pair in both if pair[0] != pair[1]}, key=str):
         said.append(f"the base is {theirs} and is converted to {ours}".replace("torch.", ""))
     for whose, names in (("tuned model", tuned.keys() - base), ("base", base.keys() - tuned)):
         if names:
-            said.append(f"only the {whose} has {console.listed(sorted(names))}")
+            said.append(f"only the {whose} has {listed(sorted(names))}")
     if is_meta(folder):
         said.append("the tuned model is Meta's; what is recovered will be a Hugging Face folder")
     if not tokenizer_in(folder):
@@ -131,9 +141,9 @@ def make(base: Path, tuned: Path, diff: Path, compress: bool) -> None:
     said = remarks(theirs, ours, tuned)
     inputs = fingerprint(base) + fingerprint(tuned)
     begun = {"format": FORMAT, "compress": compress, "inputs": inputs}
-    with console.atomic_folder(diff, keep={LOG, *(f"{name}.diff" for name in ours)}) as partial:
+    with atomic_folder(diff, keep={LOG, *(f"{name}.diff" for name in ours)}) as partial:
         for line in said:
-            console.notice(line)
+            notice(line)
         log = partial / LOG
         logged, sizes = entries_of(log, begun), tensor_bytes(ours)
         progress, step = byte_progress(ours)
@@ -144,7 +154,7 @@ def make(base: Path, tuned: Path, diff: Path, compress: bool) -> None:
                 step(sizes[name])  # an interrupted run wrote it
                 return entry
             entry = make_tensor(name, theirs.get(name), ours[name], file, compress, step)
-            console.append_jsonl(log, {"name": name, "entry": entry._asdict()})
+            append_jsonl(log, {"name": name, "entry": entry._asdict()})
             return entry
 
         entries = in_threads(work, ours)
@@ -156,7 +166,7 @@ def make(base: Path, tuned: Path, diff: Path, compress: bool) -> None:
         for name, content in files.items():
             (partial / name).write_bytes(content)
         for file in partial.iterdir():
-            console.sync(file)
+            sync(file)
         log.unlink()  # last: nothing that takes time is left to be killed in
     progress.close()
 
@@ -168,7 +178,7 @@ def recover(base: Path, diff: Path, tuned: Path | None) -> None:
     known = [name for name in theirs if name in entries and entries[name].known]
     for was, now in sorted({(entries[n].base_dtype, dtype_name(theirs[n])) for n in known}):
         if was != now:
-            console.notice(f"the diff was made from a base in {was}, this one is {now}")
+            notice(f"the diff was made from a base in {was}, this one is {now}")
     sizes, (progress, step) = tensor_bytes(shapes), byte_progress(shapes)
 
     def work(name: str, place: Callable = lambda name, at, numbers: None) -> None:
@@ -180,7 +190,7 @@ def recover(base: Path, diff: Path, tuned: Path | None) -> None:
     if tuned is None:
         in_threads(work, entries)
         return progress.close()
-    with console.atomic_folder(tuned, keep=shards_of(shapes, SHARD_BYTES)) as partial:
+    with atomic_folder(tuned, keep=shards_of(shapes, SHARD_BYTES)) as partial:
         interrupted = any(partial.iterdir())
         with Shards(partial, shapes, SHARD_BYTES) as shards:
 
@@ -211,11 +221,11 @@ def fingerprint(folder: Path) -> list[list]:
 
 def entries_of(log: Path, begun: dict[str, Any]) -> dict[str, Entry]:
     """What an interrupted run has done, if that was begun alike; a new log otherwise."""
-    first, *lines = [*console.read_log(log)] or [None]
+    first, *lines = [*read_log(log)] or [None]
     if first == begun:
         return {line["name"]: Entry(**line["entry"]) for line in lines}
     log.unlink(missing_ok=True)
-    console.append_jsonl(log, begun)
+    append_jsonl(log, begun)
     return {}
 
 
@@ -242,7 +252,7 @@ def read_manifest(diff: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[st
     text, seal = ((diff / name).read_bytes() for name in ("manifest.json", "manifest.sha256"))
     if seal != seal_of(text):
         raise ValueError(f"{diff}: manifest.json is not what manifest.sha256 says: fetch both")
-    manifest = console.read_json(diff / "manifest.json")
+    manifest = read_json(diff / "manifest.json")
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{diff}: {manifest.get('format')!r}; this version reads {FORMAT!r}")
     try:
@@ -265,7 +275,7 @@ def read_manifest(diff: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[st
     if odd := [name for name, shape in shapes.items() if not sound(entries[name], shape)]:
         raise ValueError(f"{diff}: {odd[0]} in the manifest is not what config.json says")
     if absent := [f"{name}.diff" for name in entries if not (diff / f"{name}.diff").is_file()]:
-        raise ValueError(f"{diff}: {console.listed(absent)} is missing: fetch it again")
+        raise ValueError(f"{diff}: {listed(absent)} is missing: fetch it again")
     return manifest, entries, contents
 
 
@@ -284,9 +294,9 @@ def seal_of(manifest: bytes) -> bytes:
     return f"{hashlib.sha256(manifest).hexdigest()}  manifest.json\n".encode()
 
 
-def byte_progress(whole: dict[str, tuple]) -> tuple[console.Progress, Callable[[int], None]]:
+def byte_progress(whole: dict[str, tuple]) -> tuple[Progress, Callable[[int], None]]:
     """A progress line in bytes, and what threads may call to move it."""
-    progress, lock = console.Progress(sum(tensor_bytes(whole).values()), "bytes"), Lock()
+    progress, lock = Progress(sum(tensor_bytes(whole).values()), "bytes"), Lock()
 
     def step(count: int) -> None:
         with lock:
@@ -304,9 +314,9 @@ def in_fp32(base: Path, other: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
     _, theirs = open_checkpoint(other)
     ours = base_tensors(base, theirs)
     if absent := [name for name in theirs if name not in ours]:
-        raise ValueError(f"the base has no {console.listed(absent)}: Alpaca's format needs it")
+        raise ValueError(f"the base has no {listed(absent)}: Alpaca's format needs it")
     for line in remarks(ours, theirs, other):
-        console.notice(line)
+        notice(line)
     progress, _ = byte_progress(theirs)
     for name, stored in theirs.items():
         rows = stored.shape[0]
@@ -345,7 +355,7 @@ def recover_alpaca(
                 f"the sum over all weights is {total:.4f}, --expect-sum says {expected}: base or "
                 "diff is another one, or damaged"
             )
-        console.notice(f"the sum over all weights is {total:.4f}")
+        notice(f"the sum over all weights is {total:.4f}")
 
     if tuned is None:
         for _ in sums():
@@ -363,7 +373,7 @@ def inverse_frequencies(config: LlamaConfig) -> Tensor:
 
 
 def make_command(args) -> None:
-    console.refuse_existing(args.diff)
+    refuse_existing(args.diff)
     if args.format == "exact":
         make(args.base, args.tuned, args.diff, args.compress)
     elif args.compress:
@@ -376,7 +386,7 @@ def make_command(args) -> None:
 def recover_command(args) -> None:
     """Both `recover` and `verify`, which has no --tuned."""
     if args.tuned is not None:
-        console.refuse_existing(args.tuned)
+        refuse_existing(args.tuned)
     if exact(args.diff):
         if args.expect_sum is not None or args.dtype:
             raise ValueError("--expect-sum and --dtype are for diffs like Alpaca's, not this one")
@@ -422,11 +432,11 @@ def info_command(args) -> None:
     if exact(args.diff):
         manifest, _, _ = read_manifest(args.diff)
         for line in (*manifest["said"], *manifest["files"]):
-            print(f"  {console.printable(line)}")
+            print(f"  {printable(line)}")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = console.Parser(__doc__)
+    parser = Parser(__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, command: Callable, help: str) -> Callable:
@@ -457,8 +467,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    console.run_verb(parse_args())
+    run_verb(parse_args())
 
 
 if __name__ == "__main__":
-    console.run(main)
+    run_command(main)

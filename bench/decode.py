@@ -29,16 +29,16 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from alpaca.inference.engine import Engine  # noqa: E402
+from alpaca.inference.sampling import Sampling  # noqa: E402
+from alpaca.weights.checkpoint import save_model  # noqa: E402
+from alpaca.weights.lora import load  # noqa: E402
+from alpaca.weights.quantize import Recipe, Source, save  # noqa: E402
+from alpaca.weights.shards import tensor_bytes  # noqa: E402
 from bench.load import SHAPE, write_random  # noqa: E402
 from bench.measure import PeakMemory, memory, row, table  # noqa: E402
 from bench.train import SHAPE as SMALL  # noqa: E402
-from checkpoint import save_model  # noqa: E402
-from engine import Engine  # noqa: E402
-from lora import load  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
-from quantize import Recipe, Source, save  # noqa: E402
-from sampling import Sampling  # noqa: E402
-from shards import tensor_bytes  # noqa: E402
 
 PROMPT, NEW, BATCH = 64, 64, 16
 KINDS = {16: "BF16", 8: "Q8_0", 4: "Q4_0"}

@@ -27,9 +27,9 @@ import httpx  # noqa: E402
 import torch  # noqa: E402
 
 import tokenizer  # noqa: E402
+from alpaca.weights.checkpoint import save_model  # noqa: E402
 from bench.measure import row, table  # noqa: E402
 from bench.train import SHAPE  # noqa: E402
-from checkpoint import save_model  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
 
 WORDS, NEW, CLIENTS = 24, 64, (1, 4, 16)

@@ -18,8 +18,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from alpaca.weights.checkpoint import copy_tokenizer  # noqa: E402
 from bench.measure import alternate, row, table  # noqa: E402
-from checkpoint import copy_tokenizer  # noqa: E402
 from dataset import encode_all, load_records, prompt  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 

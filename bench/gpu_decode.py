@@ -17,10 +17,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from alpaca.weights.quantize import Recipe, Source, save  # noqa: E402
 from bench.decode import take_turns, weight_bytes  # noqa: E402
 from bench.laptop import write  # noqa: E402
 from bench.measure import kept, row, table  # noqa: E402
-from quantize import Recipe, Source, save  # noqa: E402
 
 TITLE, MANY = "Decode a 7B on one GPU", 32
 

@@ -20,14 +20,14 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from alpaca.inference.engine import Engine  # noqa: E402
+from alpaca.inference.sampling import Sampling  # noqa: E402
+from alpaca.weights.checkpoint import parameter_shapes, save_model  # noqa: E402
+from alpaca.weights.lora import load  # noqa: E402
+from alpaca.weights.quantize import Recipe  # noqa: E402
 from bench.decode import NoTokenizer, random_prompts  # noqa: E402
 from bench.measure import PeakMemory, memory  # noqa: E402
-from checkpoint import parameter_shapes, save_model  # noqa: E402
-from engine import Engine  # noqa: E402
-from lora import load  # noqa: E402
 from model import LlamaConfig  # noqa: E402
-from quantize import Recipe  # noqa: E402
-from sampling import Sampling  # noqa: E402
 
 NEW = 32
 

@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from alpaca.weights.checkpoint import load_model, save_model  # noqa: E402
 from bench.measure import PeakMemory, alternate, row, table  # noqa: E402
-from checkpoint import load_model, save_model  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
 
 SHAPE = LlamaConfig(32000, 2048, 5632, 22, 32, 4)  # TinyLlama's: 1.1B parameters

@@ -20,13 +20,13 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from alpaca.inference.engine import Engine  # noqa: E402
+from alpaca.inference.sampling import Sampling  # noqa: E402
+from alpaca.weights.lora import load  # noqa: E402
+from alpaca.weights.quantize import Recipe, Source  # noqa: E402
+from alpaca.weights.shards import tensor_bytes  # noqa: E402
 from dataset import encode_example, load_records, prompt  # noqa: E402
-from engine import Engine  # noqa: E402
-from lora import load  # noqa: E402
 from model import IGNORE  # noqa: E402
-from quantize import Recipe, Source  # noqa: E402
-from sampling import Sampling  # noqa: E402
-from shards import tensor_bytes  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 RECIPES = {

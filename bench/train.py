@@ -52,11 +52,11 @@ def examples(count: int) -> list[tuple[list[int], list[int]]]:
 def ours(dtype: str, steps: int, lora: bool = False) -> list[float]:
     """Useful tokens a second, step by step; of the whole model or of an adapter (bench/lora.py)."""
     import fsdp_train
-    from checkpoint import save_model
+    from alpaca.training.parallel import keep_freed_memory, process_group
+    from alpaca.training.run_dir import RunFolder
+    from alpaca.weights.checkpoint import save_model
     from dataset import Examples
     from model import Llama, LlamaConfig
-    from parallel import keep_freed_memory, process_group
-    from runfolder import RunFolder
     from tokenizer import Tokenizer
 
     keep_freed_memory()

@@ -24,13 +24,13 @@ from types import SimpleNamespace
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import bitdiff  # noqa: E402
 import torch  # noqa: E402
 
-import bitdiff  # noqa: E402
 import weightdiff  # noqa: E402
+from alpaca.weights.checkpoint import save_model, stored_tensors  # noqa: E402
 from bench.load import SHAPE  # noqa: E402
 from bench.measure import PeakMemory, alternate, row, table  # noqa: E402
-from checkpoint import save_model, stored_tensors  # noqa: E402
 from model import Llama  # noqa: E402
 
 

@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, small_model
+from helpers.commands import ROOT
+from helpers.models import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

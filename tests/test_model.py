@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import apart, hf_model, random_ids, small_config, small_model
+from helpers.models import hf_model, random_ids, small_config, small_model
+from helpers.parity import apart
 
 import model as model_module
-from checkpoint import load_model
+from alpaca.weights.checkpoint import load_model
 from model import IGNORE, KVCache, Llama, LlamaConfig, RMSNorm, plain_layout, rotary_tables
 
 SHAPES = {

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from teacher_server import Server, tasks_for
+from helpers.teacher_server import Server, tasks_for
 
 ROOT = Path(__file__).parent.parent
 HELD_OUT = ROOT / "data/sample_heldout.json"
@@ -60,13 +60,13 @@ class Tour:
         """`shows` finds the line that is told."""
         self.say(f"\n{what}\n  $ {' '.join(self.words(command))}")
         start = time.monotonic()
-        out = self.runner(self.words(command)[1:]).strip()
+        out = self.runner(self.words(command)).strip()
         self.say(f"  {re.search(shows, out)[0] or 'done'}   ({time.monotonic() - start:.0f} s)")
         return out
 
     def in_a_process(self, words: list[str]) -> str:
         done = subprocess.run(
-            [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False
+            as_process(words), cwd=ROOT, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
         return done.stdout
@@ -76,7 +76,7 @@ class Tour:
         """The demo, while it serves; its address."""
         self.say(f"\n{what}\n  $ {' '.join(self.words(command))}")
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        server = subprocess.Popen([sys.executable, *self.words(command)[1:]], cwd=ROOT, **pipes)
+        server = subprocess.Popen(as_process(self.words(command)), cwd=ROOT, **pipes)
         try:
             told = ""
             while not (found := re.search(r"http://127\.0\.0\.1:\d+", told)):
@@ -88,6 +88,14 @@ class Tour:
             server.terminate()
             server.communicate(timeout=60)
         assert server.returncode == 0
+
+
+def as_process(words: list[str]) -> list[str]:
+    return [
+        sys.executable,
+        *(["-m"] if words[0] == "alpaca" else words[:0]),
+        *words[words[0] != "alpaca" :],
+    ]
 
 
 def take(tour: Tour) -> dict:
@@ -112,7 +120,7 @@ def take(tour: Tour) -> dict:
         for name, model in (("tuned", "{}/tiny/model"), ("base", "data/tiny-llama")):
             tour.run(
                 f"Held-out instructions, answered by the {name} model",
-                "python evaluate.py answers --set {}/questions.json --out {}/answers/"
+                "alpaca answers --set {}/questions.json --out {}/answers/"
                 f"{name} --name {name} --model-dir {model} --max-new-tokens 16 --rows 32",
                 ".* answers of .*",
             )
@@ -125,7 +133,7 @@ def take(tour: Tour) -> dict:
         )
         tour.run(
             "And becomes part of it",
-            "python lora.py merge --base {}/tiny/model --adapter {}/lora/adapter --out {}/alpaca",
+            "alpaca merge --base {}/tiny/model --adapter {}/lora/adapter --out {}/alpaca",
         )
         difference = "--base data/tiny-llama --diff {}/diff --tuned {}"
         tour.run(
@@ -141,7 +149,7 @@ def take(tour: Tour) -> dict:
             seen[name] = sha256(weights).hexdigest()
             tour.say(f"  SHA-256 of {name}: {seen[name]}")
 
-        demo = "python demo.py --model-dir {}/recovered --port 0 --rate 0 --filter rules"
+        demo = "alpaca serve --model-dir {}/recovered --port 0 --rate 0 --filter rules"
         with tour.served("The demo answers, and marks what it says", demo) as url:
             answers = [ask(url, record) for record in questions[:48]]
         (tour.folder / "demo.txt").write_text("\n".join(answers))
@@ -150,15 +158,15 @@ def take(tour: Tour) -> dict:
         for name in ("demo", "other"):
             seen[name] = tour.run(
                 f"Is there a mark in {name}.txt?",
-                "python watermark.py detect --json --tokenizer {}/recovered {}/" + f"{name}.txt",
+                "alpaca watermark detect --json --tokenizer {}/recovered {}/" + f"{name}.txt",
             )
         tour.run(
             "Which model is better? The judge is a script",
-            "python evaluate.py judge {}/answers/tuned {}/answers/base --out {}/judged "
+            "alpaca judge {}/answers/tuned {}/answers/base --out {}/judged "
             f"--judge script --base-url {scripts.url}",
             ".*verdicts.*",
         )
-        seen["score"] = tour.run("The score", "python evaluate.py score {}/judged", "tuned .*")
+        seen["score"] = tour.run("The score", "alpaca score {}/judged", "tuned .*")
     return seen
 
 
@@ -181,7 +189,10 @@ def here(command, monkeypatch):
     threads = torch.get_num_threads()
 
     def run(words: list[str]) -> str:
-        code, out, err = command(importlib.import_module(Path(words[0]).stem), *words[1:])
+        if words[0] == "alpaca":
+            code, out, err = command(*words[1:])
+        else:
+            code, out, err = command(importlib.import_module(Path(words[1]).stem), *words[2:])
         assert code == 0, f"{words}\n{out}\n{err}"
         return out
 

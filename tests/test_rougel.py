@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 import pytest
-from conftest import apart
+from helpers.parity import apart
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score import rouge_scorer

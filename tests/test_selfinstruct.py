@@ -18,15 +18,14 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_refused
+from helpers.commands import ROOT, assert_refused
+from helpers.teacher_server import ODD, THINGS, Server, answer
 from rouge_score import rouge_scorer
-from teacher_server import ODD, THINGS, Server, answer
 
-import batch
-import console
 import selfinstruct
-from console import read_jsonl
-from fourstage import SelfInstruct
+from alpaca.common.files import locked, read_jsonl, read_log
+from alpaca.datagen import batch
+from alpaca.datagen.four_stage import SelfInstruct
 from rougel import rouge_l, tokenize, tokenize_unicode
 
 SEEDS = ROOT / "data/seed_tasks.jsonl"
@@ -42,7 +41,8 @@ def arguments(out: Path, server: Server, num: int, *more) -> list[str]:
 
 
 def start(out: Path, server: Server, num: int, *more, before="", **how) -> subprocess.Popen:
-    code = f"import console, selfinstruct\n{before}\nconsole.run(selfinstruct.main)"
+    code = f"from alpaca.common import errors\nimport selfinstruct\n{before}\n"
+    code += "errors.run_command(selfinstruct.main)"
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments(out, server, num, *more)],
         cwd=ROOT,
@@ -265,7 +265,7 @@ def test_a_teacher_that_brings_nothing_new_does_not_cost_for_ever(tmp_path, comm
         result = command(selfinstruct, *arguments(tmp_path / "r", server, 10, "--in-flight", 4))
         assert result[0] == 2 and "brought nothing new" in result[2]
         assert server.seen["answers"] < 51 + 256
-    assert len([*console.read_log(tmp_path / "r/records.jsonl")]) == kept
+    assert len([*read_log(tmp_path / "r/records.jsonl")]) == kept
     with Server() as server:  # what came of it before does not stop the next run
         assert command(selfinstruct, *arguments(tmp_path / "r", server, 10))[0] == 0
 
@@ -548,12 +548,12 @@ def test_a_request_that_would_upset_the_accounts_is_refused(tmp_path, command, r
 
 
 def test_a_full_disk_buys_nothing_more(tmp_path, monkeypatch, command):
-    import teachers
+    from alpaca.datagen import request_log
 
     def full(answers, entry):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(teachers.Answers, "store", full)
+    monkeypatch.setattr(request_log.Answers, "store", full)
     with Server(latency=0.05) as server:
         result = command(selfinstruct, *arguments(tmp_path / "r", server, 999, "--in-flight", 4))
         assert result[0] == 2 and "No space left" in result[2]
@@ -792,11 +792,11 @@ def test_instances_that_fail_leave_the_data_the_same_whatever_their_delay(tmp_pa
     ],
 )
 def test_instances_are_read_and_filtered(text, label_first, expected):
-    import fourstage
-    from api import NONE, Reply
+    from alpaca.datagen import four_stage
+    from alpaca.datagen.client import NONE, Reply
 
     reply = Reply(text, False, NONE, "", "")
-    found = fourstage.usable(fourstage.examples(reply, label_first))
+    found = four_stage.usable(four_stage.examples(reply, label_first))
     assert [(one["input"], one["output"]) for one in found] == expected
 
 
@@ -871,7 +871,7 @@ def test_a_folder_is_one_run_s(made, tmp_path, command):
         (tmp_path / "o/thesis.txt").write_text("precious")
         assert_refused(command(selfinstruct, *arguments(tmp_path / "o", server, 3)), "thesis", "o")
         assert command(selfinstruct, *arguments(tmp_path / "r", server, 3))[0] == 0
-        lock = console.locked(tmp_path / "r", "")
+        lock = locked(tmp_path / "r", "")
         result = command(selfinstruct, *arguments(tmp_path / "r", server, 5))
         os.close(lock)
         assert_refused(result, "another process is generating in")

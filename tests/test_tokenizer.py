@@ -9,12 +9,12 @@ import shutil
 from functools import lru_cache
 
 import pytest
-from conftest import ROOT, apart, assert_refused
+from helpers.commands import ROOT, assert_refused
+from helpers.parity import apart
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
-import tokenizer as tokenizer_module
 from model import LlamaConfig
 from tokenizer import SPACE, Tokenizer
 
@@ -135,7 +135,7 @@ def test_special_pieces_are_never_parsed_out_of_text(tokenizer):
 def test_ids_equal_hugging_faces_where_it_agrees_with_sentencepiece(tokenizer, tmp_path):
     from transformers import AutoTokenizer
 
-    from checkpoint import copy_tokenizer
+    from alpaca.weights.checkpoint import copy_tokenizer
 
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     copy_tokenizer(tokenizer.path, tmp_path)
@@ -193,7 +193,7 @@ def test_a_model_without_bos_is_refused(tmp_path):
 def test_train_makes_the_embedded_model_again_byte_for_byte(tmp_path, command):
     out = tmp_path / "again.model"
     code, said, _ = command(
-        tokenizer_module, "train", ROOT / "data/corpus.txt", "--vocab-size", 1024, "--out", out
+        "train-tokenizer", ROOT / "data/corpus.txt", "--vocab-size", 1024, "--out", out
     )
     assert code == 0 and said == f"{out}: 1024 pieces\n"
     assert out.read_bytes() == (ROOT / "data" / "tokenizer.model").read_bytes()
@@ -209,19 +209,17 @@ def test_train_refuses_in_one_line_and_writes_nothing(tmp_path, command):
         ([tmp_path / "absent.txt"], 1024, ["absent.txt: No such file"]),
     ):
         assert_refused(
-            command(tokenizer_module, "train", *files, "--vocab-size", size, "--out", out), *words
+            command("train-tokenizer", *files, "--vocab-size", size, "--out", out), *words
         )
     for target in (tmp_path, tmp_path / "absent" / "t.model"):
-        refused = command(tokenizer_module, "train", corpus, "--out", target)
+        refused = command("train-tokenizer", corpus, "--out", target)
         assert_refused(refused, "a file name in a folder that exists was expected")
-    assert_refused(
-        command(tokenizer_module, "train", corpus, "--out", corpus), "is one of the texts"
-    )
+    assert_refused(command("train-tokenizer", corpus, "--out", corpus), "is one of the texts")
     corpus.write_bytes(b" \n\n")
-    assert_refused(command(tokenizer_module, "train", corpus, "--out", out), "no text in")
+    assert_refused(command("train-tokenizer", corpus, "--out", out), "no text in")
     corpus.write_bytes(b"caf\xe9\n")
     assert_refused(
-        command(tokenizer_module, "train", corpus, "--out", out),
+        command("train-tokenizer", corpus, "--out", out),
         "not UTF-8 at byte 3",
         "corpus.txt",
     )

@@ -14,37 +14,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, apart, assert_refused, small_config
+from helpers.commands import ROOT, assert_refused
+from helpers.models import small_config
+from helpers.parity import apart
+from helpers.training import (
+    environment,
+    figures,
+    finish,
+    flags,
+    launch,
+    metrics,
+    write_records,
+)
 
 import fsdp_train
-import parallel
-from adapter import Lora
-from checkpoint import load_model, save_model, tensors
+from alpaca.training import parallel
+from alpaca.training.run_dir import RunFolder
+from alpaca.training.snapshots import Snapshots
+from alpaca.weights.adapter import Lora
+from alpaca.weights.checkpoint import load_model, save_model, tensors
 from dataset import IGNORE, encode_example, load_records, prompt, step_examples
 from fsdp_train import learning_rate
 from model import Llama
-from runfolder import RunFolder
-from snapshots import Snapshots
 from tokenizer import Tokenizer
 
 TOKENIZER = ROOT / "data/tokenizer.model"
-LINE = "the red fox and a small dog went home over the old bridge in the evening rain"
-WORDS = LINE.split()
-
-
-def write_records(path, count: int, seed: int = 0):
-    """Ragged examples: from a word to a few dozen."""
-    draw = random.Random(seed)
-
-    def words(most: int) -> str:
-        return " ".join(draw.choices(WORDS, k=draw.randint(1, most)))
-
-    records = [
-        {"instruction": words(8), "input": draw.choice(["", words(20)]), "output": words(40)}
-        for _ in range(count)
-    ]
-    path.write_text(json.dumps(records))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -62,53 +56,6 @@ def base(tmp_path_factory):
     return folder
 
 
-def flags(base, out, **changes) -> list[str]:
-    """A run of 5 steps of 16 in fp32; `flag=None` leaves a flag out, True sets it bare."""
-    chosen = {
-        "model_dir": base / "model",
-        "data": base / "records.json",
-        "out": out,
-        "device": "cpu",
-        "epochs": 2,
-        "batch_size": 16,
-        "lr": 1e-3,
-        "max_length": 128,
-        "row_tokens": 4096,
-        "checkpointing": "none",
-        "dtype": "fp32",
-        "save_dtype": "fp32",
-        "save_every": 0,
-    }
-    words = []
-    for name, value in {**chosen, **changes}.items():
-        flag = "--" + name.replace("_", "-")
-        words += [] if value is None else [flag] if value is True else [flag, str(value)]
-    return words
-
-
-def environment(threads: int = 1) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
-
-
-def launch(words: list[str], ranks: int = 1, **how) -> subprocess.Popen:
-    """The command as people type it; `ranks` > 1 goes through torchrun."""
-    start = [sys.executable, ROOT / "fsdp_train.py"]
-    if ranks > 1:
-        run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        start = [*run, "--nproc-per-node", str(ranks), ROOT / "fsdp_train.py"]
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment(), **how}
-    return subprocess.Popen([*start, *words], cwd=ROOT, text=True, start_new_session=True, **how)
-
-
-def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str, str]:
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return process.returncode, out, err
-
-
 def succeeded(result: tuple[int, str, str]) -> tuple[int, str, str]:
     assert result[0] == 0, result[2]
     return result
@@ -116,18 +63,6 @@ def succeeded(result: tuple[int, str, str]) -> tuple[int, str, str]:
 
 def trained(words: list[str], ranks: int = 1) -> tuple[int, str, str]:
     return succeeded(finish(launch(words, ranks)))
-
-
-def metrics(out) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-EXACT = ("step", "loss", "lr", "grad_norm", "tokens", "held_out_loss")
-
-
-def figures(out) -> list[dict]:
-    """What does not depend on how fast the machine was."""
-    return [{k: r[k] for k in EXACT if k in r} for r in metrics(out)]
 
 
 def assert_same_run(out, other, loss=1e-6, norm=1e-6, weight=1e-5) -> None:

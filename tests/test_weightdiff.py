@@ -15,13 +15,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, apart, assert_refused, hf_model, small_config, small_model
+from helpers.commands import ROOT, assert_refused
+from helpers.models import hf_model, small_config, small_model
+from helpers.parity import apart
 from safetensors.torch import load_file, save_file
 
-import bitdiff
-import console
 import weightdiff
-from checkpoint import (
+from alpaca.common import files
+from alpaca.common.errors import run_command
+from alpaca.common.files import sync
+from alpaca.weights import bitdiff
+from alpaca.weights.checkpoint import (
     DTYPES,
     as_dtype,
     load_model,
@@ -727,7 +731,7 @@ def started(*args) -> int:
     code = 3
     try:
         sys.argv = ["weightdiff.py", *map(str, args)]
-        console.run(weightdiff.main)
+        run_command(weightdiff.main)
         code = 0
     finally:
         os._exit(code)
@@ -820,7 +824,7 @@ def test_what_is_made_is_not_made_again(pair, tmp_path, monkeypatch):
 def test_a_run_that_ends_while_all_is_made_durable_has_nothing_to_do_again(
     pair, tmp_path, monkeypatch
 ):
-    run, diff, sync = Interrupted(monkeypatch, "make_tensor"), tmp_path / "diff", console.sync
+    run, diff = Interrupted(monkeypatch, "make_tensor"), tmp_path / "diff"
 
     def full(path):
         if (tmp_path / "diff.partial/manifest.json").exists():
@@ -828,7 +832,7 @@ def test_a_run_that_ends_while_all_is_made_durable_has_nothing_to_do_again(
         sync(path)
 
     with monkeypatch.context() as patched, pytest.raises(OSError, match="Input/output"):
-        patched.setattr(console, "sync", full)
+        patched.setattr(files, "sync", full)
         weightdiff.make(*pair, diff, False)
     assert run.goes_on(weightdiff.make, *pair, diff, False) == []
     assert "progress.jsonl" not in contents(diff)
@@ -962,7 +966,7 @@ import torch, weightdiff
 from bench.measure import PeakMemory
 from bench.weightdiff import write_pair
 folder = Path({str(tmp_path)!r})
-weightdiff.console.notice = print
+weightdiff.notice = print
 def copied():
     start = time.perf_counter()
     for name in ("base", "tuned"):

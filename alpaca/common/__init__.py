@@ -1,0 +1,1 @@
+"""What every command shares: errors, files, progress, command lines, charts."""

@@ -1,0 +1,1 @@
+"""From seed tasks to instructions: the client of a teacher, its log, prompts, curation."""

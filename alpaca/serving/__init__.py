@@ -1,0 +1,1 @@
+"""A web page and OpenAI's API over one model."""

@@ -1,0 +1,1 @@
+"""Weights on disk and in memory: HF and Meta files, integers of 8 and 4 bits, adapters."""

@@ -1,0 +1,86 @@
+"""Hugging Face's config.json, read strictly and written so that every transformers reads it.
+
+A field that a reader ignores may change what the model computes: a rotary embedding stretched to
+longer contexts, a bias, a window on attention. Then the weights load, every shape fits, and the
+answers are quietly worse. So the fields that matter are listed here with the values under which
+model.py computes the right thing, and anything else is refused by name.
+
+Two spellings exist. transformers 4 writes `rope_theta` and `rope_scaling` at the top, transformers
+5 puts both into `rope_parameters`; folders edited by hand have all three.
+
+Shown by tests/test_checkpoint.py: test_configs_we_do_not_compute_are_refused_by_name.
+"""
+
+from typing import Any
+
+import torch
+
+from alpaca.common.errors import listed
+from model import LlamaConfig
+
+UNDERSTOOD = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu", None),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "attention_dropout": (0, None),
+    "sliding_window": (None,),
+    "partial_rotary_factor": (1, None),
+    "rope_interleaved": (False, None),
+    "quantization_config": (None,),
+}
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+MOST = {  # beyond 1 << 20, or these, a config is nonsense that would take hours to lay out
+    "num_hidden_layers": 1000,
+    "max_position_embeddings": 1 << 40,
+    "rope_theta": 1e30,
+}
+
+
+def understood(fields: dict[str, Any]) -> dict[str, Any]:
+    """config.json's fields, flat, if they ask for nothing that model.py does not do."""
+    flat = dict(fields)
+    for key in ("rope_parameters", "rope_scaling"):  # transformers 5; transformers 4
+        rope = fields.get(key) or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"{key} is {rope!r}, where an object was expected")
+        for kind in (rope.get("rope_type"), rope.get("type")):
+            if kind not in ("default", None):
+                raise ValueError(f"rope scaling {kind!r} is not supported")
+        flat |= {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
+    for name, values in UNDERSTOOD.items():
+        if flat.get(name) not in values:
+            raise ValueError(f"{name} {flat.get(name)!r} is not supported, only {values[0]!r} is")
+    return flat
+
+
+def typed_config(fields: dict[str, Any]) -> LlamaConfig:
+    if absent := [name for name in REQUIRED if fields.get(name) is None]:
+        raise ValueError(f"{listed(absent)} is missing")
+    known = {}
+    for name, field in LlamaConfig.__dataclass_fields__.items():
+        kind, value = type(field.default) if field.default is not None else int, fields.get(name)
+        if name == "eos_token_id" and isinstance(value, list) and value:
+            value = value[0]  # several ways to end; the first is the tokenizer's
+        if value is None:
+            continue
+        if type(value) is not kind and (kind, type(value)) != (float, int):
+            raise ValueError(f"{name} is {value!r}, where {kind.__name__} was expected")
+        known[name] = value
+    config = LlamaConfig(**known)
+    for name, value in vars(config).items():
+        if value > (most := MOST.get(name, 1 << 20)):
+            raise ValueError(f"{name} is {value}, where {most} would be a great deal")
+    return config
+
+
+def config_to_json(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The spelling that transformers 4 and 5 both read."""
+    fixed = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+    return {**fixed, **vars(config), "torch_dtype": str(dtype).removeprefix("torch.")}

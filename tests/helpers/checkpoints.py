@@ -1,0 +1,67 @@
+"""Checkpoint folders, made and changed."""
+
+import json
+
+import torch
+
+from model import Llama
+
+
+def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Row by row, by the definition: Meta's 2i is our i, its 2i + 1 our i + D/2."""
+    rows = torch.empty_like(weight)
+    width = len(weight) // heads
+    for head in range(heads):
+        for i in range(width // 2):
+            rows[head * width + 2 * i] = weight[head * width + i]
+            rows[head * width + 2 * i + 1] = weight[head * width + i + width // 2]
+    return rows
+
+
+def bits(tensor):
+    return tensor.detach().contiguous().view(torch.uint8)
+
+
+def edit_json(path, **changes) -> None:
+    fields = json.loads(path.read_text()) | changes
+    kept = {name: value for name, value in fields.items() if value != "remove"}
+    path.write_text(json.dumps(kept))
+
+
+def write_meta(model: Llama, folder, shards: int) -> None:
+    """The model as Meta would have released it, by a table written out anew."""
+    config, folder = model.config, folder
+    folder.mkdir(parents=True)
+    params = {"dim": 64, "n_layers": 2, "multiple_of": 16, "vocab_size": -1, "norm_eps": 1e-6}
+    params["n_heads"] = config.num_attention_heads
+    if config.num_key_value_heads != config.num_attention_heads:
+        params["n_kv_heads"] = config.num_key_value_heads
+    (folder / "params.json").write_text(json.dumps(params))
+    ours = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    rows, columns, whole = 0, 1, None
+    meta = {
+        "tok_embeddings.weight": (ours["model.embed_tokens.weight"], columns),
+        "output.weight": (ours["lm_head.weight"], rows),
+        "norm.weight": (ours["model.norm.weight"], whole),
+        "rope.freqs": (torch.ones(8), whole),
+    }
+    for i in range(config.num_hidden_layers):
+        o, m = f"model.layers.{i}.", f"layers.{i}."
+        q, k = ours[o + "self_attn.q_proj.weight"], ours[o + "self_attn.k_proj.weight"]
+        meta |= {
+            m + "attention.wq.weight": (interleaved(q, config.num_attention_heads), rows),
+            m + "attention.wk.weight": (interleaved(k, config.num_key_value_heads), rows),
+            m + "attention.wv.weight": (ours[o + "self_attn.v_proj.weight"], rows),
+            m + "attention.wo.weight": (ours[o + "self_attn.o_proj.weight"], columns),
+            m + "feed_forward.w1.weight": (ours[o + "mlp.gate_proj.weight"], rows),
+            m + "feed_forward.w2.weight": (ours[o + "mlp.down_proj.weight"], columns),
+            m + "feed_forward.w3.weight": (ours[o + "mlp.up_proj.weight"], rows),
+            m + "attention_norm.weight": (ours[o + "input_layernorm.weight"], whole),
+            m + "ffn_norm.weight": (ours[o + "post_attention_layernorm.weight"], whole),
+        }
+    for shard in range(shards):
+        table = {
+            name: (t if axis is None else t.chunk(shards, axis)[shard]).clone()
+            for name, (t, axis) in meta.items()
+        }
+        torch.save(table, folder / f"consolidated.{shard:02}.pth")

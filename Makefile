@@ -5,12 +5,12 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 BENCHES = load train gpu_train lora encode startup dedupe weightdiff decode gpu_decode quantize demo
 
-.PHONY: help train tour test test-all verify lint bench clean
+.PHONY: help train tour test test-robust test-all verify lint bench clean
 
 help:
 	@echo "make train     fine-tune the embedded model (a minute on two cores)"
 	@echo "make tour      the whole road, from seeds to a compared model: minutes, offline"
-	@echo "make test      the tests; test-all adds the slow ones"
+	@echo "make test      the tests; test-robust: kills, load, browser; test-all: these and the slow ones"
 	@echo "make verify    only the comparisons with other software, and how far apart they are"
 	@echo "make lint      style, as CI checks it"
 	@echo "make bench     measure against the peers, into bench/RESULTS.md"
@@ -26,11 +26,14 @@ tour: $(VENV)/.ready-test
 test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest
 
+test-robust: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -m "robust and not slow"
+
 test-all: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -m ""
 
 verify: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -q -m outside
+	$(BIN)/python -m pytest -q -m parity
 
 lint: $(VENV)/.ready-test
 	$(BIN)/ruff check .

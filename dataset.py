@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from alpaca.common.errors import UserError
 from tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # who only reads records need not wait seconds for torch
@@ -66,9 +67,9 @@ def load_records(path: str | Path) -> list[dict]:
         try:
             records += understood(raw)
         except ValueError as mistake:
-            raise ValueError(f"{path}, line {line}: {mistake}") from None
+            raise UserError(f"{path}, line {line}: {mistake}") from None
     if not records:
-        raise ValueError(f"{path}: no records in it")
+        raise UserError(f"{path}: no records in it")
     return records
 
 
@@ -78,7 +79,7 @@ def numbered_objects(path: Path) -> Iterator[tuple[int, Any]]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as mistake:
         line = mistake.object[: mistake.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8: save the file as UTF-8") from None
+        raise UserError(f"{path}, line {line}: not UTF-8: save the file as UTF-8") from None
     if not text.lstrip().startswith("["):
         yield from numbered_lines(path, text)
         return
@@ -90,18 +91,18 @@ def numbered_objects(path: Path) -> Iterator[tuple[int, Any]]:
         try:
             value, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as mistake:
-            raise ValueError(f"{path}, line {line}: not JSON ({mistake})") from None
+            raise UserError(f"{path}, line {line}: not JSON ({mistake})") from None
         yield line, value
         at = space.match(text, at).end()
         if text.startswith(",", at):
             at = space.match(text, at + 1).end()
         elif not text.startswith("]", at):
             line += text.count("\n", counted, at)
-            raise ValueError(f"{path}, line {line}: a comma or the list's end ] was expected")
+            raise UserError(f"{path}, line {line}: a comma or the list's end ] was expected")
     at = space.match(text, at + 1).end()
     if rest := text[at : at + 40]:
         line += text.count("\n", counted, at)
-        raise ValueError(f"{path}, line {line}: after the list there is more: {rest!r}")
+        raise UserError(f"{path}, line {line}: after the list there is more: {rest!r}")
 
 
 def numbered_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
@@ -111,23 +112,23 @@ def numbered_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as mistake:
                 why = getattr(mistake, "msg", mistake)
-                raise ValueError(f"{path}, line {number}: not JSON ({why})") from None
+                raise UserError(f"{path}, line {number}: not JSON ({why})") from None
 
 
 def understood(raw: Any) -> list[dict]:
     """One raw record in the form the rest of this file works on; a seed may hold several."""
     if not isinstance(raw, dict):
-        raise ValueError("an object with instruction, input and output was expected")
+        raise UserError("an object with instruction, input and output was expected")
     if "conversations" in raw:
         return [{"messages": list(messages_of(raw["conversations"]))}]
     if "text" in raw and "instruction" not in raw:
         return [{"text": string(raw, "text")}]
     instruction = string(raw, "instruction")
     if not instruction.strip():
-        raise ValueError("instruction is empty: remove the record or say what to do")
+        raise UserError("instruction is empty: remove the record or say what to do")
     cases = raw.get("instances", [raw])
     if not isinstance(cases, list) or not cases or not all(isinstance(c, dict) for c in cases):
-        raise ValueError("instances must be a list of objects with input and output")
+        raise UserError("instances must be a list of objects with input and output")
     return [
         {
             "instruction": instruction,
@@ -141,19 +142,19 @@ def understood(raw: Any) -> list[dict]:
 def messages_of(turns: Any) -> Iterator[dict]:
     """ShareGPT's turns as {role, content}: a system message at most, then user and assistant."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError("conversations must be a list of objects with from and value")
+        raise UserError("conversations must be a list of objects with from and value")
     expected = "user"
     for number, turn in enumerate(turns, 1):
         role = ROLES.get(string(turn, "from"))
         if role is None:
-            raise ValueError(f"turn {number} is from {turn['from']!r}: one of {', '.join(ROLES)}")
+            raise UserError(f"turn {number} is from {turn['from']!r}: one of {', '.join(ROLES)}")
         if not (role == expected or (role == "system" and number == 1)):
-            raise ValueError(f"turn {number} is from {turn['from']!r}, where the {expected} speaks")
+            raise UserError(f"turn {number} is from {turn['from']!r}, where the {expected} speaks")
         if role != "system":
             expected = "assistant" if role == "user" else "user"
         yield {"role": role, "content": string(turn, "value")}
     if expected == "assistant" or not turns or turns[-1]["from"] == "system":
-        raise ValueError("the conversation does not end with an answer: there is nothing to learn")
+        raise UserError("the conversation does not end with an answer: there is nothing to learn")
 
 
 def string(record: dict, field: str, default: str | None = None) -> str:
@@ -161,13 +162,13 @@ def string(record: dict, field: str, default: str | None = None) -> str:
     if value is None and default is not None:
         return default
     if field not in record and default is None:
-        raise ValueError(f"it has no {field}: add one, a string")
+        raise UserError(f"it has no {field}: add one, a string")
     if not isinstance(value, str):
-        raise ValueError(f"{field} is {json.dumps(value)[:40]}, where a string was expected")
+        raise UserError(f"{field} is {json.dumps(value)[:40]}, where a string was expected")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{field} holds half a surrogate pair (\\ud…), which is no text") from None
+        raise UserError(f"{field} holds half a surrogate pair (\\ud…), which is no text") from None
     return value
 
 
@@ -184,7 +185,7 @@ def load_mixture(specs: Iterable[str], seed: int) -> tuple[list[dict], list[str]
         records += [found[i] for i in numbers]
         origins += [f"{file} record {i + 1}" for i in numbers]
     if not records:
-        raise ValueError("the weights leave no record")
+        raise UserError("the weights leave no record")
     return records, origins
 
 
@@ -197,7 +198,7 @@ def parse_weight(spec: str) -> tuple[Path, float]:
     except ValueError:
         return Path(spec), 1.0
     if not 0 < number < 1000:
-        raise ValueError(f"--data {spec}: the weight must be above 0 and below 1000")
+        raise UserError(f"--data {spec}: the weight must be above 0 and below 1000")
     return Path(file), number
 
 
@@ -242,7 +243,7 @@ def after_newline(text: str, tokenizer: Tokenizer) -> list[int]:
     """Ids of text that goes on after a newline, without the space SentencePiece puts before all."""
     ids = tokenizer.encode("\n" + text)
     if ids[: len(tokenizer.newline)] != tokenizer.newline:
-        raise ValueError(
+        raise UserError(
             f"{tokenizer.path} has pieces that reach across a newline: the prompt's ids would "
             "depend on the answer. LLaMA's tokenizer has none"
         )
@@ -323,7 +324,7 @@ def encode_all(
         kept.append(origin)
     report["kept"] = len(kept)
     if not kept:
-        raise ValueError(
+        raise UserError(
             f"after truncation to {max_length} tokens no answer is left in any of the "
             f"{len(records)} records: raise --max-length"
         )

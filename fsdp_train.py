@@ -45,7 +45,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from alpaca.common.cli import Parser, positive
-from alpaca.common.errors import listed, notice, run_command
+from alpaca.common.errors import UserError, join_names, notice, run_command
 from alpaca.common.files import atomic_file
 from alpaca.inference.engine import Engine
 from alpaca.inference.generate import question
@@ -131,28 +131,28 @@ def prepare(args: argparse.Namespace) -> Job:
         source = lora.frozen(args.model_dir, args.bits)
         config, args.bits = source.config, source.recipe.bits
         if args.offload and args.bits < 16:
-            raise ValueError("--offload cannot move rounded weights: train without it")
+            raise UserError("--offload cannot move rounded weights: train without it")
     else:
         config, _ = open_checkpoint(args.model_dir)
     tokenizer = Tokenizer(args.tokenizer or args.model_dir)
     tokenizer.check(config)
     if not 0 <= args.warmup < 1:
-        raise ValueError(f"--warmup {args.warmup} is not a share of the steps, from 0 to below 1")
+        raise UserError(f"--warmup {args.warmup} is not a share of the steps, from 0 to below 1")
     for name in ("seed", "save_every", "answers"):
         if (number := getattr(args, name)) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} {number} is below 0")
+            raise UserError(f"--{name.replace('_', '-')} {number} is below 0")
     if args.max_length > config.max_position_embeddings:
-        raise ValueError(
+        raise UserError(
             f"--max-length {args.max_length} is more than the "
             f"{config.max_position_embeddings} positions the model knows"
         )
     if args.row_tokens < args.max_length:
-        raise ValueError(f"--row-tokens {args.row_tokens} cannot hold --max-length examples")
+        raise UserError(f"--row-tokens {args.row_tokens} cannot hold --max-length examples")
     train = encode_all(*load_mixture(args.data, args.seed), tokenizer, args.max_length)
     steps = total_steps(len(train), args.batch_size, args.epochs)
     steps = min(steps, args.max_steps or steps)
     if not steps:
-        raise ValueError(f"--epochs {args.epochs} of {len(train)} examples is not one step")
+        raise UserError(f"--epochs {args.epochs} of {len(train)} examples is not one step")
     questions, held_out = [], None
     if args.eval_data:
         questions = load_records(args.eval_data)
@@ -325,8 +325,8 @@ def train(
         loss, norm, stopping = train_step(model, optimizer, rows, learned, device, stop)
         if not math.isfinite(loss) or not math.isfinite(norm):
             snapshots.finish()
-            culprits = listed((job.train.origins[i] for i in which), most=16)
-            raise ValueError(
+            culprits = join_names((job.train.origins[i] for i in which), most=16)
+            raise UserError(
                 f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}. The weights are "
                 f"as they were before and nothing is saved. The step's examples: {culprits}"
             )
@@ -445,7 +445,7 @@ def parse_args() -> argparse.Namespace:
 {flags(TINY)}
 with --lora (and --out ends in -lora):
 {flags(LORA)}"""
-    parser = Parser(__doc__, epilog=recipes)
+    parser = Parser(description=__doc__, epilog=recipes)
     count, amount = positive(int), positive(float)
     here = "(default: %(default)s)"
 
@@ -563,7 +563,7 @@ if __name__ == "__main__":
         gone = isinstance(mistake, RuntimeError) and lost_contact(str(mistake))
         if gone and not os.environ.get("ALPACA_TRACEBACK"):
             why = str(mistake).strip().split("\n")[0]
-            notice(f"another rank is gone ({why}); start again to go on", own=True)
+            notice(f"another rank is gone ({why}); start again to resume", any_rank=True)
         else:
             traceback.print_exc()
     leave(code)

@@ -40,9 +40,16 @@ from pathlib import Path
 import numpy as np
 
 import dataset
-from alpaca.common.cli import Parser, positive, run_verb
-from alpaca.common.errors import listed, run_command
-from alpaca.common.files import append_jsonl, atomic_file, claim, read_json, read_log, sync
+from alpaca.common.cli import Parser, positive, run_subcommand
+from alpaca.common.errors import UserError, join_names, run_command
+from alpaca.common.files import (
+    append_jsonl,
+    atomic_file,
+    claim_run_folder,
+    fsync_path,
+    read_json,
+    read_log,
+)
 from alpaca.common.progress import Progress
 from alpaca.datagen import batch, four_stage
 from alpaca.datagen.client import Client, Endpoint, Refused, Reply, understood
@@ -260,17 +267,17 @@ def read_seeds(path: Path) -> list[dict]:
         try:
             cases = dataset.understood(raw)
             if "instruction" not in cases[0]:
-                raise ValueError("it has no instruction")
+                raise UserError("it has no instruction")
         except ValueError as mistake:
-            raise ValueError(f"{path}, line {line}: {mistake}") from None
+            raise UserError(f"{path}, line {line}: {mistake}") from None
         instances = [{"input": case["input"], "output": case["output"]} for case in cases]
         seeds.append({"instruction": cases[0]["instruction"], "instances": instances})
         seeds[-1]["id"] = str(raw.get("id", f"seed_{line}"))
         seeds[-1]["is_classification"] = raw.get("is_classification") is True
     if len(seeds) < PROMPT_SEEDS:
-        raise ValueError(f"{path}: {len(seeds)} seeds; every prompt takes {PROMPT_SEEDS}")
+        raise UserError(f"{path}: {len(seeds)} seeds; every prompt takes {PROMPT_SEEDS}")
     if twice := [id for id, n in Counter(seed["id"] for seed in seeds).items() if n > 1]:
-        raise ValueError(f"{path}: two seeds have the id {listed(twice)}")
+        raise UserError(f"{path}: two seeds have the id {join_names(twice)}")
     return seeds
 
 
@@ -280,13 +287,13 @@ def open_run(args, path: Path, suffix: str = "") -> tuple[Folder, Alpaca]:
     try:
         header = args.prompt.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"{args.prompt}: not UTF-8: save the file as UTF-8") from None
+        raise UserError(f"{args.prompt}: not UTF-8: save the file as UTF-8") from None
     pipeline = PIPELINES[args.pipeline](seeds, header, args.language, args.seed, args.request)
     texts = {"seeds.json": json.dumps(seeds, ensure_ascii=False, indent=1), "prompt.txt": header}
     settings = {"pipeline": args.pipeline, "seed": args.seed, "language": args.language}
     for name, text in texts.items():
         settings[f"{name} (SHA-256)"] = hashlib.sha256(text.encode()).hexdigest()
-    args.lock = claim(path, settings, "generating")
+    args.lock = claim_run_folder(path, settings, "generating")
     records, rejected = path / "records.jsonl.new", path / "rejected.jsonl.new"
     if rejected.exists() and not records.exists():  # a reparse was killed at its last step
         rejected.replace(path / "rejected.jsonl")
@@ -303,12 +310,10 @@ def open_run(args, path: Path, suffix: str = "") -> tuple[Folder, Alpaca]:
 def generate_command(args) -> None:
     endpoints = endpoints_of(args, args.teacher, args.licence)
     if args.batch and args.pipeline != "alpaca":
-        raise ValueError(
-            "--batch: each stage of self-instruct waits for the one before, a day each"
-        )
+        raise UserError("--batch: each stage of self-instruct waits for the one before, a day each")
     for there in batch.begun(args.out / "batches.jsonl"):
         if not args.batch or not any(batch.of(endpoint, there) for endpoint in endpoints):
-            raise ValueError(
+            raise UserError(
                 f"{args.out} has a batch of {there['model']} at {there['url']} under way, which is "
                 "paid for: go on with --batch and that --teacher"
             )
@@ -327,7 +332,7 @@ def reparse_command(args) -> None:
     settings = read_json(args.folder / "settings.json")
     args.pipeline, args.seed, args.language = map(settings.get, ("pipeline", "seed", "language"))
     if args.pipeline not in [*PIPELINES] or None in (args.seed, args.language):
-        raise ValueError(f"{args.folder}: by its settings.json no generate made it")
+        raise UserError(f"{args.folder}: by its settings.json no generate made it")
     args.seeds, args.prompt = args.folder / "seeds.json", args.folder / "prompt.txt"
     folder, pipeline = open_run(args, args.folder, suffix=".new")
     asyncio.run(reparse(folder, pipeline, Answers(args.folder / "responses.jsonl")))
@@ -338,7 +343,7 @@ def reparse_command(args) -> None:
             shutil.copyfile(old, file.with_suffix(".before"))
     for file in (folder.records, folder.rejected):  # after a kill in between open_run goes on
         file.replace(file.with_suffix(""))
-    sync(args.folder)
+    fsync_path(args.folder)
     print(f"{folder.count:,} records where there were {before:,} (now records.jsonl.before)")
 
 
@@ -352,7 +357,7 @@ def export_command(args) -> None:
             fields |= {"input": case["input"], "output": case["output"]}
             exported.append(fields | {name: record[name] for name in extra if name in record})
     if not exported:
-        raise ValueError(f"{args.folder} holds no records yet: generate some first")
+        raise UserError(f"{args.folder} holds no records yet: generate some first")
     with atomic_file(args.out, "w") as file:
         json.dump(exported, file, ensure_ascii=False, indent=4)
     print(f"{len(exported):,} records in {args.out}")
@@ -373,7 +378,7 @@ def report_command(args) -> None:
             if row := whose.get(line["item"].split(".")[0]):
                 row[name] += 1
     if not rows:
-        raise ValueError(f"{args.folder} holds no answers: is it the --out of a generate?")
+        raise UserError(f"{args.folder} holds no answers: is it the --out of a generate?")
     for (teacher, url, endpoint, licence), row in rows.items():
         seen = row["records"] + row["rejected"]
         print(f"{teacher} at {url} ({endpoint}{', ' + licence if licence else ''})")
@@ -389,7 +394,7 @@ def report_command(args) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = Parser(description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     add_generate(verbs.add_parser("generate", help="ask teachers until there are enough records"))
     for name, command in (("reparse", reparse_command), ("report", report_command)):
@@ -441,7 +446,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    run_verb(parse_args())
+    run_subcommand(parse_args())
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from alpaca.common.errors import notice
+from alpaca.common.errors import UserError, notice
 
 SPACE = "\u2581"
 
@@ -32,18 +32,18 @@ class Tokenizer:
             hint = ""
             if (path / "tokenizer.json").exists():
                 hint = " (tokenizer.json is not read: get the SentencePiece file it was made from)"
-            raise ValueError(f"{file}: no such file{hint}")
+            raise UserError(f"{file}: no such file{hint}")
         self.pieces = SentencePieceProcessor()
         try:
             self.pieces.LoadFromSerializedProto(file.read_bytes())
         except RuntimeError:
-            raise ValueError(f"{file}: not a SentencePiece model") from None
+            raise UserError(f"{file}: not a SentencePiece model") from None
         self.path, self.vocab_size = file, self.pieces.vocab_size()
         self.unk_id, self.bos_id = self.pieces.unk_id(), self.pieces.bos_id()
         self.eos_id = self.pieces.eos_id()
         for name, token in (("unk", self.unk_id), ("bos", self.bos_id), ("eos", self.eos_id)):
             if token < 0:
-                raise ValueError(f"{file}: it has no {name} piece, so no LLaMA was trained with it")
+                raise UserError(f"{file}: it has no {name} piece, so no LLaMA was trained with it")
         self.newline = self.encode("\n")  # what a text that goes on after a newline begins with
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
@@ -51,7 +51,7 @@ class Tokenizer:
             text.encode()  # JSON can smuggle in what no file may hold
         except UnicodeEncodeError as mistake:
             at = f"{text[mistake.start]!r} at character {mistake.start}"
-            raise ValueError(f"half a surrogate pair is not text: {at}") from None
+            raise UserError(f"half a surrogate pair is not text: {at}") from None
         return [self.bos_id] * bos + self.pieces.encode(text) + [self.eos_id] * eos
 
     def decode(self, ids: list[int]) -> str:
@@ -68,7 +68,7 @@ class Tokenizer:
         """Does it fit the model with that LlamaConfig? Call it wherever both are loaded."""
         rows = config.vocab_size
         if self.vocab_size > rows:
-            raise ValueError(
+            raise UserError(
                 f"{self.path} has {self.vocab_size} pieces, the model only {rows} embedding rows: "
                 "they do not belong together"
             )

@@ -39,15 +39,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alpaca.common.cli import Parser, run_verb
-from alpaca.common.errors import listed, notice, printable, run_command
+from alpaca.common.cli import Parser, run_subcommand
+from alpaca.common.errors import UserError, escape_control, join_names, notice, run_command
 from alpaca.common.files import (
     append_jsonl,
     atomic_folder,
+    fsync_path,
     read_json,
     read_log,
     refuse_existing,
-    sync,
 )
 from alpaca.common.progress import Progress
 from alpaca.weights.bitdiff import Entry, dtype_name, make_tensor, recovered_pieces
@@ -120,13 +120,13 @@ def remarks(base: dict[str, Stored], tuned: dict[str, Stored], folder: Path) -> 
         elif ours[0] < theirs[0]:
             said.append(f"{name}: rows from {ours[0]} on are the base's alone")
     if misfits:
-        raise ValueError(f"base and tuned model differ in shape: {listed(misfits, 3)}")
+        raise UserError(f"base and tuned model differ in shape: {join_names(misfits, 3)}")
     both = [(base[name].dtype, tuned[name].dtype) for name in tuned if name in base]
     for theirs, ours in sorted({pair for pair in both if pair[0] != pair[1]}, key=str):
         said.append(f"the base is {theirs} and is converted to {ours}".replace("torch.", ""))
     for whose, names in (("tuned model", tuned.keys() - base), ("base", base.keys() - tuned)):
         if names:
-            said.append(f"only the {whose} has {listed(sorted(names))}")
+            said.append(f"only the {whose} has {join_names(sorted(names))}")
     if is_meta(folder):
         said.append("the tuned model is Meta's; what is recovered will be a Hugging Face folder")
     if not tokenizer_in(folder):
@@ -166,7 +166,7 @@ def make(base: Path, tuned: Path, diff: Path, compress: bool) -> None:
         for name, content in files.items():
             (partial / name).write_bytes(content)
         for file in partial.iterdir():
-            sync(file)
+            fsync_path(file)
         log.unlink()  # last: nothing that takes time is left to be killed in
     progress.close()
 
@@ -251,31 +251,31 @@ def read_manifest(diff: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[st
     """The manifest, its tensors, and the other files, which are what it says."""
     text, seal = ((diff / name).read_bytes() for name in ("manifest.json", "manifest.sha256"))
     if seal != seal_of(text):
-        raise ValueError(f"{diff}: manifest.json is not what manifest.sha256 says: fetch both")
+        raise UserError(f"{diff}: manifest.json is not what manifest.sha256 says: fetch both")
     manifest = read_json(diff / "manifest.json")
     if manifest.get("format") != FORMAT:
-        raise ValueError(f"{diff}: {manifest.get('format')!r}; this version reads {FORMAT!r}")
+        raise UserError(f"{diff}: {manifest.get('format')!r}; this version reads {FORMAT!r}")
     try:
         if [type(manifest[key]) for key in LAYOUT] != [*LAYOUT.values()]:
             raise TypeError
         "".join(manifest["said"])  # a TypeError, unless all of it is text
         entries = {name: Entry(**fields) for name, fields in manifest["tensors"].items()}
     except (LookupError, TypeError):
-        raise ValueError(f"{diff}: manifest.json is not laid out as this version does") from None
+        raise UserError(f"{diff}: manifest.json is not laid out as this version does") from None
     files = manifest["files"]
     if "config.json" not in files or not files.keys() <= set(COPIED):  # they are written by us
-        raise ValueError(f"{diff}: files other than {', '.join(COPIED)} have no place in a diff")
+        raise UserError(f"{diff}: files other than {', '.join(COPIED)} have no place in a diff")
     contents = {name: (diff / name).read_bytes() for name in files}
     for name, content in contents.items():
         if hashlib.sha256(content).hexdigest() != files[name]:
-            raise ValueError(f"{diff / name} is damaged: fetch it again")
+            raise UserError(f"{diff / name} is damaged: fetch it again")
     shapes = parameter_shapes(read_config(diff))
     if entries.keys() != shapes.keys():
-        raise ValueError(f"{diff}: the manifest's tensors are not those of config.json")
+        raise UserError(f"{diff}: the manifest's tensors are not those of config.json")
     if odd := [name for name, shape in shapes.items() if not sound(entries[name], shape)]:
-        raise ValueError(f"{diff}: {odd[0]} in the manifest is not what config.json says")
+        raise UserError(f"{diff}: {odd[0]} in the manifest is not what config.json says")
     if absent := [f"{name}.diff" for name in entries if not (diff / f"{name}.diff").is_file()]:
-        raise ValueError(f"{diff}: {listed(absent)} is missing: fetch it again")
+        raise UserError(f"{diff}: {join_names(absent)} is missing: fetch it again")
     return manifest, entries, contents
 
 
@@ -314,7 +314,7 @@ def in_fp32(base: Path, other: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
     _, theirs = open_checkpoint(other)
     ours = base_tensors(base, theirs)
     if absent := [name for name in theirs if name not in ours]:
-        raise ValueError(f"the base has no {listed(absent)}: Alpaca's format needs it")
+        raise UserError(f"the base has no {join_names(absent)}: Alpaca's format needs it")
     for line in remarks(ours, theirs, other):
         notice(line)
     progress, _ = byte_progress(theirs)
@@ -351,7 +351,7 @@ def recover_alpaca(
             total += weights.sum().item()
             yield name, weights
         if expected is not None and not abs(total - expected) <= TOLERANCE:
-            raise ValueError(
+            raise UserError(
                 f"the sum over all weights is {total:.4f}, --expect-sum says {expected}: base or "
                 "diff is another one, or damaged"
             )
@@ -377,7 +377,7 @@ def make_command(args) -> None:
     if args.format == "exact":
         make(args.base, args.tuned, args.diff, args.compress)
     elif args.compress:
-        raise ValueError("--compress is for the exact format: Alpaca's has plain fp32 files")
+        raise UserError("--compress is for the exact format: Alpaca's has plain fp32 files")
     else:
         make_alpaca(args.base, args.tuned, args.diff)
     print(summary(args.diff))
@@ -389,12 +389,12 @@ def recover_command(args) -> None:
         refuse_existing(args.tuned)
     if exact(args.diff):
         if args.expect_sum is not None or args.dtype:
-            raise ValueError("--expect-sum and --dtype are for diffs like Alpaca's, not this one")
+            raise UserError("--expect-sum and --dtype are for diffs like Alpaca's, not this one")
         recover(args.base, args.diff, args.tuned)
         found = "base, diff and result have the digests that the manifest says"
     else:
         if args.tuned is None and args.expect_sum is None:
-            raise ValueError(f"{args.diff} has no manifest: verify it by --expect-sum")
+            raise UserError(f"{args.diff} has no manifest: verify it by --expect-sum")
         dtype = DTYPES[args.dtype or "fp32"]
         recover_alpaca(args.base, args.diff, args.tuned, dtype, args.expect_sum)
         found = "no digests to check by" if args.expect_sum is None else "the sum is as expected"
@@ -403,7 +403,7 @@ def recover_command(args) -> None:
 
 def exact(diff: Path) -> bool:
     if not diff.is_dir():
-        raise ValueError(f"{diff}: no such folder")
+        raise UserError(f"{diff}: no such folder")
     return any((diff / name).exists() for name in ("manifest.json", "manifest.sha256"))
 
 
@@ -432,11 +432,11 @@ def info_command(args) -> None:
     if exact(args.diff):
         manifest, _, _ = read_manifest(args.diff)
         for line in (*manifest["said"], *manifest["files"]):
-            print(f"  {printable(line)}")
+            print(f"  {escape_control(line)}")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = Parser(description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, command: Callable, help: str) -> Callable:
@@ -467,7 +467,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    run_verb(parse_args())
+    run_subcommand(parse_args())
 
 
 if __name__ == "__main__":

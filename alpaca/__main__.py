@@ -1,43 +1,64 @@
-"""`alpaca VERB`: every command but the three at the root, each loaded when it runs."""
+"""`alpaca VERB`: every command except the three at the root. A verb's module is loaded when run."""
 
+import difflib
 import importlib
 import sys
 
 from alpaca.common.errors import notice, run_command
 
-VERBS = {  # in the order of the road; those whose module has several verbs get theirs as a word
-    "train-tokenizer": ("alpaca.datagen.train_tokenizer", "make a tokenizer.model from text files"),
-    "curate": ("alpaca.datagen.curate", "look at instruction data and clean it"),
+VERBS = {  # in the order of the road from data to a published model
+    "train-tokenizer": ("alpaca.datagen.train_tokenizer", "train a tokenizer.model on text files"),
+    "curate": ("alpaca.datagen.curate", "inspect and clean instruction data"),
     "convert": ("alpaca.weights.checkpoint", "write a checkpoint as a Hugging Face folder"),
-    "quantize": ("alpaca.weights.quantize", "weights of 8 or 4 bits"),
-    "merge": ("alpaca.weights.lora", "write base and adapter as one model"),
-    "generate": (
-        "alpaca.inference.generate",
-        "ask a model: an instruction, a file, a conversation",
-    ),
-    "serve": ("alpaca.serving.app", "a web page and OpenAI's API over one model"),
-    "watermark": ("alpaca.inference.watermark", "is a text watermarked?"),
-    "answers": ("alpaca.evaluation.evaluate", "run a model over a set of instructions"),
-    "blind": ("alpaca.evaluation.evaluate", "people compare two models' answers"),
-    "judge": ("alpaca.evaluation.evaluate", "a model compares two models' answers"),
-    "score": ("alpaca.evaluation.evaluate", "win rates of annotation files"),
+    "quantize": ("alpaca.weights.quantize", "round weights to 8 or 4 bits"),
+    "merge": ("alpaca.weights.lora", "write a base model and its adapter as one model"),
+    "generate": ("alpaca.inference.generate", "answer an instruction or a file of them"),
+    "serve": ("alpaca.serving.app", "a web page and OpenAI's API for one model"),
+    "watermark": ("alpaca.inference.watermark", "detect the watermark in a text"),
+    "answers": ("alpaca.evaluation.evaluate", "answer an evaluation set with a model"),
+    "blind": ("alpaca.evaluation.evaluate", "let people compare two models' answers blindly"),
+    "judge": ("alpaca.evaluation.evaluate", "let a model compare two models' answers"),
+    "score": ("alpaca.evaluation.evaluate", "win rates from annotation files"),
 }
-SHARED = {"convert", "merge", "answers", "blind", "judge", "score"}
+OLD_STYLE = {"convert", "merge", "answers", "blind", "judge", "score"}  # verbs of one old command
+
+USAGE = """usage: alpaca VERB ...      (alpaca VERB --help explains one)
+
+{verbs}
+
+Beside these: torchrun fsdp_train.py, python selfinstruct.py, python weightdiff.py, run in the
+checkout."""
+
+
+def load_verb(verb: str):
+    """A verb's module and its parser."""
+    from alpaca.common.cli import Parser
+
+    module = importlib.import_module(VERBS[verb][0])
+    parser = Parser(prog=f"alpaca {verb}", description=module.__doc__)
+    module.add_arguments(parser)
+    return module, parser
 
 
 def main() -> None:
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in ("-h", "--help"):
-        print(
-            "usage: alpaca VERB ...\n\n" + "\n".join(f"  {v:16} {h}" for v, (_, h) in VERBS.items())
-        )
+        print(USAGE.format(verbs="\n".join(f"  {name:16} {VERBS[name][1]}" for name in VERBS)))
         return
     if verb not in VERBS:
-        notice(f"error: no verb {verb!r}: one of {', '.join(VERBS)}")
+        similar = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {similar[0]}?" if similar else f"one of {', '.join(VERBS)}"
+        notice(f"error: unknown verb {verb!r}: {hint}")
         sys.exit(2)
     module = importlib.import_module(VERBS[verb][0])
-    sys.argv = ["alpaca", *sys.argv[1:]] if verb in SHARED else [f"alpaca {verb}", *sys.argv[2:]]
-    run_command(module.main)
+    if not hasattr(module, "add_arguments"):
+        sys.argv = (
+            ["alpaca", *sys.argv[1:]] if verb in OLD_STYLE else [f"alpaca {verb}", *sys.argv[2:]]
+        )
+        return run_command(module.main)
+    _, parser = load_verb(verb)
+    arguments, sys.argv = sys.argv[2:], [f"alpaca {verb}"]  # the name that errors begin with
+    run_command(lambda: module.run(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,6 +13,16 @@ from helpers.parity import DISTANCES
 
 import alpaca.__main__
 from alpaca.common.errors import run_command
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    """A test's folder is its tier: tests/robust and tests/parity mark what lies in them."""
+    for item in items:
+        folder = item.path.relative_to(HERE).parts[0]
+        if folder in ("robust", "parity"):
+            item.add_marker(folder)
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +36,7 @@ def clean_state():
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if DISTANCES and config.option.markexpr == "outside":
+    if DISTANCES and config.option.markexpr == "parity":
         terminalreporter.section("how far apart")
         terminalreporter.write_line(f"{'':64}{'largest':>10}{'allowed':>10}{'compared':>10}")
         for what, (largest, allowed, count) in DISTANCES.items():

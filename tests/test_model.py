@@ -42,7 +42,7 @@ def closeness(a: torch.Tensor, b: torch.Tensor) -> float:
 # ---------------------------------------------------------------- against Hugging Face
 
 
-@pytest.mark.outside
+@pytest.mark.parity
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES.keys())
 def test_logits_and_gradients_equal_hugging_face(tmp_path, changes):
     theirs, ours = pair(tmp_path, **changes)

@@ -35,7 +35,7 @@ def test_the_public_scorer_of_rouge_score_agrees():
     assert rouge_l(a, b) == scorer.score(a, b)["rougeL"].fmeasure == 8 / 14
 
 
-@pytest.mark.outside
+@pytest.mark.parity
 @given(few_words, few_words)
 def test_a_pair_has_rouge_score_s_f_measure_to_the_bit(a, b):
     apart("ROUGE-L of a pair: rouge_score", abs(rouge_l(a, b) - peer(a, b)), 0)
@@ -49,7 +49,7 @@ def test_alpaca_s_threshold_keeps_what_scores_exactly_0_7():
         assert Pool([b]).scores(a)[0] == rouge_l(a, b) == peer(a, b)
 
 
-@pytest.mark.outside
+@pytest.mark.parity
 @settings(max_examples=60, deadline=None)
 @given(st.lists(few_words, max_size=20), few_words)
 def test_a_pool_has_every_pair_s_f_measure_to_the_bit(texts, candidate):

@@ -23,7 +23,7 @@ from helpers.teacher_server import ODD, THINGS, Server, answer
 from rouge_score import rouge_scorer
 
 import selfinstruct
-from alpaca.common.files import locked, read_jsonl, read_log
+from alpaca.common.files import lock_folder, read_jsonl, read_log
 from alpaca.datagen import batch
 from alpaca.datagen.four_stage import SelfInstruct
 from rougel import rouge_l, tokenize, tokenize_unicode
@@ -871,7 +871,7 @@ def test_a_folder_is_one_run_s(made, tmp_path, command):
         (tmp_path / "o/thesis.txt").write_text("precious")
         assert_refused(command(selfinstruct, *arguments(tmp_path / "o", server, 3)), "thesis", "o")
         assert command(selfinstruct, *arguments(tmp_path / "r", server, 3))[0] == 0
-        lock = locked(tmp_path / "r", "")
+        lock = lock_folder(tmp_path / "r", "")
         result = command(selfinstruct, *arguments(tmp_path / "r", server, 5))
         os.close(lock)
         assert_refused(result, "another process is generating in")

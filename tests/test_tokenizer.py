@@ -131,7 +131,7 @@ def test_special_pieces_are_never_parsed_out_of_text(tokenizer):
     assert tokenizer.encode("hi", bos=True, eos=True) == [1, *tokenizer.encode("hi"), 2]
 
 
-@pytest.mark.outside
+@pytest.mark.parity
 def test_ids_equal_hugging_faces_where_it_agrees_with_sentencepiece(tokenizer, tmp_path):
     from transformers import AutoTokenizer
 

@@ -109,7 +109,7 @@ def reference(base, tmp_path_factory):
 # ---------------------------------------------------------------- the arithmetic
 
 
-@pytest.mark.outside
+@pytest.mark.parity
 def test_the_run_equals_a_plain_loop_over_hugging_faces_model(base, here, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -249,7 +249,7 @@ def test_the_schedule_rises_from_above_0_to_its_peak_and_falls_towards_0():
     assert learning_rate(0, 1, 1.0, 0.03) > 0 and learning_rate(0, 10, 1.0, 0.0) == 1.0
 
 
-@pytest.mark.outside
+@pytest.mark.parity
 def test_the_schedule_is_hugging_faces_after_the_warm_up():
     from transformers import get_cosine_schedule_with_warmup
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import weightdiff
 from alpaca.common import files
 from alpaca.common.errors import run_command
-from alpaca.common.files import sync
+from alpaca.common.files import fsync_path
 from alpaca.weights import bitdiff
 from alpaca.weights.checkpoint import (
     DTYPES,
@@ -604,7 +604,7 @@ def alpaca(tmp_path_factory):
     return folder, raw, difference
 
 
-@pytest.mark.outside
+@pytest.mark.parity
 def test_a_diff_like_alpaca_s_is_the_same_in_every_bit(alpaca, tmp_path, command):
     folder, _, difference = alpaca
     args = ("--base", folder / "base", "--tuned", folder / "tuned", "--diff", tmp_path / "d")
@@ -829,10 +829,10 @@ def test_a_run_that_ends_while_all_is_made_durable_has_nothing_to_do_again(
     def full(path):
         if (tmp_path / "diff.partial/manifest.json").exists():
             raise OSError(5, "Input/output error")
-        sync(path)
+        fsync_path(path)
 
     with monkeypatch.context() as patched, pytest.raises(OSError, match="Input/output"):
-        patched.setattr(files, "sync", full)
+        patched.setattr(files, "fsync_path", full)
         weightdiff.make(*pair, diff, False)
     assert run.goes_on(weightdiff.make, *pair, diff, False) == []
     assert "progress.jsonl" not in contents(diff)

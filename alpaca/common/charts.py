@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from html import escape
 from itertools import chain
 
-from alpaca.common.errors import printable
+from alpaca.common.errors import escape_control
 
 COLOURS = ("#1f6feb", "#d1570a", "#1a7f37", "#8250df", "#9a6700", "#57606a")
 GRID = "#d0d7de"
@@ -38,7 +38,7 @@ def words(text: str, most: int = 200, **how: object) -> str:
 
 
 def safe(text: str) -> str:
-    return escape(printable(text))
+    return escape(escape_control(text))
 
 
 def heading(text: str, width: int) -> str:

@@ -1,34 +1,60 @@
-"""Command lines: argparse with a module's docstring as help and errors on one line."""
+"""Command lines: argparse with a module's docstring as help, and errors on one line."""
 
 import argparse
+import difflib
 import math
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 from alpaca.common.errors import notice
 
+RENAMED = {  # flags that had another name before, so that the error names the new one
+    "--lr": "--learning-rate",
+}
+
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the module's docstring as help and one line for a mistake."""
+    """argparse whose errors are one line; an unknown flag is answered with the closest known."""
 
-    def __init__(self, description: str | None = None, **how):
-        how.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        if description:  # which test shows it is for readers of the code
-            description = description.partition("\n\nShown by ")[0]
-        super().__init__(description=description, **how)
+    def __init__(self, *args, **options):
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        options.setdefault("allow_abbrev", False)
+        super().__init__(*args, **options)
 
     def error(self, message: str):
-        notice(f"error: {message} (--help tells more)")
+        notice(f"error: {message} (see --help)")
         self.exit(2)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
+        args = sys.argv[1:] if args is None else list(args)
+        known = list(self.flags())
+        for flag in (word.partition("=")[0] for word in args):
+            if flag in RENAMED and flag not in known and RENAMED[flag] in known:
+                self.error(f"{flag} is {RENAMED[flag]} now")
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            similar = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+            hint = f": did you mean {similar[0]}?" if similar else ""
+            self.error(f"unrecognized argument {unknown[0]}{hint}")
+        return parsed
+
+    def flags(self) -> Iterator[str]:
+        """Every flag of this parser and of its subcommands."""
+        for action in self._actions:
+            yield from action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    yield from parser.flags()
 
     def print_help(self, file: IO[str] | None = None) -> None:
         if os.environ.get("RANK", "0") == "0":  # under torchrun once, not by every rank
             super().print_help(file)
 
 
-def run_verb(args: argparse.Namespace) -> None:
-    """The command of a verb, which may leave what it got from `claim` in `args.lock`."""
+def run_subcommand(args: argparse.Namespace) -> None:
+    """Run `args.command`, and release the folder that it may have locked in `args.lock`."""
     try:
         args.command(args)
     finally:
@@ -36,13 +62,13 @@ def run_verb(args: argparse.Namespace) -> None:
             os.close(args.lock)
 
 
-def positive(kind: type) -> Callable[[str], Any]:
+def positive(number_type: type) -> Callable[[str], Any]:
     """For `type=` of a flag: an int or a float above 0."""
 
     def number(text: str) -> Any:
-        if not 0 < kind(text) < math.inf:
+        if not 0 < number_type(text) < math.inf:
             raise ValueError
-        return kind(text)
+        return number_type(text)
 
-    number.__name__ = f"{kind.__name__} above 0"  # argparse: invalid int above 0 value: '-3'
+    number.__name__ = f"{number_type.__name__} above 0"  # argparse: invalid int above 0 value: '-3'
     return number

@@ -1,9 +1,9 @@
-"""Files that are whole or absent, logs that survive a kill, JSON that names its file in errors.
+"""Files that are complete or absent, logs that survive a kill, JSON errors that name their file.
 
-atomic_file, atomic_folder   a reader sees the old state or the new one, whatever was killed
+atomic_file, atomic_folder   a reader sees the old state or the new one, whenever a kill comes
 append_jsonl, read_log       a log that survives a kill in the middle of a line
-claim                        a run's folder: locked, and held to the settings it began with
-read_json, read_jsonl        files a user wrote
+claim_run_folder             a run's folder: locked, and resumed with equal settings only
+read_json, read_jsonl        files that a user wrote
 """
 
 import fcntl
@@ -15,23 +15,23 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from alpaca.common.errors import listed
+from alpaca.common.errors import UserError, join_names
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file, or a ValueError naming the file."""
+    """The object in a JSON file, or a UserError naming the file."""
     try:
         content = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as mistake:
-        raise ValueError(f"{path}: not JSON ({mistake})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: a JSON object was expected")
+        raise UserError(f"{path}: a JSON object was expected")
     return content
 
 
 @contextmanager
 def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
-    """Yield a file under a temporary name; a body that ends well moves it to `path`."""
+    """Yield a file with a temporary name; it is renamed to `path` if the body raises nothing."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -40,31 +40,31 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-        sync(path.parent)
+        fsync_path(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def refuse_existing(path: Path) -> None:
-    """Unless it is an empty folder."""
+    """Refuse to write over `path`, unless it is an empty folder."""
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
-        raise ValueError(f"{path} exists already: name a new folder, or remove it first")
+        raise UserError(f"{path} exists already: name a new folder, or remove it first")
 
 
 @contextmanager
 def atomic_folder(path: str | Path, keep: Container[str] = ()) -> Iterator[Path]:
-    """Yield `NAME.partial` beside `path`; a body that ends well renames it to `path`.
+    """Yield the folder `NAME.partial`; it is renamed to `path` if the body raises nothing.
 
-    `path` may not hold anything yet. What an earlier run left under the partial name is removed,
-    but for the files to `keep`: a run that names some finds them again after a kill, Ctrl-C or a
-    full disk, and a user's mistake takes away only what the same run has begun. A lock on the
-    folder, which dies with its process, keeps two writers out of each other's way."""
+    `path` must not exist, or be empty. Leftovers of an earlier run in the partial folder are
+    removed, except files named in `keep`: a run that names some finds them again after a kill, a
+    Ctrl-C or a full disk. A lock on the folder, which ends with its process, keeps a second writer
+    out."""
     path = Path(path).absolute()
     refuse_existing(path)
     partial = path.with_name(path.name + ".partial")
     found = partial.exists()
     partial.mkdir(parents=True, exist_ok=True)
-    lock = locked(partial, f"{partial} is being written by another process", os.O_NOFOLLOW)
+    lock = lock_folder(partial, f"{partial} is being written by another process", os.O_NOFOLLOW)
     try:
         for leftover in partial.iterdir():
             if leftover.is_dir() and not leftover.is_symlink():
@@ -73,53 +73,57 @@ def atomic_folder(path: str | Path, keep: Container[str] = ()) -> Iterator[Path]
                 leftover.unlink()
         yield partial
         for file in (*partial.rglob("*"), partial):
-            sync(file)
+            fsync_path(file)
         os.rename(partial, path)
-    except BaseException as problem:
-        if not keep or (isinstance(problem, ValueError) and not found):
+    except BaseException as error:
+        if not keep or (isinstance(error, UserError) and not found):
             shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
         os.close(lock)
-    sync(path.parent)
+    fsync_path(path.parent)
 
 
-def locked(folder: Path, mistake: str, how: int = 0) -> int:
-    """A lock on a folder, held until the handle that is returned is closed or the process ends."""
-    handle = os.open(folder, os.O_RDONLY | how)
+def lock_folder(folder: Path, refusal: str, open_flags: int = 0) -> int:
+    """Lock a folder until the returned handle is closed or the process ends."""
+    handle = os.open(folder, os.O_RDONLY | open_flags)
     with suppress(BlockingIOError, FileNotFoundError):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(handle), os.stat(folder)):  # not renamed, nor removed, since
             return handle
     os.close(handle)
-    raise ValueError(mistake)
+    raise UserError(refusal)
 
 
-def claim(folder: Path, settings: dict[str, Any], doing: str, begun: str = "settings.json") -> int:
-    """Make a folder, or find it, lock it for one process, and hold what it was begun with against
-    `settings`; until there is a file `begun` they may change. Returns the lock."""
+def claim_run_folder(
+    folder: Path, settings: dict[str, Any], activity: str, started: str = "settings.json"
+) -> int:
+    """Create or open a run's folder, lock it for this process, and compare `settings` with those it
+    was started with. Until the file `started` exists they may still change. Returns the lock."""
     file = folder / "settings.json"
-    there = [path.name for path in folder.iterdir()] if folder.exists() else []
-    if not file.exists() and (odd := [name for name in there if not name.endswith(".partial")]):
-        raise ValueError(f"{folder} holds something else ({listed(odd, 3)}): name another --out")
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    if not file.exists() and (other := [n for n in names if not n.endswith(".partial")]):
+        raise UserError(
+            f"{folder} holds something else ({join_names(other, 3)}): use another --out"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    lock = locked(folder, f"another process is {doing} in {folder}")
+    lock = lock_folder(folder, f"another process is {activity} in {folder}")
     try:
-        if not file.exists() or not (folder / begun).exists():
+        if not file.exists() or not (folder / started).exists():
             with atomic_file(file, "w") as opened:
                 json.dump(settings, opened, indent=2)
         before = read_json(file)
-        if odd := [name for name in settings if before.get(name) != settings[name]]:
-            told = (f"{name} was {before.get(name)}, now it is {settings[name]}" for name in odd)
-            raise ValueError(f"{folder} is another run ({'; '.join(told)}): name another --out")
+        if changed := [name for name in settings if before.get(name) != settings[name]]:
+            changes = (f"{n} was {before.get(n)}, now it is {settings[n]}" for n in changed)
+            raise UserError(f"{folder} is another run ({'; '.join(changes)}): use another --out")
     except BaseException:
         os.close(lock)
         raise
     return lock
 
 
-def sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's names, outlast a power cut."""
+def fsync_path(path: Path) -> None:
+    """Make a file's bytes, or a folder's names, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -128,13 +132,13 @@ def sync(path: Path) -> None:
 
 
 def append_jsonl(path: str | Path, *records: dict) -> None:
-    """Add records, a line each, durable on return. A line torn by a kill is cut off first; the lock
-    keeps other writers from taking ours, still on its way, for such a line."""
+    """Append records, one per line, durable on return. A line torn by an earlier kill is cut off
+    first; the lock keeps other writers from mistaking our unfinished line for such a one."""
     new = not os.path.exists(path)
     with open(path, "ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         start, tail = _last_line(file)
-        if tail and is_json(tail):  # whole but for its newline
+        if tail and is_json(tail):  # complete except for its newline
             file.write(b"\n")
         elif tail:
             file.truncate(start)
@@ -142,11 +146,11 @@ def append_jsonl(path: str | Path, *records: dict) -> None:
         file.flush()
         os.fsync(file.fileno())
     if new:
-        sync(Path(path).parent)
+        fsync_path(Path(path).parent)
 
 
 def _last_line(file: IO[bytes]) -> tuple[int, bytes]:
-    """What follows the last newline, and where it starts."""
+    """Where the text after the last newline starts, and that text."""
     start, tail = file.seek(0, os.SEEK_END), b""
     while start > 0 and b"\n" not in tail:
         step = min(start, 1 << 16)
@@ -167,7 +171,7 @@ def is_json(text: bytes) -> bool:
 
 def read_jsonl(path: str | Path, skip_torn: bool = False) -> Iterator[dict]:
     """The records of a JSONL file. `skip_torn` is for our own logs, whose last line a kill may have
-    torn; in a user's file that is an error like any other."""
+    cut; in a user's file that is an error like any other."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if skip_torn and not line.endswith(b"\n") and not is_json(line):
@@ -176,14 +180,14 @@ def read_jsonl(path: str | Path, skip_torn: bool = False) -> Iterator[dict]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as mistake:
-                raise ValueError(f"{path}, line {number}: not JSON ({mistake})") from None
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: not JSON ({error})") from None
             if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {number}: a JSON object was expected")
+                raise UserError(f"{path}, line {number}: a JSON object was expected")
             yield record
 
 
 def read_log(path: Path) -> Iterator[dict]:
-    """The records of a log of ours, which may not be there yet, or end in a line torn by a kill."""
+    """The records of one of our logs, which may be missing or end in a line cut by a kill."""
     if path.exists():
         yield from read_jsonl(path, skip_torn=True)

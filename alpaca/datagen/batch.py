@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.common.files import append_jsonl, read_log
-from alpaca.common.progress import clock
+from alpaca.common.progress import duration
 from alpaca.datagen.client import (
     KINDS,
     Client,
@@ -59,7 +59,7 @@ async def fetch(
         while there["status"] not in OVER:
             counts = there.get("request_counts")
             done = counts.get("completed", 0) if isinstance(counts, dict) else "?"
-            waited = clock(time.monotonic() - start)
+            waited = duration(time.monotonic() - start)
             say(f"batch {there['id']}: {there['status']}, {done} of {len(batch['ids'])}, {waited}")
             await asyncio.sleep(every)
             try:

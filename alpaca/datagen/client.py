@@ -30,7 +30,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from alpaca.common.errors import plain
+from alpaca.common.errors import UserError, replace_surrogates
 
 T = TypeVar("T")
 LONGEST_WAIT = 60.0  # s between two attempts, where the server does not ask for more
@@ -105,19 +105,19 @@ class Endpoint:
         except (ValueError, httpx.InvalidURL):  # a port that is no number, odd characters
             named = None
         if not named or re.search(r"\s", self.url):
-            raise ValueError(f"{hidden(self.url)!r} is no server: http(s)://HOST[:PORT]/v1")
+            raise UserError(f"{hidden(self.url)!r} is no server: http(s)://HOST[:PORT]/v1")
         if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError(
+            raise UserError(
                 f"{parts.scheme}://{parts.hostname}…: keep keys out of the URL; name the "
                 "environment variable that holds it (--key-env)"
             )
         if self.kind not in KINDS:
-            raise ValueError(f"{self.kind!r} is no kind of endpoint: one of {', '.join(KINDS)}")
+            raise UserError(f"{self.kind!r} is no kind of endpoint: one of {', '.join(KINDS)}")
         for name in ("weight", "price_in", "price_out"):
             if not 0 <= getattr(self, name) < 1e9 or (name == "weight" and not self.weight):
-                raise ValueError(f"{self.model}: {name} {getattr(self, name)} makes no sense")
+                raise UserError(f"{self.model}: {name} {getattr(self, name)} makes no sense")
         if not re.fullmatch(r"[A-Za-z_]\w*", self.key):  # a key itself? then it is not repeated
-            raise ValueError("the key is named by an environment variable, OPENAI_API_KEY say")
+            raise UserError("the key is named by an environment variable, OPENAI_API_KEY say")
         object.__setattr__(self, "url", self.url.rstrip("/").removesuffix("/" + KINDS[self.kind]))
 
     @classmethod
@@ -126,26 +126,26 @@ class Endpoint:
         text = text if re.match(r"[\w-]+=", text) else f"model={text}"
         pairs = [part.partition("=") for part in text.split(",")]
         if not all(equals for _, equals, _ in pairs):
-            raise ValueError("--teacher: every part between commas is NAME=VALUE")
+            raise UserError("--teacher: every part between commas is NAME=VALUE")
         given = {name.strip().replace("-", "_"): value for name, _, value in pairs}
         if len(given) < len(pairs):
-            raise ValueError("--teacher: every NAME once")
+            raise UserError("--teacher: every NAME once")
         types = {field.name: field.type for field in fields(cls)}
         if unknown := given.keys() - types.keys():
-            raise ValueError(f"--teacher: {', '.join(unknown)}? One of {', '.join(types)}")
+            raise UserError(f"--teacher: {', '.join(unknown)}? One of {', '.join(types)}")
         if not given.get("model"):
-            raise ValueError("--teacher: it names no model")
+            raise UserError("--teacher: it names no model")
         try:
             given = {k: float(v) if types[k] is float else v for k, v in given.items()}
         except ValueError as mistake:
-            raise ValueError(f"--teacher {given['model']}: {mistake}") from None
+            raise UserError(f"--teacher {given['model']}: {mistake}") from None
         return cls(**{**default, **given})
 
     def secret(self) -> str:
         """The key itself; "" where the variable is not set."""
         key = os.environ.get(self.key, "").strip()
         if not re.fullmatch(r"[!-~]*", key):
-            raise ValueError(f"${self.key} holds what no key has: a space or a special character")
+            raise UserError(f"${self.key} holds what no key has: a space or a special character")
         return key
 
     def headers(self) -> dict[str, str]:
@@ -304,10 +304,10 @@ def understood(said: str) -> Reply:
         raise Unusable(f"no choices[0] with a text in the answer{told}", usage) from None
     request_id = body.get("id")
     return Reply(
-        plain(text),
+        replace_surrogates(text),
         choice.get("finish_reason") in ("length", "content_filter", "max_tokens"),
         usage,
-        plain(request_id)[:200] if isinstance(request_id, str) else "",
+        replace_surrogates(request_id)[:200] if isinstance(request_id, str) else "",
         said,
     )
 
@@ -330,7 +330,7 @@ def message_of(text: str) -> str:
         text = said if isinstance(said, str) else str(said["message"])
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         text = re.sub(r"<[^>]{0,200}>", " ", text[:2000])
-    return plain(" ".join(text.split())[:300])
+    return replace_surrogates(" ".join(text.split())[:300])
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

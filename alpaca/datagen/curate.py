@@ -37,8 +37,8 @@ import numpy as np
 
 import dataset
 from alpaca.common.charts import Bars, bar_chart, sunburst
-from alpaca.common.cli import Parser, positive, run_verb
-from alpaca.common.errors import printable, run_command
+from alpaca.common.cli import Parser, positive, run_subcommand
+from alpaca.common.errors import UserError, escape_control, run_command
 from alpaca.common.files import atomic_file, read_json, read_log
 from alpaca.datagen.lint import RULES, flags_of
 from rougel import Pool, tokenize, tokenize_unicode
@@ -52,7 +52,7 @@ def shown(text: str, most: int = 100) -> str:
     """Text from data as one line of printable characters."""
     text = " ".join(text[: 4 * most].split())
     text = text if len(text) <= most else text[: most - 1] + "…"
-    return printable(text)
+    return escape_control(text)
 
 
 def read_source(source: Path) -> list[tuple[Any, list[dict]]]:
@@ -60,7 +60,7 @@ def read_source(source: Path) -> list[tuple[Any, list[dict]]]:
     lines: Iterable[tuple[int, Any]]
     if source.is_dir():
         if not any((source / name).exists() for name in LOGS):
-            raise ValueError(f"{source} holds no {LOGS[0]}: is it the --out of a generate?")
+            raise UserError(f"{source} holds no {LOGS[0]}: is it the --out of a generate?")
         source = source / LOGS[0]
         lines = enumerate(read_log(source), 1)
     else:
@@ -70,7 +70,7 @@ def read_source(source: Path) -> list[tuple[Any, list[dict]]]:
         try:
             found.append((raw, dataset.understood(raw)))
         except ValueError as mistake:
-            raise ValueError(f"{source}, line {line}: {mistake}") from None
+            raise UserError(f"{source}, line {line}: {mistake}") from None
     return found
 
 
@@ -207,10 +207,10 @@ def verb_table(verbs: list[tuple[str, int, Bars]]) -> Iterator[str]:
 def report_command(args) -> None:
     kind = args.out.suffix.lower() if args.out else ""
     if kind not in ("", ".html", ".svg"):
-        raise ValueError(f"--out {args.out}: a name that ends in .html or .svg was expected")
+        raise UserError(f"--out {args.out}: a name that ends in .html or .svg was expected")
     records, folder = [known for _, known in read_source(args.source)], args.source.is_dir()
     if not records and not folder:
-        raise ValueError(f"{args.source}: no records in it")
+        raise UserError(f"{args.source}: no records in it")
     tasks = [known for known in records if "instruction" in known[0]]
     cases = [case for known in tasks for case in known]
     given = [case["input"] for case in cases if case["input"]]
@@ -260,7 +260,7 @@ def lint_command(args) -> None:
     check_outputs(args)
     records, earlier, flagged = read_source(args.source), set(), {}
     if not records:
-        raise ValueError(f"{args.source}: no records in it")
+        raise UserError(f"{args.source}: no records in it")
     for number, (_, known) in enumerate(records, 1):
         if "instruction" in known[0] and (flags := flags_of(known, earlier)):
             flagged[number] = flags
@@ -277,12 +277,12 @@ def lint_command(args) -> None:
 
 def check_outputs(args) -> None:
     if bool(args.fix) != bool(args.dropped):
-        raise ValueError("--fix and --dropped go together: what is not kept must go somewhere")
+        raise UserError("--fix and --dropped go together: what is not kept must go somewhere")
     if args.fix and args.fix.resolve() == args.dropped.resolve():
-        raise ValueError(f"--fix and --dropped are both {args.fix}: name two files")
+        raise UserError(f"--fix and --dropped are both {args.fix}: name two files")
     for file in filter(None, (args.fix, args.dropped)):
         if file.is_symlink() or file.exists():
-            raise ValueError(f"{file} exists already: name a new file, or remove it first")
+            raise UserError(f"{file} exists already: name a new file, or remove it first")
 
 
 def separate(args, records: list[dict], flagged: dict[int, dict]) -> None:
@@ -292,7 +292,7 @@ def separate(args, records: list[dict], flagged: dict[int, dict]) -> None:
     for number, flags in flagged.items():
         raw = records[number - 1]
         if taken := {"flags", "record"} & raw.keys():
-            raise ValueError(f"{args.source}: record {number} has a field {min(taken)!r} already")
+            raise UserError(f"{args.source}: record {number} has a field {min(taken)!r} already")
         dropped.append(raw | {"flags": list(flags), "record": number})
     assert len(kept) + len(dropped) == len(records)
     with atomic_file(args.fix) as last, atomic_file(args.dropped) as first:
@@ -305,7 +305,7 @@ def separate(args, records: list[dict], flagged: dict[int, dict]) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = Parser(description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     report = verbs.add_parser("report", help="what the data is like, in figures and a picture")
     lint = verbs.add_parser("lint", help="find known defects; take out what has them")
@@ -323,7 +323,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    run_verb(parse_args())
+    run_subcommand(parse_args())
 
 
 if __name__ == "__main__":

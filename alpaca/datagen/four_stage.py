@@ -19,6 +19,7 @@ import hashlib
 import random
 import re
 
+from alpaca.common.errors import UserError
 from alpaca.datagen.client import Reply, understood
 from alpaca.datagen.prompts import NO_INPUT, NOTHING, Task
 from alpaca.datagen.request_log import OutOfMoney
@@ -70,7 +71,7 @@ class SelfInstruct:
         self.header = LIST.format(last=LAST, language=language)  # `header` is Alpaca's
         kinds = [[s for s in seeds if s["is_classification"] is kind] for kind in (True, False)]
         if len(seeds) < HUMAN + MACHINE or not all(kinds):
-            raise ValueError(
+            raise UserError(
                 f"self-instruct needs {HUMAN + MACHINE} seeds, of classification and of other tasks"
             )
         rng = random.Random(f"{seed} examples")

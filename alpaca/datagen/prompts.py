@@ -17,7 +17,7 @@ import re
 import string
 from typing import NamedTuple
 
-from alpaca.common.errors import plain
+from alpaca.common.errors import replace_surrogates
 from rougel import tokenize_unicode
 
 NO_INPUT = "<noinput>"
@@ -119,7 +119,7 @@ def as_json(text: str) -> list[Task]:
     for one in found:
         fields = one if isinstance(one, dict) else {}
         told = (str(fields.get(name) or "").strip() for name in ("instruction", "input", "output"))
-        tasks.append(usable(*map(plain, told)))
+        tasks.append(usable(*map(replace_surrogates, told)))
     return tasks
 
 

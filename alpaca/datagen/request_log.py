@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from alpaca.common.cli import positive
-from alpaca.common.errors import notice
+from alpaca.common.errors import UserError, notice
 from alpaca.common.files import append_jsonl, read_log
 from alpaca.common.progress import Progress
 from alpaca.datagen import batch
@@ -52,7 +52,7 @@ class Answers:
         for number, entry in enumerate(read_log(file), 1):
             said = entry.keys() & {"response", "failed"}
             if not said or not {"id", "provenance", "usage", "cost"} <= entry.keys():
-                raise ValueError(f"{file}, line {number}: no answer as they are stored here")
+                raise UserError(f"{file}, line {number}: no answer as they are stored here")
             self.entries[entry["id"]] = entry
         self.spent = sum(entry["cost"] for entry in self.entries.values())
         self.fresh: set[str] = set()  # not from an earlier run
@@ -339,7 +339,7 @@ def endpoints_of(args: argparse.Namespace, models: list[str], licence: str = "")
     for endpoint in endpoints:
         endpoint.secret()  # refused now if it cannot be a key
         if args.budget is not None and not (endpoint.price_in and endpoint.price_out):
-            raise ValueError(
+            raise UserError(
                 f"--budget needs the prices of {endpoint.model}: --price-in, --price-out"
             )
     check_request(args)
@@ -349,7 +349,7 @@ def endpoints_of(args: argparse.Namespace, models: list[str], licence: str = "")
 def endpoint_of(args: argparse.Namespace, flag: str, model: str) -> Endpoint:
     """The one model to ask: a plain name, since all else about it has a flag of its own."""
     if not model or {"=", ","} & set(model):
-        raise ValueError(f"{flag} {model!r} is no name of a model; --base-url names the server")
+        raise UserError(f"{flag} {model!r} is no name of a model; --base-url names the server")
     (endpoint,) = endpoints_of(args, [model])
     return endpoint
 
@@ -357,9 +357,9 @@ def endpoint_of(args: argparse.Namespace, flag: str, model: str) -> Endpoint:
 def check_request(args: argparse.Namespace) -> None:
     """What --request may not say: the rest of the run relies on it."""
     if odd := args.request.keys() & {"model", "messages", "prompt", "stream", "n", "best_of"}:
-        raise ValueError(f"--request: {', '.join(sorted(odd))} is not for it to say")
+        raise UserError(f"--request: {', '.join(sorted(odd))} is not for it to say")
     limits = [args.request[name] for name in LIMITS if args.request.get(name) is not None]
     if not all(type(limit) is int and limit > 0 for limit in limits):
-        raise ValueError(f"--request: {' and '.join(LIMITS)} are numbers above 0")
+        raise UserError(f"--request: {' and '.join(LIMITS)} are numbers above 0")
     if args.budget is not None and not limits and "max_tokens" in args.request:
-        raise ValueError(f"--budget needs a limit: one of {' and '.join(LIMITS)} in --request")
+        raise UserError(f"--budget needs a limit: one of {' and '.join(LIMITS)} in --request")

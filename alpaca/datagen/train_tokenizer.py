@@ -13,7 +13,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceTrainer
 
 from alpaca.common.cli import Parser
-from alpaca.common.errors import listed, run_command
+from alpaca.common.errors import UserError, join_names, run_command
 from alpaca.common.files import atomic_file
 from tokenizer import Tokenizer
 
@@ -21,19 +21,19 @@ from tokenizer import Tokenizer
 def train(files: list[Path], vocab_size: int, out: Path) -> None:
     """A tokenizer of LLaMA's kind: pair merges, byte fallback, single digits, spaces kept."""
     if out.is_dir() or not out.parent.is_dir():
-        raise ValueError(f"{out}: a file name in a folder that exists was expected")
+        raise UserError(f"{out}: a file name in a folder that exists was expected")
     if out.exists() and any(out.samefile(file) for file in files):
-        raise ValueError(f"{out} is one of the texts: the model would replace it")
+        raise UserError(f"{out} is one of the texts: the model would replace it")
     if vocab_size < 260:
-        raise ValueError(f"--vocab-size {vocab_size}: 3 special pieces and 256 bytes come first")
+        raise UserError(f"--vocab-size {vocab_size}: 3 special pieces and 256 bytes come first")
     lines = []
     for file in files:
         try:
             lines += file.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as mistake:
-            raise ValueError(f"{file}: not UTF-8 at byte {mistake.start}") from None
+            raise UserError(f"{file}: not UTF-8 at byte {mistake.start}") from None
     if not any(line.strip() for line in lines):
-        raise ValueError(f"no text in {listed(map(str, files))}")
+        raise UserError(f"no text in {join_names(map(str, files))}")
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
@@ -53,13 +53,13 @@ def train(files: list[Path], vocab_size: int, out: Path) -> None:
         )
     except RuntimeError as mistake:
         reason = str(mistake).rpartition("] ")[2].replace("required_chars", "the characters used")
-        raise ValueError(f"SentencePiece: {reason.partition(' Increase')[0]}") from None
+        raise UserError(f"SentencePiece: {reason.partition(' Increase')[0]}") from None
     with atomic_file(out) as file:
         file.write(model.getvalue())
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("files", type=Path, nargs="+", help="UTF-8 text, a sentence or so a line")
     parser.add_argument(
         "--vocab-size", type=int, default=1024, help="pieces, 259 of them fixed (default: 1024)"

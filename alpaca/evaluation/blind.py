@@ -43,12 +43,12 @@ from unicodedata import east_asian_width
 
 import numpy as np
 
-from alpaca.common.errors import notice, printable
+from alpaca.common.errors import UserError, escape_control, notice
 from alpaca.common.files import (
     append_jsonl,
     atomic_file,
     atomic_folder,
-    claim,
+    claim_run_folder,
     read_json,
     read_jsonl,
     read_log,
@@ -67,15 +67,15 @@ ITEMS = "items.jsonl"
 def start(pairs: Pairs, folder: Path, raters: list[str], num: int | None, seed: str | None) -> int:
     """Make the raters' copies; how many pairs there are to rate."""
     if odd := [name for name in raters if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:
-        raise ValueError(f"--raters {odd[0]!r}: letters, digits, - and _, for it names a folder")
+        raise UserError(f"--raters {odd[0]!r}: letters, digits, - and _, for it names a folder")
     if len({name.lower() for name in raters}) < len(raters):
-        raise ValueError("--raters: two have the same name")
+        raise UserError("--raters: two have the same name")
     salt = secrets.token_hex() if seed is None else seed
     drawn = random.Random(f"{salt} which").sample(pairs.all, min(num or math.inf, len(pairs.all)))
     shown = [pair for pair in drawn if pair.output_1 != pair.output_2]
     alike = sorted({pair.instruction for pair in drawn} - {pair.instruction for pair in shown})
     if not shown:
-        raise ValueError("the two models answer everything with the same text: nothing to compare")
+        raise UserError("the two models answer everything with the same text: nothing to compare")
     names = [name.lower() for name in (pairs.model, pairs.baseline)]
     texts = [text.lower() for pair in shown for text in (pair.output_1, pair.output_2)]
     if telling := sum(any(name in text for name in names) for text in texts):
@@ -110,20 +110,20 @@ class Copy:
 
     def __init__(self, folder: Path):
         if not (folder / ITEMS).exists():
-            raise ValueError(f"{folder} is no rater's copy: `blind start` makes them")
+            raise UserError(f"{folder} is no rater's copy: `blind start` makes them")
         self.folder, self.log = folder, folder / "ratings.jsonl"
         self.settings = read_json(folder / "settings.json")
         if odd := {"rater", "alike", "answers"} - self.settings.keys():
-            raise ValueError(f"{folder / 'settings.json'}: it has no {min(odd)!r}")
+            raise UserError(f"{folder / 'settings.json'}: it has no {min(odd)!r}")
         self.items = list(read_jsonl(folder / ITEMS))
         for number, item in enumerate(self.items, 1):
             if not all(isinstance(item.get(name), str) for name in ("instruction", "a", "b")):
-                raise ValueError(f"{folder / ITEMS}, line {number}: these are other answers")
+                raise UserError(f"{folder / ITEMS}, line {number}: these are other answers")
         self.choices: dict[int, str] = {}
         for number, line in enumerate(read_log(self.log), 1):
             place, choice = line.get("place"), line.get("choice")
             if place not in range(len(self.items)) or choice not in (*CHOICES.values(), None):
-                raise ValueError(f"{self.log}, line {number}: no place or no choice of this copy")
+                raise UserError(f"{self.log}, line {number}: no place or no choice of this copy")
             self.take(place, choice)
 
     def take(self, place: int, choice: str | None) -> None:
@@ -144,12 +144,12 @@ class Copy:
 def rate(folder: Path) -> None:
     """A session at the terminal, from where the last one stopped."""
     if not sys.stdin.isatty():
-        raise ValueError("rating is done at a terminal, a key a pair")
+        raise UserError("rating is done at a terminal, a key a pair")
     Copy(folder)  # is it one?
-    lock = claim(folder, {}, "rating")
+    lock = claim_run_folder(folder, {}, "rating")
     try:
         if (folder.absolute().parent / ANNOTATIONS).exists():
-            raise ValueError(f"{folder} has been unblinded: ratings are closed")
+            raise UserError(f"{folder} has been unblinded: ratings are closed")
         copy = Copy(folder)  # read when nobody else can write any more
         with single_keys() as fd:
             while (choice := ask(copy, fd)) != "stop":
@@ -188,7 +188,7 @@ def shown(text: str) -> str:
     line on the screen has a mark, and none is left to the terminal to wrap."""
     room, lines = max(4, shutil.get_terminal_size().columns - 2), []
     for line in text.splitlines():
-        line = printable(line.expandtabs())
+        line = escape_control(line.expandtabs())
         wide = any(east_asian_width(c) in "FW" for c in line)  # two columns each, 写 say
         lines += textwrap.wrap(line, room // (1 + wide), drop_whitespace=False) or [""]
     return "\n".join(f"│ {line}" for line in lines) if text.strip() else "(empty)"
@@ -233,27 +233,27 @@ def unblind(folder: Path, pairs: Pairs, early: bool = False) -> Report:
     """Count, and write annotations.json: from then on nobody can rate, nor can meanwhile."""
     there = [path.parent for path in sorted(folder.glob(f"*/{ITEMS}"))]
     if not there:
-        raise ValueError(f"{folder} holds no rater's copy: `blind start` makes them")
+        raise UserError(f"{folder} holds no rater's copy: `blind start` makes them")
     with ExitStack() as locks:
         for copy in there:
-            locks.callback(os.close, claim(copy, {}, "rating"))
+            locks.callback(os.close, claim_run_folder(copy, {}, "rating"))
         return counted(folder, [Copy(copy) for copy in there], pairs, early)
 
 
 def counted(folder: Path, copies: list[Copy], pairs: Pairs, early: bool) -> Report:
     raters = {copy.settings["rater"]: copy.folder for copy in copies}
     if odd := [copy.folder for copy in copies if copy.folder not in raters.values()]:
-        raise ValueError(f"{odd[0]} is a copy of the copy of another rater: remove it")
+        raise UserError(f"{odd[0]} is a copy of the copy of another rater: remove it")
     by_text = {pair.instruction: pair for pair in pairs.all}
     for copy in copies:
         if copy.settings["answers"] != sealed(pairs):
-            raise ValueError(
+            raise UserError(
                 f"{copy.folder} compares other answers: name the two files that it was begun with, "
                 "as they were then"
             )
         left = len(copy.items) - copy.place
         if left and not early:
-            raise ValueError(
+            raise UserError(
                 f"{copy.folder}: {left} of {len(copy.items)} are left to rate, and nobody can once "
                 "the names are known: finish, or --early counts what there is"
             )
@@ -261,7 +261,7 @@ def counted(folder: Path, copies: list[Copy], pairs: Pairs, early: bool) -> Repo
     votes = {copy.settings["rater"]: liked(copy, by_text) for copy in copies}
     kept = {r: {q: c for q, c in s.items() if c in WORTH} for r, s in votes.items()}
     if not any(kept.values()):
-        raise ValueError(f"{folder}: nobody has preferred anything yet")
+        raise UserError(f"{folder}: nobody has preferred anything yet")
     for rater, said in kept.items():
         if said:  # who has rated nothing has not found anything alike either
             votes[rater] |= alike
@@ -281,7 +281,7 @@ def liked(copy: Copy, by_text: dict[str, Pair]) -> dict[str, str]:
     for place, item in enumerate(copy.items):
         pair = by_text.get(item["instruction"])
         if pair is None or {item["a"], item["b"]} != {pair.output_1, pair.output_2}:
-            raise ValueError(f"{copy.folder / ITEMS}, line {place + 1}: these are other answers")
+            raise UserError(f"{copy.folder / ITEMS}, line {place + 1}: these are other answers")
         choice = copy.choices.get(place, "left")
         if choice in ("a", "b"):
             choice = "model" if item[choice] == pair.output_2 else "baseline"

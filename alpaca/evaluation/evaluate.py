@@ -33,9 +33,9 @@ from pathlib import Path
 
 from alpaca import CHECKOUT
 from alpaca.common import charts
-from alpaca.common.cli import Parser, positive, run_verb
-from alpaca.common.errors import printable, run_command
-from alpaca.common.files import atomic_file, claim
+from alpaca.common.cli import Parser, positive, run_subcommand
+from alpaca.common.errors import UserError, escape_control, run_command
+from alpaca.common.files import atomic_file, claim_run_folder
 from alpaca.datagen import request_log
 from alpaca.evaluation import blind, judge, outputs, win_rate
 from alpaca.evaluation.outputs import ANNOTATIONS, OUTPUTS, digest, paired, read_items, write_json
@@ -64,10 +64,10 @@ def answers_command(args: argparse.Namespace) -> None:
     settings |= {"set": digest([item[:2] for item in items.values()]), "generator": name}
     settings["model's files"] = [outputs.stamp(folder, args.out.resolve()) for folder in folders]
     log = args.out / ("responses.jsonl" if served else "answers.jsonl")
-    args.lock = claim(args.out, settings, "answering", log.name)
+    args.lock = claim_run_folder(args.out, settings, "answering", log.name)
     made = (outputs.answered_there if served else outputs.answered_here)(items, args, log)
     if not made:
-        raise ValueError(f"{args.out}: no answer to any of {len(items)} instructions")
+        raise UserError(f"{args.out}: no answer to any of {len(items)} instructions")
     outputs.write_outputs(args.out / OUTPUTS, items, made, name)
     print(f"{len(made)} answers of {name} in {args.out / OUTPUTS}")
     why = "the same command asks again" if served else "the model has no room for them"
@@ -88,15 +88,15 @@ def checked(args: argparse.Namespace) -> list[Path]:
         taken = ("--temperature", "--top-p", "--max-new-tokens", "--stop")
         local = given(args, generate.add_model_flags, generate.add_sampling_flags)
         if odd := [flag for flag in local if flag not in taken]:
-            raise ValueError(f"--model asks a server: {odd[0]} is for a model in a folder")
+            raise UserError(f"--model asks a server: {odd[0]} is for a model in a folder")
         request_log.endpoint_of(args, "--model", args.model)
         return []
     if odd := given(args, request_log.add_flags):
-        raise ValueError(f"{odd[0]} is for a server: --model names the one of its models to ask")
+        raise UserError(f"{odd[0]} is for a server: --model names the one of its models to ask")
     folders = generate.folders(args)
     for folder in folders:
         if not folder.is_dir():
-            raise ValueError(f"no model at {folder}: `make train` makes one, --model-dir names")
+            raise UserError(f"no model at {folder}: `make train` makes one, --model-dir names")
     return folders
 
 
@@ -160,16 +160,16 @@ def judge_command(args: argparse.Namespace) -> None:
         settings[name] = getattr(args, name)
     settings["seed"] = args.seed if args.single_order else None
     log = args.out / "responses.jsonl"
-    args.lock = claim(args.out, settings, "judging", log.name)
+    args.lock = claim_run_folder(args.out, settings, "judging", log.name)
     found = judge.judged(pairs, endpoint, args, log)
     for line in found.told:
-        print(printable(line))
+        print(escape_control(line))
     silent = {entry["instruction"] for entry in found.entries if entry["preference"] is None}
     if silent.issuperset(pair.instruction for pair in pairs.all):
         count = sum(entry["preference"] is not None for entry in found.entries)
         why = f"{endpoint.model} gave none" if found.enough else "the budget has no room for one"
         why = f"{count} verdicts, but no pair has one in both orders" if count else why
-        raise ValueError(f"no verdict on any pair: {why}; nothing is written")
+        raise UserError(f"no verdict on any pair: {why}; nothing is written")
     file = args.out / ANNOTATIONS
     write_json(file, found.entries)
     if not found.enough:
@@ -200,13 +200,13 @@ def table(rows: list[dict]) -> str:
         if len(set(columns[name])) == 1:
             (only,) = set(columns.pop(name))
             below += f"{', ' if below else ''}{told}{only}" if only else ""
-    shown = [[name, *map(printable, told)] for name, told in columns.items() if any(told)]
+    shown = [[name, *map(escape_control, told)] for name, told in columns.items() if any(told)]
     widths = [max(map(len, column)) for column in shown]
     text = [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in zip(*shown, strict=True)
     ]
-    return "\n".join([*text, printable(below)] if below else text)
+    return "\n".join([*text, escape_control(below)] if below else text)
 
 
 def cells(row: dict) -> dict[str, str]:
@@ -316,7 +316,7 @@ def add_score(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = Parser(description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, module, add, told in (
         ("answers", outputs, add_answers, "run a model over a set of instructions"),
@@ -329,7 +329,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    run_verb(parse_args())
+    run_subcommand(parse_args())
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 from alpaca.common.errors import notice
 from alpaca.common.files import atomic_file
-from alpaca.common.progress import human
+from alpaca.common.progress import short_number
 from alpaca.datagen.client import Endpoint, Reply
 from alpaca.datagen.request_log import Answers, Teachers, ask_all, at_most
 from alpaca.evaluation.outputs import Pair, Pairs, annotation
@@ -234,7 +234,7 @@ def told(work: dict, asked: dict, verdicts: dict, answers: Answers, endpoint: En
     if never := [id for id in asked if id not in verdicts and id not in tries]:
         lines.append(f"{len(never)} not asked yet")
     used = [one["usage"] for one in answers.entries.values()]
-    tokens = [human(sum(u[name] for u in used)) for name in ("prompt", "completion")]
+    tokens = [short_number(sum(u[name] for u in used)) for name in ("prompt", "completion")]
     free = "" if endpoint.price_in or endpoint.price_out else " (no --price-in, --price-out)"
     lines.append(f"${answers.spent:.4f}{free}: {tokens[0]} tokens in, {tokens[1]} out")
     return lines

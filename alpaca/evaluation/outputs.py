@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import dataset
-from alpaca.common.errors import notice
+from alpaca.common.errors import UserError, notice
 from alpaca.common.files import append_jsonl, atomic_file, read_log
 from alpaca.common.progress import Progress
 from alpaca.datagen.request_log import Answers, Teachers, ask_all, endpoint_of
@@ -64,19 +64,19 @@ def read_items(path: Path, answered: bool = False) -> list[Item]:
                 raw = {**raw, "output": ""}
             for case in dataset.understood(raw):
                 if "instruction" not in case:
-                    raise ValueError("it has no instruction")
+                    raise UserError("it has no instruction")
                 names = (dataset.string(raw, name, path.stem) for name in ("generator", "dataset"))
                 item = Item(*case.values(), *names)
                 same = found.setdefault(item.question, item)
                 if answered and same.output != item.output:
-                    raise ValueError(f"{same.question[:60]!r} was answered before: keep one answer")
+                    raise UserError(f"{same.question[:60]!r} was answered before: keep one answer")
                 if answered and same.generator != next(iter(found.values())).generator:
-                    raise ValueError(f"by {same.generator!r}, others are not: one model a file")
+                    raise UserError(f"by {same.generator!r}, others are not: one model a file")
                 twice += same is not item
         except ValueError as mistake:
-            raise ValueError(f"{path}, line {line}: {mistake}") from None
+            raise UserError(f"{path}, line {line}: {mistake}") from None
     if not found:
-        raise ValueError(f"{path}: no instructions in it")
+        raise UserError(f"{path}: no instructions in it")
     if twice:
         notice(f"{path}: {twice} are there before, and count once")
     return list(found.values())
@@ -124,14 +124,14 @@ def paired(model: Path, baseline: Path, common: bool = False) -> Pairs:
     both = [question for question in ours if question in theirs]
     if odd and not (common and both):
         where = model if min(odd) in ours else baseline
-        raise ValueError(
+        raise UserError(
             f"{model} answers other instructions than {baseline}: {len(odd)} are in one of them "
             f"only ({min(odd)[:60]!r} in {where}): name two that answer the same"
             + (", or --common compares what both answer" if both else "")
         )
     names = (ours[both[0]].generator, theirs[both[0]].generator)
     if names[0] == names[1]:
-        raise ValueError(
+        raise UserError(
             f"{model} and {baseline} are both by {names[0]!r}: the result would not tell who won; "
             '"generator" has the name, `answers --name` gives one'
         )
@@ -164,7 +164,7 @@ def answered_here(items: dict[str, Item], args: argparse.Namespace, log: Path) -
     made = {}
     for number, line in enumerate(read_log(log), 1):
         if line.keys() != {"id", "output", "cut"}:
-            raise ValueError(f"{log}, line {number}: no answer as they are stored here")
+            raise UserError(f"{log}, line {number}: no answer as they are stored here")
         made[line["id"]] = Made(line["output"], line["cut"])
     left = [id for id in items if id not in made]
     if not left:

@@ -54,7 +54,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import dataset
-from alpaca.common.errors import notice
+from alpaca.common.errors import UserError, notice
 
 HOLD_F, HOLD_H = 0.1, 1.0  # f and h are expected around 0, with variances 10 and 1
 Z = NormalDist().inv_cdf(0.975)  # 95 % of a normal distribution lie within ± 1.96 deviations
@@ -99,27 +99,27 @@ def read_annotations(path: str | Path) -> list[Comparison]:
             orders = found.setdefault(who, {}).setdefault(instruction, {})
             told = f"{instruction[:60]!r} is there before,"
             if swapped in orders:
-                raise ValueError(f'{told} in the same order: keep one, or mark one "swapped": true')
+                raise UserError(f'{told} in the same order: keep one, or mark one "swapped": true')
             if any(other.outputs != entry.outputs for other in orders.values()):
-                raise ValueError(f"{told} in the other order and with other outputs: keep one pair")
+                raise UserError(f"{told} in the other order and with other outputs: keep one pair")
             orders[swapped] = entry
         except ValueError as mistake:
-            raise ValueError(f"{path}, line {line}: {mistake}") from None
+            raise UserError(f"{path}, line {line}: {mistake}") from None
     if not found:
-        raise ValueError(f"{path}: no annotations in it")
+        raise UserError(f"{path}: no annotations in it")
     return [compared(Path(path), who, asked) for who, asked in found.items()]
 
 
 def understood(raw: Any) -> tuple[tuple[str, ...], str, bool, Entry]:
     """(model, baseline, annotator), instruction, swapped, and the rest."""
     if not isinstance(raw, dict):
-        raise ValueError("an object with instruction, outputs and preference was expected")
+        raise UserError("an object with instruction, outputs and preference was expected")
     raw = {key: value for key, value in raw.items() if value is not None}  # null as if absent
     raw = {"annotator": "", "swapped": False, "preference": None} | raw
     if odd := [name for name in NAMES if not isinstance(raw.get(name), str)]:
-        raise ValueError(f"{odd[0]}: a string was expected")
+        raise UserError(f"{odd[0]}: a string was expected")
     if not isinstance(raw["swapped"], bool):
-        raise ValueError(f"swapped {raw['swapped']!r}: true or false was expected")
+        raise UserError(f"swapped {raw['swapped']!r}: true or false was expected")
     *who, instruction, output_1, output_2 = (raw[name] for name in NAMES)
     entry = Entry(share(raw["preference"]), (output_1, output_2))
     return tuple(who), instruction, raw["swapped"], entry
@@ -131,7 +131,7 @@ def share(preference: Any) -> float:
     number = isinstance(preference, int | float) and not isinstance(preference, bool)
     if not number or not (preference == 0 or 1 <= preference <= 2):
         wanted = "1 (output_1 is better) to 2 (output_2 is), or null"
-        raise ValueError(f"preference {preference!r}: {wanted}, was expected")
+        raise UserError(f"preference {preference!r}: {wanted}, was expected")
     return preference - 1.0 if preference else 0.5
 
 
@@ -167,7 +167,7 @@ def shared(comparisons: list[Comparison]) -> list[Comparison]:
     """Of each the part on the instructions that all have."""
     texts = set.intersection(*(set(one.instructions) for one in comparisons))
     if not texts:
-        raise ValueError("--common: there is no instruction that all of them have")
+        raise UserError("--common: there is no instruction that all of them have")
     if more := len(set.union(*(set(one.instructions) for one in comparisons))) - len(texts):
         notice(f"{more} instructions that not all have are left out")
     return [one.of(texts) for one in comparisons]
@@ -201,17 +201,17 @@ def check(comparisons: list[Comparison]) -> None:
         told = f"{one.source}: {one.model} against {one.baseline}"
         who = (one.model, one.baseline, one.annotator)
         if who in seen:
-            raise ValueError(f"{told} is in {seen[who]} already: name it once")
+            raise UserError(f"{told} is in {seen[who]} already: name it once")
         seen[who] = one.source
         if odd := wanted.symmetric_difference(one.instructions):
             where = f"only in {first.source}" if min(odd) in wanted else "only here"
             others = f"{first.model} in {first.source}"
-            raise ValueError(
+            raise UserError(
                 f"{told}: other instructions than {others} has: {len(odd)} are in one of them only "
                 f"({min(odd)[:60]!r} {where}): score what has the same ones, or --common"
             )
         if np.isnan(one.won).all():
-            raise ValueError(f"{told}: no preference in it is a number: judge it again")
+            raise UserError(f"{told}: no preference in it is a number: judge it again")
 
 
 def row_of(one: Comparison, controlled: float, error: float, fond: float) -> dict[str, Any]:

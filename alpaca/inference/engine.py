@@ -31,6 +31,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from alpaca.common.errors import UserError
 from alpaca.inference.sampling import GREEDY, Sampling, choose, penalized
 from model import KVCache, Llama
 from tokenizer import Tokenizer
@@ -71,7 +72,7 @@ class Sequence:
     def check(self) -> None:
         """An error if the model could not answer."""
         if self.reason == "failed":
-            raise ValueError("the model's logits are not numbers: its weights or dtype are broken")
+            raise UserError("the model's logits are not numbers: its weights or dtype are broken")
 
     def end(self, reason: str) -> None:
         self.show(self.stream.flush())
@@ -131,12 +132,12 @@ class Engine:
     def add(self, prompt: list[int], way: Sampling = GREEDY) -> Sequence:
         """Queue a prompt. It is refused, never cut, if it leaves no room for an answer."""
         if not prompt:
-            raise ValueError("an empty prompt: it has at least BOS")
+            raise UserError("an empty prompt: it has at least BOS")
         if not 0 <= min(prompt) <= max(prompt) < self.model.config.vocab_size:
-            raise ValueError("the prompt has ids that the model has no embedding for")
+            raise UserError("the prompt has ids that the model has no embedding for")
         room = self.max_length - len(prompt)
         if room < 1:
-            raise ValueError(
+            raise UserError(
                 f"the prompt has {len(prompt)} tokens, {1 - room} too many: prompt and answer "
                 f"share {self.max_length}"
             )

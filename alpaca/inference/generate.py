@@ -26,7 +26,7 @@ import torch
 
 from alpaca import CHECKOUT
 from alpaca.common.cli import Parser, positive
-from alpaca.common.errors import notice, run_command
+from alpaca.common.errors import UserError, notice, run_command
 from alpaca.common.files import append_jsonl, read_log
 from alpaca.common.progress import Progress
 from alpaca.inference.engine import Engine, Sequence
@@ -128,7 +128,7 @@ def answer_file(args: argparse.Namespace) -> None:
     """One line of JSON an instruction, in their order; with --out, what is there is not asked."""
     records = list(read_questions(args.file))
     if not records:
-        raise ValueError(f"{args.file}: no instructions in it")
+        raise UserError(f"{args.file}: no instructions in it")
     how = {"model": str((args.model_dir or TRAINED).absolute()), "bits": recipe_of(args)}
     how |= {"sampling": vars(sampling(args, args.seed))}
     how |= {"adapter": str(args.adapter.absolute())} if args.adapter else {}
@@ -140,7 +140,7 @@ def answer_file(args: argparse.Namespace) -> None:
         try:
             sequences.append(engine.add(ids, sampling(args, args.seed + i)))
         except ValueError as mistake:
-            raise ValueError(f"{args.file}, instruction {i + 1}: {mistake}") from None
+            raise UserError(f"{args.file}, instruction {i + 1}: {mistake}") from None
     progress = Progress(len(records), "answers", done=done)
     for record, sequence in zip(records[done:], sequences, strict=True):
         engine.finish([sequence])  # the next ones' rows go on meanwhile
@@ -161,7 +161,7 @@ def answered(out: Path, records: list[dict], how: dict) -> int:
         record = records[count] if count < len(records) else {}
         if not record or {**record, **how, "output": line.get("output")} != line:
             what = "another instruction, model or sampling" if record else "one more than are asked"
-            raise ValueError(f"{out}, line {number}: answers {what}: name another --out")
+            raise UserError(f"{out}, line {number}: answers {what}: name another --out")
         count += isinstance(line["output"], str)
     return count
 
@@ -170,10 +170,10 @@ def read_questions(path: Path) -> Iterator[dict]:
     """Instruction and input of each record of a JSON or JSONL file; outputs do not matter."""
     for line, raw in numbered_objects(path):
         if not isinstance(raw, dict) or not isinstance(raw.get("instruction"), str):
-            raise ValueError(f'{path}, line {line}: no object with an "instruction"')
+            raise UserError(f'{path}, line {line}: no object with an "instruction"')
         given = raw.get("input") or ""
         if not isinstance(given, str):
-            raise ValueError(f'{path}, line {line}: "input" is no text')
+            raise UserError(f'{path}, line {line}: "input" is no text')
         yield {"instruction": raw["instruction"], "input": given}
 
 
@@ -218,7 +218,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("instruction", nargs="?", help="what to do; - reads it from stdin")
     # what is asked
@@ -253,11 +253,11 @@ def folders(args: argparse.Namespace) -> list[Path]:
     """What the model is made of: its folder, and its adapter's if there is one."""
     folder = args.model_dir or TRAINED
     if args.adapter and args.model_dir is None:
-        raise ValueError("--adapter goes with --model-dir, the base that it was trained for")
+        raise UserError("--adapter goes with --model-dir, the base that it was trained for")
     if args.model_dir is None and not folder.exists():
-        raise ValueError(f"no model at {folder} yet: `make train` makes it, or name a --model-dir")
+        raise UserError(f"no model at {folder} yet: `make train` makes it, or name a --model-dir")
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        raise ValueError(f"{folder} is an adapter: --model-dir BASE --adapter {folder}")
+        raise UserError(f"{folder} is an adapter: --model-dir BASE --adapter {folder}")
     return [folder, args.adapter] if args.adapter else [folder]
 
 
@@ -266,7 +266,7 @@ def loaded(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
     folder = folders(args)[0]
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU here")
+        raise UserError("--device cuda: torch sees no GPU here")
     if args.compile and device == "cpu":
         notice("--compile is meant for a GPU: on a CPU, weights are slower to read so")
     tokenizer, dtype = Tokenizer(folder), DTYPES.get(args.dtype)

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alpaca.common.errors import UserError
+
 CANDIDATES = 1024  # sorting a whole vocabulary is seldom needed
 
 
@@ -49,7 +51,7 @@ class Sampling:
             "logprobs must be 0 or above": self.logprobs is not None and self.logprobs < 0,
         }
         if wrong := [text for text, is_so in problems.items() if is_so]:
-            raise ValueError(wrong[0])
+            raise UserError(wrong[0])
 
     @property
     def filtered(self) -> bool:

@@ -44,8 +44,8 @@ import torch
 from torch import Tensor
 
 from alpaca.common import charts
-from alpaca.common.cli import Parser, positive, run_verb
-from alpaca.common.errors import run_command
+from alpaca.common.cli import Parser, positive, run_subcommand
+from alpaca.common.errors import UserError, run_command
 from alpaca.common.files import atomic_file
 from alpaca.weights.checkpoint import read_config
 from tokenizer import Tokenizer
@@ -66,7 +66,7 @@ class Watermark:
             "key has too many factors of 2": vocab_size * math.gcd(key, 2**32) > 2**32,
         }
         if wrong := [text for text, is_so in problems.items() if is_so]:
-            raise ValueError(wrong[0])
+            raise UserError(wrong[0])
         most = MEMORY // math.ceil(vocab_size / 8)
         self.green_list = lru_cache(max(1, most))(self.deal)
 
@@ -84,7 +84,7 @@ class Watermark:
         They may be fewer than the vocabulary: those of rows without a piece are often cut off."""
         B, width = logits.shape
         if width > self.vocab_size:
-            raise ValueError(f"{width} logits, but green lists for {self.vocab_size} tokens")
+            raise UserError(f"{width} logits, but green lists for {self.vocab_size} tokens")
         lists = np.frombuffer(b"".join(map(self.green_list, ids[:, -1].tolist())), np.uint8)
         # numpy has an instruction for it; shifts and masks would cost four times as much
         green = np.unpackbits(lists.reshape(B, -1), axis=1, count=width, bitorder="little")
@@ -96,7 +96,7 @@ class Watermark:
     def pairs(self, ids: list[int]) -> list[tuple[int, int]]:
         ids = [int(token) for token in ids]
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise ValueError(f"ids {min(ids)} to {max(ids)}, but {self.vocab_size} tokens")
+            raise UserError(f"ids {min(ids)} to {max(ids)}, but {self.vocab_size} tokens")
         return list(pairwise(ids))
 
     def marks(self, ids: list[int]) -> list[bool]:
@@ -109,7 +109,7 @@ class Watermark:
         BOS, if there, is a token like any other: leave it out."""
         pairs = sorted(set(self.pairs(ids)))  # sorted: no list is dealt twice
         if not pairs:
-            raise ValueError(f"a text of {len(ids)} tokens: it takes two to show a watermark")
+            raise UserError(f"a text of {len(ids)} tokens: it takes two to show a watermark")
         green, scored = sum(self.is_green(*pair) for pair in pairs), len(pairs)
         z = (green - self.gamma * scored) / math.sqrt(scored * self.gamma * (1 - self.gamma))
         p = math.erfc(z / math.sqrt(2)) / 2
@@ -140,9 +140,9 @@ def read_text(file: str) -> str:
     try:
         text = raw.decode()
     except UnicodeDecodeError as mistake:
-        raise ValueError(f"{file}: not UTF-8 at byte {mistake.start}") from None
+        raise UserError(f"{file}: not UTF-8 at byte {mistake.start}") from None
     if not text.strip():
-        raise ValueError(f"{file}: no text in it")
+        raise UserError(f"{file}: no text in it")
     return text
 
 
@@ -152,7 +152,7 @@ def vocabulary(told: int | None, path: Path, tokenizer: Tokenizer) -> int:
     if not told and (path / "config.json").exists():
         size = read_config(path).vocab_size
     if size < tokenizer.vocab_size:
-        raise ValueError(f"a vocabulary of {size}, but {path} has {tokenizer.vocab_size} pieces")
+        raise UserError(f"a vocabulary of {size}, but {path} has {tokenizer.vocab_size} pieces")
     return size
 
 
@@ -182,7 +182,7 @@ def power_command(args) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = Parser(description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     detect = verbs.add_parser("detect", help="is a text marked?")
     figure = verbs.add_parser("power", help="a figure of z against length")
@@ -204,7 +204,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    run_verb(parse_args())
+    run_subcommand(parse_args())
 
 
 if __name__ == "__main__":

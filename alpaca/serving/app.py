@@ -383,7 +383,7 @@ async def serve(args, bound, *parts) -> None:
 
 def parse_args() -> argparse.Namespace:
     count, above_0 = positive(int), positive(float)
-    parser = Parser(__doc__)
+    parser = Parser(description=__doc__)
     add_model_flags(parser)
     add = parser.add_argument_group("answers").add_argument
     add("--name", help="of the model, in the API (default: its folder's)")

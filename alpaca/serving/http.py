@@ -36,6 +36,8 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import NamedTuple
 
+from alpaca.common.errors import UserError
+
 MOST_CLIENTS = 10_000  # whose rates are remembered
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -118,7 +120,7 @@ def listening(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as mistake:
         bound.close()
         why = getattr(mistake, "strerror", None) or mistake
-        raise ValueError(f"cannot listen at {host}, port {port}: {why}") from None
+        raise UserError(f"cannot listen at {host}, port {port}: {why}") from None
     return bound
 
 

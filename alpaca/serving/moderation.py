@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from alpaca import CHECKOUT
-from alpaca.common.errors import listed, notice, plain
+from alpaca.common.errors import UserError, join_names, notice, replace_surrogates
 from alpaca.datagen.client import Client, Endpoint, GaveUp, Refused, Unusable
 from tokenizer import SPACE
 
@@ -110,12 +110,12 @@ class Rules(Filter):
             category, colon, pattern = line.partition(":")
             try:
                 if not colon or not category.strip() or not pattern.strip():
-                    raise ValueError("a category, a colon and a regular expression were expected")
+                    raise UserError("a category, a colon and a regular expression were expected")
                 self.rules.append((category.strip(), re.compile(pattern.strip())))
             except (ValueError, re.error) as mistake:
-                raise ValueError(f"{path}, line {number}: {mistake}") from None
+                raise UserError(f"{path}, line {number}: {mistake}") from None
         if not self.rules:
-            raise ValueError(f"{path}: no rules in it")
+            raise UserError(f"{path}: no rules in it")
 
     def read(self, text: str) -> str:
         return plainer(text)
@@ -157,7 +157,7 @@ class Service(Filter):
         await self.client.__aexit__(*exception)
 
     async def check(self, text: str) -> str:
-        asked = {"model": self.endpoint.model, "input": plain(text)}
+        asked = {"model": self.endpoint.model, "input": replace_surrogates(text)}
         try:
             async with asyncio.timeout(self.timeout):
                 call = self.client.call
@@ -183,7 +183,7 @@ def flagged(said: str) -> str:
 
 def names_of(categories: dict[str, Any]) -> str:
     found = [str(name)[:40] for name, so in categories.items() if so is True]
-    return plain(listed(sorted(found), 3)) or "flagged"
+    return replace_surrogates(join_names(sorted(found), 3)) or "flagged"
 
 
 # ---------------------------------------------------------------- command line
@@ -207,7 +207,7 @@ def chosen_filter(args: argparse.Namespace) -> Filter:
     asked_for = args.moderation_url or endpoint.secret()
     kind = args.filter or ("service" if asked_for else "rules")
     if kind == "service" and "//api.openai.com" in url.lower() and not endpoint.secret():
-        raise ValueError(f"OpenAI's filter takes a key: set {args.moderation_key}, or --filter")
+        raise UserError(f"OpenAI's filter takes a key: set {args.moderation_key}, or --filter")
     if kind == "off":
         return Filter()
     return Service(endpoint) if kind == "service" else Rules(args.rules)

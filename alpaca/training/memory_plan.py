@@ -33,7 +33,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from alpaca.common.progress import human
+from alpaca.common.errors import UserError
+from alpaca.common.progress import short_number
 from alpaca.weights.adapter import Lora
 from alpaca.weights.checkpoint import DTYPES
 from dataset import pack_rows, step_examples
@@ -281,7 +282,7 @@ def remedies(run: Run, limit: float) -> list[str]:
 def planned(args: Namespace, job: Any) -> str:
     """What the trainer's run would take on `--gpus` of the chip, by the rows it would have."""
     if args.gpus % args.replicas:
-        raise ValueError(f"--replicas {args.replicas} does not divide the {args.gpus} --gpus")
+        raise UserError(f"--replicas {args.replicas} does not divide the {args.gpus} --gpus")
     lengths, supervised = job.train.lengths, job.train.supervised
     longest = rows = tokens = 0
     for step in range(job.steps):
@@ -305,9 +306,9 @@ def report(run: Run, tokens: int, steps: int, length: float, chip: Chip | None) 
     limit, where = (chip.memory, names[0]) if chip else (memory_here(), "this machine")
     dtype = str(run.compute).removeprefix("torch.")
     copies = f" as {run.replicas} whole copies" if run.replicas > 1 else ""
-    what = f"{human(parameters(config))} parameters on {run.world} x {where}{copies}"
+    what = f"{short_number(parameters(config))} parameters on {run.world} x {where}{copies}"
     if run.lora:
-        learned = human(adapter_parameters(config, run.lora))
+        learned = short_number(adapter_parameters(config, run.lora))
         base = f"int{run.bits}" if run.bits < 16 else dtype
         what = f"an adapter of {learned} parameters, beside {base} of {what}"
     how = f"{dtype}, checkpointing {run.checkpointing}, rows of up to {run.row_tokens} tokens"

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from alpaca.common.errors import one_line
+from alpaca.common.errors import UserError, describe_error
 from model import Block, Llama, LlamaConfig
 
 MATMULS = [torch.ops.aten.mm.default] + [
@@ -119,13 +119,13 @@ def process_group(device_type: str, replicas: int) -> Iterator[tuple[DeviceMesh,
     """torchrun's ranks, or without torchrun a single one, as a mesh of replicas × shards."""
     cuda = torch.cuda.is_available() if device_type == "auto" else device_type == "cuda"
     if cuda and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device")
+        raise UserError("--device cuda: torch sees no CUDA device")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if cuda and here > torch.cuda.device_count():
-        raise ValueError(f"{here} ranks on this machine, and {torch.cuda.device_count()} GPUs")
+        raise UserError(f"{here} ranks on this machine, and {torch.cuda.device_count()} GPUs")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world % replicas:
-        raise ValueError(f"--replicas {replicas} does not divide the {world} ranks")
+        raise UserError(f"--replicas {replicas} does not divide the {world} ranks")
     device = torch.device("cpu")
     if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -164,11 +164,11 @@ def together(work: Callable[[], Any]) -> Any:
     try:
         result = work()
     except (ValueError, OSError) as met:
-        mistake = one_line(met)
+        mistake = describe_error(met)
     told: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(told, mistake)
     if mistakes := [text for text in told if text]:
-        raise ValueError(mistakes[0])
+        raise UserError(mistakes[0])
     return result
 
 

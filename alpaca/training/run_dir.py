@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from alpaca.common import charts
-from alpaca.common.files import append_jsonl, atomic_file, claim, read_jsonl
-from alpaca.common.progress import Progress, clock
+from alpaca.common.errors import UserError
+from alpaca.common.files import append_jsonl, atomic_file, claim_run_folder, read_jsonl
+from alpaca.common.progress import Progress, duration
 
 LINE = "loss {loss:.3f}  lr {lr:.2e}  norm {grad_norm:.2f}  {tokens_per_s:,.0f} tokens/s"
 LATELY = 20  # steps that the line's tokens/s and MFU are the mean of
@@ -40,14 +41,14 @@ class RunFolder:
         if quiet:
             return
         if resume and not (folder / "settings.json").exists():
-            raise ValueError(f"--resume: there is no run in {folder}")
-        self.lock = claim(folder, settings, "training")
+            raise UserError(f"--resume: there is no run in {folder}")
+        self.lock = claim_run_folder(folder, settings, "training")
         for leftover in folder.glob("*.json*.partial"):  # of a kill while a file was written
             leftover.unlink()
 
     def finished(self) -> bool:
         if not (self.folder / "settings.json").exists():  # which the first rank wrote
-            raise ValueError(f"--out {self.folder} must be one folder that all machines see")
+            raise UserError(f"--out {self.folder} must be one folder that all machines see")
         return any((self.folder / name).exists() for name in ("model", "adapter"))
 
     def close(self) -> None:
@@ -84,7 +85,7 @@ class RunFolder:
                 record = {**record, figure: mean}
         mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
         memory = f"  {record['memory_GB'] * 1e9 / 2**30:.1f} GiB"
-        self.progress.step(more=LINE.format_map(record) + mfu + memory)
+        self.progress.step(extra=LINE.format_map(record) + mfu + memory)
 
     def points(self, figure: str) -> list[tuple[int, float]]:
         return [(r["step"], r[figure]) for r in self.records if figure in r]
@@ -97,7 +98,7 @@ class RunFolder:
         tokens, took = sum(record["tokens"] for record in steps), sum(map(seconds, steps))
         held_out = [loss for _, loss in self.points("held_out_loss")]
         return (
-            f"{len(steps)} steps of {tokens:,} tokens in {clock(took)}; "
+            f"{len(steps)} steps of {tokens:,} tokens in {duration(took)}; "
             f"training loss {steps[0]['loss']:.3f} → {steps[-1]['loss']:.3f}"
             + (f"; held out {held_out[0]:.3f} → {held_out[-1]:.3f}" if held_out else "")
         )

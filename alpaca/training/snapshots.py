@@ -26,7 +26,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
-from alpaca.common.files import sync
+from alpaca.common.errors import UserError
+from alpaca.common.files import fsync_path
 from alpaca.training.parallel import lost_contact
 
 
@@ -57,7 +58,7 @@ class Snapshots:
             dcp.load(tensors, checkpoint_id=folder, process_group=self.group)
             return step_of(folder)
         except (CheckpointException, OSError, RuntimeError, KeyError, ValueError) as mistake:
-            raise ValueError(
+            raise UserError(
                 f"{folder} cannot be read ({cause(mistake)}): remove it to go on from an older one"
             ) from None
 
@@ -81,9 +82,9 @@ class Snapshots:
         if writing.exception() is not None:
             return  # `finish` tells
         try:
-            sync(partial)
+            fsync_path(partial)
             os.replace(partial, final)
-            sync(self.folder)
+            fsync_path(self.folder)
             for old in self._states()[: -self.keep]:
                 shutil.rmtree(old)
         except OSError as mistake:
@@ -100,7 +101,7 @@ class Snapshots:
         except (CheckpointException, OSError, RuntimeError) as mistake:
             if lost_contact(cause(mistake)):
                 raise RuntimeError(cause(mistake)) from None
-            raise ValueError(
+            raise UserError(
                 f"{self.folder}: a snapshot could not be written ({cause(mistake)}); "
                 "the one before it is kept"
             ) from None

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from alpaca.common.errors import listed
+from alpaca.common.errors import UserError, join_names
 from alpaca.common.files import atomic_folder, read_json
 from alpaca.weights.checkpoint import open_file, parameter_shapes, write_json
 from model import LlamaConfig
@@ -61,8 +61,8 @@ class Lora(NamedTuple):
     def check(self) -> "Lora":
         odd = [str(name) for name in self.targets if name not in TARGETS]
         if odd or not self.targets:
-            what = listed(odd) or "none"
-            raise ValueError(f"targets of an adapter are {', '.join(TARGETS)}, not {what}")
+            what = join_names(odd) or "none"
+            raise UserError(f"targets of an adapter are {', '.join(TARGETS)}, not {what}")
         for name, value, fits in (
             ("rank", self.rank, self.rank >= 1),
             ("alpha", self.alpha, 0 < self.alpha < math.inf),
@@ -70,7 +70,7 @@ class Lora(NamedTuple):
         ):
             if not fits:
                 range = "from 0 to below 1" if name == "dropout" else "above 0"
-                raise ValueError(f"{name} of an adapter must be {range}, not {value}")
+                raise UserError(f"{name} of an adapter must be {range}, not {value}")
         return self
 
 
@@ -87,19 +87,19 @@ def read_settings(file: Path) -> Lora:
     for name, value in fields.items():
         known = name in READ | UNIMPORTANT or (not value and name not in ONLY)
         if not known and value not in ONLY.get(name, ()):
-            raise ValueError(f"{file}: {name} {value!r} is not supported")
+            raise UserError(f"{file}: {name} {value!r} is not supported")
     targets, numbers = fields.get("target_modules"), [fields.get(name) for name in NUMBERS]
     if not isinstance(targets, list):
-        raise ValueError(f"{file}: target_modules {targets!r} is not a list of projections")
+        raise UserError(f"{file}: target_modules {targets!r} is not a list of projections")
     for name, value, kinds in zip(
         NUMBERS, numbers, ((int,), (int, float), (int, float)), strict=True
     ):
         if type(value) not in kinds:
-            raise ValueError(f"{file}: {name} is {value!r}, where a number was expected")
+            raise UserError(f"{file}: {name} is {value!r}, where a number was expected")
     try:
         lora = Lora(*numbers, tuple(targets)).check()
     except ValueError as mistake:
-        raise ValueError(f"{file}: {mistake}") from None
+        raise UserError(f"{file}: {mistake}") from None
     if fields.get("use_rslora"):  # scaled by alpha / √rank, arXiv:2312.03732
         lora = lora._replace(alpha=lora.alpha * math.sqrt(lora.rank))
     return lora
@@ -111,11 +111,11 @@ def read_adapter(folder: str | Path, config: LlamaConfig) -> tuple[Lora, dict[st
     lora = read_settings(folder / "adapter_config.json")
     files = [folder / name for name in FILES if (folder / name).exists()]
     if not files:
-        raise ValueError(f"{folder}: neither {' nor '.join(FILES)} is there")
+        raise UserError(f"{folder}: neither {' nor '.join(FILES)} is there")
     found: dict[str, Tensor] = {}
     for name, tensor in open_file(files[0]):
         if found.setdefault(name.removeprefix(PREFIX), tensor) is not tensor:
-            raise ValueError(f"{files[0]}: {name} is there twice, with {PREFIX} and without")
+            raise UserError(f"{files[0]}: {name} is there twice, with {PREFIX} and without")
     wanted = {}
     for stem, (N, K) in adapted(config, lora):
         wanted[f"{stem}.lora_A.weight"] = [lora.rank, K]
@@ -131,7 +131,7 @@ def read_adapter(folder: str | Path, config: LlamaConfig) -> tuple[Lora, dict[st
         elif not found[name].isfinite().all():
             problems.append(f"{name} holds numbers that are not finite")
     if problems:
-        raise ValueError(f"{files[0]}: {listed(problems, 3)}")
+        raise UserError(f"{files[0]}: {join_names(problems, 3)}")
     return lora, {name: found[name].float() for name in wanted}
 
 

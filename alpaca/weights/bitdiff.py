@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alpaca.common.errors import UserError
 from alpaca.weights.checkpoint import Stored, as_dtype
 
 PIECE = 1 << 23  # bytes of a tensor in work at a time, by each thread
@@ -119,7 +120,7 @@ def recovered_pieces(
     dtype, count = getattr(torch, entry.dtype), math.prod(entry.shape)
     theirs = flat(base, entry.known)
     if (0 if theirs is None else len(theirs)) != entry.known:
-        raise ValueError(f"the base is another one: its {name} is missing or smaller")
+        raise UserError(f"the base is another one: its {name} is missing or smaller")
     damaged = ValueError(f"{file}: the diff of {name} is damaged: fetch it again")
     digests = [hashlib.sha256() for _ in range(3)]
     with open(file, "rb") as opened:
@@ -145,6 +146,6 @@ def recovered_pieces(
     if diff_is != entry.diff:
         raise damaged
     if base_is != entry.base:
-        raise ValueError(f"the base is another one: its {name} is not what the diff was made from")
+        raise UserError(f"the base is another one: its {name} is not what the diff was made from")
     if tuned_is != entry.tuned:
-        raise ValueError(f"{file}: base and diff of {name} are right, but not what they make")
+        raise UserError(f"{file}: base and diff of {name} are right, but not what they make")

@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from alpaca.common.cli import Parser, positive
-from alpaca.common.errors import listed, run_command
+from alpaca.common.errors import UserError, join_names, run_command
 from alpaca.common.files import atomic_folder, read_json
 from alpaca.common.progress import Progress
 from alpaca.weights import meta_format
@@ -79,16 +79,16 @@ def read_config(folder: str | Path) -> LlamaConfig:
     """The architecture of a checkpoint folder, or a ValueError naming what is not supported."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: no such folder")
     file = folder / ("params.json" if is_meta(folder) else "config.json")
     if not file.exists():
-        raise ValueError(f"{folder}: no config.json (Hugging Face) or params.json (Meta) in it")
+        raise UserError(f"{folder}: no config.json (Hugging Face) or params.json (Meta) in it")
     fields, shards = read_json(file), load_shards(folder) if is_meta(folder) else []
     try:
         flat = meta_format.config_fields(fields, shards) if shards else understood(fields)
         return typed_config(flat)
     except ValueError as mistake:
-        raise ValueError(f"{file}: {mistake}") from None
+        raise UserError(f"{file}: {mistake}") from None
 
 
 def is_meta(folder: Path) -> bool:
@@ -106,7 +106,9 @@ def stored_tensors(folder: str | Path) -> dict[str, Stored]:
             here = {name: Stored(t.shape, t.dtype, lambda t=t: t) for name, t in open_file(file)}
             odd = sorted(promised ^ here.keys()) if promised is not None else []
             if odd := [name for name in odd if not OBSOLETE.search(name)]:
-                raise ValueError(f"{file}: holds other tensors than its index says: {listed(odd)}")
+                raise UserError(
+                    f"{file}: holds other tensors than its index says: {join_names(odd)}"
+                )
             found |= here
     return {name: stored for name, stored in found.items() if not OBSOLETE.search(name)}
 
@@ -127,15 +129,15 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
         files: dict[Path, set[str]] = {}
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index}: it has no weight_map")
+            raise UserError(f"{index}: it has no weight_map")
         for tensor, file in weight_map.items():
             if not isinstance(file, str) or file != os.path.basename(file):
-                raise ValueError(f"{index}: {file!r} is not the name of a file beside it")
+                raise UserError(f"{index}: {file!r} is not the name of a file beside it")
             files.setdefault(folder / file, set()).add(tensor)
         if absent := [file.name for file in files if not file.exists()]:
-            raise ValueError(f"{index}: names files that are not there: {listed(absent)}")
+            raise UserError(f"{index}: names files that are not there: {join_names(absent)}")
         return files
-    raise ValueError(f"{folder}: no model.safetensors or pytorch_model.bin, nor an index of shards")
+    raise UserError(f"{folder}: no model.safetensors or pytorch_model.bin, nor an index of shards")
 
 
 def open_file(file: Path) -> Iterable[tuple[str, Tensor]]:
@@ -144,7 +146,7 @@ def open_file(file: Path) -> Iterable[tuple[str, Tensor]]:
         start = opened.read(32)
     if not start or start.startswith(b"version https://git-lfs"):
         what = "a Git LFS pointer: fetch the file itself with `git lfs pull`" if start else "empty"
-        raise ValueError(f"{file}: {what}")
+        raise UserError(f"{file}: {what}")
     try:
         if file.suffix == ".safetensors":
             handle = safe_open(file, framework="pt")
@@ -152,16 +154,16 @@ def open_file(file: Path) -> Iterable[tuple[str, Tensor]]:
         zipped = zipfile.is_zipfile(file)  # torch before 1.6 wrote files that cannot be mapped
         table = torch.load(file, map_location="cpu", mmap=zipped, weights_only=True)
     except SafetensorError as mistake:
-        raise ValueError(f"{file}: damaged or cut short ({mistake})") from None
+        raise UserError(f"{file}: damaged or cut short ({mistake})") from None
     except pickle.UnpicklingError:
-        raise ValueError(
+        raise UserError(
             f"{file}: not plain tensors; it could run code, so it is not read"
         ) from None
     except Exception as mistake:  # whatever a damaged pickle provokes
         reason = str(mistake).strip().split("\n")[0]
-        raise ValueError(f"{file}: not a readable file of plain tensors ({reason})") from None
+        raise UserError(f"{file}: not a readable file of plain tensors ({reason})") from None
     if not isinstance(table, dict) or not all(isinstance(t, Tensor) for t in table.values()):
-        raise ValueError(f"{file}: not a flat table of tensors")
+        raise UserError(f"{file}: not a flat table of tensors")
     return table.items()
 
 
@@ -170,11 +172,11 @@ def load_shards(folder: Path) -> list[dict[str, Tensor]]:
     names = sorted(file.name for file in folder.glob("consolidated.*.pth"))
     complete = [f"consolidated.{i:02}.pth" for i in range(len(names))] or ["consolidated.00.pth"]
     if absent := [name for name in complete if name not in names]:
-        raise ValueError(f"{folder}: {listed(absent)} is missing")
+        raise UserError(f"{folder}: {join_names(absent)} is missing")
     shards = [dict(open_file(folder / name)) for name in complete]
     for name, shard in zip(complete, shards, strict=True):
         if odd := sorted(shard.keys() ^ shards[0].keys()):
-            raise ValueError(f"{folder / name}: not the tensors of {complete[0]}: {listed(odd)}")
+            raise UserError(f"{folder / name}: not the tensors of {complete[0]}: {join_names(odd)}")
     return shards
 
 
@@ -195,9 +197,9 @@ def check_tensors(
         if EMBEDDING in found and not same_bits(found[HEAD], found[EMBEDDING]):
             problems.append(f"{HEAD} is not the embedding, though tie_word_embeddings is on")
     if absent := [name for name in wanted if name not in found]:
-        problems.append(f"missing {listed(absent)}")
+        problems.append(f"missing {join_names(absent)}")
     if extra:
-        problems.append(f"unexpected {listed(sorted(extra))}")
+        problems.append(f"unexpected {join_names(sorted(extra))}")
     for name in (name for name in wanted if name in found):
         shape, dtype = list(found[name].shape), found[name].dtype
         if shape != list(wanted[name]):
@@ -205,9 +207,9 @@ def check_tensors(
         elif dtype not in DTYPES.values():
             misfits.append(f"{name} is {dtype}, not one of {', '.join(DTYPES)}")
     if misfits:
-        problems.append(listed(misfits))
+        problems.append(join_names(misfits))
     if problems:
-        raise ValueError(f"{where}: {'; '.join(problems)}")
+        raise UserError(f"{where}: {'; '.join(problems)}")
     return {name: found[name] for name in wanted}
 
 
@@ -245,7 +247,7 @@ def as_dtype(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if dtype == torch.float16 != tensor.dtype and tensor.numel():
         finite = all(extreme.isfinite() for extreme in result.aminmax())  # NaN is such an extreme
         if not finite and (result.isinf() & tensor.isfinite()).any():
-            raise ValueError(f"{name} holds numbers too large for fp16: use bf16 or fp32")
+            raise UserError(f"{name} holds numbers too large for fp16: use bf16 or fp32")
     return result
 
 
@@ -265,7 +267,7 @@ def save_model(
     first = next(pairs, ("", torch.empty(0)))
     dtype = dtype or first[1].dtype
     if dtype not in DTYPES.values():
-        raise ValueError(f"weights are written as {', '.join(DTYPES)}, not as {dtype}")
+        raise UserError(f"weights are written as {', '.join(DTYPES)}, not as {dtype}")
     shapes = {name: (shape, dtype) for name, shape in parameter_shapes(config).items()}
     with atomic_folder(folder) as partial, Shards(partial, shapes, shard_bytes) as shards:
         if tokenizer is not None:
@@ -276,7 +278,7 @@ def save_model(
         for name, tensor in chain([first], pairs):
             shards.write(name, as_dtype(tensor.detach().cpu(), dtype, name))
         if shards.pending:
-            raise ValueError(f"{folder}: missing {listed(shards.pending)}")
+            raise UserError(f"{folder}: missing {join_names(shards.pending)}")
 
 
 def tokenizer_files(source: Path) -> dict[str, Path]:
@@ -285,7 +287,7 @@ def tokenizer_files(source: Path) -> dict[str, Path]:
         return {"tokenizer.model": source}
     found = {name: source / name for name in TOKENIZER_FILES if (source / name).is_file()}
     if not found.keys() & {"tokenizer.model", "tokenizer.json"}:
-        raise ValueError(f"{source}: no tokenizer.model or tokenizer.json there")
+        raise UserError(f"{source}: no tokenizer.model or tokenizer.json there")
     return found
 
 
@@ -301,7 +303,7 @@ def tokenizer_for(folder: Path, given: Path | None) -> Path:
     """What is copied beside a model that is made of the one in `folder`."""
     if found := given or tokenizer_in(folder):
         return found
-    raise ValueError(f"{folder}: no tokenizer there: name one with --tokenizer FILE")
+    raise UserError(f"{folder}: no tokenizer there: name one with --tokenizer FILE")
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -345,7 +347,7 @@ def convert(
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = Parser(description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     flag = verbs.add_parser("convert", help="write a checkpoint as a Hugging Face one").add_argument
     flag("source", type=Path, help="Hugging Face or Meta folder to read")

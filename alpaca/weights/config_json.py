@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from alpaca.common.errors import listed
+from alpaca.common.errors import UserError, join_names
 from model import LlamaConfig
 
 UNDERSTOOD = {
@@ -49,20 +49,20 @@ def understood(fields: dict[str, Any]) -> dict[str, Any]:
     for key in ("rope_parameters", "rope_scaling"):  # transformers 5; transformers 4
         rope = fields.get(key) or {}
         if not isinstance(rope, dict):
-            raise ValueError(f"{key} is {rope!r}, where an object was expected")
+            raise UserError(f"{key} is {rope!r}, where an object was expected")
         for kind in (rope.get("rope_type"), rope.get("type")):
             if kind not in ("default", None):
-                raise ValueError(f"rope scaling {kind!r} is not supported")
+                raise UserError(f"rope scaling {kind!r} is not supported")
         flat |= {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
     for name, values in UNDERSTOOD.items():
         if flat.get(name) not in values:
-            raise ValueError(f"{name} {flat.get(name)!r} is not supported, only {values[0]!r} is")
+            raise UserError(f"{name} {flat.get(name)!r} is not supported, only {values[0]!r} is")
     return flat
 
 
 def typed_config(fields: dict[str, Any]) -> LlamaConfig:
     if absent := [name for name in REQUIRED if fields.get(name) is None]:
-        raise ValueError(f"{listed(absent)} is missing")
+        raise UserError(f"{join_names(absent)} is missing")
     known = {}
     for name, field in LlamaConfig.__dataclass_fields__.items():
         kind, value = type(field.default) if field.default is not None else int, fields.get(name)
@@ -71,12 +71,12 @@ def typed_config(fields: dict[str, Any]) -> LlamaConfig:
         if value is None:
             continue
         if type(value) is not kind and (kind, type(value)) != (float, int):
-            raise ValueError(f"{name} is {value!r}, where {kind.__name__} was expected")
+            raise UserError(f"{name} is {value!r}, where {kind.__name__} was expected")
         known[name] = value
     config = LlamaConfig(**known)
     for name, value in vars(config).items():
         if value > (most := MOST.get(name, 1 << 20)):
-            raise ValueError(f"{name} is {value}, where {most} would be a great deal")
+            raise UserError(f"{name} is {value}, where {most} would be a great deal")
     return config
 
 

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alpaca.common.cli import Parser, positive
-from alpaca.common.errors import run_command
+from alpaca.common.errors import UserError, run_command
 from alpaca.common.progress import Progress
 from alpaca.weights import quantize
 from alpaca.weights.adapter import ATTENTION, TARGETS, Lora, adapted, read_adapter
@@ -115,7 +115,7 @@ def attach(model: Llama, lora: Lora) -> None:
     for stem, _ in adapted(model.config, lora):
         layer = layers.get(stem)
         if layer is None or isinstance(layer, LoraLinear):
-            raise ValueError(f"{stem} is adapted or arranged for decoding: adapt a model as stored")
+            raise UserError(f"{stem} is adapted or arranged for decoding: adapt a model as stored")
         model.set_submodule(stem, LoraLinear(layer, lora))
 
 
@@ -213,7 +213,7 @@ def merge(
     told, a tensor in memory at a time. Returned is how many matrices have changed, of how many
     adapted ones, and the dtype."""
     if quantize.kept_recipe(base):
-        raise ValueError(f"{base} is quantized: merge into the model that it was made from")
+        raise UserError(f"{base} is quantized: merge into the model that it was made from")
     config, found = open_checkpoint(base)
     lora, thin = read_adapter(adapter, config)
     tokenizer = tokenizer_for(base, tokenizer)
@@ -232,7 +232,7 @@ def merge(
             yield name, weight
             progress.step()
         if not changed:
-            raise ValueError(f"{adapter} changes nothing in {base}: as {dtype} all is as it was")
+            raise UserError(f"{adapter} changes nothing in {base}: as {dtype} all is as it was")
 
     save_model(pairs(), config, out, dtype, tokenizer)
     progress.close(str(out))
@@ -266,7 +266,7 @@ def lora_of(args: argparse.Namespace) -> Lora:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = Parser(description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("merge", help="write base and adapter as one model")
     verb.add_argument("--base", type=Path, required=True, help="Hugging Face or Meta folder")

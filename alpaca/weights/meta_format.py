@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alpaca.common.errors import UserError
 from model import LlamaConfig
 
 NAMES = {  # Meta's name: Hugging Face's, and the axis the files split it along (None: each has it)
@@ -45,25 +46,25 @@ REFUSED = ("moe", "sliding_window", "quantization_args", "lora_args", "use_scale
 def config_fields(params: dict[str, Any], shards: list[dict[str, Tensor]]) -> dict[str, Any]:
     """config.json's fields, from params.json and the shapes of the tensors in the files."""
     if unknown := [name for name in REFUSED if params.get(name)]:
-        raise ValueError(f"{unknown[0]} is not supported")
+        raise UserError(f"{unknown[0]} is not supported")
     theta = params.get("rope_theta", 10000.0)
     if theta not in (1e4, 1e6):
-        raise ValueError(f"rope_theta {theta} is neither LLaMA's nor CodeLlama's: not supported")
+        raise UserError(f"rope_theta {theta} is neither LLaMA's nor CodeLlama's: not supported")
     for name in ("dim", "n_layers", "n_heads"):
         if type(params.get(name)) is not int or params[name] < 1:
-            raise ValueError(f"{name} is {params.get(name)!r}, where a number was expected")
+            raise UserError(f"{name} is {params.get(name)!r}, where a number was expected")
     first = ("tok_embeddings", "layers.0.attention.wq", "layers.0.feed_forward.w1")
     shapes = [shards[0].get(f"{name}.weight", torch.empty(0)).shape for name in first]
     if bad := [name for name, shape in zip(first, shapes, strict=True) if len(shape) != 2]:
-        raise ValueError(f"consolidated.00.pth: no matrix {bad[0]}.weight in it")
+        raise UserError(f"consolidated.00.pth: no matrix {bad[0]}.weight in it")
     (vocabulary, _), (queries, _), (ffn, _) = shapes
     needed, odd = divmod(params["dim"], queries)
     if odd or not needed:
-        raise ValueError(f"dim is {params['dim']}, which attention.wq, {queries} wide, cannot fill")
+        raise UserError(f"dim is {params['dim']}, which attention.wq, {queries} wide, cannot fill")
     if len(shards) != needed:
-        raise ValueError(f"{len(shards)} of {needed} consolidated.*.pth files are there")
+        raise UserError(f"{len(shards)} of {needed} consolidated.*.pth files are there")
     if params.get("vocab_size", -1) not in (-1, vocabulary):
-        raise ValueError(f"vocab_size is {params['vocab_size']}, the embedding has {vocabulary}")
+        raise UserError(f"vocab_size is {params['vocab_size']}, the embedding has {vocabulary}")
     return {
         "vocab_size": vocabulary,
         "hidden_size": params["dim"],
@@ -118,7 +119,7 @@ def merged(name: str, parts: list[Tensor], axis: int | None, heads: int | None) 
     else:
         fits &= all(part.shape == parts[0].shape and part.dim() == 2 for part in parts)
     if not fits:
-        raise ValueError(f"{name}: the consolidated.*.pth files are not of one model")
+        raise UserError(f"{name}: the consolidated.*.pth files are not of one model")
     if axis is not None:
         shape[axis] *= len(parts)
 

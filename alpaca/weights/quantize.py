@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alpaca.common.cli import Parser
-from alpaca.common.errors import run_command
+from alpaca.common.errors import UserError, run_command
 from alpaca.common.files import atomic_folder, read_json
 from alpaca.common.progress import Progress
 from alpaca.weights.checkpoint import (
@@ -148,7 +148,7 @@ class Int4Linear(nn.Module):
     def layout(shape: torch.Size) -> dict[str, tuple]:
         N, K = shape
         if K % GROUP or N % 16:
-            raise ValueError(f"int4 needs rows in 16s and columns in {GROUP}s, not {N} x {K}")
+            raise UserError(f"int4 needs rows in 16s and columns in {GROUP}s, not {N} x {K}")
         scales = torch.Size([K // GROUP, N, 2]), torch.bfloat16
         return {"q": (torch.Size([N, K // 2]), torch.uint8), "scales": scales}
 
@@ -212,7 +212,7 @@ class Source:
         folder = Path(folder)
         self.kept = kept_recipe(folder)
         if self.kept and recipe not in (PLAIN, self.kept):
-            raise ValueError(f"{folder} is quantized already, its bits are {tuple(self.kept)}")
+            raise UserError(f"{folder} is quantized already, its bits are {tuple(self.kept)}")
         self.recipe = self.kept or recipe
         if self.kept:
             self.found = stored_tensors(folder)
@@ -226,7 +226,7 @@ class Source:
         self.shapes = parameter_shapes(self.config)
         layout = self.layout()
         if self.kept and {n: (s.shape, s.dtype) for n, s in self.found.items()} != layout:
-            raise ValueError(f"{folder}: its tensors are not what its config.json says")
+            raise UserError(f"{folder}: its tensors are not what its config.json says")
 
     def layout(self) -> dict[str, tuple]:
         """Tensor on disk → shape and dtype."""
@@ -237,7 +237,7 @@ class Source:
                 own = self.found[name].dtype if name in self.found else None
                 parts = kind.layout(shape) if kind else {"weight": (shape, own)}
             except ValueError as mistake:
-                raise ValueError(f"{name}: {mistake}") from None
+                raise UserError(f"{name}: {mistake}") from None
             found |= {stem + part: what for part, what in parts.items()}
         return found
 
@@ -249,7 +249,7 @@ class Source:
         for part, tensor in parts.items():
             floats = tensor.is_floating_point()
             if floats and not all(extreme.isfinite() for extreme in tensor.aminmax()):
-                raise ValueError(f"{stem}{part} holds numbers that are not finite")
+                raise UserError(f"{stem}{part} holds numbers that are not finite")
         return kind.parts(parts["weight"]) if kind and not self.kept else parts
 
     def error(self, name: str) -> float:
@@ -294,7 +294,7 @@ def kept_recipe(folder: Path) -> Recipe | None:
         return None
     recipe = Recipe(*(told.get(field) for field in Recipe._fields))
     if told.get("group") != GROUP or not recipe.valid():
-        raise ValueError(f"{file}: quantization_config {told} is not one that was written here")
+        raise UserError(f"{file}: quantization_config {told} is not one that was written here")
     return recipe
 
 
@@ -339,7 +339,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model-dir", type=Path, required=True, help="folder of the model")
     parser.add_argument("--save", type=Path, metavar="DIR", help="folder to write")
     add_flags(parser)
@@ -350,10 +350,10 @@ def main() -> None:
     args = parse_args()
     recipe = recipe_of(args)
     if recipe == PLAIN:
-        raise ValueError("nothing would change: give --bits 8 or --bits 4")
+        raise UserError("nothing would change: give --bits 8 or --bits 4")
     source = Source(args.model_dir, recipe)
     if source.kept:
-        raise ValueError(f"{args.model_dir} is quantized already")
+        raise UserError(f"{args.model_dir} is quantized already")
     print(report(source))
     if args.save:
         save(source, args.save, tokenizer_in(args.model_dir))

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alpaca.common.errors import UserError
+
 SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 SAFETENSORS |= {torch.int8: "I8", torch.uint8: "U8"}  # of weights that quantize.py has rounded
 SHARD_BYTES = 5_000_000_000
@@ -77,10 +79,10 @@ class Shards(ExitStack):
 
     def write(self, name: str, tensor: Tensor) -> None:
         if name not in self.pending:
-            raise ValueError(f"unexpected or repeated tensor {name}")
+            raise UserError(f"unexpected or repeated tensor {name}")
         file, offset, shape, dtype = self.pending.pop(name)
         if tensor.shape != shape:
-            raise ValueError(f"{name} is {list(tensor.shape)}, not {list(shape)}")
+            raise UserError(f"{name} is {list(tensor.shape)}, not {list(shape)}")
         assert tensor.dtype == dtype, f"{name} is {tensor.dtype}, not {dtype}"
         file.seek(offset)
         file.write(tensor.contiguous().view(torch.uint8).numpy())

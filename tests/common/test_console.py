@@ -85,7 +85,7 @@ def test_progress_is_one_line_on_a_terminal_and_seldom_in_a_log(monkeypatch):
     shown, logged = progress.Progress(200, "steps", screen), progress.Progress(200, "steps", log)
     for _ in range(200):
         now[0] += 1
-        shown.step(more="loss 1.5")
+        shown.step(extra="loss 1.5")
         logged.step()
     shown.close()
     logged.close()
@@ -105,11 +105,11 @@ def test_numbers_and_times_read_well():
         6.7e9: "6.7G",
         2e12: "2.0T",
     }.items():
-        assert progress.human(number) == text
+        assert progress.short_number(number) == text
     for seconds, text in {7: "0:07", 750: "12:30", 11100: "3:05:00", float("inf"): "?"}.items():
-        assert progress.clock(seconds) == text
-    assert errors.listed("abc") == "a, b, c"
-    assert errors.listed("abcdefghij") == "a, b, c, d, e, f, g, h and 2 more"
+        assert progress.duration(seconds) == text
+    assert errors.join_names("abc") == "a, b, c"
+    assert errors.join_names("abcdefghij") == "a, b, c, d, e, f, g, h and 2 more"
 
 
 def test_atomic_file_leaves_the_old_content_when_its_writer_fails(tmp_path):
@@ -146,8 +146,8 @@ def test_atomic_folder_appears_only_when_its_writer_is_done(tmp_path):
 
 
 def test_the_last_act_of_an_atomic_folder_is_one_rename(tmp_path, monkeypatch):
-    synced, sync = [], files.sync
-    monkeypatch.setattr(files, "sync", lambda path: (synced.append(path.name), sync(path)))
+    synced, sync = [], files.fsync_path
+    monkeypatch.setattr(files, "fsync_path", lambda path: (synced.append(path.name), sync(path)))
 
     def no_rename(source, target):
         assert {"a", "b", "out.partial"} <= set(synced) and not target.exists()

@@ -18,7 +18,7 @@ import pytest
 from helpers.commands import assert_refused
 
 from alpaca.common.errors import run_command
-from alpaca.common.files import claim
+from alpaca.common.files import claim_run_folder
 from alpaca.evaluation import blind, evaluate, win_rate
 from alpaca.evaluation.blind import Copy
 
@@ -287,7 +287,7 @@ def test_what_happens_before_the_lock_is_held_counts(tmp_path, two, command, mea
             Copy(folder).say(0, "a")
         else:
             (tmp_path / "b/annotations.json").write_text("[]")
-        return claim(*args)
+        return claim_run_folder(*args)
 
     with (
         mock.patch.object(blind, "claim", late),

@@ -90,7 +90,7 @@ def test_compiled_decoding_is_the_same():
     assert [a.ids for a in engine.answers(prompts, Sampling(max_new_tokens=8))] == expected
 
 
-@pytest.mark.outside
+@pytest.mark.parity
 def test_greedy_tokens_are_transformers_generate_s(tmp_path):
     config = small_config(vocab_size=1024)
     theirs = hf_model(config)

@@ -73,7 +73,7 @@ def test_green_count_and_z_are_those_of_the_authors_detector(gamma, V):
         assert found["p"] == pytest.approx(NormalDist().cdf(-z), rel=1e-9)
 
 
-@pytest.mark.outside
+@pytest.mark.parity
 @pytest.mark.parametrize("gamma, V", [(0.25, 1024), (0.5, 333)])
 def test_transformers_marks_the_same_and_detects_the_same(gamma, V):
     """Its WatermarkLogitsProcessor, "lefthash", is simple_1 in other hands."""

@@ -134,7 +134,7 @@ def test_save_load_save_gives_the_same_bytes(tmp_path, dtype, tied):
         assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0  # its data is aligned
 
 
-@pytest.mark.outside
+@pytest.mark.parity
 @pytest.mark.parametrize(
     "changes", [{}, {"tie_word_embeddings": True}, {"rope_theta": 1e6, "head_dim": 24}], ids=str
 )

@@ -123,7 +123,7 @@ def test_a_new_adapter_leaves_the_logits_exactly_the_bases(base):
     assert not torch.equal(model(ids), model(ids)), "dropout is on while it learns"
 
 
-@pytest.mark.outside
+@pytest.mark.parity
 @pytest.mark.parametrize("targets", [ATTENTION, ("gate_proj", "up_proj", "down_proj"), ("v_proj",)])
 def test_ten_steps_equal_pefts(base, targets):
     def steps(model, loss_of) -> list[float]:

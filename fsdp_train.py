@@ -51,6 +51,7 @@ from alpaca.inference.engine import Engine
 from alpaca.inference.generate import question
 from alpaca.inference.sampling import Sampling
 from alpaca.training import memory_plan
+from alpaca.training.config import FLAGS, add_flags, lora_of
 from alpaca.training.model_card import model_card
 from alpaca.training.parallel import (
     StopSignal,
@@ -104,7 +105,7 @@ TINY = {
     "answers": 1000,
 }
 # And --lora puts alpaca-lora's in place of either's:
-LORA = {"lr": 3e-4, "checkpointing": "full", **lora.FLAGS}
+LORA = {"lr": 3e-4, "checkpointing": "full", **FLAGS}
 BETAS, EPS, CLIP = (0.9, 0.999), 1e-8, 1.0  # what Alpaca's command leaves at their defaults
 SHAPE_STEP = 128  # compiled blocks see rows of a multiple of this many tokens
 
@@ -466,7 +467,7 @@ with --lora (and --out ends in -lora):
     flag("--max-steps", type=count, help="steps, if fewer than the epochs have")
     flag("--seed", type=int, default=42, help=f"of the shuffle {here}")
 
-    lora.add_flags(parser)
+    add_flags(parser)
 
     flag = parser.add_argument_group("memory and speed").add_argument
     flag("--row-tokens", type=count, default=4096, help=f"most a rank computes at once {here}")
@@ -503,10 +504,10 @@ with --lora (and --out ends in -lora):
     if args.lora:
         out = parser.get_default("out")
         parser.set_defaults(**LORA, out=out.with_name(f"{out.name}-lora"))
-    elif given := [name for name in lora.FLAGS if getattr(args, name) is not None]:
+    elif given := [name for name in FLAGS if getattr(args, name) is not None]:
         parser.error(f"--{given[0].replace('_', '-')} goes with --lora")
     args = parser.parse_args()  # again, for it is known now what flags left out mean
-    args.lora = lora.lora_of(args) if args.lora else None
+    args.lora = lora_of(args) if args.lora else None
     if args.data is None:
         parser.error("--data is needed: which records to train on")
     if args.preset and args.tokenizer is None:

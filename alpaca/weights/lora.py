@@ -33,11 +33,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alpaca.common.cli import Parser, positive
+from alpaca.common.cli import Parser
 from alpaca.common.errors import UserError, run_command
 from alpaca.common.progress import Progress
 from alpaca.weights import quantize
-from alpaca.weights.adapter import ATTENTION, TARGETS, Lora, adapted, read_adapter
+from alpaca.weights.adapter import ATTENTION, Lora, adapted, read_adapter
 from alpaca.weights.checkpoint import (
     DTYPES,
     EMBEDDING,
@@ -240,29 +240,6 @@ def merge(
 
 
 # ---------------------------------------------------------------- the command lines
-
-FLAGS = {  # of fsdp_train.py, and what they mean if they are left out
-    "bits": 16,
-    "lora_rank": Lora().rank,
-    "lora_alpha": Lora().alpha,
-    "lora_dropout": Lora().dropout,
-    "lora_targets": list(ATTENTION),
-}
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    flag = parser.add_argument_group("an adapter instead (see lora.py)").add_argument
-    flag("--lora", action="store_true", help="freeze the base and learn an adapter")
-    flag("--bits", type=int, choices=(16, 8, 4), help="of the frozen blocks; 16: as --dtype says")
-    flag("--lora-rank", type=positive(int), help="of what is added to a weight")
-    flag("--lora-alpha", type=positive(float), help="alpha / rank scales it")
-    flag("--lora-dropout", type=float, help="share of its inputs that is dropped")
-    flag("--lora-targets", nargs="+", choices=TARGETS, metavar="NAME", help=f"{', '.join(TARGETS)}")
-
-
-def lora_of(args: argparse.Namespace) -> Lora:
-    targets = tuple(dict.fromkeys(args.lora_targets))
-    return Lora(args.lora_rank, args.lora_alpha, args.lora_dropout, targets).check()
 
 
 def parse_args() -> argparse.Namespace:

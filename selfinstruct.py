@@ -52,9 +52,15 @@ from alpaca.common.files import (
 )
 from alpaca.common.progress import Progress
 from alpaca.datagen import batch, four_stage
-from alpaca.datagen.client import Client, Endpoint, Refused, Reply, understood
-from alpaca.datagen.prompts import Task, alpaca_prompt, parse, unfit
-from alpaca.datagen.request_log import Answers, OutOfMoney, Teachers, add_flags, endpoints_of
+from alpaca.datagen.client import Client, Endpoint, RefusedError, Reply, parse_reply
+from alpaca.datagen.prompts import Task, alpaca_prompt, parse_tasks, reject_reason
+from alpaca.datagen.request_log import (
+    BudgetExceeded,
+    RequestLog,
+    Teachers,
+    add_server_arguments,
+    endpoints_from_args,
+)
 from rougel import Pool, best, tokenize, tokenize_unicode
 
 HERE = Path(__file__).parent
@@ -83,7 +89,7 @@ class Alpaca:
         return alpaca_prompt(self.header, chosen), self.options, [seed["id"] for seed in chosen]
 
     def tasks(self, reply: Reply) -> list[Task]:
-        return parse(reply.text, reply.cut)
+        return parse_tasks(reply.text, reply.cut)
 
     async def complete(self, judged: list[dict], ask) -> list[dict | None]:
         return list(judged)  # nothing more to ask
@@ -117,7 +123,7 @@ class Folder:
         """The tasks of a response that were not judged before, kept or with a `why` not. Kept ones
         join the pool; `room` is how many there is still a use for."""
         judged = []
-        tasks = pipeline.tasks(understood(entry["response"])) if "response" in entry else []
+        tasks = pipeline.tasks(parse_reply(entry["response"])) if "response" in entry else []
         for number, task in enumerate(tasks):
             item = f"{entry['id']}.{number}"
             if item in self.decided:
@@ -126,7 +132,9 @@ class Folder:
                 break
             line = {"item": item, "instruction": task.instruction}
             line |= {"input": task.input, "output": task.output}
-            why = task.why or unfit(task.instruction, self.any_script) or self.likeness(line)
+            why = (
+                task.why or reject_reason(task.instruction, self.any_script) or self.likeness(line)
+            )
             line |= {"why": why} if why else {"provenance": entry["provenance"]}
             self.decided.add(item)
             judged.append(line)
@@ -176,8 +184,8 @@ class Generation:
                     await self.write()
                 while self.finishing and self.finishing[0][1].done():
                     await self.write()
-        except OutOfMoney:
-            with suppress(OutOfMoney):
+        except BudgetExceeded:
+            with suppress(BudgetExceeded):
                 while self.finishing:
                     await self.write()
         finally:
@@ -219,7 +227,7 @@ class Generation:
         if entry["id"] in self.teachers.answers.fresh:  # not what an earlier run went through
             self.barren = 0 if any("why" not in line for line in judged) else self.barren + 1
         if self.barren >= BARREN:
-            raise Refused(
+            raise RefusedError(
                 f"{BARREN} answers in a row brought nothing new; what was made is kept. Other "
                 "seeds, another prompt or another teacher may bring more"
             )
@@ -233,15 +241,15 @@ class Generation:
         self.finishing.popleft()
         self.progress.step(self.folder.count - before, self.teachers.line())
         if len(complete) < len(judged):
-            raise OutOfMoney
+            raise BudgetExceeded
 
 
-async def reparse(folder: Folder, pipeline: Alpaca, answers: Answers) -> None:
+async def reparse(folder: Folder, pipeline: Alpaca, answers: RequestLog) -> None:
     """Judge all answers anew, and ask nothing; what has no answer is left out."""
 
     async def ask(id: str, *question) -> dict:
         if id not in answers.entries:
-            raise OutOfMoney
+            raise BudgetExceeded
         return answers.entries[id]
 
     for id in sorted((id for id in answers.entries if id.isdigit()), key=int):
@@ -252,8 +260,8 @@ async def reparse(folder: Folder, pipeline: Alpaca, answers: Answers) -> None:
 
 async def generate(args, folder: Folder, pipeline: Alpaca, endpoints: list[Endpoint]) -> float:
     """Go on until there are enough records or the money ends; returns what it has cost."""
-    answers = Answers(folder.path / "responses.jsonl")
-    async with Client(args.timeout, args.attempts, args.first_wait) as client:
+    answers = RequestLog(folder.path / "responses.jsonl")
+    async with Client(args.timeout, args.max_retries, args.retry_wait) as client:
         await Generation(args, folder, pipeline, Teachers(answers, endpoints, client, args)).run()
     return answers.spent
 
@@ -308,7 +316,7 @@ def open_run(args, path: Path, suffix: str = "") -> tuple[Folder, Alpaca]:
 
 
 def generate_command(args) -> None:
-    endpoints = endpoints_of(args, args.teacher, args.licence)
+    endpoints = endpoints_from_args(args, args.teacher, args.licence)
     if args.batch and args.pipeline != "alpaca":
         raise UserError("--batch: each stage of self-instruct waits for the one before, a day each")
     for there in batch.begun(args.out / "batches.jsonl"):
@@ -335,7 +343,7 @@ def reparse_command(args) -> None:
         raise UserError(f"{args.folder}: by its settings.json no generate made it")
     args.seeds, args.prompt = args.folder / "seeds.json", args.folder / "prompt.txt"
     folder, pipeline = open_run(args, args.folder, suffix=".new")
-    asyncio.run(reparse(folder, pipeline, Answers(args.folder / "responses.jsonl")))
+    asyncio.run(reparse(folder, pipeline, RequestLog(args.folder / "responses.jsonl")))
     before = sum(1 for _ in read_log(args.folder / "records.jsonl"))
     for file in (folder.records, folder.rejected):
         file.touch()
@@ -439,7 +447,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "price-in=…,price-out=…,licence=…, where the flags here are the defaults",
     )
     add("--licence", default="", metavar="NOTE", help="of the answers, for every record")
-    add = add_flags(parser).add_argument
+    add = add_server_arguments(parser).add_argument
     add("--batch", action="store_true", help="the Batch API: half the price, within a day")
     add("--poll", type=number, default=30, help="seconds between looks at a batch (default: 30)")
     parser.set_defaults(command=generate_command)

@@ -107,7 +107,7 @@ def take(tour: Tour) -> dict:
         tour.run(
             "From seeds to instructions; the teacher is a script",
             "python selfinstruct.py generate --out {}/data --teacher script --kind completions "
-            f"--base-url {scripts.url} --num {40 if short else 400} --in-flight 4",
+            f"--base-url {scripts.url} --num {40 if short else 400} --concurrency 4",
         )
         tour.run("In Alpaca's format", "python selfinstruct.py export {}/data --out {}/taught.json")
         seen["taught"] = json.loads((tour.folder / "taught.json").read_text())

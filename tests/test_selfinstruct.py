@@ -34,7 +34,7 @@ EVERY_FAULT = ["429", "500", "503", "reset", "half", *ODD]
 
 
 def arguments(out: Path, server: Server, num: int, *more) -> list[str]:
-    quick = ("--first-wait", 0.01, "--base-url", server.url, *PRICES)
+    quick = ("--retry-wait", 0.01, "--base-url", server.url, *PRICES)
     given = ("generate", "--out", out, "--num", num, *quick, *more)
     given = given if "--teacher" in given else (*given, "--teacher", "m")
     return [str(one) for one in given]
@@ -137,7 +137,7 @@ def test_similarities_are_rouge_score_s_against_seeds_and_all_kept_before(made):
 
 def test_the_same_answers_make_the_same_records_however_they_arrive(made, tmp_path, command):
     with Server({"500": 0.2, "half": 0.2}, latency=0.02) as server:
-        more = ("--in-flight", 3, "--licence", "test only")
+        more = ("--concurrency", 3, "--licence", "test only")
         assert command(selfinstruct, *arguments(tmp_path / "b", server, 200, *more))[0] == 0
     assert same(tmp_path / "b") == same(made)
     with Server() as server:
@@ -262,7 +262,7 @@ def test_a_teacher_that_brings_nothing_new_does_not_cost_for_ever(tmp_path, comm
     again = numbered(("Say the same thing again and again", "", "again"))
     text = again if kept else "I am sorry, I cannot do that."
     with Server(answer=lambda prompt: text) as server:
-        result = command(selfinstruct, *arguments(tmp_path / "r", server, 10, "--in-flight", 4))
+        result = command(selfinstruct, *arguments(tmp_path / "r", server, 10, "--concurrency", 4))
         assert result[0] == 2 and "brought nothing new" in result[2]
         assert server.seen["answers"] < 51 + 256
     assert len([*read_log(tmp_path / "r/records.jsonl")]) == kept
@@ -305,7 +305,7 @@ def killed_and_finished(command, folder: Path, kills: int, num: int) -> None:
     rng = random.Random(kills)
     with Server({"500": 0.1}, latency=0.15, seed=kills) as server:
         for _ in range(kills):
-            killed(folder / "r", server, num, rng.uniform(0, 0.4), "--in-flight", 6)
+            killed(folder / "r", server, num, rng.uniform(0, 0.4), "--concurrency", 6)
         assert command(selfinstruct, *arguments(folder / "r", server, num))[0] == 0
     check_whole(folder / "r", num)
     stored = {r["provenance"]["request_id"] for r in lines(folder / "r", "responses")}
@@ -339,7 +339,7 @@ def test_a_torn_last_line_is_made_anew(made, tmp_path, command, cut):
 
 def test_ctrl_c_takes_what_is_under_way_and_stops(tmp_path):
     with Server(latency=0.3) as server:
-        process = start(tmp_path / "r", server, 5000, "--in-flight", 8)
+        process = start(tmp_path / "r", server, 5000, "--concurrency", 8)
         while server.seen["answers"] < 20:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
@@ -354,7 +354,7 @@ def test_ctrl_c_takes_what_is_under_way_and_stops(tmp_path):
 
 def test_ctrl_c_begins_no_new_attempt(tmp_path):
     with Server({"500": 1.0}, latency=0.1) as server:
-        more = ("--in-flight", 4, "--attempts", 60, "--first-wait", 0.3)
+        more = ("--concurrency", 4, "--max-retries", 59, "--retry-wait", 0.3)
         process = start(tmp_path / "r", server, 5000, *more)
         until = time.monotonic() + 30
         while len(server.bodies) < 12 and time.monotonic() < until:
@@ -424,7 +424,7 @@ def test_a_prompt_that_is_always_refused_does_not_block_a_folder(tmp_path, comma
 
 def test_a_server_that_only_fails_ends_the_run_in_one_line(tmp_path, command):
     with Server({"500": 1.0}) as server:
-        more = ("--attempts", 2, "--in-flight", 4)
+        more = ("--max-retries", 1, "--concurrency", 4)
         result = command(selfinstruct, *arguments(tmp_path / "r", server, 100, *more))
         assert result[0] == 2 and "10 requests in a row without an answer" in result[2]
         assert "Traceback" not in result[2] and len(server.bodies) <= 2 * (10 + 4)
@@ -553,9 +553,9 @@ def test_a_full_disk_buys_nothing_more(tmp_path, monkeypatch, command):
     def full(answers, entry):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(request_log.Answers, "store", full)
+    monkeypatch.setattr(request_log.RequestLog, "store", full)
     with Server(latency=0.05) as server:
-        result = command(selfinstruct, *arguments(tmp_path / "r", server, 999, "--in-flight", 4))
+        result = command(selfinstruct, *arguments(tmp_path / "r", server, 999, "--concurrency", 4))
         assert result[0] == 2 and "No space left" in result[2]
         assert len(server.bodies) <= 8
 
@@ -617,7 +617,7 @@ def test_a_batch_never_asks_for_more_than_the_budget(tmp_path, command):
 
 
 def test_what_a_batch_leaves_out_is_asked_again_and_nothing_else(tmp_path, command, monkeypatch):
-    import teacher_server
+    from helpers import teacher_server
 
     real = teacher_server.finish
 
@@ -638,7 +638,7 @@ def test_what_a_batch_leaves_out_is_asked_again_and_nothing_else(tmp_path, comma
 
 
 def test_a_batch_of_failures_and_odd_answers_is_one_line(tmp_path, command, monkeypatch):
-    import teacher_server
+    from helpers import teacher_server
 
     def nothing(server, there):
         done = [{"custom_id": r["custom_id"]} for r in teacher_server.requests_of(server, there)]
@@ -657,7 +657,7 @@ def test_a_batch_of_failures_and_odd_answers_is_one_line(tmp_path, command, monk
 
 
 def test_a_failed_batch_is_one_line(tmp_path, command, monkeypatch):
-    import teacher_server
+    from helpers import teacher_server
 
     def fail(server, there):
         there.update(status="failed", errors={"data": [{"message": "line 3 is bad"}]})
@@ -673,7 +673,7 @@ def test_a_failed_batch_is_one_line(tmp_path, command, monkeypatch):
 
 
 STAGES = ("--pipeline", "self-instruct")
-SOON = "selfinstruct.fourstage.SelfInstruct.lag = 8"
+SOON = "selfinstruct.four_stage.SelfInstruct.lag = 8"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -713,7 +713,7 @@ def test_the_four_stages_ask_the_same_whatever_the_order_of_answers(four, tmp_pa
         return answer(prompt)
 
     with Server(answer=slowly) as server:
-        killed(tmp_path / "r", server, 100, 0.3, *STAGES, "--in-flight", 9, before=SOON)
+        killed(tmp_path / "r", server, 100, 0.3, *STAGES, "--concurrency", 9, before=SOON)
         assert 0 < len(lines(tmp_path / "r", "responses")) < len(lines(four, "responses"))
         assert command(selfinstruct, *arguments(tmp_path / "r", server, 100, *STAGES))[0] == 0
     assert same(tmp_path / "r") == same(four)
@@ -796,7 +796,7 @@ def test_instances_are_read_and_filtered(text, label_first, expected):
     from alpaca.datagen.client import NONE, Reply
 
     reply = Reply(text, False, NONE, "", "")
-    found = four_stage.usable(four_stage.examples(reply, label_first))
+    found = four_stage.filter_instances(four_stage.parse_instances(reply, label_first))
     assert [(one["input"], one["output"]) for one in found] == expected
 
 
@@ -923,13 +923,13 @@ def test_a_batch_that_has_every_kind_of_line():
     assert batch.reply_of({"response": {"status_code": 200, "body": good}}).text == "x"
     failed = {"response": {"status_code": 500, "body": good}}
     for line in ({}, {"response": []}, {"response": {"status_code": 200}}, failed):
-        assert isinstance(batch.reply_of(line), batch.GaveUp)
+        assert isinstance(batch.reply_of(line), batch.RequestFailedError)
 
 
 @pytest.mark.parametrize("said", ["{", "[]", "{}", '{"id": 3, "status": 3, "data": 3}'])
 def test_a_batch_server_s_odd_answers_are_asked_for_again(said):
     for read in (batch.named, batch.described, batch.page_of):
-        with pytest.raises(batch.Unusable):
+        with pytest.raises(batch.RetryableError):
             read(said)
 
 

@@ -12,6 +12,9 @@ from alpaca.common.errors import notice
 
 RENAMED = {  # flags that had another name before, so that the error names the new one
     "--lr": "--learning-rate",
+    "--in-flight": "--concurrency",
+    "--attempts": "--max-retries",
+    "--first-wait": "--retry-wait",
 }
 
 

@@ -22,18 +22,18 @@ from typing import Any
 from alpaca.common.files import append_jsonl, read_log
 from alpaca.common.progress import duration
 from alpaca.datagen.client import (
-    KINDS,
+    API_PATHS,
     Client,
     Endpoint,
-    GaveUp,
-    Refused,
+    RefusedError,
     Reply,
-    Unusable,
-    understood,
+    RequestFailedError,
+    RetryableError,
+    parse_reply,
 )
 
 PRICE = 0.5  # of what single requests cost
-MOST = 20_000  # requests in a batch; the server's own limits are 50,000 and 200 MB
+MAX_REQUESTS = 20_000  # requests in a batch; the server's own limits are 50,000 and 200 MB
 OVER = ("completed", "expired", "cancelled", "failed")
 
 
@@ -45,12 +45,16 @@ async def fetch(
     log: Path,
     every: float = 30,
     say: Callable[[str], None] = lambda line: None,
-) -> AsyncIterator[dict[str, Reply | GaveUp]]:
+) -> AsyncIterator[dict[str, Reply | RequestFailedError]]:
     """Replies, a batch at a time; first of batches that an interrupted run has left under way."""
     under_way = [batch for batch in begun(log) if of(endpoint, batch)]
-    for start in range(0, len(ids), MOST):
+    for start in range(0, len(ids), MAX_REQUESTS):
         batch = {"name": "alpaca-" + secrets.token_hex(8), "model": endpoint.model}
-        batch |= {"url": endpoint.url, "kind": endpoint.kind, "ids": ids[start : start + MOST]}
+        batch |= {
+            "url": endpoint.url,
+            "kind": endpoint.kind,
+            "ids": ids[start : start + MAX_REQUESTS],
+        }
         append_jsonl(log, batch)
         under_way.append(batch)
     made = [await find_or_make(client, endpoint, batch, body_of) for batch in under_way]
@@ -64,14 +68,14 @@ async def fetch(
             await asyncio.sleep(every)
             try:
                 there = await client.call(endpoint, "GET", f"batches/{there['id']}", described)
-            except GaveUp as problem:  # it is worked on all the same
+            except RequestFailedError as problem:  # it is worked on all the same
                 say(str(problem))
         replies = await results(client, endpoint, there)
         if replies:
             yield {id: replies[id] for id in batch["ids"] if id in replies}
         append_jsonl(log, {"name": batch["name"], "over": there["status"]})
         if not replies:
-            raise Refused(f"batch {there['id']} is {there['status']}: {trouble(there)}")
+            raise RefusedError(f"batch {there['id']} is {there['status']}: {trouble(there)}")
 
 
 def begun(log: Path) -> list[dict]:
@@ -91,7 +95,7 @@ async def find_or_make(
 ) -> dict[str, Any]:
     """The server's description of a batch of ours. Making one is not repeated blindly: an answer
     that was lost leaves a batch behind."""
-    request = {"method": "POST", "url": f"/v1/{KINDS[endpoint.kind]}"}
+    request = {"method": "POST", "url": f"/v1/{API_PATHS[endpoint.kind]}"}
     for attempt in range(client.attempts):
         if there := await find(client, endpoint, batch["name"]):
             return there
@@ -104,10 +108,12 @@ async def find_or_make(
         order |= {"completion_window": "24h", "metadata": {"name": batch["name"]}}
         try:
             return described(await client.send(endpoint, "POST", "batches", json=order))
-        except Unusable as problem:
+        except RetryableError as problem:
             why = str(problem)
             await asyncio.sleep(client.wait_before(attempt + 2))
-    raise GaveUp(f"{endpoint.url}: no batch made in {client.attempts} attempts, last: {why}")
+    raise RequestFailedError(
+        f"{endpoint.url}: no batch made in {client.attempts} attempts, last: {why}"
+    )
 
 
 async def find(client: Client, endpoint: Endpoint, name: str) -> dict[str, Any] | None:
@@ -124,9 +130,11 @@ async def find(client: Client, endpoint: Endpoint, name: str) -> dict[str, Any] 
     return None
 
 
-async def results(client: Client, endpoint: Endpoint, there: dict) -> dict[str, Reply | GaveUp]:
+async def results(
+    client: Client, endpoint: Endpoint, there: dict
+) -> dict[str, Reply | RequestFailedError]:
     """What the output and error files of a batch say of each request."""
-    replies: dict[str, Reply | GaveUp] = {}
+    replies: dict[str, Reply | RequestFailedError] = {}
     for field in ("output_file_id", "error_file_id"):
         if there.get(field):
             path = f"files/{there[field]}/content"
@@ -135,14 +143,16 @@ async def results(client: Client, endpoint: Endpoint, there: dict) -> dict[str, 
     return replies
 
 
-def reply_of(line: dict) -> Reply | GaveUp:
+def reply_of(line: dict) -> Reply | RequestFailedError:
     response = line["response"] if has(line, response=dict) else {}
     if response.get("status_code") != 200:
-        return GaveUp(f"the batch says {line.get('error') or response.get('body')}"[:300])
+        return RequestFailedError(
+            f"the batch says {line.get('error') or response.get('body')}"[:300]
+        )
     try:
-        return understood(json.dumps(response.get("body")))
-    except Unusable as problem:
-        return GaveUp(str(problem)[:300], problem.usage)
+        return parse_reply(json.dumps(response.get("body")))
+    except RetryableError as problem:
+        return RequestFailedError(str(problem)[:300], problem.usage)
 
 
 def trouble(there: dict) -> str:
@@ -161,9 +171,9 @@ def parsed(text: str, **kinds: type) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
-        raise Unusable("the answer is not JSON") from None
+        raise RetryableError("the answer is not JSON") from None
     if not has(found, **kinds):
-        raise Unusable(f"the answer is no JSON object with {' and '.join(kinds) or 'fields'}")
+        raise RetryableError(f"the answer is no JSON object with {' and '.join(kinds) or 'fields'}")
     return found
 
 

@@ -39,10 +39,11 @@ MOST_TOKENS = 10_000_000  # that a server can mean by one answer's usage
 LARGEST_ANSWER = 8 << 20  # bytes; a hundred times what 3,072 tokens take
 SHORTEST_KEY = 16
 PASSES_BY_ITSELF = {408, 409, 425, 429}  # and 500 to 599
-KINDS = {"completions": "completions", "chat": "chat/completions"}  # and their paths
+TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
+API_PATHS = {"completions": "completions", "chat": "chat/completions"}  # and their paths
 
 
-class Refused(ValueError):
+class RefusedError(ValueError):
     """The server will not answer, however often it is asked."""
 
 
@@ -58,20 +59,20 @@ class Usage(NamedTuple):
 
 
 NONE = Usage()
-LOST = Usage(unmetered=1)  # it was on its way, so it is paid for
+UNMETERED = Usage(unmetered=1)  # it was on its way, so it is paid for
 
 
-class Failed(Exception):
+class RequestError(Exception):
     def __init__(self, why: str, usage: Usage = NONE, unreachable: bool = False):
         super().__init__(why)
         self.usage, self.unreachable = usage, unreachable
 
 
-class GaveUp(Failed):
+class RequestFailedError(RequestError):
     """This request got no usable answer in all its attempts; another one may."""
 
 
-class Unusable(Failed):
+class RetryableError(RequestError):
     """One attempt failed, and another may not."""
 
 
@@ -105,20 +106,24 @@ class Endpoint:
         except (ValueError, httpx.InvalidURL):  # a port that is no number, odd characters
             named = None
         if not named or re.search(r"\s", self.url):
-            raise UserError(f"{hidden(self.url)!r} is no server: http(s)://HOST[:PORT]/v1")
+            raise UserError(
+                f"{hide_credentials(self.url)!r} is no server: http(s)://HOST[:PORT]/v1"
+            )
         if parts.username or parts.password or parts.query or parts.fragment:
             raise UserError(
                 f"{parts.scheme}://{parts.hostname}…: keep keys out of the URL; name the "
                 "environment variable that holds it (--key-env)"
             )
-        if self.kind not in KINDS:
-            raise UserError(f"{self.kind!r} is no kind of endpoint: one of {', '.join(KINDS)}")
+        if self.kind not in API_PATHS:
+            raise UserError(f"{self.kind!r} is no kind of endpoint: one of {', '.join(API_PATHS)}")
         for name in ("weight", "price_in", "price_out"):
             if not 0 <= getattr(self, name) < 1e9 or (name == "weight" and not self.weight):
                 raise UserError(f"{self.model}: {name} {getattr(self, name)} makes no sense")
         if not re.fullmatch(r"[A-Za-z_]\w*", self.key):  # a key itself? then it is not repeated
             raise UserError("the key is named by an environment variable, OPENAI_API_KEY say")
-        object.__setattr__(self, "url", self.url.rstrip("/").removesuffix("/" + KINDS[self.kind]))
+        object.__setattr__(
+            self, "url", self.url.rstrip("/").removesuffix("/" + API_PATHS[self.kind])
+        )
 
     @classmethod
     def parsed(cls, text: str, default: Mapping[str, Any]) -> "Endpoint":
@@ -166,11 +171,16 @@ class Endpoint:
     def cost(self, usage: Usage) -> float:
         return (usage.prompt * self.price_in + usage.completion * self.price_out) / 1e6
 
+    def max_cost(self, body: Mapping[str, Any]) -> float:
+        """An upper bound on what a request can cost: a token is at least one byte."""
+        limit = max(body.get(name) or 0 for name in TOKEN_LIMITS)
+        return self.cost(Usage(len(json.dumps(body, ensure_ascii=False).encode()), limit))
+
 
 class Client:
-    def __init__(self, timeout: float = 300, attempts: int = 8, first_wait: float = 1.0):
-        """`timeout`: s for a whole answer. `first_wait`: s before the second attempt."""
-        self.timeout, self.attempts, self.first_wait = timeout, attempts, first_wait
+    def __init__(self, timeout: float = 300, max_retries: int = 7, retry_wait: float = 1.0):
+        """`timeout`: s for a whole answer. `retry_wait`: s before the first retry."""
+        self.timeout, self.attempts, self.retry_wait = timeout, max_retries + 1, retry_wait
         self.not_before: dict[str, float] = {}  # server -> when it wants to be asked again
         self.answered: set[Endpoint] = set()
         self.retries = 0
@@ -193,8 +203,8 @@ class Client:
         **options: Any,
     ) -> Reply:
         """`again` is asked before every further attempt: is there money for one?"""
-        body, path = endpoint.body(prompt, options), KINDS[endpoint.kind]
-        return await self.call(endpoint, "POST", path, understood, again, json=body)
+        body, path = endpoint.body(prompt, options), API_PATHS[endpoint.kind]
+        return await self.call(endpoint, "POST", path, parse_reply, again, json=body)
 
     async def call(
         self,
@@ -217,18 +227,18 @@ class Client:
                 if isinstance(found, Reply):
                     found = found._replace(usage=wasted + found.usage, attempts=attempt)
                 return found
-            except Unusable as problem:
+            except RetryableError as problem:
                 wasted += problem.usage
                 self.retries += 1
                 last, nobody = str(problem), problem.unreachable and endpoint not in self.answered
                 if nobody and attempt == 3:
                     break
         why = f"{endpoint.url}: no answer in {attempt} attempts, the last: {last}"
-        raise GaveUp(why, wasted, unreachable=nobody)
+        raise RequestFailedError(why, wasted, unreachable=nobody)
 
     async def _wait(self, endpoint: Endpoint, attempt: int) -> None:
         own = time.monotonic() + (self.wait_before(attempt) if attempt > 1 else 0)
-        spread = random.uniform(0, min(1, self.first_wait))
+        spread = random.uniform(0, min(1, self.retry_wait))
         while not self.closing:
             until = max(own, self.not_before.get(endpoint.url, 0) + spread)
             if (left := until - time.monotonic()) <= 0:
@@ -236,7 +246,7 @@ class Client:
             await asyncio.sleep(min(0.5, left))
 
     def wait_before(self, attempt: int) -> float:
-        longest = min(LONGEST_WAIT, self.first_wait * 2 ** (attempt - 2))
+        longest = min(LONGEST_WAIT, self.retry_wait * 2 ** (attempt - 2))
         return longest * random.uniform(0.5, 1)
 
     async def send(self, endpoint: Endpoint, method: str, path: str, **what: Any) -> str:
@@ -247,48 +257,50 @@ class Client:
                 asyncio.timeout(self.timeout),
                 self.http.stream(method, url, headers=endpoint.headers(), **what) as response,
             ):
-                begun = LOST if response.status_code == 200 else NONE
+                begun = UNMETERED if response.status_code == 200 else NONE
                 said = bytearray()
                 async for chunk in response.aiter_bytes():
                     said += chunk
                     if len(said) > LARGEST_ANSWER and "files/" not in path:
-                        raise Unusable(f"an answer of more than {LARGEST_ANSWER >> 20} MB", begun)
+                        raise RetryableError(
+                            f"an answer of more than {LARGEST_ANSWER >> 20} MB", begun
+                        )
         except (TimeoutError, httpx.ReadTimeout):
-            raise Unusable(f"no whole answer in {self.timeout:g} s", LOST) from None
+            raise RetryableError(f"no whole answer in {self.timeout:g} s", UNMETERED) from None
         except httpx.RequestError as problem:
             unreachable = isinstance(problem, httpx.ConnectError | httpx.ConnectTimeout)
             what_kind = f"{type(problem).__name__} {problem}".strip()
-            raise Unusable(without(endpoint, what_kind), begun, unreachable) from None
-        text = without(endpoint, said.decode("utf-8", "replace"))
+            raise RetryableError(mask_key(endpoint, what_kind), begun, unreachable) from None
+        text = mask_key(endpoint, said.decode("utf-8", "replace"))
         if response.status_code == 200:
             return text
         self._raise(endpoint, path, response, text)
 
     def _raise(self, endpoint: Endpoint, path: str, response: httpx.Response, text: str) -> None:
-        status, why = response.status_code, message_of(text)
+        status, why = response.status_code, error_message(text)
         line = f"{endpoint.url}/{path} says {status}{': ' if why else ''}{why}"
         if status == 429 and "insufficient_quota" in text:
-            raise Refused(line)
+            raise RefusedError(line)
         if status in PASSES_BY_ITSELF or status >= 500:
             if (pause := retry_after(response.headers)) is not None:
                 until = time.monotonic() + min(pause, LONGEST_RETRY_AFTER)
                 self.not_before[endpoint.url] = max(until, self.not_before.get(endpoint.url, 0))
-            raise Unusable(f"{status} {why}".strip())
+            raise RetryableError(f"{status} {why}".strip())
         if status in (401, 403) and not endpoint.secret():
             line += f" (${endpoint.key} is not set)"
         if status in (400, 413, 422) and endpoint in self.answered:
-            raise GaveUp(line)  # it took other requests: it is something about this one
+            raise RequestFailedError(line)  # it took other requests: it is something about this one
         if status in (301, 302, 307, 308):
-            line += f" (moved to {without(endpoint, response.headers.get('location', '?'))})"
-        raise Refused(line)
+            line += f" (moved to {mask_key(endpoint, response.headers.get('location', '?'))})"
+        raise RefusedError(line)
 
 
-def understood(said: str) -> Reply:
+def parse_reply(said: str) -> Reply:
     """A Reply from the body of a 200, or Unusable: what was spent on it counts all the same."""
     try:
         body = json.loads(said)
     except (ValueError, RecursionError):
-        raise Unusable("the answer is not JSON", LOST) from None
+        raise RetryableError("the answer is not JSON", UNMETERED) from None
     usage = usage_of(body)
     try:
         choice = body["choices"][0]
@@ -300,8 +312,8 @@ def understood(said: str) -> Reply:
         if not isinstance(text, str):
             raise TypeError
     except (LookupError, TypeError, AttributeError):
-        told = f": {message_of(said)}" if isinstance(body, dict) and "error" in body else ""
-        raise Unusable(f"no choices[0] with a text in the answer{told}", usage) from None
+        told = f": {error_message(said)}" if isinstance(body, dict) and "error" in body else ""
+        raise RetryableError(f"no choices[0] with a text in the answer{told}", usage) from None
     request_id = body.get("id")
     return Reply(
         replace_surrogates(text),
@@ -319,10 +331,10 @@ def usage_of(body: Any) -> Usage:
     numbers[1] = 0 if numbers[1] is None and "total_tokens" in counted else numbers[1]
     if all(type(number) is int and 0 <= number < MOST_TOKENS for number in numbers):
         return Usage(*numbers)
-    return LOST
+    return UNMETERED
 
 
-def message_of(text: str) -> str:
+def error_message(text: str) -> str:
     """What a server says about an error, in one line."""
     try:
         said = json.loads(text)
@@ -345,20 +357,20 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     return max(0.0, seconds)
 
 
-def without(endpoint: Endpoint, text: str) -> str:
+def mask_key(endpoint: Endpoint, text: str) -> str:
     """The text, the key taken out: servers like to repeat it. What is too short to be a secret
     ("EMPTY", "token") may stand in any text."""
     key = endpoint.secret()
-    return spellings(key).sub("***", text) if len(key) >= SHORTEST_KEY else text
+    return key_pattern(key).sub("***", text) if len(key) >= SHORTEST_KEY else text
 
 
 @lru_cache
-def spellings(key: str) -> re.Pattern:
+def key_pattern(key: str) -> re.Pattern:
     """The key as it is, and as JSON may write it: / as \\/, = as \\u003d."""
     each = (rf"(?:\\?{re.escape(c)}|\\u(?i:{ord(c):04x}))" for c in key)
     return re.compile("".join(each))
 
 
-def hidden(url: str) -> str:
+def hide_credentials(url: str) -> str:
     """A URL as it may be shown: what stands before an @ may be a password."""
     return re.sub(r"[^/@]*@", "***@", url).split("?")[0]

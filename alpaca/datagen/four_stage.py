@@ -20,9 +20,9 @@ import random
 import re
 
 from alpaca.common.errors import UserError
-from alpaca.datagen.client import Reply, understood
-from alpaca.datagen.prompts import NO_INPUT, NOTHING, Task
-from alpaca.datagen.request_log import OutOfMoney
+from alpaca.datagen.client import Reply, parse_reply
+from alpaca.datagen.prompts import NO_INPUT, NO_INPUT_TEXT, Task
+from alpaca.datagen.request_log import BudgetExceeded
 
 LAG = 64
 HUMAN, MACHINE, LAST = 6, 2, 16  # examples in a prompt, and the last number of its list
@@ -122,9 +122,9 @@ class SelfInstruct:
             *(self.instances(line, ask) for line in judged), return_exceptions=True
         )
         for one in found:
-            if isinstance(one, BaseException) and not isinstance(one, OutOfMoney):
+            if isinstance(one, BaseException) and not isinstance(one, BudgetExceeded):
                 raise one
-        return [None if isinstance(one, OutOfMoney) else one for one in found]
+        return [None if isinstance(one, BudgetExceeded) else one for one in found]
 
     async def instances(self, line: dict, ask) -> dict:
         line = {name: value for name, value in line.items() if name not in ("input", "output")}
@@ -139,18 +139,18 @@ class SelfInstruct:
         )
         if "failed" in kind:
             return line | {"why": f"{LATER}: no answer"}
-        yes = understood(kind["response"]).text.strip(" *\n").lower().startswith("yes")
+        yes = parse_reply(kind["response"]).text.strip(" *\n").lower().startswith("yes")
         prompt = self.first[yes] + prompt + ("Class label:" if yes else "Example 1\nInput:")
         entry = await ask(id + "instances", prompt, self.options("instances"), seeds)
         if "failed" in entry:
             return line | {"why": f"{LATER}: no answer"}
-        found = usable(examples(understood(entry["response"]), label_first=yes))
+        found = filter_instances(parse_instances(parse_reply(entry["response"]), label_first=yes))
         if not found:
             return line | {"why": f"{LATER}: none usable"}
         return line | {"instances": found, "is_classification": yes, "provenance": source}
 
 
-def examples(reply: Reply, label_first: bool) -> list[dict]:
+def parse_instances(reply: Reply, label_first: bool) -> list[dict]:
     """The examples of an answer that goes on where the prompt stopped, at the first field."""
     text = EXAMPLE.sub("", reply.text.replace("\r\n", "\n")).lstrip()
     if not FIELD.match(text):
@@ -166,13 +166,13 @@ def examples(reply: Reply, label_first: bool) -> list[dict]:
     return found[:-1] if reply.cut else found
 
 
-def usable(found: list[dict]) -> list[dict]:
+def filter_instances(found: list[dict]) -> list[dict]:
     """The paper's filters: no empty output, none that repeats the input, no example twice, and
     none of those that give the same input different outputs."""
     outputs: dict[str, str | None] = {}
     for example in found:
         given, output = example.get("input", ""), example.get("output", "")
-        given = "" if NOTHING.fullmatch(given) else given
+        given = "" if NO_INPUT_TEXT.fullmatch(given) else given
         if output and output != given:
             outputs[given] = output if outputs.get(given, output) == output else None
     return [{"input": i, "output": o} for i, o in outputs.items() if o is not None]

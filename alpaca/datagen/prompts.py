@@ -26,14 +26,16 @@ BEYOND_TEXT = re.compile(  # asks for what a model that reads and writes text al
     r"|diagram)\b",
     re.IGNORECASE,
 )
-LABEL = re.compile(  # `4. Instruction:`, `* **Input:**`, `### Output 4`, `Task 4: Instruction:` …
-    r"""^(?=.{0,40}\n?.{0,20}(?:instruction|input|output))
+TASK_LABEL = (
+    re.compile(  # `4. Instruction:`, `* **Input:**`, `### Output 4`, `Task 4: Instruction:` …
+        r"""^(?=.{0,40}\n?.{0,20}(?:instruction|input|output))
     (?:[ \t>•+-]|\*[ \t])*+(?P<mark>[\[#*_]+)?[ \t]*+
     (?:(?:task|example|item|no\.?)?[ \t]*+\#?\(?(?P<number>\d{1,2})
        (?:[ \t]*+[.):–-]*[ \t*_]*+|[.):][*_]*[ \t]*+\n[ \t*_]*+))?
     (?P<field>instruction|input|output)s?(?:[ \t]++(?P<after>\d{1,2}))?[\]*_`]*
     (?:[ \t]*+[:：][*_`]*|(?(mark)[ \t]*+$|(?!)))[ \t]*+""",
-    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+        re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+    )
 )
 FENCE = re.compile(r"^[ \t]*```.*$", re.MULTILINE)
 BETWEEN = re.compile(  # a line between two tasks that belongs to neither
@@ -42,7 +44,7 @@ BETWEEN = re.compile(  # a line between two tasks that belongs to neither
     re.IGNORECASE,
 )
 LAST_LINE = re.compile(r"^[ \t]*###[ \t]*$", re.MULTILINE)
-NOTHING = re.compile(  # instead of an input
+NO_INPUT_TEXT = re.compile(  # instead of an input
     r"""[\s`*"'(\[<_\\]*(?:no[\s_-]*input(?:[ ](?:is[ ])?(?:needed|required))?|none|n/a|n\.a
     |not[ ]applicable|-)?[\s`*"')\]>._\\]*""",
     re.IGNORECASE | re.VERBOSE,
@@ -76,12 +78,12 @@ class Label(NamedTuple):
     end: int
 
 
-def parse(text: str, cut: bool = False) -> list[Task]:
+def parse_tasks(text: str, cut: bool = False) -> list[Task]:
     """The tasks of a response, in order. `cut` says that the answer ran into its limit, so the last
     task is not all there."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").rpartition("</think>")[2]
     text = unfenced(text)
-    tasks = as_json(text) or labelled(whole_first(text))
+    tasks = parse_json(text) or labelled(whole_first(text))
     if tasks and (cut or AT_20.fullmatch(tasks[-1].output)):
         tasks[-1] = tasks[-1]._replace(why="cut")
     return tasks
@@ -100,7 +102,7 @@ def labelled(text: str) -> list[Task]:
 
 def whole_first(text: str) -> str:
     """The text, before it the words that the prompt ended with if the answer goes on from there."""
-    labels = list(LABEL.finditer(text))
+    labels = list(TASK_LABEL.finditer(text))
     if not labels or labels[0]["field"].lower() == "instruction":
         return text
     if number := labels[0]["number"] or labels[0]["after"]:
@@ -109,7 +111,7 @@ def whole_first(text: str) -> str:
     return text if numbered else f"Instruction: {text}"
 
 
-def as_json(text: str) -> list[Task]:
+def parse_json(text: str) -> list[Task]:
     """The tasks of a JSON list, if that is what it is."""
     text, tasks = FENCE.sub("", text).strip(), []
     try:
@@ -119,13 +121,13 @@ def as_json(text: str) -> list[Task]:
     for one in found:
         fields = one if isinstance(one, dict) else {}
         told = (str(fields.get(name) or "").strip() for name in ("instruction", "input", "output"))
-        tasks.append(usable(*map(replace_surrogates, told)))
+        tasks.append(make_task(*map(replace_surrogates, told)))
     return tasks
 
 
 def unfenced(text: str) -> str:
     """The inside of a code fence that is around all tasks."""
-    fences, label = list(FENCE.finditer(text)), LABEL.search(text)
+    fences, label = list(FENCE.finditer(text)), TASK_LABEL.search(text)
     if label and fences and fences[0].start() < label.start() and len(fences) % 2 == 0:
         return text[fences[0].end() : fences[-1].start()]
     return text
@@ -135,7 +137,7 @@ def by_task(text: str) -> list[list[Label]]:
     """The labels of each task."""
     labels = [
         Label(int(n) if (n := m["number"] or m["after"]) else None, m["field"].lower(), *m.span())
-        for m in LABEL.finditer(text)
+        for m in TASK_LABEL.finditer(text)
     ]
     numbered = any(x.number is not None for x in labels if x.field == "instruction")
     tasks: list[list[Label]] = []
@@ -179,17 +181,17 @@ def task_of(text: str, labels: list[Label]) -> Task:
     instruction, output = (fields.get(name, "") for name in ("instruction", "output"))
     if len(FENCE.findall(output)) % 2:  # its end was taken for the line between two tasks
         output += "\n```"
-    return usable(instruction, fields.get("input", ""), output)
+    return make_task(instruction, fields.get("input", ""), output)
 
 
-def usable(instruction: str, given: str, output: str) -> Task:
+def make_task(instruction: str, given: str, output: str) -> Task:
     if NO_INPUT in instruction[-20:].lower():  # a line of its own, without a label
         instruction = instruction[: instruction.lower().rindex(NO_INPUT)].strip()
-    given = "" if NOTHING.fullmatch(given) else given
+    given = "" if NO_INPUT_TEXT.fullmatch(given) else given
     return Task(instruction, given, output, "" if instruction and output else "format")
 
 
-def unfit(instruction: str, any_script: bool = False) -> str:
+def reject_reason(instruction: str, any_script: bool = False) -> str:
     """Why Alpaca's filters drop an instruction, or "". The ROUGE-L filter is the pool's. With
     `any_script` it may be Chinese: words are counted as that is written, and may begin with 写."""
     words = len(tokenize_unicode(instruction) if any_script else instruction.split())

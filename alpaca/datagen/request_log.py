@@ -3,7 +3,7 @@
     teachers = Teachers(Answers(file), endpoints, client, args)
     entry = await teachers.ask("7", prompt, options, seeds)      # asked and stored, or just read
 
-    found = await teachers.insist("7", read, 3, prompt, options)      # until `read` can use one
+    found = await teachers.ask_until("7", read, 3, prompt, options)      # until `read` can use one
     verdicts = await ask_all(file, endpoint, args, work, one, "answers")          # many at once
 
 An entry of responses.jsonl is an answer as it came, with what it cost and where it is from. A run
@@ -30,20 +30,28 @@ from alpaca.common.errors import UserError, notice
 from alpaca.common.files import append_jsonl, read_log
 from alpaca.common.progress import Progress
 from alpaca.datagen import batch
-from alpaca.datagen.client import KINDS, Client, Endpoint, GaveUp, Refused, Reply, Usage, understood
+from alpaca.datagen.client import (
+    API_PATHS,
+    TOKEN_LIMITS,
+    Client,
+    Endpoint,
+    RefusedError,
+    Reply,
+    RequestFailedError,
+    parse_reply,
+)
 
 T = TypeVar("T")
 
-OPENAI = "https://api.openai.com/v1"
-LIMITS = ("max_tokens", "max_completion_tokens")
+OPENAI_URL = "https://api.openai.com/v1"
 PATIENCE = 10  # requests in a row without an answer, after which a run stops
 
 
-class OutOfMoney(Exception):
+class BudgetExceeded(Exception):
     """The budget has no room for another request."""
 
 
-class Answers:
+class RequestLog:
     """responses.jsonl, read."""
 
     def __init__(self, file: Path):
@@ -67,13 +75,13 @@ class Answers:
 class Teachers:
     """Asks each question once: what there is an answer to is not asked, nor paid, again."""
 
-    def __init__(self, answers: Answers, endpoints: list[Endpoint], client: Client, args):
+    def __init__(self, answers: RequestLog, endpoints: list[Endpoint], client: Client, args):
         self.answers, self.endpoints, self.client = answers, endpoints, client
         self.budget, self.reserved, self.seed = args.budget, 0.0, args.seed
-        self.turn = asyncio.Semaphore(args.in_flight)
+        self.turn = asyncio.Semaphore(args.concurrency)
         self.in_flight = self.in_a_row = 0
         self.closed = False
-        self.why: Exception = OutOfMoney()
+        self.why: Exception = BudgetExceeded()
         known = [e["provenance"] for e in answers.entries.values() if "response" in e]
         known = {(of["teacher"], of["url"]) for of in known}
         client.answered |= {one for one in endpoints if (one.model, one.url) in known}
@@ -94,11 +102,11 @@ class Teachers:
         if id in self.answers.entries:
             return self.answers.entries[id]
         endpoint = self.teacher(id)
-        most = at_most(endpoint, endpoint.body(prompt, options))
+        most = endpoint.max_cost(endpoint.body(prompt, options))
         async with self.turn:
             while not self.closed and not self.reserve(most):
                 if not self.in_flight:
-                    raise OutOfMoney
+                    raise BudgetExceeded
                 await asyncio.sleep(0.05)  # others will cost less than they may
             if self.closed:
                 raise self.why
@@ -114,14 +122,14 @@ class Teachers:
 
             try:
                 found = await self.answer(endpoint, prompt, again, options)
-                if self.closed and isinstance(found, GaveUp) and not any(found.usage):
+                if self.closed and isinstance(found, RequestFailedError) and not any(found.usage):
                     raise self.why  # it will be asked anew
                 entry = self.entry(id, endpoint, seeds, found, most)
                 await asyncio.to_thread(self.answers.store, entry)
                 if "failed" in entry and self.in_a_row >= PATIENCE:
                     why = f"{PATIENCE} requests in a row without an answer. {entry['failed']}"
-                    raise Refused(why)
-            except (Refused, OSError) as problem:  # also a full disk: buy no more
+                    raise RefusedError(why)
+            except (RefusedError, OSError) as problem:  # also a full disk: buy no more
                 self.closed, self.why = True, problem
                 raise
             finally:
@@ -129,7 +137,7 @@ class Teachers:
                 self.reserved -= held
         return entry
 
-    async def insist(
+    async def ask_until(
         self, id: str, read: Callable[[Reply], T | None], tries: int, prompt: str, options: dict
     ) -> T | None:
         """What `read` makes of the first answer that is of use to it: of all that are stored, then
@@ -141,19 +149,19 @@ class Teachers:
                 return None
             entry = entry or await self.ask(f"{id}.{number}", prompt, options, [])
             if "response" in entry:
-                found = read(understood(entry["response"]))
+                found = read(parse_reply(entry["response"]))
                 if found is not None:
                     return found
             tries -= "response" in entry or entry["id"] in self.answers.fresh
 
     async def answer(
         self, endpoint: Endpoint, prompt: str, again: Callable[[], bool], options: dict
-    ) -> Reply | GaveUp:
+    ) -> Reply | RequestFailedError:
         try:
             reply = await self.client.ask(endpoint, prompt, again, **options)
-        except GaveUp as problem:
+        except RequestFailedError as problem:
             if problem.unreachable:
-                raise Refused(str(problem)) from None
+                raise RefusedError(str(problem)) from None
             self.in_a_row += 1
             return problem
         self.in_a_row = 0
@@ -164,7 +172,7 @@ class Teachers:
         id: str,
         endpoint: Endpoint,
         seeds: list[str],
-        found: Reply | GaveUp,
+        found: Reply | RequestFailedError,
         most: float,
         price: float = 1,
     ) -> dict:
@@ -200,12 +208,12 @@ class Teachers:
             found = batch.fetch(self.client, endpoint, mine, body_of, log, every, notice)
             async for replies in found:
                 if not any(isinstance(reply, Reply) for reply in replies.values()):
-                    raise Refused(
+                    raise RefusedError(
                         f"a whole batch without an answer: {next(iter(replies.values()))}"
                     )
                 for id, reply in replies.items():
                     if id not in self.answers.entries:
-                        most, seeds = at_most(endpoint, body_of(id)), request(id)[2]
+                        most, seeds = endpoint.max_cost(body_of(id)), request(id)[2]
                         entry = self.entry(id, endpoint, seeds, reply, most, batch.PRICE)
                         self.answers.store(entry)
             return len(mine)
@@ -214,16 +222,16 @@ class Teachers:
         under_way = {id for there in batch.begun(log) for id in there["ids"]}
         try:
             sent = await asyncio.gather(*map(ask_one, self.endpoints))
-        except GaveUp as problem:
-            raise Refused(str(problem)) from None
+        except RequestFailedError as problem:
+            raise RefusedError(str(problem)) from None
         if not under_way and not any(sent):
-            raise OutOfMoney
+            raise BudgetExceeded
 
     def affordable(self, endpoint: Endpoint, bodies: list[dict]) -> int:
         """How many of these the budget has room for, whatever their answers will cost."""
         left = math.inf if self.budget is None else self.budget - self.answers.spent
         for number, body in enumerate(bodies):
-            left -= at_most(endpoint, body) * batch.PRICE
+            left -= endpoint.max_cost(body) * batch.PRICE
             if left < 0:
                 return number
         return len(bodies)
@@ -244,14 +252,8 @@ class Teachers:
         return "  ".join([*parts, f"{retries} retries"] if retries else parts)
 
 
-def at_most(endpoint: Endpoint, body: dict) -> float:
-    """What a request can cost: a token is a byte or more."""
-    longest = max(body.get(name) or 0 for name in LIMITS)
-    return endpoint.cost(Usage(len(json.dumps(body, ensure_ascii=False).encode()), longest))
-
-
 async def ask_all(
-    answers: Answers,
+    answers: RequestLog,
     endpoint: Endpoint,
     args: argparse.Namespace,
     work: Mapping[str, T],
@@ -263,7 +265,7 @@ async def ask_all(
         return True
     enough, known = True, {id for id in work if f"{id}.0" in answers.entries}
     progress = Progress(len(work), unit, done=len(known))
-    async with Client(args.timeout, args.attempts, args.first_wait) as client:
+    async with Client(args.timeout, args.max_retries, args.retry_wait) as client:
         teachers = Teachers(answers, [endpoint], client, args)
 
         async def do(id: str, item: T) -> None:
@@ -271,7 +273,7 @@ async def ask_all(
             try:
                 await one(teachers, id, item)
                 progress.step(id not in known, teachers.line())
-            except OutOfMoney:  # others may cost less
+            except BudgetExceeded:  # others may cost less
                 enough = False
 
         tasks = [asyncio.create_task(do(id, item)) for id, item in work.items()]
@@ -288,12 +290,17 @@ async def ask_all(
 # ---------------------------------------------------------------- flags of whoever asks
 
 
-def add_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_server_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Which server, how it is asked, what it may cost; returns the group for more about money."""
     count, number = positive(int), positive(float)
     add = parser.add_argument_group("server").add_argument
-    add("--base-url", default=OPENAI, metavar="URL", help="server, up to /v1 (default: OpenAI's)")
-    add("--kind", choices=KINDS, default="chat", help="which of its two APIs (default: chat)")
+    add(
+        "--base-url",
+        default=OPENAI_URL,
+        metavar="URL",
+        help="server, up to /v1 (default: OpenAI's)",
+    )
+    add("--kind", choices=API_PATHS, default="chat", help="which of its two APIs (default: chat)")
     add(
         "--key-env",
         default="OPENAI_API_KEY",
@@ -308,17 +315,26 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         help="more or other fields of the request; null leaves one out: "
         '\'{"max_tokens": null, "max_completion_tokens": 3072}\'',
     )
-    add("--in-flight", type=count, default=32, help="requests at once (default: 32)")
+    add("--concurrency", type=count, default=32, help="requests at once (default: 32)")
     add("--timeout", type=number, default=300, help="seconds for a whole answer (default: 300)")
-    add("--attempts", type=count, default=8, help="for one request (default: 8)")
-    waits = "seconds before the second attempt, then doubling to 60 (default: 1)"
-    add("--first-wait", type=number, default=1, help=waits)
+    add("--max-retries", type=whole_number, default=7, help="of one request (default: 7)")
+    waits = "seconds before the first retry, then doubling to 60 (default: 1)"
+    add("--retry-wait", type=number, default=1, help=waits)
     money = parser.add_argument_group("money")
     add = money.add_argument
     add("--price-in", type=float, default=0.0, help="dollars a million tokens asked (default: 0)")
     add("--price-out", type=float, default=0.0, help="the same for answers (default: 0)")
     add("--budget", type=number, help="dollars, those of earlier runs too (default: no limit)")
     return money
+
+
+def whole_number(text: str) -> int:
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
+
+
+whole_number.__name__ = "whole number"  # argparse: invalid whole number value: '-3'
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -331,7 +347,9 @@ def json_object(text: str) -> dict[str, Any]:
 json_object.__name__ = "JSON object"  # argparse: invalid JSON object value
 
 
-def endpoints_of(args: argparse.Namespace, models: list[str], licence: str = "") -> list[Endpoint]:
+def endpoints_from_args(
+    args: argparse.Namespace, models: list[str], licence: str = ""
+) -> list[Endpoint]:
     """The models to ask, where the flags are their defaults."""
     default = {"url": args.base_url, "kind": args.kind, "key": args.key_env, "licence": licence}
     default |= {"price_in": args.price_in, "price_out": args.price_out}
@@ -346,11 +364,11 @@ def endpoints_of(args: argparse.Namespace, models: list[str], licence: str = "")
     return endpoints
 
 
-def endpoint_of(args: argparse.Namespace, flag: str, model: str) -> Endpoint:
+def endpoint_from_args(args: argparse.Namespace, flag: str, model: str) -> Endpoint:
     """The one model to ask: a plain name, since all else about it has a flag of its own."""
     if not model or {"=", ","} & set(model):
         raise UserError(f"{flag} {model!r} is no name of a model; --base-url names the server")
-    (endpoint,) = endpoints_of(args, [model])
+    (endpoint,) = endpoints_from_args(args, [model])
     return endpoint
 
 
@@ -358,8 +376,8 @@ def check_request(args: argparse.Namespace) -> None:
     """What --request may not say: the rest of the run relies on it."""
     if odd := args.request.keys() & {"model", "messages", "prompt", "stream", "n", "best_of"}:
         raise UserError(f"--request: {', '.join(sorted(odd))} is not for it to say")
-    limits = [args.request[name] for name in LIMITS if args.request.get(name) is not None]
+    limits = [args.request[name] for name in TOKEN_LIMITS if args.request.get(name) is not None]
     if not all(type(limit) is int and limit > 0 for limit in limits):
-        raise UserError(f"--request: {' and '.join(LIMITS)} are numbers above 0")
+        raise UserError(f"--request: {' and '.join(TOKEN_LIMITS)} are numbers above 0")
     if args.budget is not None and not limits and "max_tokens" in args.request:
-        raise UserError(f"--budget needs a limit: one of {' and '.join(LIMITS)} in --request")
+        raise UserError(f"--budget needs a limit: one of {' and '.join(TOKEN_LIMITS)} in --request")

@@ -89,9 +89,9 @@ def checked(args: argparse.Namespace) -> list[Path]:
         local = given(args, generate.add_model_flags, generate.add_sampling_flags)
         if odd := [flag for flag in local if flag not in taken]:
             raise UserError(f"--model asks a server: {odd[0]} is for a model in a folder")
-        request_log.endpoint_of(args, "--model", args.model)
+        request_log.endpoint_from_args(args, "--model", args.model)
         return []
-    if odd := given(args, request_log.add_flags):
+    if odd := given(args, request_log.add_server_arguments):
         raise UserError(f"{odd[0]} is for a server: --model names the one of its models to ask")
     folders = generate.folders(args)
     for folder in folders:
@@ -153,7 +153,7 @@ def unblind_command(args: argparse.Namespace) -> None:
 def judge_command(args: argparse.Namespace) -> None:
     """A model compares two models' answers."""
     pairs = paired(args.model, args.baseline, args.common)
-    endpoint = request_log.endpoint_of(args, "--judge", args.judge)
+    endpoint = request_log.endpoint_from_args(args, "--judge", args.judge)
     args.name = args.name or endpoint.model + (", explained" if args.explain else "")
     settings = {"answers": digest(pairs), "judge": endpoint.model, "url": endpoint.url}
     for name in ("kind", "request", "single_order", "explain", "no_logprobs"):
@@ -257,7 +257,7 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
     add("--name", help="of the model in all files (default: that of its folder, or --model)")
     generate.add_model_flags(parser)
     generate.add_sampling_flags(parser)
-    request_log.add_flags(parser)
+    request_log.add_server_arguments(parser)
     parser.add_argument("--model", help="model of a server to ask (default: a --model-dir)")
     parser.set_defaults(command=answers_command, instruction=None, chat=False, n=1, json=False)
 
@@ -303,7 +303,7 @@ def add_judge(parser: argparse.ArgumentParser) -> None:
     count = positive(int)
     add("--tries", type=count, default=3, help="for a verdict, of all runs together (default: 3)")
     add("--seed", type=int, default=0, help="draws the sides of --single-order (default: 0)")
-    request_log.add_flags(parser)
+    request_log.add_server_arguments(parser)
     parser.set_defaults(command=judge_command)
 
 

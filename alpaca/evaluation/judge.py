@@ -38,7 +38,7 @@ from alpaca.common.errors import notice
 from alpaca.common.files import atomic_file
 from alpaca.common.progress import short_number
 from alpaca.datagen.client import Endpoint, Reply
-from alpaca.datagen.request_log import Answers, Teachers, ask_all, at_most
+from alpaca.datagen.request_log import RequestLog, Teachers, ask_all
 from alpaca.evaluation.outputs import Pair, Pairs, annotation
 
 LETTERS = {"A": 0.0, "B": 1.0, "C": 0.5}  # how much better the second answer is
@@ -183,18 +183,18 @@ def judged(pairs: Pairs, endpoint: Endpoint, args: argparse.Namespace, log: Path
     """Ask what there is no verdict on yet, until the money ends."""
     work = orders(pairs.all, args)
     asked = {id: one for id, one in work.items() if one[0].output_1 != one[0].output_2}
-    options, answers = options_of(args), Answers(log)
+    options, answers = options_of(args), RequestLog(log)
     mark, verdicts = mark_of(log.parent), {}
 
     async def one(teachers: Teachers, id: str, what: tuple[Pair, bool]) -> None:
         text = question(*what, args.explain, mark)
-        if found := await teachers.insist(id, verdict, args.tries, text, options):
+        if found := await teachers.ask_until(id, verdict, args.tries, text, options):
             verdicts[id] = found
 
     if endpoint.price_in or endpoint.price_out:
         new = [what for id, what in asked.items() if f"{id}.0" not in answers.entries]
         texts = (question(*what, args.explain, mark) for what in new)
-        most = sum(at_most(endpoint, endpoint.body(text, options)) for text in texts)
+        most = sum(endpoint.max_cost(endpoint.body(text, options)) for text in texts)
         notice(f"{len(new)} questions for at most ${most:.2f}, if none is asked twice")
     enough = asyncio.run(ask_all(answers, endpoint, args, asked, one, "verdicts"))
     for id in work.keys() - asked.keys():
@@ -211,7 +211,7 @@ def entry(pairs: Pairs, pair: Pair, swapped: bool, name: str, found: Verdict | N
     return annotation(pairs, pair, name, preference) | {"swapped": swapped}
 
 
-def told(work: dict, asked: dict, verdicts: dict, answers: Answers, endpoint: Endpoint) -> list:
+def told(work: dict, asked: dict, verdicts: dict, answers: RequestLog, endpoint: Endpoint) -> list:
     """How many verdicts there are, why others are missing, what it has cost."""
     tries: dict[str, list[dict]] = {}
     for id, one in answers.entries.items():

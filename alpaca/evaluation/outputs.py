@@ -29,7 +29,7 @@ import dataset
 from alpaca.common.errors import UserError, notice
 from alpaca.common.files import append_jsonl, atomic_file, read_log
 from alpaca.common.progress import Progress
-from alpaca.datagen.request_log import Answers, Teachers, ask_all, endpoint_of
+from alpaca.datagen.request_log import RequestLog, Teachers, ask_all, endpoint_from_args
 from alpaca.inference import generate
 from alpaca.inference.engine import Engine
 
@@ -203,7 +203,7 @@ def queued(engine: Engine, items: dict[str, Item], args: argparse.Namespace) -> 
 def answered_there(items: dict[str, Item], args: argparse.Namespace, log: Path) -> dict[str, Made]:
     """By a server: a chat gets the instruction as a user would say it, what only completes a text
     gets Alpaca's prompt."""
-    endpoint = endpoint_of(args, "--model", args.model)
+    endpoint = endpoint_from_args(args, "--model", args.model)
     options = {"max_tokens": args.max_new_tokens, "temperature": args.temperature}
     options |= {"top_p": args.top_p if args.top_p < 1 else None, "stop": args.stop or None}
     options |= args.request
@@ -212,10 +212,10 @@ def answered_there(items: dict[str, Item], args: argparse.Namespace, log: Path) 
     async def one(teachers: Teachers, id: str, item: Item) -> None:
         chat = endpoint.kind == "chat"
         text = item.question if chat else dataset.prompt(item.instruction, item.input)
-        if reply := await teachers.insist(id, lambda reply: reply, 1, text, options):
+        if reply := await teachers.ask_until(id, lambda reply: reply, 1, text, options):
             made[id] = Made(reply.text, reply.cut)
 
-    answers = Answers(log)
+    answers = RequestLog(log)
     if not asyncio.run(ask_all(answers, endpoint, args, items, one, "answers")):
         notice(f"the budget of ${args.budget:g} has no room for more: a larger one goes on")
     notice(f"${answers.spent:.4f} spent")

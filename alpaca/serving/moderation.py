@@ -30,7 +30,7 @@ from typing import Any
 
 from alpaca import CHECKOUT
 from alpaca.common.errors import UserError, join_names, notice, replace_surrogates
-from alpaca.datagen.client import Client, Endpoint, GaveUp, Refused, Unusable
+from alpaca.datagen.client import Client, Endpoint, RefusedError, RequestFailedError, RetryableError
 from tokenizer import SPACE
 
 RULES = CHECKOUT / "data/filter_rules.txt"
@@ -149,7 +149,7 @@ class Service(Filter):
         self.name, self.told = endpoint.url, -math.inf
 
     async def __aenter__(self) -> "Service":
-        self.client = Client(timeout=self.timeout / 2, attempts=2, first_wait=0.2)
+        self.client = Client(timeout=self.timeout / 2, max_retries=1, retry_wait=0.2)
         await self.client.__aenter__()
         return self
 
@@ -162,7 +162,7 @@ class Service(Filter):
             async with asyncio.timeout(self.timeout):
                 call = self.client.call
                 return await call(self.endpoint, "POST", "moderations", flagged, json=asked)
-        except (GaveUp, Refused, ValueError, TimeoutError) as problem:
+        except (RequestFailedError, RefusedError, ValueError, TimeoutError) as problem:
             if time.monotonic() - self.told > EVERY:  # the operator's to mend
                 self.told = time.monotonic()
                 notice(f"the filter cannot be asked: {problem or 'no verdict in time'}")
@@ -170,14 +170,14 @@ class Service(Filter):
 
 
 def flagged(said: str) -> str:
-    """What is wrong with the text, by the service's answer; Unusable if it is no clear answer."""
+    """What is wrong with the text, by the service's answer; RetryableError if unclear."""
     try:
         (result,) = json.loads(said)["results"]
         verdict, categories = result["flagged"], result.get("categories") or {}
         if not isinstance(verdict, bool) or not isinstance(categories, dict):
             raise TypeError
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise Unusable("no verdict in the answer") from None
+        raise RetryableError("no verdict in the answer") from None
     return names_of(categories) if verdict else ""
 
 

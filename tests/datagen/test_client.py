@@ -8,12 +8,19 @@ import pytest
 from helpers.teacher_server import ODD, Server
 
 from alpaca.datagen import client
-from alpaca.datagen.client import Client, Endpoint, GaveUp, Refused, Usage, retry_after
+from alpaca.datagen.client import (
+    Client,
+    Endpoint,
+    RefusedError,
+    RequestFailedError,
+    Usage,
+    retry_after,
+)
 
 
 def ask(server: Server, kind: str = "chat", model: str = "m", prompt: str = "hello", **how):
     """One question, with short waits."""
-    how = {"first_wait": 0.01, "timeout": 0.8, "attempts": 4} | how
+    how = {"retry_wait": 0.01, "timeout": 0.8, "max_retries": 3} | how
 
     async def once():
         async with Client(**how) as client:
@@ -54,7 +61,7 @@ def test_what_may_pass_is_asked_again_and_not_for_ever(fault):
     with First(fault, fault) as server:
         assert ask(server, timeout=timeout).attempts == 3 and len(server.bodies) == 3
     with Server({fault: 1.0}) as server:
-        with pytest.raises(GaveUp, match="no answer in 4 attempts"):
+        with pytest.raises(RequestFailedError, match="no answer in 4 attempts"):
             ask(server, timeout=timeout)
         assert len(server.bodies) == 4
 
@@ -66,7 +73,7 @@ def test_tokens_of_answers_that_were_no_use_count_too():
 
 
 def test_waits_double_and_are_partly_random_and_bounded():
-    client = Client(first_wait=2)
+    client = Client(retry_wait=2)
     for attempt, longest in [(2, 2), (3, 4), (4, 8), (7, 60), (99, 60)]:
         waits = [client.wait_before(attempt) for _ in range(200)]
         assert longest / 2 <= min(waits) < 0.6 * longest and 0.9 * longest < max(waits) <= longest
@@ -81,7 +88,7 @@ def test_retry_after_holds_back_every_request_to_that_server():
             return super().fault()
 
     async def many(url):
-        async with Client(first_wait=0.01) as client:
+        async with Client(retry_wait=0.01) as client:
             endpoint = Endpoint("m", url)
             await asyncio.gather(client.ask(endpoint, "first"), later(client, endpoint))
 
@@ -113,14 +120,14 @@ def test_retry_after_as_a_date():
 def test_a_wrong_key_is_refused_at_once_and_never_repeated(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret-0")
     with Server(key="sk-other") as server:
-        with pytest.raises(Refused, match="says 401: Incorrect API key") as refused:
+        with pytest.raises(RefusedError, match="says 401: Incorrect API key") as refused:
             ask(server)
         assert "sk-very-secret-0" not in str(refused.value) and "***" in str(refused.value)
         assert server.seen["POST chat/completions"] == 1
     monkeypatch.delenv("OPENAI_API_KEY")
     with (
         Server(key="sk-other") as server,
-        pytest.raises(Refused, match="OPENAI_API_KEY is not set"),
+        pytest.raises(RefusedError, match="OPENAI_API_KEY is not set"),
     ):
         ask(server)
 
@@ -142,7 +149,7 @@ def test_the_key_goes_into_the_header_and_comes_from_the_variable_that_was_named
 
 def test_an_unknown_model_is_refused_at_once():
     with Server() as server:
-        with pytest.raises(Refused, match="says 404: The model `nobody` does not exist"):
+        with pytest.raises(RefusedError, match="says 404: The model `nobody` does not exist"):
             ask(server, model="nobody")
         assert len(server.bodies) == 1
 
@@ -155,7 +162,7 @@ def test_no_money_left_is_no_rate_limit():
             status_code, headers = 429, {}
 
         text = '{"error": {"message": "You exceeded it", "code": "insufficient_quota"}}'
-        with pytest.raises(Refused, match="You exceeded it"):
+        with pytest.raises(RefusedError, match="You exceeded it"):
             Client()._raise(endpoint, "chat/completions", Response(), text)
 
 
@@ -165,19 +172,21 @@ def test_a_bad_request_is_refused_unless_others_like_it_were_answered():
     class Response:
         status_code, headers = 400, {}
 
-    with pytest.raises(Refused, match="says 400: too long"):
+    with pytest.raises(RefusedError, match="says 400: too long"):
         client._raise(endpoint, "x", Response(), '{"error": "too long"}')
     client.answered.add(endpoint)
-    with pytest.raises(GaveUp, match="says 400: too long"):
+    with pytest.raises(RequestFailedError, match="says 400: too long"):
         client._raise(endpoint, "x", Response(), '{"error": "too long"}')
 
 
 def test_where_nobody_listens_three_attempts_are_enough():
     async def once():
-        async with Client(first_wait=0.01, attempts=50) as client:
+        async with Client(retry_wait=0.01, max_retries=49) as client:
             await client.ask(Endpoint("m", "http://127.0.0.1:9/v1"), "hello")
 
-    with pytest.raises(GaveUp, match=r"127\.0\.0\.1:9/v1: no answer in 3 attempts") as gave_up:
+    with pytest.raises(
+        RequestFailedError, match=r"127\.0\.0\.1:9/v1: no answer in 3 attempts"
+    ) as gave_up:
         asyncio.run(once())
     assert gave_up.value.unreachable
 
@@ -185,8 +194,8 @@ def test_where_nobody_listens_three_attempts_are_enough():
 def test_a_stalled_answer_takes_no_longer_than_the_time_out():
     with Server({"stall": 1.0}) as server:
         start = time.monotonic()
-        with pytest.raises(GaveUp, match="no whole answer in 0.3 s|Timeout"):
-            ask(server, timeout=0.3, attempts=2)
+        with pytest.raises(RequestFailedError, match="no whole answer in 0.3 s|Timeout"):
+            ask(server, timeout=0.3, max_retries=1)
         assert time.monotonic() - start < 1.5
 
 
@@ -249,18 +258,18 @@ def test_answers_of_several_parts_and_odd_characters():
     part = '{"type": "text", "text": "%s"}'
     parts = f"[{part % 'one '}, {part % 'two'}]"
     said = '{"choices": [{"message": {"content": %s}, "finish_reason": "length"}]}'
-    reply = client.understood(said % parts)
+    reply = client.parse_reply(said % parts)
     assert (reply.text, reply.cut, reply.usage) == ("one two", True, Usage(unmetered=1))
-    assert client.understood(said % r'"half \ud83d of it"').text == "half ? of it"
+    assert client.parse_reply(said % r'"half \ud83d of it"').text == "half ? of it"
 
 
 def test_a_key_is_found_however_json_spells_it_and_a_short_one_left_alone(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-abc/def+ghi==xyz")
     endpoint = Endpoint("m", "http://x/v1")
     spelt = r'{"a": "sk-abc/def+ghi==xyz", "b": "sk-abc\/def\u002Bghi\u003d\u003dxyz"}'
-    assert client.without(endpoint, spelt) == '{"a": "***", "b": "***"}'
+    assert client.mask_key(endpoint, spelt) == '{"a": "***", "b": "***"}'
     monkeypatch.setenv("OPENAI_API_KEY", "token")
-    assert client.without(endpoint, '{"prompt_tokens": 3}') == '{"prompt_tokens": 3}'
+    assert client.mask_key(endpoint, '{"prompt_tokens": 3}') == '{"prompt_tokens": 3}'
 
 
 def test_numbers_and_names_that_nobody_can_mean_do_no_harm():
@@ -268,13 +277,13 @@ def test_numbers_and_names_that_nobody_can_mean_do_no_harm():
         counted = {"usage": {"prompt_tokens": many, "completion_tokens": 1}}
         assert client.usage_of(counted) == Usage(unmetered=1)
     odd = r'{"id": "a\ud800", "choices": [{"text": "x"}]}'
-    assert client.understood(odd).request_id == "a?"
+    assert client.parse_reply(odd).request_id == "a?"
     assert retry_after({"retry-after": f"Fri, 31 Dec {'9' * 20} 23:59:59 GMT"}) is None
-    assert client.message_of(r'{"error": {"message": "no \ud800"}}') == "no ?"
+    assert client.error_message(r'{"error": {"message": "no \ud800"}}') == "no ?"
     refusal = '{"choices": [{"message": {"content": null, "refusal": "I will not"}}]}'
-    assert client.understood(refusal).text == "I will not"
-    with pytest.raises(client.Unusable, match="no choices.*: out of credits"):
-        client.understood('{"error": {"message": "out of credits"}}')
+    assert client.parse_reply(refusal).text == "I will not"
+    with pytest.raises(client.RetryableError, match="no choices.*: out of credits"):
+        client.parse_reply('{"error": {"message": "out of credits"}}')
 
 
 @pytest.mark.parametrize("fault", ["half", "stall", "huge", "not JSON"])
@@ -285,11 +294,11 @@ def test_answers_that_are_lost_on_the_way_are_counted(fault):
 
 def test_another_attempt_is_made_only_if_there_is_money_for_it():
     async def once(url):
-        async with Client(first_wait=0.01) as client:
+        async with Client(retry_wait=0.01) as client:
             await client.ask(Endpoint("m", url), "hello", again=lambda: False)
 
     with Server({"empty choices": 1.0}) as server:
-        with pytest.raises(GaveUp) as gave_up:
+        with pytest.raises(RequestFailedError) as gave_up:
             asyncio.run(once(server.url))
         assert len(server.bodies) == 1 and gave_up.value.usage == Usage(1, 1)
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alpaca.common.files import read_jsonl
-from alpaca.datagen.prompts import Task, alpaca_prompt, parse, unfit
+from alpaca.datagen.prompts import Task, alpaca_prompt, parse_tasks, reject_reason
 
 BEYOND_TEXT = (
     "image|images|graph|graphs|picture|pictures|file|files|map|maps|draw|plot|video|audio|music"
@@ -214,12 +214,12 @@ et bonne nuit""",
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("form", SENT)
 def test_two_tasks_however_they_are_sent(form, newline):
-    assert parse(SENT[form].replace("\n", newline)) == TWO
+    assert parse_tasks(SENT[form].replace("\n", newline)) == TWO
 
 
 def test_the_last_task_of_a_cut_answer_is_not_used():
     for text in SENT.values():
-        first, last = parse(text, cut=True)
+        first, last = parse_tasks(text, cut=True)
         assert first == TWO[0] and last.why == "cut"
 
 
@@ -228,7 +228,7 @@ def test_our_own_prompt_is_read_back():
     for start in range(0, 175, 7):
         some = seeds[start : start + 7]
         text = alpaca_prompt("", some).removesuffix("###\n8. Instruction:")
-        assert parse(text) == [
+        assert parse_tasks(text) == [
             Task(s["instruction"].rstrip(":"), case["input"].strip(), case["output"].strip())
             for s in some
             for case in s["instances"][:1]
@@ -318,7 +318,7 @@ def test_the_request_is_laid_out_as_alpaca_s():
     ],
 )  # fmt: skip
 def test_what_is_text_and_what_begins_a_task(text, expected):
-    assert parse(text) == expected
+    assert parse_tasks(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -346,13 +346,13 @@ def test_what_is_text_and_what_begins_a_task(text, expected):
     ],
 )
 def test_alpaca_s_filters(instruction, why):
-    assert unfit(instruction) == why
+    assert reject_reason(instruction) == why
 
 
 def test_another_language_may_begin_with_its_own_letters():
-    assert unfit("Écris une phrase en français", any_script=True) == ""
-    assert unfit("翻译它", any_script=True) == "short"
-    assert unfit("翻译这句话并且解释一下", any_script=True) == ""
+    assert reject_reason("Écris une phrase en français", any_script=True) == ""
+    assert reject_reason("翻译它", any_script=True) == "short"
+    assert reject_reason("翻译这句话并且解释一下", any_script=True) == ""
 
 
 @settings(max_examples=300, deadline=None)
@@ -372,18 +372,18 @@ def test_no_mangling_crashes_the_parser(seed):
             text = text[:b] + text[a:b] + text[b:]
         else:
             text = text[:a] + text[a:b].swapcase() + text[b:]
-    for task in parse(text, cut=rng.random() < 0.5):
+    for task in parse_tasks(text, cut=rng.random() < 0.5):
         assert all(isinstance(field, str) for field in task)
         assert task.why in ("", "cut", "format")
         assert task.why or (task.instruction and task.output)
-        unfit(task.instruction)
+        reject_reason(task.instruction)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=300))
 def test_no_text_crashes_the_parser(text):
-    parse(text)
-    unfit(text)
+    parse_tasks(text)
+    reject_reason(text)
 
 
 @pytest.mark.parametrize(
@@ -397,6 +397,6 @@ def test_a_hostile_text_takes_no_more_than_a_moment(text):
     import time
 
     start = time.process_time()
-    parse(text)
-    parse("4. Instruction: x\n4. Output:\n" + text)
+    parse_tasks(text)
+    parse_tasks("4. Instruction: x\n4. Output:\n" + text)
     assert time.process_time() - start < 2

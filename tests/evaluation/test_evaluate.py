@@ -263,7 +263,7 @@ def test_what_has_no_answer_yet_may_be_begun_otherwise(command, tmp_path):
 
 
 def served(command, out, server, file, *more):
-    flags = ("--model", "m", "--base-url", server.url, "--first-wait", 0.01, "--set", file)
+    flags = ("--model", "m", "--base-url", server.url, "--retry-wait", 0.01, "--set", file)
     return command(evaluate, "answers", "--out", out, *flags, *more)
 
 
@@ -294,7 +294,7 @@ def test_what_a_server_does_not_answer_is_left_out_and_asked_again(command, tmp_
     file = write(tmp_path / "s.json", tasks)
     with Server(answer=lambda text: "" if "7" in text else text) as server:
         server.refuse = lambda body: "Task 5" in body["messages"][0]["content"]
-        more = ("--in-flight", 1, "--price-in", 1, "--price-out", 2)
+        more = ("--concurrency", 1, "--price-in", 1, "--price-out", 2)
         code, out, err = served(command, tmp_path / "o", server, file, *more)
         assert code == 0 and "1 are empty" in out and "$" in err
         assert "1 have no answer and are left out: the same command asks again" in out
@@ -305,7 +305,7 @@ def test_what_a_server_does_not_answer_is_left_out_and_asked_again(command, tmp_
         assert served(command, tmp_path / "o", server, file, *more)[0] == 0
         assert set(server.prompts.values()) == {1} and len(outputs(tmp_path / "o")) == 8
     with Server({"500": 1}) as server:
-        code, _, err = served(command, tmp_path / "p", server, file, "--attempts", 1)
+        code, _, err = served(command, tmp_path / "p", server, file, "--max-retries", 0)
         assert code == 2 and not (tmp_path / "p/model_outputs.json").exists()
 
 

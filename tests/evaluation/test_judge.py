@@ -15,7 +15,7 @@ from helpers.commands import assert_refused, begin
 from helpers.teacher_server import Server
 
 from alpaca.common.files import read_log
-from alpaca.datagen.client import understood
+from alpaca.datagen.client import parse_reply
 from alpaca.evaluation import evaluate, judge, win_rate
 from alpaca.evaluation.judge import letter
 from alpaca.evaluation.outputs import Pair
@@ -48,7 +48,7 @@ def fair(prompt: str) -> str:
 
 
 def judged(command, folder, server, model, baseline, *more):
-    flags = ("--base-url", server.url, "--judge", "m", "--first-wait", 0.01, *more)
+    flags = ("--base-url", server.url, "--judge", "m", "--retry-wait", 0.01, *more)
     return command(evaluate, "judge", model, baseline, "--out", folder, *flags)
 
 
@@ -232,7 +232,7 @@ def test_log_probabilities_weigh_the_verdict(command, tmp_path, two, kind):
 )  # fmt: skip
 def test_without_usable_log_probabilities_a_verdict_is_plain(broken):
     body = json.dumps({"choices": [{"message": {"content": "A"}, "logprobs": broken}]})
-    assert judge.verdict(understood(body)) == (0, False)
+    assert judge.verdict(parse_reply(body)) == (0, False)
 
 
 def test_the_weight_is_not_that_of_a_letter_in_the_reasons():
@@ -240,12 +240,12 @@ def test_the_weight_is_not_that_of_a_letter_in_the_reasons():
     tops = [[{"token": " B", "logprob": -0.1}, {"token": " A", "logprob": -2}]] * len(tokens)
     content = [{"token": t, "top_logprobs": top} for t, top in zip(tokens, tops, strict=True)]
     choice = {"message": {"content": "".join(tokens)}, "logprobs": {"content": content}}
-    assert judge.verdict(understood(json.dumps({"choices": [choice]}))) == (0, False)
+    assert judge.verdict(parse_reply(json.dumps({"choices": [choice]}))) == (0, False)
     tokens[-1:] = [" A", "**"]
     content[-1:] = [{"token": t, "top_logprobs": tops[0]} for t in tokens[-2:]]
     content.append({"token": "<|end|>", "top_logprobs": []})  # as some servers have it
     better = 1 / (1 + math.exp(-1.9))
-    found = judge.verdict(understood(json.dumps({"choices": [choice]})))
+    found = judge.verdict(parse_reply(json.dumps({"choices": [choice]})))
     assert found.weighted and found.better == pytest.approx(better)
 
 
@@ -375,7 +375,7 @@ def test_faults_that_pass_are_asked_again(command, tmp_path, two):
     with Server(answer=fair) as quiet:
         assert judged(command, tmp_path / "quiet", quiet, *two)[0] == 0
     with Server(faults, answer=fair, seed=3) as server:
-        code, _, err = judged(command, tmp_path / "j", server, *two, "--attempts", 30)
+        code, _, err = judged(command, tmp_path / "j", server, *two, "--max-retries", 29)
     assert code == 0, err
     assert sum(server.seen[name] for name in faults) > 5
     ours, theirs = (tmp_path / name / "annotations.json" for name in ("j", "quiet"))
@@ -384,7 +384,9 @@ def test_faults_that_pass_are_asked_again(command, tmp_path, two):
 
 def test_a_server_without_an_answer_is_no_verdict_and_asked_again_later(command, tmp_path, two):
     with Server({"429": 1}, answer=fair) as server:
-        result = judged(command, tmp_path / "j", server, *two, "--attempts", 2, "--in-flight", 1)
+        result = judged(
+            command, tmp_path / "j", server, *two, "--max-retries", 1, "--concurrency", 1
+        )
         assert result[0] == 2 and "429" in result[2] and "10 requests in a row" in result[2]
         assert not (tmp_path / "j/annotations.json").exists()
         assert not any("response" in one for one in lines(tmp_path / "j"))
@@ -425,7 +427,7 @@ def test_killed_again_and_again_it_loses_and_repeats_nothing(command, tmp_path):
     in_flight = 4
     with Server(answer=fair, latency=0.05) as server:
         for more in (3, 17):
-            process = start(tmp_path / "j", server, model, base, "--in-flight", in_flight)
+            process = start(tmp_path / "j", server, model, base, "--concurrency", in_flight)
             before = server.seen["answers"]
             while process.is_alive() and server.seen["answers"] < before + more:
                 time.sleep(0.001)
@@ -467,7 +469,7 @@ def test_a_run_that_is_over_asks_nothing(command, tmp_path, two):
 
 def test_ctrl_c_keeps_what_is_under_way_and_nobody_else_may_write_meanwhile(command, tmp_path, two):
     with Server(answer=fair, latency=0.3) as server:
-        process = start(tmp_path / "j", server, *two, "--in-flight", 4)
+        process = start(tmp_path / "j", server, *two, "--concurrency", 4)
         while server.seen["answers"] < 4:
             time.sleep(0.005)
         assert_refused(judged(command, tmp_path / "j", server, *two), "another process")

@@ -153,8 +153,8 @@ def test_it_is_a_teacher_for_selfinstruct(command, tmp_path):
     engine = Scripted(teacher_server.answer, rows=8)
     with running(engine, "--max-new-tokens", 3000) as server:
         code, _, err = command(
-            selfinstruct, "generate", "--out", tmp_path / "run", "--num", 12, "--in-flight", 4,
-            "--teacher", "tiny", "--base-url", f"{server.url}/v1", "--first-wait", 0.05,
+            selfinstruct, "generate", "--out", tmp_path / "run", "--num", 12, "--concurrency", 4,
+            "--teacher", "tiny", "--base-url", f"{server.url}/v1", "--retry-wait", 0.05,
         )  # fmt: skip
     assert code == 0, err
     log = list(read_jsonl(tmp_path / "run/responses.jsonl"))

@@ -49,7 +49,7 @@ from alpaca.common.errors import UserError, join_names, notice, run_command
 from alpaca.common.files import atomic_file
 from alpaca.inference.engine import Engine
 from alpaca.inference.generate import question
-from alpaca.inference.sampling import Sampling
+from alpaca.inference.sampling import SamplingParams
 from alpaca.training import memory_plan
 from alpaca.training.config import FLAGS, add_flags, lora_of
 from alpaca.training.model_card import model_card
@@ -416,7 +416,7 @@ def show_answers(args: argparse.Namespace, job: Job, device: torch.device) -> No
         return
     gc.collect()  # the trained model hangs in cycles, and two may not fit where one did
     engine = Engine(written(args, device), job.tokenizer, min(64, len(asked)), args.max_length)
-    said = engine.answers([ids for _, ids in asked], Sampling(max_new_tokens=half))
+    said = engine.generate([ids for _, ids in asked], SamplingParams(max_new_tokens=half))
     answered = [(record, s.text) for (record, _), s in zip(asked, said, strict=True)]
     for record, text in answered[:: len(answered) // 12 + 1]:  # a dozen, from all over
         told = f"{record['instruction']} [{record['input']}]".removesuffix(" []")

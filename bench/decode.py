@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from alpaca.inference.engine import Engine  # noqa: E402
-from alpaca.inference.sampling import Sampling  # noqa: E402
+from alpaca.inference.sampling import SamplingParams  # noqa: E402
 from alpaca.weights.checkpoint import save_model  # noqa: E402
 from alpaca.weights.lora import load  # noqa: E402
 from alpaca.weights.quantize import Recipe, Source, save  # noqa: E402
@@ -77,7 +77,7 @@ def ours(folder: str, rows: int, device: str) -> Callable[[], dict]:
     prompts = random_prompts(rows)
 
     def run() -> dict:
-        sequences = [engine.add(ids, Sampling(max_new_tokens=NEW)) for ids in prompts]
+        sequences = [engine.add(ids, SamplingParams(max_new_tokens=NEW)) for ids in prompts]
         start = time.perf_counter()
         engine.step()
         first = time.perf_counter()

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from alpaca.inference.engine import Engine  # noqa: E402
-from alpaca.inference.sampling import Sampling  # noqa: E402
+from alpaca.inference.sampling import SamplingParams  # noqa: E402
 from alpaca.weights.checkpoint import parameter_shapes, save_model  # noqa: E402
 from alpaca.weights.lora import load  # noqa: E402
 from alpaca.weights.quantize import Recipe  # noqa: E402
@@ -63,8 +63,8 @@ def main() -> None:
             loaded = time.perf_counter() - start
             engine = Engine(model, NoTokenizer(), 1, 512)
             (prompt,) = random_prompts(1)
-            sequence, times = engine.add(prompt, Sampling(max_new_tokens=NEW)), []
-            while sequence.reason is None:
+            sequence, times = engine.add(prompt, SamplingParams(max_new_tokens=NEW)), []
+            while sequence.finish_reason is None:
                 start = time.perf_counter()
                 engine.step()
                 times.append(time.perf_counter() - start)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from alpaca.inference.engine import Engine  # noqa: E402
-from alpaca.inference.sampling import Sampling  # noqa: E402
+from alpaca.inference.sampling import SamplingParams  # noqa: E402
 from alpaca.weights.lora import load  # noqa: E402
 from alpaca.weights.quantize import Recipe, Source  # noqa: E402
 from alpaca.weights.shards import tensor_bytes  # noqa: E402
@@ -72,7 +72,7 @@ def main() -> None:
         model = load(folder, recipe=recipe, dtype=torch.bfloat16)
         size = sum(tensor_bytes(Source(folder, recipe).layout()).values())
         perplexity, likeliest = judged(model, examples)
-        answers = Engine(model, tokenizer, 16).answers(prompts, Sampling(max_new_tokens=40))
+        answers = Engine(model, tokenizer, 16).generate(prompts, SamplingParams(max_new_tokens=40))
         texts = [answer.text.strip() for answer in answers]
         first = first or (likeliest, texts)
         same = sum(a == b for a, b in zip(likeliest, first[0], strict=True)) / len(likeliest)

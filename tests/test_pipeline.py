@@ -121,7 +121,7 @@ def take(tour: Tour) -> dict:
             tour.run(
                 f"Held-out instructions, answered by the {name} model",
                 "alpaca answers --set {}/questions.json --out {}/answers/"
-                f"{name} --name {name} --model-dir {model} --max-new-tokens 16 --rows 32",
+                f"{name} --name {name} --model-dir {model} --max-new-tokens 16 --max-batch-size 32",
                 ".* answers of .*",
             )
         seen["adapted"] = tour.run(

@@ -15,6 +15,7 @@ RENAMED = {  # flags that had another name before, so that the error names the n
     "--in-flight": "--concurrency",
     "--attempts": "--max-retries",
     "--first-wait": "--retry-wait",
+    "--rows": "--max-batch-size",
 }
 
 

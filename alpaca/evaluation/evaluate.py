@@ -43,7 +43,7 @@ from alpaca.inference import generate
 
 SET = CHECKOUT / "data/eval_instructions.jsonl"
 # What makes no difference to the answers.
-INCIDENTAL = {"command", "verb", "set", "out", "name", "rows", "device", "compile"}
+INCIDENTAL = {"command", "verb", "set", "out", "name", "max_batch_size", "device", "compile"}
 INCIDENTAL |= {"in_flight", "timeout", "attempts", "first_wait", "key_env"}
 INCIDENTAL |= {"price_in", "price_out", "budget", "instruction", "chat", "n", "json"}
 INCIDENTAL |= {"model_dir", "adapter"}  # but what is in them does

@@ -174,9 +174,10 @@ def answered_here(items: dict[str, Item], args: argparse.Namespace, log: Path) -
     progress = Progress(len(made) + len(waiting), "answers", done=len(made))
     while waiting:
         for sequence in engine.step():
-            if sequence.reason:
+            if sequence.finish_reason:
                 sequence.check()
-                id, one = waiting.pop(sequence), Made(sequence.text, sequence.reason == "length")
+                cut = sequence.finish_reason == "length"
+                id, one = waiting.pop(sequence), Made(sequence.text, cut)
                 append_jsonl(log, {"id": id, **one._asdict()})
                 made[id] = one
                 progress.step()

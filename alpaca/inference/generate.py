@@ -30,7 +30,7 @@ from alpaca.common.errors import UserError, notice, run_command
 from alpaca.common.files import append_jsonl, read_log
 from alpaca.common.progress import Progress
 from alpaca.inference.engine import Engine, Sequence
-from alpaca.inference.sampling import Sampling
+from alpaca.inference.sampling import SamplingParams
 from alpaca.weights.checkpoint import DTYPES
 from alpaca.weights.lora import load
 from alpaca.weights.quantize import add_flags, recipe_of
@@ -73,7 +73,7 @@ def shown(engine: Engine, sequence: Sequence) -> Sequence:
     """Print an answer while it is made; Ctrl-C ends it, and what it said stays."""
     at = 0
     try:
-        for new in engine.follow(sequence):
+        for new in engine.stream_text(sequence):
             print(new, end="", flush=True)
             at += len(new)
     finally:
@@ -84,7 +84,7 @@ def shown(engine: Engine, sequence: Sequence) -> Sequence:
 def told(sequence: Sequence) -> str:
     """An answer as a line of JSON."""
     tokens = [sequence.tokenizer.pieces.id_to_piece(token) for token in sequence.ids]
-    fields = {"text": sequence.text, "reason": sequence.reason, "tokens": tokens}
+    fields = {"text": sequence.text, "reason": sequence.finish_reason, "tokens": tokens}
     fields["logprobs"] = [round(logprob, 4) for logprob in sequence.logprobs]
     return json.dumps(fields, ensure_ascii=False)
 
@@ -180,8 +180,8 @@ def read_questions(path: Path) -> Iterator[dict]:
 # ---------------------------------------------------------------- command
 
 
-def sampling(args: argparse.Namespace, seed: int) -> Sampling:
-    return Sampling(
+def sampling(args: argparse.Namespace, seed: int) -> SamplingParams:
+    return SamplingParams(
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
@@ -214,7 +214,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="same seed, same text (default: 0)")
     add("--stop", action="append", default=[], help="text to end at; repeatable")
     add("--max-new-tokens", type=count, default=256, help="of an answer (default: 256)")
-    add("--rows", type=count, default=8, help="answers made at once (default: 8)")
+    add("--max-batch-size", type=count, default=8, help="answers made at once (default: 8)")
 
 
 def parse_args() -> argparse.Namespace:
@@ -276,7 +276,7 @@ def loaded(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
 def ready(args: argparse.Namespace) -> Engine:
     sampling(args, args.seed)  # a mistake there should not wait for the weights
     model, tokenizer = loaded(args)
-    rows = min(args.n, args.rows) if args.instruction is not None else args.rows
+    rows = min(args.n, args.max_batch_size) if args.instruction is not None else args.max_batch_size
     return Engine(model, tokenizer, 1 if args.chat else rows, compile=args.compile)
 
 

@@ -26,7 +26,7 @@ CANDIDATES = 1024  # sorting a whole vocabulary is seldom needed
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How an answer is to be made."""
 
     temperature: float = 0.0  # 0: always the likeliest token
@@ -58,36 +58,36 @@ class Sampling:
         return self.top_k > 0 or self.top_p < 1
 
 
-GREEDY = Sampling()
+GREEDY = SamplingParams()
 
 
-def penalized(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
+def penalize_repetition(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
     """One row's logits (V), those of the `seen` ids made less likely."""
     those = logits[seen]
     return logits.index_copy(0, seen, torch.where(those > 0, those / penalty, those * penalty))
 
 
-def choose(logits: Tensor, ways: list[Sampling], numbers: list[float]) -> Tensor:
+def sample(logits: Tensor, ways: list[SamplingParams], numbers: list[float]) -> Tensor:
     """A token for each row of logits (B, V): rows of one kind together, since they cost alike."""
     chosen = logits.argmax(-1)  # (B)
     for filtered in (False, True):
         rows = [i for i, w in enumerate(ways) if w.temperature > 0 and w.filtered is filtered]
         if rows:
-            heat = column([ways[i].temperature for i in rows], logits)
+            heat = as_column([ways[i].temperature for i in rows], logits)
             # less the highest first, or a small temperature overflows
             wide = logits[rows].double()
             p = torch.softmax((wide - wide.amax(-1, keepdim=True)) / heat, dim=-1)
-            u = column([numbers[i] for i in rows], logits)
+            u = as_column([numbers[i] for i in rows], logits)
             some = [ways[i] for i in rows]
-            chosen[rows] = drawn_filtered(p, some, u) if filtered else drawn(p, u)
+            chosen[rows] = draw_filtered(p, some, u) if filtered else draw(p, u)
     return chosen
 
 
-def column(numbers: list[float], like: Tensor) -> Tensor:
+def as_column(numbers: list[float], like: Tensor) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64, device=like.device)[:, None]  # (R, 1)
 
 
-def drawn(p: Tensor, u: Tensor) -> Tensor:
+def draw(p: Tensor, u: Tensor) -> Tensor:
     """Where the running sum of p (R, V) passes u (R, 1) times its total."""
     running = p.cumsum(-1)
     total = running[:, -1:].contiguous()
@@ -96,24 +96,24 @@ def drawn(p: Tensor, u: Tensor) -> Tensor:
     return torch.minimum(place, last)[:, 0]
 
 
-def drawn_filtered(p: Tensor, ways: list[Sampling], u: Tensor) -> Tensor:
+def draw_filtered(p: Tensor, ways: list[SamplingParams], u: Tensor) -> Tensor:
     """Most rows are settled among the likeliest; only those that are not are sorted whole, so that
     a row's order, also of equal numbers, never depends on its neighbours."""
     V, count = p.shape[1], min(p.shape[1], CANDIDATES)
     k = torch.tensor([min(way.top_k or V, V) for way in ways], device=p.device)[:, None]
-    top_p = column([way.top_p for way in ways], p)
+    top_p = as_column([way.top_p for way in ways], p)
     likeliest, ids = p.topk(count)  # (R, count), falling
     inside = (k == V) & (likeliest.sum(-1, keepdim=True) >= top_p)
     enough = ((k <= count) | inside)[:, 0]
-    chosen = among(likeliest, ids, k, top_p, u)
+    chosen = draw_sorted(likeliest, ids, k, top_p, u)
     if not enough.all():
         some = ~enough
         sorted_p, order = p[some].sort(descending=True)
-        chosen[some] = among(sorted_p, order, k[some], top_p[some], u[some])
+        chosen[some] = draw_sorted(sorted_p, order, k[some], top_p[some], u[some])
     return chosen
 
 
-def among(p: Tensor, ids: Tensor, k: Tensor, top_p: Tensor, u: Tensor) -> Tensor:
+def draw_sorted(p: Tensor, ids: Tensor, k: Tensor, top_p: Tensor, u: Tensor) -> Tensor:
     """Top-k and top-p of falling p (R, M), then the draw; k, top_p and u are (R, 1)."""
     kept = p.masked_fill(torch.arange(p.shape[1], device=p.device) >= k, 0)
     running = kept.cumsum(-1)
@@ -121,4 +121,4 @@ def among(p: Tensor, ids: Tensor, k: Tensor, top_p: Tensor, u: Tensor) -> Tensor
     total = torch.where(k > p.shape[1], 1.0, running[:, -1:])
     before = running - kept  # what the likelier ones add up to
     kept = kept.masked_fill(before >= top_p * total, 0)
-    return ids.gather(-1, drawn(kept, u)[:, None])[:, 0]
+    return ids.gather(-1, draw(kept, u)[:, None])[:, 0]

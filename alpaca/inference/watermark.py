@@ -99,7 +99,7 @@ class Watermark:
             raise UserError(f"ids {min(ids)} to {max(ids)}, but {self.vocab_size} tokens")
         return list(pairwise(ids))
 
-    def marks(self, ids: list[int]) -> list[bool]:
+    def green_mask(self, ids: list[int]) -> list[bool]:
         """Is it green? For each token after the first, to colour them."""
         return [self.is_green(*pair) for pair in self.pairs(ids)]
 

@@ -123,7 +123,11 @@ class Demo:
 
     def health(self) -> Response:
         status = "ok" if self.decoder.well else "failing"
-        told = {"status": status, "answers": self.decoder.load, "at_once": self.engine.rows}
+        told = {
+            "status": status,
+            "answers": self.decoder.load,
+            "at_once": self.engine.max_batch_size,
+        }
         return as_json(told, 200 if status == "ok" else 503)
 
     def charge(self, request: Request, cost: int) -> None:
@@ -219,7 +223,8 @@ class Demo:
         while open_:
             async with self.within(deadline, answers.sequences):
                 await answers.news()
-                now = [(i, s.reason or "", s.text) for i, s in open_.items()]  # in this order
+                # the reason first: it is set after the text
+                now = [(i, s.finish_reason or "", s.text) for i, s in open_.items()]
                 if any(reason in ("failed", "cancelled") for _, reason, _ in now):
                     raise Problem(500, "the model failed at this answer", "server_error")
                 checks = (passed(text, shown[i], why != "", before[i]) for i, why, text in now)
@@ -251,7 +256,7 @@ class Demo:
         found = self.watermark.detect(ids)
         pieces = [stream.push(token) for token in ids]  # those inside a character are ""
         pieces[-1] += stream.flush()
-        green = [None, *self.watermark.marks(ids)]
+        green = [None, *self.watermark.green_mask(ids)]
         tokens = [list(pair) for pair in zip(pieces, green, strict=True)]
         by_chance = {"gamma": self.watermark.gamma}
         return {**found, **by_chance, "verdict": self.watermark.verdict(found), "tokens": tokens}
@@ -344,7 +349,7 @@ async def running(args, bound, engine: Engine, filter: Filter, marks: Watermark)
     ended = threading.Event()
     dealing = threading.Thread(target=deal_all, args=(marks, ended), name="green lists")
     async with filter:
-        most = engine.rows + args.queue
+        most = engine.max_batch_size + args.queue
         decoder = Decoder(engine, most, max(most // 4, api.MOST_ANSWERS) if args.rate else most)
         demo = Demo(args, decoder, filter, marks)
         address, _, _ = bound.getsockname()[0].partition("%")

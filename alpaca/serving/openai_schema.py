@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from alpaca.inference.engine import Sequence
-from alpaca.inference.sampling import Sampling
+from alpaca.inference.sampling import SamplingParams
 from alpaca.serving.http import Problem
 from dataset import chat_prompt, prompt
 from tokenizer import SPACE, Tokenizer
@@ -60,13 +60,13 @@ class Asked:
     chat: bool
     text: str  # what a person wrote, for the filter
     prompts: list[list[int]]
-    ways: list[Sampling]  # of the answers to each prompt
+    ways: list[SamplingParams]  # of the answers to each prompt
     stream: bool
     usage: bool  # also at the end of a stream
     about: dict[str, Any]  # id, created and model, which every piece of the answer repeats
 
     @property
-    def each(self) -> tuple[list[list[int]], list[Sampling]]:
+    def each(self) -> tuple[list[list[int]], list[SamplingParams]]:
         """Prompt and way of every answer, the answers to one prompt together."""
         return [ids for ids in self.prompts for _ in self.ways], self.ways * len(self.prompts)
 
@@ -147,7 +147,7 @@ def understood(body: dict, path: str, model: str, tokenizer: Tokenizer, most: in
     return Asked(chat, text, prompts, ways, stream, yes_or_no(options, "include_usage"), about)
 
 
-def sampling(body: dict, most: int, logprobs: int | None) -> Sampling:
+def sampling(body: dict, most: int, logprobs: int | None) -> SamplingParams:
     stop = body.get("stop")
     stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
     if not isinstance(stops, list) or not all(s and isinstance(s, str) for s in stops):
@@ -156,7 +156,7 @@ def sampling(body: dict, most: int, logprobs: int | None) -> Sampling:
         raise Problem(400, f"at most {MOST_STOPS} stops of 200 characters", param="stop")
     longest = [number(body, name, most, 1, 1 << 30, int) for name in LENGTHS]
     seed = number(body, "seed", None, 0, (1 << 63) - 1, int)
-    return Sampling(
+    return SamplingParams(
         temperature=number(body, "temperature", 1.0, 0, 2),
         top_k=number(body, "top_k", 0, 0, 1 << 30, int),
         top_p=max(1e-6, number(body, "top_p", 1.0, 0, 1)),  # 0: the likeliest alone
@@ -219,7 +219,7 @@ def whole(asked: Asked, sequences: list[Sequence], texts: list[str], reasons: li
     choices = []
     for index, (s, text, reason) in enumerate(zip(sequences, texts, reasons, strict=True)):
         said = {"message": {"role": "assistant", "content": text}} if asked.chat else {"text": text}
-        told = s.way.logprobs is not None and reason != "content_filter"
+        told = s.params.logprobs is not None and reason != "content_filter"
         logprobs = (chat_logprobs if asked.chat else plain_logprobs)(s, text) if told else None
         choices.append({"index": index, **said, "logprobs": logprobs, "finish_reason": reason})
     kind = "chat.completion" if asked.chat else "text_completion"
@@ -275,7 +275,7 @@ def tokens_of(s: Sequence, text: str) -> Iterator[tuple[int, int, float, list]]:
     """Where in the text each of its tokens begins, the token, its logprob and the likeliest, up to
     the first that ends behind the text."""
     stream, end = s.tokenizer.stream(after=s.prompt), 0
-    for token, logprob, likeliest in zip(s.ids, s.logprobs, s.likeliest, strict=True):
+    for token, logprob, likeliest in zip(s.ids, s.logprobs, s.top_logprobs, strict=True):
         start, end = end, end + len(stream.push(token))
         if end > len(text):
             return

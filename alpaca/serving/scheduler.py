@@ -11,7 +11,7 @@ an inbox that the thread empties between two tokens, so a request joins, or leav
 
   - News is told for all at once, one call into the loop, and to streams not at every token but
     every 30 ms, to others every half second: waking tasks costs time that decoding wants too.
-  - `Sequence.reason` is set after the text is whole: read the reason first, then the text.
+  - `Sequence.finish_reason` is set after the text is whole: read the reason first, then the text.
   - Beyond `most` answers a request is refused at once: a queue that nobody will wait out only
     makes everybody late.
   - If a step fails, those in it have failed, and decoding goes on with the others. A request that
@@ -28,7 +28,7 @@ import traceback
 from queue import Empty, SimpleQueue
 
 from alpaca.inference.engine import Engine, Sequence
-from alpaca.inference.sampling import Sampling
+from alpaca.inference.sampling import SamplingParams
 
 EVERY, SELDOM = 0.03, 0.5  # s between two news of a stream; of another answer that goes on
 
@@ -51,7 +51,7 @@ class Answers:
 
     @property
     def ended(self) -> bool:
-        return all(sequence.reason for sequence in self.sequences)
+        return all(sequence.finish_reason for sequence in self.sequences)
 
     async def news(self) -> None:
         await self.changed.wait()
@@ -86,7 +86,7 @@ class Decoder:
         if not self.thread.is_alive():
             raise RuntimeError("the thread that decodes has ended")
         if self.load + count > self.most:
-            tokens = sum(s.way.max_new_tokens / 2 for a in self.under_way for s in a.sequences)
+            tokens = sum(s.params.max_new_tokens / 2 for a in self.under_way for s in a.sequences)
             wait = min(60.0, tokens / self.pace / max(1, self.load)) if self.pace else 1.0
             raise Busy("the server is busy: too many answers are waiting to be made", wait, False)
         if sum(n for a, n in self.under_way.items() if a.asker == asker) + count > self.share:
@@ -94,7 +94,11 @@ class Decoder:
             raise Busy(said, 1.0, True)
 
     async def submit(
-        self, prompts: list[list[int]], ways: list[Sampling], stream: bool = False, asker: str = ""
+        self,
+        prompts: list[list[int]],
+        ways: list[SamplingParams],
+        stream: bool = False,
+        asker: str = "",
     ) -> Answers:
         """Have these answered; a ValueError if the engine does not take a prompt."""
         self.check(len(prompts), asker)
@@ -159,7 +163,7 @@ class Decoder:
         self.failed = False
         pace = len(stepped) / (time.monotonic() - start)
         self.pace += 0.05 * (pace - self.pace) if self.pace else pace
-        return any(sequence.reason for sequence in stepped)
+        return any(sequence.finish_reason for sequence in stepped)
 
     def empty_inbox(self) -> list[tuple[Answers, Exception | None]] | None:
         """Take what is there, and wait for something if there is nothing to decode."""

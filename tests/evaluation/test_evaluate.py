@@ -133,7 +133,7 @@ def test_pairs_are_of_the_same_instruction_whatever_the_order(tmp_path):
 
 def test_answers_are_generates_in_the_order_of_the_set(command, engine, tmp_path):
     file = write_lines(tmp_path / "s.jsonl", SET)
-    code, out, err = answer(command, tmp_path / "o", "--set", file, "--rows", 2)
+    code, out, err = answer(command, tmp_path / "o", "--set", file, "--max-batch-size", 2)
     assert code == 0, err
     asked = [("Name a fruit.", ""), ("Count the words.", "cat dog"), ("Count the words.", "cat")]
     assert outputs(tmp_path / "o") == [
@@ -153,7 +153,7 @@ def test_each_answer_has_a_seed_of_its_own_whatever_is_beside_it(command, engine
     file = write(tmp_path / "s.json", tasks)
     more = ("--temperature", 1.5, "--seed", 4, "--name", "warm", "--set", file)
     for rows in (1, 3):
-        assert answer(command, tmp_path / f"{rows}", *more, "--rows", rows)[0] == 0
+        assert answer(command, tmp_path / f"{rows}", *more, "--max-batch-size", rows)[0] == 0
     found = outputs(tmp_path / "1")
     assert found == outputs(tmp_path / "3") and found[0]["generator"] == "warm"
     for n, (task, one) in enumerate(zip(tasks, found, strict=True)):
@@ -163,7 +163,7 @@ def test_each_answer_has_a_seed_of_its_own_whatever_is_beside_it(command, engine
 def test_the_longest_come_first_and_what_is_too_long_is_left_out(command, tmp_path):
     tasks = [{"instruction": text} for text in ("a", "word " * 2000, "b " * 50, "c " * 9)]
     file = write(tmp_path / "s.json", tasks)
-    code, out, err = answer(command, tmp_path / "o", "--set", file, "--rows", 1)
+    code, out, err = answer(command, tmp_path / "o", "--set", file, "--max-batch-size", 1)
     assert code == 0 and "too many" in err
     assert "1 have no answer and are left out: the model has no room" in out
     assert [one["id"] for one in read_log(tmp_path / "o/answers.jsonl")] == ["2", "3", "0"]
@@ -173,7 +173,7 @@ def test_the_longest_come_first_and_what_is_too_long_is_left_out(command, tmp_pa
 def test_killed_at_several_points_it_ends_in_the_same_file(command, tmp_path):
     tasks = [{"instruction": f"Say {'word ' * (n % 7)}{n}."} for n in range(30)]
     file = write(tmp_path / "s.json", tasks)
-    flags = ["--set", file, "--model-dir", TINY, "--max-new-tokens", 24, "--rows", 2]
+    flags = ["--set", file, "--model-dir", TINY, "--max-new-tokens", 24, "--max-batch-size", 2]
     flags += ["--temperature", 1]
     assert command(evaluate, "answers", "--out", tmp_path / "quiet", *flags)[0] == 0
     log = tmp_path / "o/answers.jsonl"
@@ -203,7 +203,7 @@ def test_a_run_goes_on_with_the_same_model_and_set_only(command, tmp_path, monke
     assert answer(command, tmp_path / "o", *flags)[0] == 0
     assert outputs(tmp_path / "o")[0]["generator"] == "mine"
     before = (tmp_path / "o/answers.jsonl").stat().st_mtime_ns
-    assert answer(command, tmp_path / "o", *flags, "--rows", 3)[0] == 0
+    assert answer(command, tmp_path / "o", *flags, "--max-batch-size", 3)[0] == 0
     assert (tmp_path / "o/answers.jsonl").stat().st_mtime_ns == before, "nothing is asked twice"
     warm = answer(command, tmp_path / "o", *flags, "--temperature", 1)
     assert_refused(warm, "another run", "temperature", "--out")

@@ -35,15 +35,15 @@ class Scripted(Engine):
         super().__init__(Llama(config), Tokenizer(TINY), rows)
         self.say, self.pace, self.steps = say, pace, 0
 
-    def give_tokens(self, logits: torch.Tensor) -> None:
+    def sample_and_append(self, logits: torch.Tensor) -> None:
         self.steps += 1
         time.sleep(self.pace)
         for s in self.active:
-            if s.reason is None:
+            if s.finish_reason is None:
                 if not hasattr(s, "plan"):
                     text = self.say(self.tokenizer.decode(s.prompt))
                     s.plan = [*after_newline(text, self.tokenizer), self.tokenizer.eos_id]
-                s.push(s.plan[len(s.ids)])
+                s.append(s.plan[len(s.ids)])
 
 
 def tiny_engine(rows: int = 8, mark: bool = True) -> Engine:

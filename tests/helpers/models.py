@@ -7,7 +7,7 @@ layout moves a tiny model's logits by 0.003, with 0.2 by several units.
 import torch
 
 from alpaca.inference.engine import Engine
-from alpaca.inference.sampling import Sampling
+from alpaca.inference.sampling import SamplingParams
 from dataset import prompt
 from model import Llama, LlamaConfig
 
@@ -55,5 +55,5 @@ def hf_model(config: LlamaConfig, dtype: torch.dtype = torch.float32):
 def expected(engine: Engine, instruction: str, input: str = "", **way) -> str:
     """The answer that an engine gives to a question in Alpaca's template."""
     ids = engine.tokenizer.encode(prompt(instruction, input), bos=True)
-    (answer,) = engine.answers([ids], Sampling(**{"max_new_tokens": 12, **way}))
+    (answer,) = engine.generate([ids], SamplingParams(**{"max_new_tokens": 12, **way}))
     return answer.text

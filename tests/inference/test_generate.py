@@ -20,7 +20,7 @@ from helpers.models import expected, small_config
 
 from alpaca.inference import generate
 from alpaca.inference.engine import Engine
-from alpaca.inference.sampling import Sampling
+from alpaca.inference.sampling import SamplingParams
 from alpaca.weights.checkpoint import load_model, save_model
 from dataset import chat_prompt, prompt
 from model import Llama
@@ -84,7 +84,7 @@ def test_json_tells_tokens_and_log_probabilities(command, engine):
 def test_the_dtype_flag_arrives(command):
     prompt_ids = Tokenizer(TINY).encode(prompt("Name a fruit."), bos=True)
     wide = Engine(load_model(TINY, dtype=torch.float32), Tokenizer(TINY))
-    (answer,) = wide.answers([prompt_ids], Sampling(max_new_tokens=12, logprobs=0))
+    (answer,) = wide.generate([prompt_ids], SamplingParams(max_new_tokens=12, logprobs=0))
     for dtype, same in (("fp32", True), ("bf16", False)):
         told = json.loads(ask(command, "Name a fruit.", "--json", "--dtype", dtype)[1])
         assert (told["logprobs"] == pytest.approx(answer.logprobs, abs=2e-4)) is same
@@ -102,14 +102,14 @@ def test_a_file_is_answered_in_order_and_goes_on(command, engine, tmp_path):
     file, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps({**q, "output": "unused"}) + "\n" for q in asked))
     answers = [{**q, "output": expected(engine, **q)} for q in asked]
-    code, printed, _ = ask(command, "--file", file, "--rows", 2)
+    code, printed, _ = ask(command, "--file", file, "--max-batch-size", 2)
     assert code == 0 and [json.loads(line) for line in printed.splitlines()] == answers
-    assert ask(command, "--file", file, "--out", out, "--rows", 3)[0] == 0
+    assert ask(command, "--file", file, "--out", out, "--max-batch-size", 3)[0] == 0
     lines = out.read_text().splitlines(keepends=True)
     assert [{k: json.loads(line)[k] for k in answers[0]} for line in lines] == answers
     whole = out.read_text()
     out.write_text("".join(lines[:2]) + lines[2][:20])
-    assert ask(command, "--file", file, "--out", out, "--rows", 2)[0] == 0
+    assert ask(command, "--file", file, "--out", out, "--max-batch-size", 2)[0] == 0
     assert out.read_text() == whole
     before = out.stat().st_mtime_ns
     assert ask(command, "--file", file, "--out", out)[0] == 0
@@ -189,12 +189,12 @@ def test_a_conversation_remembers_and_can_be_reset(command, engine, monkeypatch)
     for number, text in enumerate(said[:2]):
         history.append({"role": "user", "content": text})
         ids = chat_prompt(history, engine.tokenizer)
-        way = Sampling(max_new_tokens=12, temperature=2.5, seed=9 + number)
-        (answer,) = engine.answers([ids], way)
+        way = SamplingParams(max_new_tokens=12, temperature=2.5, seed=9 + number)
+        (answer,) = engine.generate([ids], way)
         history.append({"role": "assistant", "content": answer.text})
         shown.append(answer.text + "\n")
     anew, on = (chat_prompt(h, engine.tokenizer) for h in (history[:2], history + history[1:2]))
-    reset, kept = engine.answers([anew, on], replace(way, seed=11))
+    reset, kept = engine.generate([anew, on], replace(way, seed=11))
     assert code == 0 and out == "".join([*shown, reset.text + "\n"])
     assert reset.text != kept.text  # or the test could not fail
 

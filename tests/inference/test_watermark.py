@@ -103,8 +103,8 @@ def test_a_repeated_pair_counts_once():
 
 def test_marks_are_of_each_token_after_the_first():
     mark, ids = Watermark(64), [3, 9, 3, 9, 60, 0]
-    assert mark.marks(ids) == [b in greens(a, 64, 0.25) for a, b in pairwise(ids)]
-    assert mark.marks(torch.tensor(ids)) == mark.marks(ids) and mark.marks([3]) == []
+    assert mark.green_mask(ids) == [b in greens(a, 64, 0.25) for a, b in pairwise(ids)]
+    assert mark.green_mask(torch.tensor(ids)) == mark.green_mask(ids) and mark.green_mask([3]) == []
     assert mark.detect(torch.tensor(ids)) == mark.detect(ids)
 
 
@@ -165,7 +165,7 @@ def test_nothing_to_score_is_an_error(ids):
 
 @pytest.mark.parametrize("ids", [[3, 1024], [-1, 3]])
 def test_ids_beyond_the_vocabulary_are_refused(ids):
-    for score in (Watermark(1024).detect, Watermark(1024).marks):
+    for score in (Watermark(1024).detect, Watermark(1024).green_mask):
         with pytest.raises(ValueError, match="1024 tokens"):
             score(ids)
 

@@ -29,7 +29,7 @@ from helpers.demo_server import TINY, Scripted, arguments, running, tiny_engine
 import selfinstruct
 from alpaca.common.files import read_jsonl
 from alpaca.inference.engine import Engine
-from alpaca.inference.sampling import Sampling
+from alpaca.inference.sampling import SamplingParams
 from alpaca.serving import app, http
 from alpaca.serving.moderation import Filter, Rules, Unavailable, chosen_filter
 from alpaca.weights.adapter import Lora, save_adapter
@@ -54,7 +54,7 @@ def alone():
 
     def answer(text: str, tokens: int) -> str:
         ids = engine.tokenizer.encode(text, bos=True)
-        return engine.answers([ids], Sampling(max_new_tokens=tokens))[0].text
+        return engine.generate([ids], SamplingParams(max_new_tokens=tokens))[0].text
 
     return answer
 
@@ -144,7 +144,7 @@ def test_a_conversation_is_the_one_that_training_has(tiny):
     reply = json.loads(tiny.post("/v1/chat/completions", body).read())
     engine = tiny_engine(rows=1)
     ids = chat_prompt(said, engine.tokenizer)
-    expected = engine.answers([ids], Sampling(max_new_tokens=15))[0].text
+    expected = engine.generate([ids], SamplingParams(max_new_tokens=15))[0].text
     assert reply["choices"][0]["message"]["content"] == expected
     assert reply["usage"]["prompt_tokens"] == len(ids)
 
@@ -267,18 +267,18 @@ def test_the_watermark_of_the_command_line(monkeypatch):
 
 
 def test_an_adapter_is_put_on(tmp_path):
-    model, how = load_model(TINY, dtype=torch.float32), Sampling(max_new_tokens=12)
+    model, how = load_model(TINY, dtype=torch.float32), SamplingParams(max_new_tokens=12)
     engine = Engine(model, Tokenizer(TINY))
     ids = engine.tokenizer.encode(prompt(FRUIT), bos=True)
-    base = engine.answers([ids], how)[0].ids
+    base = engine.generate([ids], how)[0].ids
     add_lora(model, 4, 8, 0.0)
     for name, own in model.named_parameters():
         if "lora_B" in name:  # or it would change nothing
             own.data.normal_(0, 0.1)
     save_adapter(model, Lora(4, 8, 0.0), tmp_path / "adapter", TINY)
     here = ("--model-dir", TINY, "--adapter", tmp_path / "adapter", "--rows", 1, "--dtype", "fp32")
-    said = app.made(arguments(*here, "--no-watermark"))[0].answers([ids], how)[0].ids
-    assert said == engine.answers([ids], how)[0].ids != base
+    said = app.made(arguments(*here, "--no-watermark"))[0].generate([ids], how)[0].ids
+    assert said == engine.generate([ids], how)[0].ids != base
 
 
 def test_tokens_are_coloured_as_they_are_scored(tiny):
@@ -288,7 +288,7 @@ def test_tokens_are_coloured_as_they_are_scored(tiny):
     marks = [green for _, green in told["tokens"]]
     assert marks[0] is None and all(isinstance(mark, bool) for mark in marks[1:])
     watermark, ids = tiny.demo.watermark, tiny.demo.tokenizer.encode(text)
-    assert marks[1:] == watermark.marks(ids)
+    assert marks[1:] == watermark.green_mask(ids)
     assert tiny.post("/api/detect", {"text": "a" * 20_001}).status == 413
     for odd in ("", "\ud800", 3):
         assert tiny.post("/api/detect", {"text": odd}).status == 400

@@ -7,7 +7,7 @@ import pytest
 from helpers.commands import ROOT
 
 from alpaca.inference.engine import Sequence
-from alpaca.inference.sampling import Sampling
+from alpaca.inference.sampling import SamplingParams
 from alpaca.serving import openai_schema as api
 from alpaca.serving.http import Problem
 from dataset import chat_prompt, prompt
@@ -54,7 +54,7 @@ def test_options_arrive():
         temperature=0.5, top_p=0.9, top_k=7, repetition_penalty=1.2, seed=11, n=3, stop="x",
         max_completion_tokens=9, logprobs=True, top_logprobs=2, user="me", metadata={},
     )  # fmt: skip
-    way = Sampling(0.5, 7, 0.9, 1.2, 11, 9, ("x",), 2)
+    way = SamplingParams(0.5, 7, 0.9, 1.2, 11, 9, ("x",), 2)
     assert asked.ways[0] == way and [w.seed for w in asked.ways] == [11, 12, 13]
     assert understood(PLAIN, prompt="a", logprobs=0).ways[0].logprobs == 0
 
@@ -158,20 +158,20 @@ def test_what_a_stop_cut_off_is_not_told_by_its_tokens(path):
     how = {"logprobs": True} if path == CHAT else {"logprobs": 0, "prompt": "a"}
     asked = understood(path, stop=["se"], **how)
     s = finished("A pear is no secret", asked.ways[0])
-    assert s.text == "A pear is no " and s.reason == "stop"
+    assert s.text == "A pear is no " and s.finish_reason == "stop"
     told = api.whole(asked, [s], [s.text], ["stop"])["choices"][0]["logprobs"]
     tokens = told["tokens"] if path == PLAIN else [one["token"] for one in told["content"]]
     assert "pear" in "".join(tokens) and "A pear is no secret".startswith("".join(tokens).strip())
     assert "s" not in "".join(tokens).replace("is", "")
 
 
-def finished(text: str, way: Sampling) -> Sequence:
+def finished(text: str, way: SamplingParams) -> Sequence:
     s = Sequence(encoded("a\n"), way, TOKENIZER, 100)
     for token in [*TOKENIZER.encode("\n" + text)[len(TOKENIZER.newline) :], TOKENIZER.eos_id]:
         s.logprobs.append(-math.inf)
-        s.likeliest.append([(token, -0.5)])
-        s.push(token)
-        if s.reason:
+        s.top_logprobs.append([(token, -0.5)])
+        s.append(token)
+        if s.finish_reason:
             break
     return s
 

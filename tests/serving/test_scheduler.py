@@ -7,7 +7,7 @@ import time
 import pytest
 from helpers.demo_server import Scripted, tiny_engine
 
-from alpaca.inference.sampling import Sampling
+from alpaca.inference.sampling import SamplingParams
 from alpaca.serving.scheduler import Busy, Decoder
 
 
@@ -37,13 +37,15 @@ def test_answers_are_those_of_one_at_a_time_whatever_joins_or_leaves():
     lengths = [draw.randint(1, 40) for _ in prompts]
     alone = tiny_engine(rows=1)
     expected = [
-        alone.answers([ids], Sampling(max_new_tokens=n))[0].text
+        alone.generate([ids], SamplingParams(max_new_tokens=n))[0].text
         for ids, n in zip(prompts, lengths, strict=True)
     ]
 
     async def one(decoder, ids, n, leaves):
         await asyncio.sleep(draw.uniform(0, 0.3))
-        answers = await decoder.submit([ids], [Sampling(max_new_tokens=n)], draw.random() < 0.5)
+        answers = await decoder.submit(
+            [ids], [SamplingParams(max_new_tokens=n)], draw.random() < 0.5
+        )
         if leaves:
             await asyncio.sleep(draw.uniform(0, 0.05))
             return decoder.cancel(answers)
@@ -65,7 +67,7 @@ def test_a_request_joins_while_others_are_answered():
     encode = engine.tokenizer.encode
 
     async def work(decoder):
-        way = Sampling(max_new_tokens=3000)
+        way = SamplingParams(max_new_tokens=3000)
         long = await decoder.submit([encode("long", bos=True)], [way])
         short = await decoder.submit([encode("brief", bos=True)], [way])
         assert await ended(decoder, short) == ["word word word "]
@@ -80,7 +82,7 @@ def test_a_cancelled_answer_leaves_at_the_next_token():
     ids = engine.tokenizer.encode("a", bos=True)
 
     async def work(decoder):
-        way = Sampling(max_new_tokens=3000)
+        way = SamplingParams(max_new_tokens=3000)
         first = await decoder.submit([ids], [way], True)
         second = await decoder.submit([ids], [way], True)  # waits for the row
         while not first.sequences[0].ids:
@@ -105,7 +107,7 @@ def test_beyond_the_bound_it_is_busy_at_once_and_then_not():
     ids = engine.tokenizer.encode("a", bos=True)
 
     async def work(decoder):
-        way = Sampling(max_new_tokens=3000)
+        way = SamplingParams(max_new_tokens=3000)
         held = [await decoder.submit([ids], [way]) for _ in range(3)]
         start = time.monotonic()
         with pytest.raises(Busy) as refused:
@@ -126,9 +128,9 @@ def test_a_prompt_the_engine_does_not_take_is_the_askers_mistake():
 
     async def work(decoder):
         with pytest.raises(ValueError, match="too many"):
-            await decoder.submit([[1, 5], [1] * 600], [Sampling(max_new_tokens=400)] * 2)
+            await decoder.submit([[1, 5], [1] * 600], [SamplingParams(max_new_tokens=400)] * 2)
         assert decoder.load == 0
-        answers = await decoder.submit([[1, 5]], [Sampling(max_new_tokens=3)])
+        answers = await decoder.submit([[1, 5]], [SamplingParams(max_new_tokens=3)])
         await ended(decoder, answers)
         assert not engine.busy
 
@@ -137,7 +139,7 @@ def test_a_prompt_the_engine_does_not_take_is_the_askers_mistake():
 
 def test_a_failing_step_fails_those_in_it_and_no_others(capsys):
     engine = tiny_engine(rows=2)
-    whole, failures = engine.next_logits, []
+    whole, failures = engine.decode, []
 
     def failing():
         if len(failures) < 1:
@@ -145,15 +147,15 @@ def test_a_failing_step_fails_those_in_it_and_no_others(capsys):
             raise RuntimeError("out of memory")
         return whole()
 
-    engine.next_logits = failing
+    engine.decode = failing
 
     async def work(decoder):
-        first = await decoder.submit([[1, 5]], [Sampling(max_new_tokens=5)])
+        first = await decoder.submit([[1, 5]], [SamplingParams(max_new_tokens=5)])
         await ended(decoder, first)
-        assert first.sequences[0].reason == "failed"
-        second = await decoder.submit([[1, 5]], [Sampling(max_new_tokens=5)])
+        assert first.sequences[0].finish_reason == "failed"
+        second = await decoder.submit([[1, 5]], [SamplingParams(max_new_tokens=5)])
         await ended(decoder, second)
-        assert second.sequences[0].reason in ("length", "stop")
+        assert second.sequences[0].finish_reason in ("length", "stop")
 
     with_decoder(engine, work)
     assert "out of memory" in capsys.readouterr().err
@@ -169,7 +171,7 @@ def test_a_request_that_fails_to_join_or_leave_harms_no_other(name, capsys):
         raise RuntimeError("out of memory")
 
     async def work(decoder):
-        way = Sampling(max_new_tokens=5)
+        way = SamplingParams(max_new_tokens=5)
         setattr(engine, name, failing)
         if name == "add":
             with pytest.raises(RuntimeError, match="memory"):
@@ -186,15 +188,15 @@ def test_a_request_that_fails_to_join_or_leave_harms_no_other(name, capsys):
 
 def test_it_tells_whether_it_is_well(capsys):
     engine = tiny_engine(rows=2)
-    whole = engine.next_logits
+    whole = engine.decode
 
     async def work(decoder):
-        way = Sampling(max_new_tokens=5)
-        engine.next_logits = lambda: 1 / 0
+        way = SamplingParams(max_new_tokens=5)
+        engine.decode = lambda: 1 / 0
         await ended(decoder, await decoder.submit([[1, 5]], [way]))
         while decoder.well:  # as soon as the thread knows
             await asyncio.sleep(0.01)
-        engine.next_logits = whole
+        engine.decode = whole
         await ended(decoder, await decoder.submit([[1, 5]], [way]))
         while not decoder.well:
             await asyncio.sleep(0.01)
@@ -214,7 +216,7 @@ def test_nobody_has_more_than_a_share():
 
     async def work(decoder):
         decoder.share = 2
-        ways = [Sampling(max_new_tokens=3000)] * 2
+        ways = [SamplingParams(max_new_tokens=3000)] * 2
         held = [await decoder.submit([ids] * 2, ways, False, "one")]
         with pytest.raises(Busy) as refused:
             await decoder.submit([ids], ways[:1], False, "one")
@@ -231,7 +233,7 @@ def test_who_left_the_queue_is_kept_nowhere():
     ids = engine.tokenizer.encode("a", bos=True)
 
     async def work(decoder):
-        way = Sampling(max_new_tokens=3000)
+        way = SamplingParams(max_new_tokens=3000)
         first = await decoder.submit([ids], [way])
         for _ in range(10):
             decoder.cancel(await decoder.submit([ids], [way]))
@@ -247,7 +249,7 @@ def test_an_asker_who_leaves_while_it_is_queued_leaves_nothing():
     ids = engine.tokenizer.encode("a", bos=True)
 
     async def work(decoder):
-        way = Sampling(max_new_tokens=3000)
+        way = SamplingParams(max_new_tokens=3000)
         first = await decoder.submit([ids], [way])
         task = asyncio.create_task(decoder.submit([ids], [way]))
         await asyncio.sleep(0)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import fsdp_train
 from alpaca.inference import generate
 from alpaca.inference.engine import Engine
-from alpaca.inference.sampling import Sampling
+from alpaca.inference.sampling import SamplingParams
 from alpaca.training import parallel
 from alpaca.training.run_dir import RunFolder
 from alpaca.weights import lora, quantize
@@ -582,11 +582,11 @@ def test_an_adapter_works_on_whatever_holds_the_base(base, adapter, number):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_adapted_model_decodes_as_the_merged_one(base, adapter, command, tmp_path, dtype):
     merged(command, base / "model", adapter, tmp_path / "merged")
-    tokenizer, way = Tokenizer(TOKENIZER), Sampling(max_new_tokens=12)
+    tokenizer, way = Tokenizer(TOKENIZER), SamplingParams(max_new_tokens=12)
     prompts = [[1, 5, 6], [1, 400, 401, 402, 403]]
 
     def answers(model) -> list[list[int]]:
-        return [s.ids for s in Engine(model, tokenizer, 2).answers(prompts, way)]
+        return [s.ids for s in Engine(model, tokenizer, 2).generate(prompts, way)]
 
     ours = answers(lora.load(base / "model", adapter, dtype=dtype))
     if dtype == torch.float32:

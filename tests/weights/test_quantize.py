@@ -9,7 +9,7 @@ from helpers.models import small_config
 from safetensors.torch import load_file, save_file
 
 from alpaca.inference.engine import Engine
-from alpaca.inference.sampling import Sampling
+from alpaca.inference.sampling import SamplingParams
 from alpaca.weights import quantize
 from alpaca.weights.checkpoint import load_model, read_config, save_model
 from alpaca.weights.lora import load as load_to_decode
@@ -193,8 +193,10 @@ def test_decoding_with_rounded_weights_is_that_of_the_rounded_model(tmp_path):
     source = Source(folder, Recipe(8, 8, 16))
     exact, tokenizer = dequantized(source), Tokenizer(TOKENIZER)
     prompts = [torch.randint(3, 1024, (n,)).tolist() for n in (4, 9, 30)]
-    way, same, clear = Sampling(max_new_tokens=12), 0, 0
-    answers = Engine(load(folder, source.recipe), tokenizer, rows=3).answers(prompts, way)
+    way, same, clear = SamplingParams(max_new_tokens=12), 0, 0
+    answers = Engine(load(folder, source.recipe), tokenizer, max_batch_size=3).generate(
+        prompts, way
+    )
     for prompt, answer in zip(prompts, answers, strict=True):
         with torch.no_grad():
             logits = exact(torch.tensor([prompt + answer.ids]))[0, len(prompt) - 1 : -1]
@@ -251,12 +253,12 @@ def test_rows_that_are_not_contiguous(kind):
 
 def test_a_compiled_model_of_integers(tmp_path):
     folder = folder_of(tmp_path / "m", num_hidden_layers=1)
-    prompt, way = list(range(3, 9)), Sampling(max_new_tokens=5)
+    prompt, way = list(range(3, 9)), SamplingParams(max_new_tokens=5)
     # in fp32, where no two pieces are as likely
     model = load(folder, Recipe(8, 8, 16), dtype=torch.float32, compile=True)
     engine = Engine(model, Tokenizer(TOKENIZER), max_length=12, compile=True)
-    (plain,) = Engine(model, Tokenizer(TOKENIZER)).answers([prompt], way)
-    assert engine.answers([prompt], way)[0].ids == plain.ids
+    (plain,) = Engine(model, Tokenizer(TOKENIZER)).generate([prompt], way)
+    assert engine.generate([prompt], way)[0].ids == plain.ids
 
 
 def test_a_damaged_packed_folder_is_refused(tmp_path):

@@ -1,20 +1,23 @@
-# `make train` and `make test` set up what they need on first use; the raw commands stand in README.md.
+# `make train` and `make test` install what they need on first use; README.md has the plain commands.
 
 PYTHON ?= python3
 VENV   ?= .venv
+TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 BENCHES = load train gpu_train lora encode startup dedupe weightdiff decode gpu_decode quantize demo
 
-.PHONY: help train tour test test-robust test-all verify lint bench clean
+.PHONY: help train tour test test-robust test-all verify lint typecheck bench clean
 
 help:
-	@echo "make train     fine-tune the embedded model (a minute on two cores)"
-	@echo "make tour      the whole road, from seeds to a compared model: minutes, offline"
-	@echo "make test      the tests; test-robust: kills, load, browser; test-all: these and the slow ones"
-	@echo "make verify    only the comparisons with other software, and how far apart they are"
-	@echo "make lint      style, as CI checks it"
-	@echo "make bench     measure against the peers, into bench/RESULTS.md"
-	@echo "make clean     remove the environment"
+	@echo "make train        fine-tune the embedded model (a minute on two cores)"
+	@echo "make tour         the whole road, from seed tasks to a compared model, offline"
+	@echo "make test         the tests (under three minutes on two cores)"
+	@echo "make test-robust  kills, fuzzing, load, several processes, a browser"
+	@echo "make test-all     every test, also those that take minutes or gigabytes"
+	@echo "make verify       only the comparisons with other software, and the distances"
+	@echo "make lint         style; make typecheck: types; both as CI checks them"
+	@echo "make bench        measure against the peers, into bench/RESULTS.md"
+	@echo "make clean        remove the environment"
 
 train: $(VENV)/.ready
 	$(BIN)/python fsdp_train.py
@@ -33,11 +36,14 @@ test-all: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -m ""
 
 verify: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -q -m parity
+	$(BIN)/python -m pytest -q -m "parity and not slow"
 
 lint: $(VENV)/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+typecheck: $(VENV)/.ready-test
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # Every script prints its table; together they are bench/RESULTS.md.
 bench: $(VENV)/.ready-bench
@@ -51,13 +57,13 @@ bench: $(VENV)/.ready-bench
 clean:
 	rm -rf $(VENV) *.egg-info
 
-# One environment, filled as far as asked: .ready runs, .ready-test also tests, .ready-bench compares.
+# One environment with as many extras as asked for: .ready to run, .ready-test, .ready-bench.
 $(VENV)/.ready: pyproject.toml | $(VENV)/.made
-	$(BIN)/python -m pip install --quiet -e .
+	$(BIN)/python -m pip install --quiet "$(TORCH)" -e .
 	@touch $@
 
 $(VENV)/.ready-%: pyproject.toml | $(VENV)/.made
-	$(BIN)/python -m pip install --quiet -e '.[$*]'
+	$(BIN)/python -m pip install --quiet "$(TORCH)" -e '.[$*]'
 	@touch $@ $(VENV)/.ready
 
 $(VENV)/.made:

@@ -179,7 +179,7 @@ def test_killed_at_several_points_it_ends_in_the_same_file(command, tmp_path):
     log = tmp_path / "o/answers.jsonl"
     for more in (1, 8):
         before = sum(1 for _ in read_log(log))
-        process = begin("evaluate", "answers", "--out", tmp_path / "o", *flags)
+        process = begin("answers", "--out", tmp_path / "o", *flags)
         while process.is_alive() and sum(1 for _ in read_log(log)) < before + more:
             time.sleep(0.005)
         process.kill()

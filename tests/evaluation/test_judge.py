@@ -54,7 +54,7 @@ def judged(command, folder, server, model, baseline, *more):
 
 def start(folder, server, model, baseline, *more):
     flags = ("--base-url", server.url, "--judge", "m", *more)
-    return begin("evaluate", "judge", model, baseline, "--out", folder, *flags)
+    return begin("judge", model, baseline, "--out", folder, *flags)
 
 
 def lines(folder) -> list[dict]:

@@ -1,6 +1,5 @@
 """Commands run as people run them: in this process, or in one of their own that is killed."""
 
-import importlib
 import multiprocessing
 import os
 import signal
@@ -9,40 +8,40 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from alpaca.common.errors import run_command
+from alpaca.__main__ import VERBS, main
 
 ROOT = Path(__file__).parent.parent.parent
 FORKS = multiprocessing.get_context("forkserver")
 
 
 def our_modules() -> list[Path]:
-    """The modules of the product, and not a script that a reader tries out there."""
-    listed = subprocess.run(
-        ["git", "ls-files", "*.py", "alpaca/*.py"], cwd=ROOT, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+    """The product's modules, without scripts that a reader tries out at the root."""
+    words = ["git", "ls-files", "*.py"]
+    listed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     names = [n for n in listed.stdout.split() if "/" not in n or n.startswith("alpaca/")]
-    return [ROOT / name for name in names] or [*ROOT.glob("*.py"), *ROOT.glob("alpaca/**/*.py")]
+    files = [ROOT / name for name in names] or [*ROOT.glob("*.py"), *ROOT.glob("alpaca/**/*.py")]
+    return [file for file in files if file.exists()]
 
 
 def module_name(file: Path) -> str:
-    return ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    """`alpaca.common.files` for alpaca/common/files.py, `alpaca.common` for its __init__.py."""
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def begin(module: str, *args) -> multiprocessing.Process:
-    """A command in a process of its own, to be killed. It is forked from one that has the module
-    imported, which takes seconds, and has not computed anything."""
-    FORKS.set_forkserver_preload([module])
+def begin(verb: str, *args) -> multiprocessing.Process:
+    """`alpaca VERB …` in a process of its own, to be killed. It is forked from one that has the
+    verb's module imported, which takes seconds, and has not computed anything."""
+    FORKS.set_forkserver_preload(["alpaca.__main__", VERBS[verb][0]])
     with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):
-        process = FORKS.Process(target=run_as_command, args=(module, *map(str, args)))
+        process = FORKS.Process(target=run_as_command, args=(verb, *map(str, args)))
         process.start()
     return process
 
 
-def run_as_command(module: str, *args: str) -> None:
+def run_as_command(*words: str) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also in a background
-    sys.argv = [f"{module}.py", *args]
-    run_command(importlib.import_module(module).main)
+    sys.argv = ["alpaca", *words]
+    main()
 
 
 def assert_refused(result: tuple[int, str, str], *words: str) -> None:

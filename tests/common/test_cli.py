@@ -1,0 +1,93 @@
+"""The command line: one table of verbs, errors that name the flag or verb that was meant."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers.commands import ROOT, assert_refused
+
+import alpaca
+from alpaca.__main__ import VERBS, load_verb
+from alpaca.common.cli import RENAMED, Parser
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_and_refuses_an_unknown_flag(verb, command):
+    code, out, err = command(verb, "--help")
+    assert code == 0 and out.startswith(f"usage: alpaca {verb}") and not err
+    code, out, err = command(verb, "--no-such-flag")
+    assert code == 2 and not out and err.startswith(f"alpaca {verb}: error: ")
+    assert err.count("\n") == 1 and len(err) < 300
+
+
+def test_unknown_verb_is_answered_with_the_closest(command):
+    assert_refused(command("generat"), "did you mean generate?")
+    assert_refused(command("xyz"), "one of train-tokenizer, curate")
+
+
+def test_unknown_flag_is_answered_with_the_closest(capsys):
+    parser = Parser(prog="tool")
+    parser.add_argument("--learning-rate", type=float)
+    for word, hint in (("--lr=1", "is --learning-rate now"), ("--learning-rat", "did you mean")):
+        with pytest.raises(SystemExit):
+            parser.parse_args([word])
+        assert hint in capsys.readouterr().err
+
+
+def test_renamed_flags_exist():
+    """Each new name is a flag of some command."""
+    import fsdp_train
+    import selfinstruct
+
+    flags = {flag for verb in VERBS for flag in load_verb(verb)[1].flags()}
+    for module in (fsdp_train, selfinstruct):
+        flags |= set(module.make_parser().flags())
+    assert set(RENAMED.values()) <= flags, set(RENAMED.values()) - flags
+
+
+def test_verbs_run_in_a_folder_with_modules_of_the_same_names(tmp_path):
+    """A user's own model.py must not shadow ours, nor need ours to be installed."""
+    for name in ("model", "tokenizer", "dataset", "selfinstruct", "weightdiff"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')")
+    words = [shutil.which("alpaca", path=os.path.dirname(sys.executable))]
+    if words[0] is None:  # not installed: what the script would do
+        words = [sys.executable, "-c", f"import sys; sys.path.insert(1, {str(ROOT)!r}); "
+                 "sys.argv[0] = 'alpaca'; from alpaca.__main__ import main; main()"]  # fmt: skip
+    words += [
+        "generate",
+        "--model-dir",
+        str(ROOT / "data/tiny-llama"),
+        "--max-new-tokens",
+        "4",
+        "Hi",
+    ]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def test_help_is_fast():
+    """Under 0.3 s: no verb's module is loaded, let alone torch. The quickest of five counts."""
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "alpaca", "--help"], cwd=ROOT, check=True,
+                       capture_output=True)  # fmt: skip
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.3
+
+
+def test_package_without_its_checkout_says_how_to_install(tmp_path):
+    shutil.copytree(ROOT / "alpaca", tmp_path / "alpaca")
+    done = subprocess.run(
+        [sys.executable, "-m", "alpaca"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0 and "pip install -e ." in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_checkout_is_first_on_the_path():
+    assert str(alpaca.CHECKOUT) in sys.path and alpaca.CHECKOUT == ROOT

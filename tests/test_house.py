@@ -6,7 +6,7 @@ import sys
 from collections import defaultdict
 
 import pytest
-from helpers.commands import ROOT, module_name, our_modules
+from helpers.commands import FILES, ROOT
 
 COMMANDS = {"fsdp_train", "selfinstruct", "weightdiff"}
 CORE = {"model", "tokenizer", "bpe", "dataset", "rougel"}
@@ -19,7 +19,6 @@ MAY_IMPORT = {  # chapter → chapters below it; every chapter may import the co
     "evaluation": {"common", "weights", "inference", "datagen"},
     "serving": {"common", "weights", "inference", "datagen"},
 }
-FILES = {module_name(file): file for file in our_modules()}
 TREES = {name: ast.parse(file.read_text()) for name, file in FILES.items()}
 
 

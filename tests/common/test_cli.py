@@ -10,6 +10,9 @@ import pytest
 from helpers.commands import ROOT, assert_refused
 
 import alpaca
+import fsdp_train
+import selfinstruct
+import weightdiff
 from alpaca.__main__ import VERBS, load_verb
 from alpaca.common.cli import RENAMED, Parser
 
@@ -39,12 +42,11 @@ def test_unknown_flag_is_answered_with_the_closest(capsys):
 
 def test_renamed_flags_exist():
     """Each new name is a flag of some command."""
-    import fsdp_train
-    import selfinstruct
-
     flags = {flag for verb in VERBS for flag in load_verb(verb)[1].flags()}
-    for module in (fsdp_train, selfinstruct):
-        flags |= set(module.make_parser().flags())
+    for module in (fsdp_train, selfinstruct, weightdiff):
+        parser = Parser()
+        module.add_arguments(parser)
+        flags |= set(parser.flags())
     assert set(RENAMED.values()) <= flags, set(RENAMED.values()) - flags
 
 

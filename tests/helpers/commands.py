@@ -28,6 +28,9 @@ def module_name(file: Path) -> str:
     return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
+FILES = {module_name(file): file for file in our_modules()}
+
+
 def begin(verb: str, *args) -> multiprocessing.Process:
     """`alpaca VERB …` in a process of its own, to be killed. It is forked from one that has the
     verb's module imported, which takes seconds, and has not computed anything."""

@@ -1,42 +1,44 @@
-"""From logits to a token: what temperature, top-k, top-p and the repetition penalty do.
+"""From logits to a token: temperature, top-k, top-p and the repetition penalty.
 
-The logits l of the next token, one for each piece of the vocabulary V, become a choice, in order:
+The next token is chosen from its logits l, one per token of the vocabulary, in five steps:
 
-  1. Repetition penalty r (arXiv:1909.05858): of every token that prompt or answer holds already,
-     l becomes l / r where positive, l · r where negative.
-  2. Temperature t: p = softmax(l / t). t = 0 is the likeliest token, and the rest does not matter.
-  3. top-k: only the k likeliest tokens are kept (arXiv:1805.04833).
-  4. top-p: of these, only the likeliest whose probabilities first add up to p (arXiv:1904.09751).
-  5. One number u, even in [0, 1), from the answer's own seed: the token where the running sum of
-     what is kept passes u times its total.
+  1. Repetition penalty r (arXiv:1909.05858): for every token that prompt or answer already holds,
+     l becomes l / r where positive and l · r where negative.
+  2. Temperature t: p = softmax(l / t). With t = 0 the likeliest token is taken, and that is all.
+  3. Top-k: only the k likeliest tokens stay (arXiv:1805.04833).
+  4. Top-p: of these, the likeliest whose probabilities first add up to p (arXiv:1904.09751).
+  5. Inverse transform sampling: with u uniform in [0, 1), drawn from the sequence's own seed, the
+     token at which the cumulative sum of the remaining probabilities exceeds u times its total.
 
-Rows are independent: what is drawn for one does not depend on which others are decoded with it.
+Each sequence of a batch is sampled independently: its token does not depend on the others.
 
-Shown by tests/test_sampling.py: test_draws_follow_the_definition.
+Shapes: B sequences, V vocabulary, M candidates; arguments with one number a sequence are (B, 1).
 """
 
+import argparse
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from alpaca.common.cli import positive
 from alpaca.common.errors import UserError
 
-CANDIDATES = 1024  # sorting a whole vocabulary is seldom needed
+CANDIDATES = 1024  # top-p rarely needs more: sorting 32,000 tokens is slow, their topk is not
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How an answer is to be made."""
+    """How one answer is generated."""
 
-    temperature: float = 0.0  # 0: always the likeliest token
-    top_k: int = 0  # 0: all
+    temperature: float = 0.0  # 0: greedy, always the likeliest token
+    top_k: int = 0  # 0: no limit
     top_p: float = 1.0
     repetition_penalty: float = 1.0
-    seed: int = 0  # 0 or above
+    seed: int = 0
     max_new_tokens: int = 256
-    stop: tuple[str, ...] = ()  # texts that end the answer, and are not part of it
-    logprobs: int | None = None  # tell the chosen tokens' and those of so many likeliest
+    stop: tuple[str, ...] = ()  # texts that end the answer and are not part of it
+    logprobs: int | None = None  # record the log-probability of each token and of this many others
 
     def __post_init__(self):
         problems = {
@@ -46,12 +48,13 @@ class SamplingParams:
             "repetition_penalty must be above 0": not 0 < self.repetition_penalty < float("inf"),
             "seed must be 0 or above": self.seed < 0,
             "max_new_tokens must be above 0": self.max_new_tokens < 1,
-            "stop is a tuple of texts": isinstance(self.stop, str),
-            "an empty stop text would end every answer": "" in self.stop,
+            "stop must be a tuple of texts": isinstance(self.stop, str),
+            "stop must not be empty: it would end every answer": "" in self.stop,
             "logprobs must be 0 or above": self.logprobs is not None and self.logprobs < 0,
         }
-        if wrong := [text for text, is_so in problems.items() if is_so]:
-            raise UserError(wrong[0])
+        for problem, found in problems.items():
+            if found:
+                raise UserError(problem)
 
     @property
     def filtered(self) -> bool:
@@ -61,64 +64,91 @@ class SamplingParams:
 GREEDY = SamplingParams()
 
 
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    add, count = parser.add_argument, positive(int)
+    add("--temperature", type=float, default=0.0, help="0: always the likeliest token (default)")
+    add("--top-k", type=int, default=0, help="sample from the k likeliest (default: 0, all)")
+    add("--top-p", type=float, default=1.0, help="from the likeliest that sum to p (default: 1)")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1: repeat less (default: 1)")
+    add("--seed", type=int, default=0, help="same seed, same text (default: 0)")
+    add("--stop", action="append", default=[], help="text that ends the answer; repeatable")
+    add("--max-new-tokens", type=count, default=256, help="of an answer (default: 256)")
+    add("--max-batch-size", type=count, default=8, help="answers decoded together (default: 8)")
+
+
+def sampling_from_args(args: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+        max_new_tokens=args.max_new_tokens,
+        stop=tuple(args.stop),
+    )
+
+
 def penalize_repetition(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
-    """One row's logits (V), those of the `seen` ids made less likely."""
-    those = logits[seen]
-    return logits.index_copy(0, seen, torch.where(those > 0, those / penalty, those * penalty))
+    """The logits (V) of one sequence, with those of the ids in `seen` lowered."""
+    old = logits[seen]
+    return logits.index_copy(0, seen, torch.where(old > 0, old / penalty, old * penalty))
 
 
-def sample(logits: Tensor, ways: list[SamplingParams], numbers: list[float]) -> Tensor:
-    """A token for each row of logits (B, V): rows of one kind together, since they cost alike."""
-    chosen = logits.argmax(-1)  # (B)
-    for filtered in (False, True):
-        rows = [i for i, w in enumerate(ways) if w.temperature > 0 and w.filtered is filtered]
-        if rows:
-            heat = as_column([ways[i].temperature for i in rows], logits)
-            # less the highest first, or a small temperature overflows
-            wide = logits[rows].double()
-            p = torch.softmax((wide - wide.amax(-1, keepdim=True)) / heat, dim=-1)
-            u = as_column([numbers[i] for i in rows], logits)
-            some = [ways[i] for i in rows]
-            chosen[rows] = draw_filtered(p, some, u) if filtered else draw(p, u)
-    return chosen
+def sample(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -> Tensor:
+    """A token (B) for each sequence of logits (B, V), given a uniform random number each."""
+    tokens = logits.argmax(-1)
+    for filtered in (False, True):  # separately, since only one of the two has to sort
+        group = [i for i, p in enumerate(params) if p.temperature > 0 and p.filtered is filtered]
+        if not group:
+            continue
+        temperature = as_column([params[i].temperature for i in group], logits)
+        u = as_column([uniforms[i] for i in group], logits)
+        wide = logits[group].double()
+        wide = wide - wide.amax(-1, keepdim=True)  # or dividing by a small temperature overflows
+        p = torch.softmax(wide / temperature, dim=-1)  # (B, V)
+        if filtered:
+            tokens[group] = draw_filtered(p, [params[i] for i in group], u)
+        else:
+            tokens[group] = draw(p, u)
+    return tokens
 
 
 def as_column(numbers: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float64, device=like.device)[:, None]  # (R, 1)
+    return torch.tensor(numbers, dtype=torch.float64, device=like.device)[:, None]  # (B, 1)
 
 
 def draw(p: Tensor, u: Tensor) -> Tensor:
-    """Where the running sum of p (R, V) passes u (R, 1) times its total."""
-    running = p.cumsum(-1)
-    total = running[:, -1:].contiguous()
-    place = torch.searchsorted(running, u * total, right=True)
-    last = torch.searchsorted(running, total)  # u < 1, but the product may round up
-    return torch.minimum(place, last)[:, 0]
+    """The index (B) at which the cumulative sum of p (B, M) exceeds u times its total."""
+    cumulative = p.cumsum(-1)
+    total = cumulative[:, -1:].contiguous()
+    index = torch.searchsorted(cumulative, u * total, right=True)
+    last = torch.searchsorted(cumulative, total)  # u < 1, but u · total may round up to total
+    return torch.minimum(index, last)[:, 0]
 
 
-def draw_filtered(p: Tensor, ways: list[SamplingParams], u: Tensor) -> Tensor:
-    """Most rows are settled among the likeliest; only those that are not are sorted whole, so that
-    a row's order, also of equal numbers, never depends on its neighbours."""
-    V, count = p.shape[1], min(p.shape[1], CANDIDATES)
-    k = torch.tensor([min(way.top_k or V, V) for way in ways], device=p.device)[:, None]
-    top_p = as_column([way.top_p for way in ways], p)
-    likeliest, ids = p.topk(count)  # (R, count), falling
-    inside = (k == V) & (likeliest.sum(-1, keepdim=True) >= top_p)
-    enough = ((k <= count) | inside)[:, 0]
-    chosen = draw_sorted(likeliest, ids, k, top_p, u)
+def draw_filtered(p: Tensor, params: list[SamplingParams], u: Tensor) -> Tensor:
+    """Top-k and top-p. The likeliest candidates are enough for most sequences; the others are
+    sorted in full, but only those, so that ties never depend on who else is in the batch."""
+    V, M = p.shape[1], min(p.shape[1], CANDIDATES)
+    k = torch.tensor([min(one.top_k or V, V) for one in params], device=p.device)[:, None]
+    top_p = as_column([one.top_p for one in params], p)
+    candidates, ids = p.topk(M)  # (B, M), descending
+    nucleus_inside = (k == V) & (candidates.sum(-1, keepdim=True) >= top_p)
+    enough = ((k <= M) | nucleus_inside)[:, 0]
+    tokens = draw_sorted(candidates, ids, k, top_p, u)
     if not enough.all():
-        some = ~enough
-        sorted_p, order = p[some].sort(descending=True)
-        chosen[some] = draw_sorted(sorted_p, order, k[some], top_p[some], u[some])
-    return chosen
+        rest = ~enough
+        in_full, order = p[rest].sort(descending=True)
+        tokens[rest] = draw_sorted(in_full, order, k[rest], top_p[rest], u[rest])
+    return tokens
 
 
 def draw_sorted(p: Tensor, ids: Tensor, k: Tensor, top_p: Tensor, u: Tensor) -> Tensor:
-    """Top-k and top-p of falling p (R, M), then the draw; k, top_p and u are (R, 1)."""
-    kept = p.masked_fill(torch.arange(p.shape[1], device=p.device) >= k, 0)
-    running = kept.cumsum(-1)
-    # Of all V tokens the sum is 1, of which p may hold a part.
-    total = torch.where(k > p.shape[1], 1.0, running[:, -1:])
-    before = running - kept  # what the likelier ones add up to
-    kept = kept.masked_fill(before >= top_p * total, 0)
-    return ids.gather(-1, draw(kept, u)[:, None])[:, 0]
+    """Filter the descending probabilities p (B, M) of the tokens `ids`, and draw one of those."""
+    p = p.masked_fill(torch.arange(p.shape[1], device=p.device) >= k, 0)
+    cumulative = p.cumsum(-1)
+    # p may hold only the first M of V tokens; all V sum to 1
+    total = torch.where(k > p.shape[1], 1.0, cumulative[:, -1:])
+    sum_before = cumulative - p
+    p = p.masked_fill(sum_before >= top_p * total, 0)
+    return ids.gather(-1, draw(p, u)[:, None])[:, 0]

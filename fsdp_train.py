@@ -69,13 +69,8 @@ from alpaca.training.run_dir import RunFolder
 from alpaca.training.snapshots import Snapshots
 from alpaca.weights import lora
 from alpaca.weights.adapter import save_adapter
-from alpaca.weights.checkpoint import (
-    DTYPES,
-    load_model,
-    open_checkpoint,
-    save_model,
-    stored_tensors,
-)
+from alpaca.weights.checkpoint import DTYPES, open_checkpoint, save_model, stored_tensors
+from alpaca.weights.loading import load_model, optimize_layout
 from dataset import (
     Examples,
     encode_all,
@@ -130,7 +125,7 @@ def prepare(args: argparse.Namespace) -> Job:
         config = LlamaConfig.preset(args.preset)
     elif args.lora:
         source = lora.frozen(args.model_dir, args.bits)
-        config, args.bits = source.config, source.recipe.bits
+        config, args.bits = source.config, source.bits
         if args.offload and args.bits < 16:
             raise UserError("--offload cannot move rounded weights: train without it")
     else:
@@ -428,9 +423,9 @@ def show_answers(args: argparse.Namespace, job: Job, device: torch.device) -> No
 
 def written(args: argparse.Namespace, device: torch.device) -> Llama:
     if not args.lora:
-        return load_model(outcome(args), device)
-    recipe = lora.frozen(args.model_dir, args.bits).recipe
-    return lora.load(args.model_dir, outcome(args), recipe, device, DTYPES[args.dtype])
+        return load_model(outcome(args), device=device)
+    adapted = load_model(args.model_dir, outcome(args), args.bits, device, DTYPES[args.dtype])
+    return optimize_layout(adapted)
 
 
 # ---------------------------------------------------------------- the command line

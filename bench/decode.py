@@ -32,8 +32,8 @@ import torch  # noqa: E402
 from alpaca.inference.engine import Engine  # noqa: E402
 from alpaca.inference.sampling import SamplingParams  # noqa: E402
 from alpaca.weights.checkpoint import save_model  # noqa: E402
-from alpaca.weights.lora import load  # noqa: E402
-from alpaca.weights.quantize import Recipe, Source, save  # noqa: E402
+from alpaca.weights.loading import load_model, optimize_layout  # noqa: E402
+from alpaca.weights.quantize import Source, save  # noqa: E402
 from alpaca.weights.shards import tensor_bytes  # noqa: E402
 from bench.load import SHAPE, write_random  # noqa: E402
 from bench.measure import PeakMemory, memory, row, table  # noqa: E402
@@ -73,7 +73,8 @@ def random_prompts(count: int) -> list[list[int]]:
 
 def ours(folder: str, rows: int, device: str) -> Callable[[], dict]:
     dtype = torch.float32 if folder.endswith("fp32") else None
-    engine = Engine(load(folder, device=device, dtype=dtype), NoTokenizer(), rows, PROMPT + NEW)
+    model = optimize_layout(load_model(folder, device=device, dtype=dtype))
+    engine = Engine(model, NoTokenizer(), rows, PROMPT + NEW)
     prompts = random_prompts(rows)
 
     def run() -> dict:
@@ -250,7 +251,7 @@ def one_sequence(folder: Path, runs: int) -> None:
     write_random(plain)
     places = {16: plain, 8: folder / "int8", 4: folder / "int4"}
     for bits in (8, 4):
-        save(Source(plain, Recipe(bits, 8, 16)), places[bits])
+        save(Source(plain, bits), places[bits])
     sides = {f"ours {bits}": ("ours", str(place), 1) for bits, place in places.items()}
     sides["transformers"] = ("theirs", str(plain), 1)
     peers = [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name)]

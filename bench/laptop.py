@@ -23,8 +23,7 @@ import torch  # noqa: E402
 from alpaca.inference.engine import Engine  # noqa: E402
 from alpaca.inference.sampling import SamplingParams  # noqa: E402
 from alpaca.weights.checkpoint import parameter_shapes, save_model  # noqa: E402
-from alpaca.weights.lora import load  # noqa: E402
-from alpaca.weights.quantize import Recipe  # noqa: E402
+from alpaca.weights.loading import load_model, optimize_layout  # noqa: E402
 from bench.decode import NoTokenizer, random_prompts  # noqa: E402
 from bench.measure import PeakMemory, memory  # noqa: E402
 from model import LlamaConfig  # noqa: E402
@@ -59,7 +58,7 @@ def main() -> None:
             write(folder)
         with PeakMemory() as peak:
             start = time.perf_counter()
-            model = load(folder, recipe=Recipe(4, 8, 16))
+            model = optimize_layout(load_model(folder, bits=4))
             loaded = time.perf_counter() - start
             engine = Engine(model, NoTokenizer(), 1, 512)
             (prompt,) = random_prompts(1)

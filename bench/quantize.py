@@ -22,19 +22,14 @@ import torch  # noqa: E402
 
 from alpaca.inference.engine import Engine  # noqa: E402
 from alpaca.inference.sampling import SamplingParams  # noqa: E402
-from alpaca.weights.lora import load  # noqa: E402
-from alpaca.weights.quantize import Recipe, Source  # noqa: E402
+from alpaca.weights.loading import load_model, optimize_layout  # noqa: E402
+from alpaca.weights.quantize import Source  # noqa: E402
 from alpaca.weights.shards import tensor_bytes  # noqa: E402
 from dataset import encode_example, load_records, prompt  # noqa: E402
 from model import IGNORE  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
-RECIPES = {
-    "bf16": Recipe(),
-    "int8, head int8": Recipe(8, 8, 16),
-    "int4, head int8": Recipe(4, 8, 16),
-    "int4, head int4, embeddings int8": Recipe(4, 4, 8),
-}
+BITS = {"bf16": 16, "int8, head int8": 8, "int4, head int8": 4}
 
 
 @torch.no_grad()
@@ -68,9 +63,9 @@ def main() -> None:
     print("| weights | MB | perplexity | next token as bf16's | answers as expected | as bf16's |")
     print("|---|---|---|---|---|---|")
     first = None
-    for name, recipe in RECIPES.items():
-        model = load(folder, recipe=recipe, dtype=torch.bfloat16)
-        size = sum(tensor_bytes(Source(folder, recipe).layout()).values())
+    for name, bits in BITS.items():
+        model = optimize_layout(load_model(folder, bits=bits, dtype=torch.bfloat16))
+        size = sum(tensor_bytes(Source(folder, bits).layout()).values())
         perplexity, likeliest = judged(model, examples)
         answers = Engine(model, tokenizer, 16).generate(prompts, SamplingParams(max_new_tokens=40))
         texts = [answer.text.strip() for answer in answers]

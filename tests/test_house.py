@@ -91,7 +91,7 @@ def test_modules_import_without_a_command_line_or_a_compiler():
     """torch's compiler would cost two seconds at every start without a GPU."""
     names = ", ".join(FILES)
     compiler = "torch.cuda.is_available() or 'torch._dynamo' not in sys.modules"
-    load = "alpaca.weights.checkpoint.load_model('data/tiny-llama')"
+    load = "alpaca.weights.loading.load_model('data/tiny-llama')"
     code = f"import sys, torch, {names}; {load}; assert {compiler}"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

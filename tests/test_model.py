@@ -7,7 +7,7 @@ from helpers.models import hf_model, random_ids, small_config, small_model
 from helpers.parity import apart
 
 import model as model_module
-from alpaca.weights.checkpoint import load_model
+from alpaca.weights.loading import load_model
 from model import IGNORE, KVCache, Llama, LlamaConfig, RMSNorm, plain_layout, rotary_tables
 
 SHAPES = {

@@ -32,7 +32,8 @@ from alpaca.training import parallel
 from alpaca.training.run_dir import RunFolder
 from alpaca.training.snapshots import Snapshots
 from alpaca.weights.adapter import Lora
-from alpaca.weights.checkpoint import load_model, save_model, tensors
+from alpaca.weights.checkpoint import save_model, tensors
+from alpaca.weights.loading import load_model
 from dataset import IGNORE, encode_example, load_records, prompt, step_examples
 from fsdp_train import learning_rate
 from model import Llama

@@ -28,12 +28,12 @@ from alpaca.weights import bitdiff
 from alpaca.weights.checkpoint import (
     DTYPES,
     as_dtype,
-    load_model,
     open_checkpoint,
     read_config,
     save_model,
     stored_tensors,
 )
+from alpaca.weights.loading import load_model
 from model import Llama
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -40,6 +40,7 @@ from alpaca.datagen import request_log
 from alpaca.evaluation import blind, judge, outputs, win_rate
 from alpaca.evaluation.outputs import ANNOTATIONS, OUTPUTS, digest, paired, read_items, write_json
 from alpaca.inference import generate
+from alpaca.weights import loading
 
 SET = CHECKOUT / "data/eval_instructions.jsonl"
 # What makes no difference to the answers.
@@ -86,18 +87,14 @@ def checked(args: argparse.Namespace) -> list[Path]:
     generate.sampling(args, args.seed)
     if args.model is not None:
         taken = ("--temperature", "--top-p", "--max-new-tokens", "--stop")
-        local = given(args, generate.add_model_flags, generate.add_sampling_flags)
+        local = given(args, loading.add_model_arguments, generate.add_sampling_flags)
         if odd := [flag for flag in local if flag not in taken]:
             raise UserError(f"--model asks a server: {odd[0]} is for a model in a folder")
         request_log.endpoint_from_args(args, "--model", args.model)
         return []
     if odd := given(args, request_log.add_server_arguments):
         raise UserError(f"{odd[0]} is for a server: --model names the one of its models to ask")
-    folders = generate.folders(args)
-    for folder in folders:
-        if not folder.is_dir():
-            raise UserError(f"no model at {folder}: `make train` makes one, --model-dir names")
-    return folders
+    return loading.model_folders(args)
 
 
 def given(args: argparse.Namespace, *groups: Callable) -> list[str]:
@@ -255,7 +252,7 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
     add("--set", type=Path, default=SET, help=told)
     add("--out", type=Path, required=True, help="folder; the same one again goes on")
     add("--name", help="of the model in all files (default: that of its folder, or --model)")
-    generate.add_model_flags(parser)
+    loading.add_model_arguments(parser)
     generate.add_sampling_flags(parser)
     request_log.add_server_arguments(parser)
     parser.add_argument("--model", help="model of a server to ask (default: a --model-dir)")

@@ -22,23 +22,15 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-
-from alpaca import CHECKOUT
 from alpaca.common.cli import Parser, positive
 from alpaca.common.errors import UserError, notice, run_command
 from alpaca.common.files import append_jsonl, read_log
 from alpaca.common.progress import Progress
 from alpaca.inference.engine import Engine, Sequence
 from alpaca.inference.sampling import SamplingParams
-from alpaca.weights.checkpoint import DTYPES
-from alpaca.weights.lora import load
-from alpaca.weights.quantize import add_flags, recipe_of
+from alpaca.weights.loading import add_model_arguments, load_from_args
 from dataset import chat_prompt, numbered_objects, prompt
-from model import Llama
 from tokenizer import Tokenizer
-
-TRAINED = CHECKOUT / "runs/tiny/model"  # where `make train` leaves its model
 
 
 def question(instruction: str, input: str, tokenizer: Tokenizer) -> list[int]:
@@ -129,7 +121,7 @@ def answer_file(args: argparse.Namespace) -> None:
     records = list(read_questions(args.file))
     if not records:
         raise UserError(f"{args.file}: no instructions in it")
-    how = {"model": str((args.model_dir or TRAINED).absolute()), "bits": recipe_of(args)}
+    how = {"model": str(args.model_dir.absolute()), "bits": args.bits}
     how |= {"sampling": vars(sampling(args, args.seed))}
     how |= {"adapter": str(args.adapter.absolute())} if args.adapter else {}
     how = json.loads(json.dumps(how))
@@ -193,19 +185,8 @@ def sampling(args: argparse.Namespace, seed: int) -> SamplingParams:
     )
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """For every command that asks a model: which one; see `loaded`."""
-    add = parser.add_argument
-    add("--model-dir", type=Path, help=f"folder of the model (default: {TRAINED}, of `make train`)")
-    add("--adapter", type=Path, help="folder of a LoRA adapter for --model-dir (default: none)")
-    add("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one, else cpu)")
-    add("--dtype", choices=DTYPES, help="to compute in (default: as it is stored)")
-    add("--compile", action="store_true", help="torch.compile the token step; meant for a GPU")
-    add_flags(parser)
-
-
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """And how it is to answer; see `sampling`."""
+    """How a model answers; see `sampling`."""
     add, count = parser.add_argument, positive(int)
     add("--temperature", type=float, default=0.0, help="0: likeliest (default: 0)")
     add("--top-k", type=int, default=0, help="likeliest tokens kept; 0: all")
@@ -229,7 +210,7 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, help="with --file: JSONL to add answers to")
     add("--n", type=positive(int), default=1, help="answers (default: 1)")
     # of whom, and how
-    add_model_flags(parser)
+    add_model_arguments(parser)
     add_sampling_flags(parser)
     # what is told
     add("--json", action="store_true", help="with tokens and log-probabilities")
@@ -249,33 +230,9 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def folders(args: argparse.Namespace) -> list[Path]:
-    """What the model is made of: its folder, and its adapter's if there is one."""
-    folder = args.model_dir or TRAINED
-    if args.adapter and args.model_dir is None:
-        raise UserError("--adapter goes with --model-dir, the base that it was trained for")
-    if args.model_dir is None and not folder.exists():
-        raise UserError(f"no model at {folder} yet: `make train` makes it, or name a --model-dir")
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        raise UserError(f"{folder} is an adapter: --model-dir BASE --adapter {folder}")
-    return [folder, args.adapter] if args.adapter else [folder]
-
-
-def loaded(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
-    """Model and tokenizer as the flags of `add_model_flags` ask for them."""
-    folder = folders(args)[0]
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here")
-    if args.compile and device == "cpu":
-        notice("--compile is meant for a GPU: on a CPU, weights are slower to read so")
-    tokenizer, dtype = Tokenizer(folder), DTYPES.get(args.dtype)
-    return load(folder, args.adapter, recipe_of(args), device, dtype, args.compile), tokenizer
-
-
 def ready(args: argparse.Namespace) -> Engine:
     sampling(args, args.seed)  # a mistake there should not wait for the weights
-    model, tokenizer = loaded(args)
+    model, tokenizer = load_from_args(args)
     rows = min(args.n, args.max_batch_size) if args.instruction is not None else args.max_batch_size
     return Engine(model, tokenizer, 1 if args.chat else rows, compile=args.compile)
 

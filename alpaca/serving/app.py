@@ -52,7 +52,6 @@ from alpaca.common.cli import Parser, positive
 from alpaca.common.errors import notice, run_command
 from alpaca.common.files import append_jsonl
 from alpaca.inference.engine import Engine, Sequence
-from alpaca.inference.generate import TRAINED, add_model_flags, loaded
 from alpaca.inference.watermark import KEY, Watermark
 from alpaca.serving import http
 from alpaca.serving import openai_schema as api
@@ -67,6 +66,7 @@ from alpaca.serving.moderation import (
 )
 from alpaca.serving.scheduler import Answers, Busy, Decoder
 from alpaca.weights.checkpoint import parameter_shapes
+from alpaca.weights.loading import DEFAULT_MODEL, add_model_arguments, load_from_args
 from dataset import load_records
 
 PAGE = Path(__file__).with_name("page.html")
@@ -300,7 +300,7 @@ def page(file: Path) -> Response:
 
 def name_of(args: argparse.Namespace) -> str:
     """`tiny` for runs/tiny/model, where training leaves it."""
-    folder = (args.model_dir or TRAINED).absolute()
+    folder = args.model_dir.absolute()
     return args.name or (folder.parent if folder.name == "model" else folder).name
 
 
@@ -321,9 +321,8 @@ def about(args: argparse.Namespace, engine: Engine, filter: Filter) -> dict:
 
 def examples(args: argparse.Namespace) -> list[dict]:
     """A few short ones. The tiny model knows little more than what it was shown."""
-    own = (
-        CHECKOUT / "data" / ("eval_instructions.jsonl" if args.model_dir else "sample_heldout.json")
-    )
+    tiny = args.model_dir is DEFAULT_MODEL
+    own = CHECKOUT / "data" / ("sample_heldout.json" if tiny else "eval_instructions.jsonl")
     records = [r for r in load_records(args.examples or own) if r.get("instruction")]
     short = [
         r for r in records if len(r["instruction"]) <= 90 and len(r["input"]) <= 200
@@ -389,7 +388,7 @@ async def serve(args, bound, *parts) -> None:
 def parse_args() -> argparse.Namespace:
     count, above_0 = positive(int), positive(float)
     parser = Parser(description=__doc__)
-    add_model_flags(parser)
+    add_model_arguments(parser)
     add = parser.add_argument_group("answers").add_argument
     add("--name", help="of the model, in the API (default: its folder's)")
     add("--rows", type=count, default=16, help="answers made at once (default: 16)")
@@ -426,7 +425,7 @@ def parse_args() -> argparse.Namespace:
 
 def made(args: argparse.Namespace) -> tuple[Engine, Watermark]:
     """The engine, and the watermark to look for, which it bears unless told otherwise."""
-    model, tokenizer = loaded(args)
+    model, tokenizer = load_from_args(args)
     marks = Watermark(model.config.vocab_size, key=args.watermark_key)
     length = args.max_length or min(2048, model.config.max_position_embeddings)
     used = None if args.no_watermark else marks

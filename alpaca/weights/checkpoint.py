@@ -224,23 +224,6 @@ def same_bits(a: Stored, b: Stored) -> bool:
     return a[:2] == b[:2] and torch.equal(first, second)
 
 
-def load_model(
-    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> Llama:
-    """A checkpoint as a model; `dtype` None keeps the one it is stored in (the embedding's).
-
-    On the CPU, weights whose dtype does not change stay in the file's pages: nothing is read until
-    it is used, and the files must not be written to (replacing or deleting them is fine)."""
-    config, found = open_checkpoint(folder)
-    dtype = dtype or found[EMBEDDING].dtype
-    with torch.device("meta"):
-        model = Llama(config)
-    weights = {n: as_dtype(stored.read(), dtype, n).to(device) for n, stored in found.items()}
-    model.load_state_dict(weights, assign=True, strict=False)  # not strict: a tied head has none
-    model.tie_weights()
-    return model
-
-
 def as_dtype(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """The tensor itself if it has that dtype already; an error if its numbers do not fit fp16."""
     result = tensor.to(dtype)

@@ -73,7 +73,10 @@ def typed_config(fields: dict[str, Any]) -> LlamaConfig:
         if type(value) is not kind and (kind, type(value)) != (float, int):
             raise UserError(f"{name} is {value!r}, where {kind.__name__} was expected")
         known[name] = value
-    config = LlamaConfig(**known)
+    try:
+        config = LlamaConfig(**known)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     for name, value in vars(config).items():
         if value > (most := MOST.get(name, 1 << 20)):
             raise UserError(f"{name} is {value}, where {most} would be a great deal")

@@ -97,8 +97,11 @@ def let_go_of_files(model: Llama) -> None:
     model.tie_weights()
 
 
-def arranged(model: Llama, blocks: bool = True) -> Llama:
-    """Every matrix as this machine decodes fastest, one after the other; not for training."""
+def optimize_layout(model: Llama, compiled: bool = False) -> Llama:
+    """Lay out every matrix as this machine decodes fastest, one after the other; not for training.
+
+    A model that will be compiled keeps plain matrices, which the compiler lays out itself."""
+    blocks = not compiled
     for block in model.model.layers:
         merge(block.self_attn, ("q_proj", "k_proj", "v_proj"), blocks)
         merge(block.mlp, ("gate_proj", "up_proj"), blocks)

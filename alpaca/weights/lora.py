@@ -36,7 +36,6 @@ from torch import Tensor, nn
 from alpaca.common.cli import Parser
 from alpaca.common.errors import UserError, run_command
 from alpaca.common.progress import Progress
-from alpaca.weights import quantize
 from alpaca.weights.adapter import ATTENTION, Lora, adapted, read_adapter
 from alpaca.weights.checkpoint import (
     DTYPES,
@@ -46,8 +45,7 @@ from alpaca.weights.checkpoint import (
     save_model,
     tokenizer_for,
 )
-from alpaca.weights.kernels import arranged
-from alpaca.weights.quantize import KINDS, PLAIN, Recipe, Source
+from alpaca.weights.quantize import KINDS, Source, stored_bits
 from model import Llama
 
 # ---------------------------------------------------------------- one layer
@@ -137,8 +135,7 @@ def add_lora(
 
 def frozen(folder: str | Path, bits: int) -> Source:
     """A base to train beside; a folder that is rounded already stays as it is."""
-    kept = quantize.kept_recipe(Path(folder))
-    return Source(folder, PLAIN if kept and bits in (16, kept.bits) else Recipe(bits))
+    return Source(folder, bits, round_head=False)
 
 
 def skeleton(source: Source, dtype: torch.dtype, lora: Lora) -> Llama:
@@ -146,7 +143,7 @@ def skeleton(source: Source, dtype: torch.dtype, lora: Lora) -> Llama:
     with torch.device("meta"):
         model = Llama(source.config).to(dtype)
         for name, shape in source.shapes.items():
-            if name.startswith("model.layers.") and (kind := source.recipe.kind(name)):
+            if name.startswith("model.layers.") and (kind := source.kind(name)):
                 layout = kind.layout(shape).items()
                 parts = {part: torch.empty(size, dtype=d) for part, (size, d) in layout}
                 model.set_submodule(name.removesuffix(".weight"), kind(**parts))
@@ -165,7 +162,7 @@ def first_weights(source: Source, seed: int) -> Callable[[str, torch.Size], Tens
             return torch.zeros(shape)
         stem, _, part = name.replace(".base", "").replace(".layer.", ".").rpartition(".")
         name = f"{stem}.weight"
-        kind = source.recipe.kind(name)
+        kind = source.kind(name)
         if kind is None:
             return source.found[name].read()  # mapped: a rank touches its rows only
         parts = parts_of(name)
@@ -184,21 +181,6 @@ def load_adapter(model: Llama, folder: str | Path) -> None:
             module.to(model.model.norm.weight.dtype).weight.copy_(weights[f"{path}.weight"])
 
 
-def load(
-    folder: str | Path,
-    adapter: str | Path | None = None,
-    recipe: Recipe = PLAIN,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    compile: bool = False,
-) -> Llama:
-    """A model to decode with, as this machine does it fastest."""
-    model = quantize.load(folder, recipe, device, dtype)
-    if adapter:
-        load_adapter(model, adapter)
-    return arranged(model, blocks=not compile)
-
-
 # ---------------------------------------------------------------- base and adapter as one model
 
 
@@ -212,7 +194,7 @@ def merge(
     """Write the whole model as a Hugging Face folder, of the dtype of the base's embedding unless
     told, a tensor in memory at a time. Returned is how many matrices have changed, of how many
     adapted ones, and the dtype."""
-    if quantize.kept_recipe(base):
+    if stored_bits(base):
         raise UserError(f"{base} is quantized: merge into the model that it was made from")
     config, found = open_checkpoint(base)
     lora, thin = read_adapter(adapter, config)

@@ -23,7 +23,7 @@ Shown by tests/test_quantize.py: test_the_kernels_compute_what_the_integers_say.
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +36,7 @@ from alpaca.common.progress import Progress
 from alpaca.weights.checkpoint import (
     EMBEDDING,
     HEAD,
-    as_dtype,
     copy_tokenizer,
-    load_model,
     open_checkpoint,
     parameter_shapes,
     stored_tensors,
@@ -47,7 +45,6 @@ from alpaca.weights.checkpoint import (
 )
 from alpaca.weights.config_json import config_to_json, typed_config, understood
 from alpaca.weights.shards import Shards, tensor_bytes
-from model import Llama
 
 GROUP = 32  # neighbours that share s and z in int4
 METHOD = "round to nearest"  # quant_method in config.json
@@ -115,13 +112,6 @@ def two_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
     return step, halves.permute(2, 0, 1).flatten(0, 1)
 
 
-class Int8Embedding(Int8Linear):
-    """Looked up instead of multiplied; the dtype of its scale is that of what it gives."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.q[ids] * self.scale[ids][..., None]
-
-
 class Int4Linear(nn.Module):
     """Holds the integers until `arrange` turns them into what this machine's kernel reads."""
 
@@ -183,129 +173,105 @@ KINDS = {8: Int8Linear, 4: Int4Linear}
 # ---------------------------------------------------------------- a whole model
 
 
-class Recipe(NamedTuple):
-    """Bits of what: the blocks' matrices, the head, the embedding. 16: as the checkpoint has it."""
-
-    bits: int = 16
-    head: int = 16
-    embeddings: int = 16
-
-    def valid(self) -> bool:
-        return self.bits in (16, 8, 4) and self.head in (16, 8, 4) and self.embeddings in (16, 8)
-
-    def kind(self, name: str):
-        """The class that holds that tensor, None for a plain parameter."""
-        if name.startswith("lm_head."):
-            return KINDS.get(self.head)
-        if name.startswith("model.embed_tokens."):
-            return Int8Embedding if self.embeddings == 8 else None
-        return None if name.endswith("norm.weight") else KINDS.get(self.bits)
-
-
-PLAIN = Recipe()
+def layer_class(
+    name: str, bits: int, round_head: bool
+) -> type[Int8Linear] | type[Int4Linear] | None:
+    """The class that holds a parameter; None for one that is not rounded."""
+    if name == HEAD:
+        return Int8Linear if round_head else None
+    return KINDS.get(bits) if name.endswith("proj.weight") else None
 
 
 class Source:
-    """A checkpoint's tensors as a recipe wants them, one at a time; or what `save` has written."""
+    """A checkpoint's tensors rounded to `bits`, one at a time; or what `save` has written.
 
-    def __init__(self, folder: str | Path, recipe: Recipe = PLAIN):
+    The blocks' matrices are rounded, and the head to 8 bits; embedding and norms stay as they are.
+    """
+
+    def __init__(self, folder: str | Path, bits: int = 16, round_head: bool = True):
         folder = Path(folder)
-        self.kept = kept_recipe(folder)
-        if self.kept and recipe not in (PLAIN, self.kept):
-            raise UserError(f"{folder} is quantized already, its bits are {tuple(self.kept)}")
-        self.recipe = self.kept or recipe
-        if self.kept:
+        stored = stored_bits(folder)
+        if stored and bits not in (16, stored):
+            raise UserError(f"{folder} is quantized already, to {stored} bits")
+        self.stored, self.bits = stored is not None, stored or bits
+        self.round_head = self.stored or (bits < 16 and round_head)
+        if self.stored:
             self.found = stored_tensors(folder)
             fields = read_json(folder / "config.json") | {"quantization_config": None}
             self.config = typed_config(understood(fields))
+            self.shapes = parameter_shapes(self.config)
+            if {n: (t.shape, t.dtype) for n, t in self.found.items()} != self.layout():
+                raise UserError(f"{folder}: its tensors are not what its config.json says")
         else:
             self.config, self.found = open_checkpoint(folder)
-            if self.config.tie_word_embeddings and recipe.head + recipe.embeddings < 32:
+            if self.config.tie_word_embeddings and self.round_head:
                 self.found[HEAD] = self.found[EMBEDDING]
                 self.config = replace(self.config, tie_word_embeddings=False)
-        self.shapes = parameter_shapes(self.config)
-        layout = self.layout()
-        if self.kept and {n: (s.shape, s.dtype) for n, s in self.found.items()} != layout:
-            raise UserError(f"{folder}: its tensors are not what its config.json says")
+            self.shapes = {name: tensor.shape for name, tensor in self.found.items()}
+            self.layout()  # refuses shapes that cannot be rounded
+
+    def kind(self, name: str) -> type[Int8Linear] | type[Int4Linear] | None:
+        return layer_class(name, self.bits, self.round_head)
 
     def layout(self) -> dict[str, tuple]:
         """Tensor on disk → shape and dtype."""
-        found = {}
+        layout = {}
         for name, shape in self.shapes.items():
-            stem, kind = name.removesuffix("weight"), self.recipe.kind(name)
+            stem, kind = name.removesuffix("weight"), self.kind(name)
+            own = self.found[name].dtype if name in self.found else None
             try:
-                own = self.found[name].dtype if name in self.found else None
                 parts = kind.layout(shape) if kind else {"weight": (shape, own)}
-            except ValueError as mistake:
-                raise UserError(f"{name}: {mistake}") from None
-            found |= {stem + part: what for part, what in parts.items()}
-        return found
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+            layout |= {stem + part: what for part, what in parts.items()}
+        return layout
 
     def parts(self, name: str) -> dict[str, Tensor]:
         """What holds a parameter: its integers and scales, or itself."""
-        stem, kind = name.removesuffix("weight"), self.recipe.kind(name)
-        stored = kind.layout(self.shapes[name]) if self.kept and kind else ("weight",)
+        stem, kind = name.removesuffix("weight"), self.kind(name)
+        if kind is None:
+            return {"weight": self.found[name].read()}
+        stored = kind.layout(self.shapes[name]) if self.stored else ("weight",)
         parts = {part: self.found[stem + part].read() for part in stored}
         for part, tensor in parts.items():
             floats = tensor.is_floating_point()
             if floats and not all(extreme.isfinite() for extreme in tensor.aminmax()):
                 raise UserError(f"{stem}{part} holds numbers that are not finite")
-        return kind.parts(parts["weight"]) if kind and not self.kept else parts
+        return parts if self.stored else kind.parts(parts["weight"])
 
     def error(self, name: str) -> float:
         """Of a parameter, ‖rounded - true‖ / ‖true‖."""
         true = self.found[name].read().float()
-        rounded = self.recipe.kind(name)(**self.parts(name)).dequantized()
+        rounded = self.kind(name)(**self.parts(name)).dequantized()
         return ((rounded - true).norm() / true.norm().clamp_min(1e-30)).item()
 
 
-def load(
-    folder: str | Path,
-    recipe: Recipe = PLAIN,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-) -> Llama:
-    """A model with rounded layers if the recipe says so, or the folder is one of such."""
-    if recipe == PLAIN and not kept_recipe(Path(folder)):
-        return load_model(folder, device, dtype)
-    source = Source(folder, recipe)
-    dtype = dtype or source.found["model.norm.weight"].dtype
-    with torch.device("meta"):
-        model = Llama(source.config)
-    for name in source.shapes:
-        path, _, leaf = name.rpartition(".")
-        parts = {part: tensor.to(device) for part, tensor in source.parts(name).items()}
-        if kind := source.recipe.kind(name):
-            if kind is Int8Embedding:
-                parts["scale"] = parts["scale"].to(dtype)
-            model.set_submodule(path, kind(**parts))
-        else:
-            weight = as_dtype(parts["weight"], dtype, name)
-            setattr(model.get_submodule(path), leaf, nn.Parameter(weight, requires_grad=False))
-    model.tie_weights()
-    return model
+def quantization_config(bits: int) -> dict[str, Any]:
+    """What config.json says of rounded weights."""
+    return {"quant_method": METHOD, "group": GROUP, "bits": bits, "head": 8, "embeddings": 16}
 
 
-def kept_recipe(folder: Path) -> Recipe | None:
-    """How a folder was quantized by `save`; None for any other."""
+def stored_bits(folder: Path) -> int | None:
+    """The bits of a folder that `save` has written; None for any other."""
     file = folder / "config.json"
-    told = read_json(file).get("quantization_config") if file.is_file() else None
-    if not isinstance(told, dict) or told.get("quant_method") != METHOD:
+    stored = read_json(file).get("quantization_config") if file.is_file() else None
+    if not isinstance(stored, dict) or stored.get("quant_method") != METHOD:
         return None
-    recipe = Recipe(*(told.get(field) for field in Recipe._fields))
-    if told.get("group") != GROUP or not recipe.valid():
-        raise UserError(f"{file}: quantization_config {told} is not one that was written here")
-    return recipe
+    if stored not in [quantization_config(bits) for bits in KINDS]:
+        raise UserError(
+            f"{file}: quantization_config {stored} is not read: quantize the original model again"
+        )
+    return stored["bits"]
 
 
 def save(source: Source, folder: Path, tokenizer: Path | None = None) -> None:
-    told = {"quant_method": METHOD, "group": GROUP, **source.recipe._asdict()}
     progress = Progress(len(source.shapes), "tensors")
     with atomic_folder(folder) as partial, Shards(partial, source.layout()) as shards:
         if tokenizer is not None:
             copy_tokenizer(tokenizer, partial)
-        config = config_to_json(source.config, source.found["model.norm.weight"].dtype)
-        write_json(partial / "config.json", config | {"quantization_config": told})
+        config = config_to_json(source.config, source.found[EMBEDDING].dtype)
+        config["quantization_config"] = quantization_config(source.bits)
+        write_json(partial / "config.json", config)
         for name in source.shapes:
             for part, tensor in source.parts(name).items():
                 shards.write(name.removesuffix("weight") + part, tensor)
@@ -315,7 +281,7 @@ def save(source: Source, folder: Path, tokenizer: Path | None = None) -> None:
 
 def report(source: Source) -> str:
     """How far off the rounded weights are, and what they weigh."""
-    errors = {name: source.error(name) for name in source.shapes if source.recipe.kind(name)}
+    errors = {name: source.error(name) for name in source.shapes if source.kind(name)}
     worst = max(errors, key=errors.get)
     before, after = (sum(tensor_bytes(t).values()) for t in (source.found, source.layout()))
     return (
@@ -325,34 +291,18 @@ def report(source: Source) -> str:
     )
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """--bits, --head and --embeddings, for every command that loads a model to decode with."""
-    flag = parser.add_argument_group("rounded weights (see quantize.py)").add_argument
-    bits = (16, 8, 4)
-    flag("--bits", type=int, choices=bits, default=16, help="a weight (default: 16, as it is)")
-    flag("--head", type=int, choices=bits, help="bits of the head (default: 8 if --bits is less)")
-    flag("--embeddings", type=int, choices=(16, 8), default=16, help="their bits (default: 16)")
-
-
-def recipe_of(args: argparse.Namespace) -> Recipe:
-    return Recipe(args.bits, args.head or max(8, args.bits), args.embeddings)
-
-
 def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--model-dir", type=Path, required=True, help="folder of the model")
     parser.add_argument("--save", type=Path, metavar="DIR", help="folder to write")
-    add_flags(parser)
+    parser.add_argument("--bits", type=int, choices=(8, 4), required=True, help="a weight")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    recipe = recipe_of(args)
-    if recipe == PLAIN:
-        raise UserError("nothing would change: give --bits 8 or --bits 4")
-    source = Source(args.model_dir, recipe)
-    if source.kept:
+    source = Source(args.model_dir, args.bits)
+    if source.stored:
         raise UserError(f"{args.model_dir} is quantized already")
     print(report(source))
     if args.save:

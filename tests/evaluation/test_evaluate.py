@@ -18,7 +18,7 @@ from alpaca.common.files import read_log
 from alpaca.evaluation import evaluate
 from alpaca.evaluation.outputs import paired, read_items
 from alpaca.inference.engine import Engine
-from alpaca.weights.checkpoint import load_model
+from alpaca.weights.loading import load_model
 from dataset import prompt
 from tokenizer import Tokenizer
 

@@ -17,7 +17,7 @@ from alpaca.inference.watermark import Watermark
 from alpaca.serving import app
 from alpaca.serving.http import Limits, listening
 from alpaca.serving.moderation import Filter
-from alpaca.weights.checkpoint import load_model
+from alpaca.weights.loading import load_model
 from dataset import after_newline
 from helpers.commands import ROOT
 from helpers.models import small_config

@@ -10,8 +10,8 @@ from helpers.parity import apart
 
 from alpaca.inference.engine import PREFILL_TOKENS, Engine, Sequence, overlap
 from alpaca.inference.sampling import GREEDY, SamplingParams
-from alpaca.weights.checkpoint import load_model
-from alpaca.weights.kernels import arranged
+from alpaca.weights.kernels import optimize_layout
+from alpaca.weights.loading import load_model
 from model import Llama
 from tokenizer import Tokenizer
 
@@ -46,7 +46,7 @@ def test_a_batch_equals_plain_decoding_one_at_a_time(heads, laid_out):
     prompts = prompts_of(5, 1, 17, 9, 2, 30, 8)
     expected = [plain_greedy(model_of(num_key_value_heads=heads), p, 20) for p in prompts]
     model = model_of(num_key_value_heads=heads)
-    engine = Engine(arranged(model) if laid_out else model, TOKENIZER, max_batch_size=4)
+    engine = Engine(optimize_layout(model) if laid_out else model, TOKENIZER, max_batch_size=4)
     answers = engine.generate(prompts, SamplingParams(max_new_tokens=20))
     assert [a.ids for a in answers] == expected
     assert len({tuple(e) for e in expected}) == len(prompts), "one answer for all shows nothing"

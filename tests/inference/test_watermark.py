@@ -16,7 +16,7 @@ from helpers.parity import apart
 
 from alpaca.inference import watermark as watermark_module
 from alpaca.inference.watermark import KEY, Watermark
-from alpaca.weights.checkpoint import load_model
+from alpaca.weights.loading import load_model
 from model import KVCache
 from tokenizer import Tokenizer
 

@@ -33,7 +33,7 @@ from alpaca.inference.sampling import SamplingParams
 from alpaca.serving import app, http
 from alpaca.serving.moderation import Filter, Rules, Unavailable, chosen_filter
 from alpaca.weights.adapter import Lora, save_adapter
-from alpaca.weights.checkpoint import load_model
+from alpaca.weights.loading import load_model
 from alpaca.weights.lora import add_lora
 from dataset import chat_prompt, prompt
 from tokenizer import Tokenizer

@@ -79,6 +79,7 @@ def test_full_checkpointing_keeps_the_inputs_of_blocks():
 STEP = """
 import sys
 import torch, torch.distributed as dist
+from functools import partial
 from types import SimpleNamespace
 import fsdp_train, parallel, plan
 from alpaca.weights.adapter import Lora
@@ -86,7 +87,7 @@ from alpaca.weights.checkpoint import parameter_shapes
 from alpaca.weights.lora import skeleton
 from bench.measure import PeakMemory
 from model import Llama, LlamaConfig
-from alpaca.weights.quantize import Recipe
+from alpaca.weights.quantize import layer_class
 
 quiet = type("NoSignal", (), {"number": 0})
 device, mode, dtype = sys.argv[1], sys.argv[2], getattr(torch, sys.argv[3])
@@ -99,7 +100,8 @@ with parallel.process_group(device, 1) as (mesh, where):
         model = Llama(config)
         if bits:
             shapes = parameter_shapes(config)
-            base = SimpleNamespace(config=config, shapes=shapes, recipe=Recipe(bits))
+            kind = partial(layer_class, bits=bits, round_head=False)
+            base = SimpleNamespace(config=config, shapes=shapes, kind=kind)
             model = skeleton(base, dtype, Lora())
     parallel.apply_activation_checkpointing(model, mode)
     parallel.apply_fsdp(model, mesh, dtype, False)

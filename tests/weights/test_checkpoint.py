@@ -19,7 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from alpaca.weights import checkpoint
-from alpaca.weights.checkpoint import load_model, read_config, save_model, stored_tensors, tensors
+from alpaca.weights.checkpoint import read_config, save_model, stored_tensors, tensors
+from alpaca.weights.loading import load_model
 from model import Llama, LlamaConfig
 
 EMBEDDED = ROOT / "data" / "tokenizer.model"
@@ -570,7 +571,8 @@ def test_a_pickle_that_would_run_code_is_refused_unrun(tmp_path, command, name, 
 MEASURED = """
 import json, os, sys, torch
 from bench.measure import PeakMemory
-from alpaca.weights.checkpoint import load_model, read_config, save_model, tensors
+from alpaca.weights.checkpoint import read_config, save_model, tensors
+from alpaca.weights.loading import load_model
 from model import Llama, LlamaConfig
 with torch.device("meta"):
     Llama(LlamaConfig.preset("tiny"))  # what torch loads on first use is not the checkpoint's

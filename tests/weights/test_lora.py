@@ -3,6 +3,7 @@
 import json
 import signal
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -30,9 +31,10 @@ from alpaca.weights.adapter import (
     read_settings,
     save_adapter,
 )
-from alpaca.weights.checkpoint import load_model, parameter_shapes, save_model, tensors
+from alpaca.weights.checkpoint import parameter_shapes, save_model, tensors
+from alpaca.weights.loading import load_model, optimize_layout
 from alpaca.weights.lora import FrozenLinear, Thin, add_lora, load_adapter
-from alpaca.weights.quantize import Recipe, Source
+from alpaca.weights.quantize import Source, layer_class
 from dataset import encode_example, load_records
 from model import Llama
 from tokenizer import Tokenizer
@@ -185,7 +187,9 @@ def test_A_begins_even_between_bounds_that_follow_from_its_inputs():
 
 @pytest.mark.parametrize("arranged", [False, True])
 def test_a_model_is_adapted_once_and_before_it_is_arranged(base, adapter, arranged):
-    model = lora.load(base / "model", None if arranged else adapter)
+    model = load_model(base / "model", None if arranged else adapter)
+    if arranged:
+        optimize_layout(model)
     with pytest.raises(ValueError, match=r"q_proj is adapted or arranged for decoding"):
         add_lora(model)
 
@@ -195,12 +199,12 @@ def test_a_model_is_adapted_once_and_before_it_is_arranged(base, adapter, arrang
 
 def rounded_and_plain(base, number: int) -> tuple[Llama, Llama]:
     """One adapter over integers, and over plain matrices of the same values."""
-    source = Source(base / "model", Recipe(number))
+    source = Source(base / "model", number, round_head=False)
     models = []
     for kept in (True, False):
         model = load_model(base / "model")
         for name in source.shapes:
-            if kind := source.recipe.kind(name):
+            if kind := source.kind(name):
                 layer = kind(**source.parts(name))
                 plain = model.get_submodule(path := name.removesuffix(".weight"))
                 plain.weight.data = layer.dequantized()
@@ -426,7 +430,7 @@ def test_an_adapter_for_another_shape_is_refused(base, adapter, command, tmp_pat
 
 def test_a_folder_that_is_no_adapter_is_refused(base, adapter, command, tmp_path):
     how = "--model-dir", base / "model", "--adapter"
-    assert_refused(command(generate, *how, tmp_path / "nowhere", "Hello"), "adapter_config.json")
+    assert_refused(command(generate, *how, tmp_path / "nowhere", "Hello"), "no such folder")
     (copied(adapter, tmp_path / "half") / WEIGHTS).unlink()
     assert_refused(command(generate, *how, tmp_path / "half", "Hello"), "adapter_model.bin")
     assert_refused(command(generate, "--adapter", adapter, "Hello"), "--model-dir")
@@ -562,18 +566,18 @@ def test_a_merge_needs_a_tokenizer_and_a_base_that_is_not_rounded(base, adapter,
 @pytest.mark.parametrize("number", [16, 8, 4])
 def test_an_adapter_works_on_whatever_holds_the_base(base, adapter, number):
     """Against plain matrices of the same values, in fp32; kernels for integers compute in less."""
-    ids, recipe = random_ids(1, 24, vocab_size=1024), Recipe(number)
-    source = Source(base / "model", recipe)
+    ids = random_ids(1, 24, vocab_size=1024)
+    source = Source(base / "model", number)
     plain = load_model(base / "model")
     for name in source.shapes:
-        if kind := source.recipe.kind(name):
+        if kind := source.kind(name):
             weight = kind(**source.parts(name)).dequantized()
             plain.get_submodule(name.removesuffix(".weight")).weight.data = weight
     without = plain(ids)
     load_adapter(plain, adapter)
     expected = plain(ids)
     with torch.no_grad():
-        found = lora.load(base / "model", adapter, recipe)(ids)
+        found = optimize_layout(load_model(base / "model", adapter, number))(ids)
     near = {16: 1e-5, 8: 1e-3, 4: 0.03}[number] * expected.abs().max()
     assert distance(found, expected) <= near
     assert distance(without, expected) > 5 * near
@@ -588,11 +592,11 @@ def test_an_adapted_model_decodes_as_the_merged_one(base, adapter, command, tmp_
     def answers(model) -> list[list[int]]:
         return [s.ids for s in Engine(model, tokenizer, 2).generate(prompts, way)]
 
-    ours = answers(lora.load(base / "model", adapter, dtype=dtype))
+    ours = answers(optimize_layout(load_model(base / "model", adapter, dtype=dtype)))
     if dtype == torch.float32:
-        assert ours == answers(lora.load(tmp_path / "merged"))
-    assert ours != answers(lora.load(base / "model", dtype=dtype))
-    assert ours == answers(lora.load(base / "model", adapter, dtype=dtype))
+        assert ours == answers(optimize_layout(load_model(tmp_path / "merged")))
+    assert ours != answers(optimize_layout(load_model(base / "model", dtype=dtype)))
+    assert ours == answers(optimize_layout(load_model(base / "model", adapter, dtype=dtype)))
 
 
 def test_generate_answers_with_an_adapter(base, adapter, command, tmp_path):
@@ -667,7 +671,7 @@ def test_only_the_adapter_changes(base, here, tmp_path, monkeypatch, number):
     seen = {}
 
     def watched(model, *given):
-        source = Source(base / "model", Recipe(number))
+        source = Source(base / "model", number, round_head=False)
         for name, own in [*model.named_parameters(), *model.named_buffers()]:
             own = own.full_tensor() if hasattr(own, "full_tensor") else own
             stem, _, part = name.replace(".base", "").replace(".layer.", ".").rpartition(".")
@@ -811,7 +815,8 @@ def test_in_bf16_the_base_is_bf16_and_the_adapter_learns_in_fp32(base, here, tmp
 @pytest.mark.parametrize(("number", "mode"), [(16, "full"), (4, "selective")])
 def test_blocks_are_compiled_once_in_one_piece_and_compute_the_same(number, mode):
     config = small_config(num_hidden_layers=4, intermediate_size=192)
-    shapes = SimpleNamespace(config=config, shapes=parameter_shapes(config), recipe=Recipe(number))
+    kind = partial(layer_class, bits=number, round_head=False)
+    shapes = SimpleNamespace(config=config, shapes=parameter_shapes(config), kind=kind)
     ids, gradients = random_ids(1, 24), []
     for compiled in (False, True):
         torch.manual_seed(4)
@@ -843,13 +848,18 @@ def test_a_compiled_run_equals_a_plain_one(base, here, reference, tmp_path, numb
     assert_same_run(tmp_path / "run", reference(here, number), near=1e-4)
 
 
-def test_a_rounded_folder_is_a_base_too(base, here, reference, tmp_path):
-    quantize.save(Source(base / "model", Recipe(4, 16)), tmp_path / "int4", base / "model")
+def test_a_rounded_folder_is_a_base_too(base, here, tmp_path):
+    quantize.save(Source(base / "model", 4), tmp_path / "int4", base / "model")
     out = tmp_path / "run"
     train(here, lora_flags(base, out, model_dir=tmp_path / "int4", lora_dropout=0))
-    assert_same_run(out, reference(here, 4), near=1e-7)
-    quantize.save(Source(base / "model", Recipe(4, 8, 8)), tmp_path / "all", base / "model")
-    train(here, lora_flags(base, tmp_path / "all run", model_dir=tmp_path / "all"))
+    source = Source(tmp_path / "int4")  # and the same values as plain matrices
+    values = {n: source.parts(n) for n in source.shapes}
+    plain = {n: source.kind(n)(**p).dequantized() for n, p in values.items() if source.kind(n)}
+    pairs = {n: plain.get(n, p.get("weight")) for n, p in values.items()}
+    save_model(pairs.items(), source.config, tmp_path / "plain", torch.float32, TOKENIZER)
+    same = lora_flags(base, tmp_path / "same", model_dir=tmp_path / "plain", lora_dropout=0)
+    train(here, same)
+    assert_same_run(out, tmp_path / "same")
     refused = here(flags(base, tmp_path / "no run", model_dir=tmp_path / "int4"))
     assert_refused(refused, "quantization_config")
     # asked for what it is, it is that, and every place that tells of bits tells these

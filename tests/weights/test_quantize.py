@@ -8,20 +8,13 @@ from helpers.commands import ROOT, assert_refused
 from helpers.models import small_config
 from safetensors.torch import load_file, save_file
 
+from alpaca.common.errors import UserError
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
 from alpaca.weights import quantize
-from alpaca.weights.checkpoint import load_model, read_config, save_model
-from alpaca.weights.lora import load as load_to_decode
-from alpaca.weights.quantize import (
-    PLAIN,
-    Int4Linear,
-    Int8Embedding,
-    Int8Linear,
-    Recipe,
-    Source,
-    save,
-)
+from alpaca.weights.checkpoint import read_config, save_model
+from alpaca.weights.loading import load_model, optimize_layout
+from alpaca.weights.quantize import Int4Linear, Int8Linear, Source, save
 from model import Llama
 from tokenizer import Tokenizer
 
@@ -38,8 +31,8 @@ def matrix(N: int, K: int) -> torch.Tensor:
     return weight
 
 
-def load(folder, recipe=PLAIN, **how) -> Llama:
-    return load_to_decode(folder, None, recipe, **how)
+def load(folder, bits=16, dtype=None, compiled=False) -> Llama:
+    return optimize_layout(load_model(folder, bits=bits, dtype=dtype), compiled)
 
 
 def folder_of(path, dtype=torch.bfloat16, **changes):
@@ -135,28 +128,27 @@ def dequantized(source: Source) -> Llama:
     model = Llama(source.config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            kind, parts = source.recipe.kind(name), source.parts(name)
+            kind, parts = source.kind(name), source.parts(name)
             true = kind(**parts).dequantized() if kind else parts["weight"].float()
             parameter.copy_(true)
     return model
 
 
-@pytest.mark.parametrize(
-    "recipe", [Recipe(8, 8, 16), Recipe(4, 8, 16), Recipe(4, 4, 8), Recipe(8, 16, 8), Recipe(16, 8)]
-)
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @torch.no_grad()
-def test_a_model_is_the_dequantized_one_in_bf16(tmp_path, recipe, tied):
+def test_a_model_is_the_dequantized_one_in_bf16(tmp_path, bits, tied):
     folder = folder_of(tmp_path / "m", tie_word_embeddings=tied, initializer_range=0.05)
-    model = load(folder, recipe)
-    exact = dequantized(Source(folder, recipe))
+    model = load(folder, bits)
+    exact = dequantized(Source(folder, bits))
     ids = torch.randint(3, 1024, (1, 40))
     for few in (ids[:, :3], ids):
         ours, truth = model(few).float(), exact(few)
         off = (ours - truth).norm() / truth.norm()
         assert off < 0.02, off
     kinds = {type(m) for m in model.modules()}
-    assert (Int4Linear in kinds) == (4 in recipe) and (Int8Embedding in kinds) == (recipe[2] == 8)
+    assert (Int4Linear in kinds) == (bits == 4) and Int8Linear in kinds  # the head
+    assert type(model.model.embed_tokens) is torch.nn.Embedding
 
 
 def test_the_test_above_can_fail(tmp_path):
@@ -164,39 +156,37 @@ def test_the_test_above_can_fail(tmp_path):
     folder = folder_of(tmp_path / "m", initializer_range=0.05)
     ids = torch.randint(3, 1024, (1, 40))
     with torch.no_grad():
-        rounded, true = load(folder, Recipe(4, 4))(ids), load_model(folder)(ids)
+        rounded, true = load(folder, 4)(ids), load_model(folder)(ids)
     assert (rounded.float() - true.float()).norm() / true.float().norm() > 0.04
 
 
-@pytest.mark.parametrize("recipe", [Recipe(8, 8, 8), Recipe(4, 8, 16), Recipe(4, 16, 16)])
-def test_saved_and_loaded_is_identical(tmp_path, recipe):
+@pytest.mark.parametrize("bits", [8, 4])
+def test_saved_and_loaded_is_identical(tmp_path, bits):
     folder = folder_of(tmp_path / "m")
-    save(Source(folder, recipe), tmp_path / "packed", folder)
+    save(Source(folder, bits), tmp_path / "packed", folder)
     ids = torch.randint(3, 1024, (1, 30))
     with torch.no_grad():
-        assert torch.equal(load(folder, recipe)(ids), load(tmp_path / "packed")(ids))
-        assert torch.equal(load(folder, recipe)(ids[:, :1]), load(tmp_path / "packed")(ids[:, :1]))
+        assert torch.equal(load(folder, bits)(ids), load(tmp_path / "packed")(ids))
+        assert torch.equal(load(folder, bits)(ids[:, :1]), load(tmp_path / "packed")(ids[:, :1]))
     config = json.loads((tmp_path / "packed/config.json").read_text())
-    told = {"bits": recipe.bits, "head": recipe.head, "embeddings": recipe.embeddings, "group": 32}
+    told = {"bits": bits, "head": 8, "embeddings": 16, "group": 32}
     assert config["quantization_config"] == {"quant_method": "round to nearest", **told}
     assert Tokenizer(tmp_path / "packed").vocab_size == 1024
     with pytest.raises(ValueError, match="quantization_config"):
         read_config(tmp_path / "packed")  # what only reads plain models says so
     with pytest.raises(ValueError, match="quantized already"):
-        load(tmp_path / "packed", Recipe(8, 4, 16))
+        load(tmp_path / "packed", 12 - bits)
 
 
 def test_decoding_with_rounded_weights_is_that_of_the_rounded_model(tmp_path):
     """Joined matrices, kernels for few and many rows, the cache: same tokens as the fp32 model of
     the dequantized weights, where the choice is clear."""
     folder = folder_of(tmp_path / "m", initializer_range=0.2)
-    source = Source(folder, Recipe(8, 8, 16))
+    source = Source(folder, 8)
     exact, tokenizer = dequantized(source), Tokenizer(TOKENIZER)
     prompts = [torch.randint(3, 1024, (n,)).tolist() for n in (4, 9, 30)]
     way, same, clear = SamplingParams(max_new_tokens=12), 0, 0
-    answers = Engine(load(folder, source.recipe), tokenizer, max_batch_size=3).generate(
-        prompts, way
-    )
+    answers = Engine(load(folder, 8), tokenizer, max_batch_size=3).generate(prompts, way)
     for prompt, answer in zip(prompts, answers, strict=True):
         with torch.no_grad():
             logits = exact(torch.tensor([prompt + answer.ids]))[0, len(prompt) - 1 : -1]
@@ -213,8 +203,8 @@ def test_decoding_with_rounded_weights_is_that_of_the_rounded_model(tmp_path):
 def test_shapes_that_do_not_fit_are_refused(tmp_path):
     odd = folder_of(tmp_path / "odd", intermediate_size=80)
     with pytest.raises(ValueError, match=r"down_proj.*columns in 32s, not 64 x 80"):
-        load(odd, Recipe(4, 8, 16))
-    load(odd, Recipe(8, 8, 16))
+        load(odd, 4)
+    load(odd, 8)
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
@@ -224,22 +214,22 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
         tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float(wrong)
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight .* not finite"):
-            load(folder, Recipe(8, 8, 16))
+            load(folder, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("recipe", [Recipe(8, 8, 8), Recipe(4, 16, 8), Recipe(16, 16, 8)])
+@pytest.mark.parametrize("bits", [8, 4])
 @torch.no_grad()
-def test_what_is_not_rounded_stays_as_the_checkpoint_has_it(tmp_path, dtype, recipe):
+def test_what_is_not_rounded_stays_as_the_checkpoint_has_it(tmp_path, dtype, bits):
     folder = folder_of(tmp_path / "m", dtype, initializer_range=0.05)
     ids = torch.randint(3, 1024, (2, 20))
-    source = Source(folder, recipe)
+    source = Source(folder, bits)
     save(source, tmp_path / "p")
-    for model in (load(folder, recipe), load(tmp_path / "p")):
+    for model in (load(folder, bits), load(tmp_path / "p")):
         assert model.model.norm.weight.dtype == dtype
         out, truth = model(ids), dequantized(source)(ids)
         assert out.dtype == dtype and (out.float() - truth).norm() / truth.norm() < 0.02
-    other = load(folder, recipe, dtype=torch.bfloat16)
+    other = load(folder, bits, dtype=torch.bfloat16)
     assert other.model.norm.weight.dtype == torch.bfloat16 == other(ids).dtype
 
 
@@ -255,7 +245,7 @@ def test_a_compiled_model_of_integers(tmp_path):
     folder = folder_of(tmp_path / "m", num_hidden_layers=1)
     prompt, way = list(range(3, 9)), SamplingParams(max_new_tokens=5)
     # in fp32, where no two pieces are as likely
-    model = load(folder, Recipe(8, 8, 16), dtype=torch.float32, compile=True)
+    model = load(folder, 8, dtype=torch.float32, compiled=True)
     engine = Engine(model, Tokenizer(TOKENIZER), max_length=12, compile=True)
     (plain,) = Engine(model, Tokenizer(TOKENIZER)).generate([prompt], way)
     assert engine.generate([prompt], way)[0].ids == plain.ids
@@ -263,7 +253,7 @@ def test_a_compiled_model_of_integers(tmp_path):
 
 def test_a_damaged_packed_folder_is_refused(tmp_path):
     folder = folder_of(tmp_path / "m")
-    save(Source(folder, Recipe(4, 8, 16)), tmp_path / "p")
+    save(Source(folder, 4), tmp_path / "p")
     tensors = load_file(tmp_path / "p/model.safetensors")
     whole = tensors["model.layers.0.mlp.up_proj.scales"].clone()
     tensors["model.layers.0.mlp.up_proj.scales"][0, 0, 0] = float("nan")
@@ -276,10 +266,11 @@ def test_a_damaged_packed_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not what its config.json says"):
         load(tmp_path / "p")
     config = json.loads((tmp_path / "p/config.json").read_text())
-    config["quantization_config"]["bits"] = 3
-    (tmp_path / "p/config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="not one that was written here"):
-        load(tmp_path / "p")
+    for field, value in (("bits", 3), ("head", 16), ("embeddings", 8)):
+        changed = {"quantization_config": config["quantization_config"] | {field: value}}
+        (tmp_path / "p/config.json").write_text(json.dumps(config | changed))
+        with pytest.raises(UserError, match="quantize the original model again"):
+            load(tmp_path / "p")
 
 
 def test_the_command(tmp_path, command):
@@ -288,7 +279,7 @@ def test_the_command(tmp_path, command):
     assert code == 0 and "relative error" in out and not (tmp_path / "p").exists()
     assert command(quantize, "--model-dir", folder, "--bits", 4, "--save", tmp_path / "p")[0] == 0
     assert load(tmp_path / "p").config.vocab_size == 1024
-    assert_refused(command(quantize, "--model-dir", folder), "--bits 8 or --bits 4")
+    assert_refused(command(quantize, "--model-dir", folder), "--bits")
     assert_refused(command(quantize, "--model-dir", tmp_path / "p", "--bits", 8), "already")
     assert_refused(command(quantize, "--model-dir", tmp_path / "x", "--bits", 8), "x")
     again = command(quantize, "--model-dir", folder, "--bits", 8, "--save", tmp_path / "p")
@@ -298,7 +289,7 @@ def test_the_command(tmp_path, command):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_error_report_is_what_it_says(tmp_path, bits):
     folder = folder_of(tmp_path / "m")
-    source, name = Source(folder, Recipe(bits, 16)), "model.layers.0.mlp.up_proj.weight"
+    source, name = Source(folder, bits), "model.layers.0.mlp.up_proj.weight"
     true = source.found[name].read().float()
     rounded = KINDS[f"int{bits}"](**source.parts(name)).dequantized()
     expected = ((rounded - true).square().sum() / true.square().sum()).sqrt().item()

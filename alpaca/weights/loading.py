@@ -1,0 +1,116 @@
+"""Opens a model, whatever it is made of.
+
+    model = load_model("llama-7b")                                # Hugging Face or Meta folder
+    model = load_model("llama-7b", bits=4)                        # rounded while it is read
+    model = load_model("llama-7b-int4")                           # a folder `alpaca quantize` wrote
+    model = load_model("llama-7b", adapter="runs/lora/adapter")   # with an adapter on top
+    model = optimize_layout(load_model("llama-7b"))               # to decode with (kernels.py)
+
+All of them give a `Llama` whose parameters have Hugging Face's names. Weights are read one tensor
+at a time. On a CPU, a tensor whose dtype does not change is not copied: it stays in the mapped
+file, and its bytes are read when they are first used. (So do not write into the files of a loaded
+model; replacing or deleting them is fine.)
+
+Every command that decodes takes the same flags, from `add_model_arguments`, and opens its model
+with `load_from_args`.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from alpaca import CHECKOUT
+from alpaca.common.errors import UserError, notice
+from alpaca.weights.checkpoint import DTYPES, EMBEDDING, as_dtype
+from alpaca.weights.kernels import optimize_layout
+from alpaca.weights.lora import load_adapter
+from alpaca.weights.quantize import Source
+from model import Llama
+from tokenizer import Tokenizer
+
+DEFAULT_MODEL = CHECKOUT / "runs/tiny/model"  # where `make train` writes its model
+
+
+def load_model(
+    folder: str | Path,
+    adapter: str | Path | None = None,
+    bits: int = 16,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Llama:
+    """The model in a folder; `dtype` None keeps the one it is stored in (the embedding's).
+
+    `bits` 8 or 4 rounds the weights of a folder that is not rounded yet (quantize.py)."""
+    source = Source(folder, bits)
+    dtype = dtype or source.found[EMBEDDING].dtype
+    with torch.device("meta"):
+        model = Llama(source.config)
+    for name in source.shapes:
+        path, _, leaf = name.rpartition(".")
+        parts = source.parts(name)
+        if kind := source.kind(name):
+            model.set_submodule(path, kind(**{part: t.to(device) for part, t in parts.items()}))
+        else:
+            weight = as_dtype(parts["weight"], dtype, name).to(device)
+            setattr(model.get_submodule(path), leaf, nn.Parameter(weight))
+    model.tie_weights()
+    model.requires_grad_(source.bits == 16)
+    if adapter:
+        load_adapter(model, adapter)
+    return model
+
+
+# ---------------------------------------------------------------- from a command line
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which model to open; for `load_from_args`."""
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--model-dir",
+        type=Path,
+        default=DEFAULT_MODEL,
+        help="folder of the model (default: runs/tiny/model, which `make train` writes)",
+    )
+    add("--adapter", type=Path, help="folder of a LoRA adapter for --model-dir (default: none)")
+    add("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one, else cpu)")
+    add("--dtype", choices=DTYPES, help="dtype to compute in (default: as stored)")
+    add("--compile", action="store_true", help="torch.compile the decoding step; meant for a GPU")
+    add(
+        "--bits",
+        type=int,
+        choices=(16, 8, 4),
+        default=16,
+        help="round the weights to 8 or 4 bits, the head to 8 (default: 16, as stored)",
+    )
+
+
+def model_folders(args: argparse.Namespace) -> list[Path]:
+    """The folders that a model is made of: its own, and its adapter's if there is one."""
+    folder = args.model_dir
+    if args.adapter and folder is DEFAULT_MODEL:
+        raise UserError("--adapter needs --model-dir, the base model that it was trained for")
+    if folder is DEFAULT_MODEL and not folder.exists():
+        raise UserError(f"no model at {folder} yet: run `make train`, or give --model-dir")
+    folders = [folder, args.adapter] if args.adapter else [folder]
+    for path in folders:
+        if not path.is_dir():
+            raise UserError(f"{path}: no such folder")
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise UserError(f"{folder} is an adapter: give --model-dir BASE --adapter {folder}")
+    return folders
+
+
+def load_from_args(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
+    """Model and tokenizer, laid out for decoding."""
+    folder = model_folders(args)[0]
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU here")
+    if args.compile and device == "cpu":
+        notice("--compile is meant for a GPU; on a CPU it makes decoding slower")
+    tokenizer = Tokenizer(folder)
+    model = load_model(folder, args.adapter, args.bits, device, DTYPES.get(args.dtype))
+    return optimize_layout(model, compiled=args.compile), tokenizer

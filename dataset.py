@@ -22,23 +22,16 @@ Shown by tests/test_dataset.py: test_packing_changes_no_loss.
 """
 
 import hashlib
-import json
-import random
-import re
-from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from alpaca.common.errors import UserError
+from model import IGNORE
 from tokenizer import Tokenizer
-
-if TYPE_CHECKING:  # who only reads records need not wait seconds for torch
-    from torch import Tensor
-
-IGNORE = -100  # a label that is not learned from; model.py's
 
 PREAMBLE = {  # does an input come with the instruction?
     True: "Below is an instruction that describes a task, paired with an input that provides "
@@ -47,159 +40,12 @@ PREAMBLE = {  # does an input come with the instruction?
     "Write a response that appropriately completes the request.",
 }
 RESPONSE = "### Response:"
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-ROLES |= {"chatgpt": "assistant", "system": "system"}
 
 
-def prompt(instruction: str, input: str = "") -> str:
+def format_prompt(instruction: str, input: str = "") -> str:
     """Alpaca's prompt, character for character."""
     given = f"\n\n### Input:\n{input}" if input else ""
     return f"{PREAMBLE[bool(input)]}\n\n### Instruction:\n{instruction}{given}\n\n{RESPONSE}"
-
-
-# ---------------------------------------------------------------- files → records
-
-
-def load_records(path: str | Path) -> list[dict]:
-    """A file's records, each {instruction, input, output}, {messages} or {text}."""
-    records = []
-    for line, raw in numbered_objects(Path(path)):
-        try:
-            records += understood(raw)
-        except ValueError as mistake:
-            raise UserError(f"{path}, line {line}: {mistake}") from None
-    if not records:
-        raise UserError(f"{path}: no records in it")
-    return records
-
-
-def numbered_objects(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line, value) for every element of a JSON list, or every line of a JSONL file."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as mistake:
-        line = mistake.object[: mistake.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: not UTF-8: save the file as UTF-8") from None
-    if not text.lstrip().startswith("["):
-        yield from numbered_lines(path, text)
-        return
-    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
-    at = space.match(text, text.index("[") + 1).end()
-    line, counted = 1, 0
-    while not text.startswith("]", at):
-        line, counted = line + text.count("\n", counted, at), at
-        try:
-            value, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as mistake:
-            raise UserError(f"{path}, line {line}: not JSON ({mistake})") from None
-        yield line, value
-        at = space.match(text, at).end()
-        if text.startswith(",", at):
-            at = space.match(text, at + 1).end()
-        elif not text.startswith("]", at):
-            line += text.count("\n", counted, at)
-            raise UserError(f"{path}, line {line}: a comma or the list's end ] was expected")
-    at = space.match(text, at + 1).end()
-    if rest := text[at : at + 40]:
-        line += text.count("\n", counted, at)
-        raise UserError(f"{path}, line {line}: after the list there is more: {rest!r}")
-
-
-def numbered_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as mistake:
-                why = getattr(mistake, "msg", mistake)
-                raise UserError(f"{path}, line {number}: not JSON ({why})") from None
-
-
-def understood(raw: Any) -> list[dict]:
-    """One raw record in the form the rest of this file works on; a seed may hold several."""
-    if not isinstance(raw, dict):
-        raise UserError("an object with instruction, input and output was expected")
-    if "conversations" in raw:
-        return [{"messages": list(messages_of(raw["conversations"]))}]
-    if "text" in raw and "instruction" not in raw:
-        return [{"text": string(raw, "text")}]
-    instruction = string(raw, "instruction")
-    if not instruction.strip():
-        raise UserError("instruction is empty: remove the record or say what to do")
-    cases = raw.get("instances", [raw])
-    if not isinstance(cases, list) or not cases or not all(isinstance(c, dict) for c in cases):
-        raise UserError("instances must be a list of objects with input and output")
-    return [
-        {
-            "instruction": instruction,
-            "input": string(case, "input", ""),
-            "output": string(case, "output"),
-        }
-        for case in cases
-    ]
-
-
-def messages_of(turns: Any) -> Iterator[dict]:
-    """ShareGPT's turns as {role, content}: a system message at most, then user and assistant."""
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise UserError("conversations must be a list of objects with from and value")
-    expected = "user"
-    for number, turn in enumerate(turns, 1):
-        role = ROLES.get(string(turn, "from"))
-        if role is None:
-            raise UserError(f"turn {number} is from {turn['from']!r}: one of {', '.join(ROLES)}")
-        if not (role == expected or (role == "system" and number == 1)):
-            raise UserError(f"turn {number} is from {turn['from']!r}, where the {expected} speaks")
-        if role != "system":
-            expected = "assistant" if role == "user" else "user"
-        yield {"role": role, "content": string(turn, "value")}
-    if expected == "assistant" or not turns or turns[-1]["from"] == "system":
-        raise UserError("the conversation does not end with an answer: there is nothing to learn")
-
-
-def string(record: dict, field: str, default: str | None = None) -> str:
-    value = record.get(field, default)
-    if value is None and default is not None:
-        return default
-    if field not in record and default is None:
-        raise UserError(f"it has no {field}: add one, a string")
-    if not isinstance(value, str):
-        raise UserError(f"{field} is {json.dumps(value)[:40]}, where a string was expected")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{field} holds half a surrogate pair (\\ud…), which is no text") from None
-    return value
-
-
-def load_mixture(specs: Iterable[str], seed: int) -> tuple[list[dict], list[str]]:
-    """Records of several files, and where each comes from. `FILE:2` takes all of a file twice,
-    `FILE:0.5` a seeded half of it."""
-    records, origins = [], []
-    for spec in specs:
-        file, weight = parse_weight(str(spec))
-        found = load_records(file)
-        numbers = list(range(len(found))) * int(weight)
-        part = round((weight - int(weight)) * len(found))
-        numbers += sorted(random.Random(f"{seed} {spec}").sample(range(len(found)), part))
-        records += [found[i] for i in numbers]
-        origins += [f"{file} record {i + 1}" for i in numbers]
-    if not records:
-        raise UserError("the weights leave no record")
-    return records, origins
-
-
-def parse_weight(spec: str) -> tuple[Path, float]:
-    file, _, weight = spec.rpartition(":")
-    if not file or Path(spec).exists():
-        return Path(spec), 1.0
-    try:
-        number = float(weight)
-    except ValueError:
-        return Path(spec), 1.0
-    if not 0 < number < 1000:
-        raise UserError(f"--data {spec}: the weight must be above 0 and below 1000")
-    return Path(file), number
 
 
 # ---------------------------------------------------------------- records → ids and labels
@@ -222,35 +68,37 @@ def encode_record(record: dict, tokenizer: Tokenizer) -> tuple[list[int], list[i
         ids = tokenizer.encode(record["text"], bos=True, eos=True)
         return ids, [IGNORE, *ids[1:]], 0
     if "messages" in record:
-        return encode_turns(record["messages"], tokenizer)
-    asked = tokenizer.encode(prompt(record["instruction"], record["input"]), bos=True)
-    answer, unmerged = answer_ids(record["output"], tokenizer)
+        return encode_conversation(record["messages"], tokenizer)
+    asked = tokenizer.encode(format_prompt(record["instruction"], record["input"]), bos=True)
+    answer, unmerged = encode_answer(record["output"], tokenizer)
     return asked + answer, [IGNORE] * len(asked) + answer, unmerged
 
 
-def answer_ids(output: str, tokenizer: Tokenizer) -> tuple[list[int], bool]:
+def encode_answer(output: str, tokenizer: Tokenizer) -> tuple[list[int], bool]:
     """The ids of an answer after `### Response:`, EOS last, and whether a merge was undone.
 
     No piece reaches across a newline, so the template's last line alone tells how it goes on."""
-    marker = after_newline(RESPONSE, tokenizer)
-    ids = after_newline(RESPONSE + output, tokenizer)
+    marker = encode_after_newline(RESPONSE, tokenizer)
+    ids = encode_after_newline(RESPONSE + output, tokenizer)
     if ids[: len(marker)] == marker:
         return [*ids[len(marker) :], tokenizer.eos_id], False
-    return [*after_newline(output, tokenizer), tokenizer.eos_id], True
+    return [*encode_after_newline(output, tokenizer), tokenizer.eos_id], True
 
 
-def after_newline(text: str, tokenizer: Tokenizer) -> list[int]:
+def encode_after_newline(text: str, tokenizer: Tokenizer) -> list[int]:
     """Ids of text that goes on after a newline, without the space SentencePiece puts before all."""
     ids = tokenizer.encode("\n" + text)
-    if ids[: len(tokenizer.newline)] != tokenizer.newline:
+    if ids[: len(tokenizer.newline_ids)] != tokenizer.newline_ids:
         raise UserError(
             f"{tokenizer.path} has pieces that reach across a newline: the prompt's ids would "
             "depend on the answer. LLaMA's tokenizer has none"
         )
-    return ids[len(tokenizer.newline) :]
+    return ids[len(tokenizer.newline_ids) :]
 
 
-def encode_turns(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[int], int]:
+def encode_conversation(
+    messages: list[dict], tokenizer: Tokenizer
+) -> tuple[list[int], list[int], int]:
     """A conversation; every turn of the assistant is learned, with its EOS."""
     ids, labels, unmerged = [], [], 0
     preamble = PREAMBLE[False]
@@ -258,13 +106,13 @@ def encode_turns(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int],
         preamble, messages = messages[0]["content"], messages[1:]
     for message in messages:
         if message["role"] == "assistant":
-            new, undone = answer_ids(message["content"], tokenizer)
+            new, undone = encode_answer(message["content"], tokenizer)
             labels += new
             unmerged += undone
         else:
             asked = f"\n\n### Instruction:\n{message['content']}\n\n{RESPONSE}"
             if ids:
-                new = tokenizer.newline[-1:] + after_newline(asked[1:], tokenizer)
+                new = tokenizer.newline_ids[-1:] + encode_after_newline(asked[1:], tokenizer)
             else:
                 new = tokenizer.encode(preamble + asked, bos=True)
             labels += [IGNORE] * len(new)
@@ -274,7 +122,7 @@ def encode_turns(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int],
 
 def chat_prompt(messages: list[dict], tokenizer: Tokenizer) -> list[int]:
     """The ids after which the assistant speaks. A single user message gives `prompt()`'s."""
-    return encode_turns(messages, tokenizer)[0]
+    return encode_conversation(messages, tokenizer)[0]
 
 
 class Examples(NamedTuple):
@@ -341,7 +189,7 @@ def total_steps(examples: int, batch: int, epochs: float) -> int:
 
 
 @lru_cache(maxsize=2)
-def shuffled(examples: int, seed: int, epoch: int) -> np.ndarray:
+def shuffle_epoch(examples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(examples)
 
 
@@ -351,7 +199,7 @@ def step_examples(examples: int, batch: int, epochs: float, seed: int, step: int
     wanted = np.arange(step * batch, stop)
     epochs_of = wanted // examples
     parts = [
-        shuffled(examples, seed, int(epoch))[wanted[epochs_of == epoch] % examples]
+        shuffle_epoch(examples, seed, int(epoch))[wanted[epochs_of == epoch] % examples]
         for epoch in np.unique(epochs_of)
     ]
     return np.concatenate(parts)
@@ -378,17 +226,15 @@ def pack_rows(lengths: np.ndarray, ranks: int, row_tokens: int) -> list[list[lis
 
 
 class Row(NamedTuple):
-    ids: "Tensor"  # (1, T) int64
-    labels: "Tensor"  # (1, T) int64
-    cu_seqlens: "Tensor"  # int32, 0 … T
+    ids: Tensor  # (1, T) int64
+    labels: Tensor  # (1, T) int64
+    cu_seqlens: Tensor  # int32, 0 … T
 
 
 def make_row(examples: Examples, which: np.ndarray, multiple: int, bounds: int) -> Row:
     """The examples `which` as one packed row. For kernels that are compiled for a shape it is
     filled up to a multiple of `multiple` tokens, with a document nothing is learned from, and
     cu_seqlens to `bounds` entries (0: as many as there are documents)."""
-    import torch
-
     spans = [slice(examples.starts[i], examples.starts[i + 1]) for i in which]
     lengths = [span.stop - span.start for span in spans]
     # A rank left without documents still takes part in the collectives: one token at least.

@@ -47,6 +47,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from alpaca.common.cli import Parser, positive
 from alpaca.common.errors import UserError, join_names, notice, run_command
 from alpaca.common.files import atomic_file
+from alpaca.datagen.formats import load_mixture, load_records
 from alpaca.inference.engine import Engine
 from alpaca.inference.generate import question
 from alpaca.inference.sampling import SamplingParams
@@ -74,8 +75,6 @@ from alpaca.weights.loading import load_model, optimize_layout
 from dataset import (
     Examples,
     encode_all,
-    load_mixture,
-    load_records,
     make_row,
     pack_rows,
     step_examples,

@@ -29,7 +29,7 @@ if torch.cuda.device_count():  # it brings torch's compiler along, two seconds a
     from torch.nn.attention.varlen import varlen_attn
 
 IGNORE = -100  # a label that is not learned from
-CHUNK = 2**23  # logits held at once: 32 MiB in fp32, 262 tokens of LLaMA's vocabulary
+LOGITS_CHUNK = 2**23  # logits held at once: 32 MiB in fp32, 262 tokens of LLaMA's vocabulary
 
 SIZES = {  # LLaMA 1 as released: width, ffn width, layers, heads, norm eps
     "7B": (4096, 11008, 32, 32, 1e-6),
@@ -118,7 +118,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
 
-class Layout:
+class AttentionContext:
     """Where the tokens of a call stand and what they may see: made once, shared by all blocks.
 
     A plain batch needs the tables only; packed documents `cu_seqlens`, say [0, 2, 5] for documents
@@ -133,14 +133,14 @@ class Layout:
         self.mask = mask  # cache: (B, 1, T, L), the stored tokens that a token sees
 
 
-def plain_layout(ids: Tensor, config: LlamaConfig) -> Layout:
+def plain_context(ids: Tensor, config: LlamaConfig) -> AttentionContext:
     T, known = ids.shape[1], config.max_position_embeddings
     if known < T:
         raise ValueError(f"{T} tokens are too many: the model knows {known} positions")
-    return Layout(config, torch.arange(T, device=ids.device)[None])
+    return AttentionContext(config, torch.arange(T, device=ids.device)[None])
 
 
-def packed_layout(ids: Tensor, config: LlamaConfig, cu_seqlens: Tensor) -> Layout:
+def packed_context(ids: Tensor, config: LlamaConfig, cu_seqlens: Tensor) -> AttentionContext:
     assert len(ids) == 1, "packed documents are one row of ids"
     T, lengths = ids.shape[1], cu_seqlens.diff()
     fits = (lengths >= 0).all() & (lengths <= config.max_position_embeddings).all()
@@ -148,7 +148,7 @@ def packed_layout(ids: Tensor, config: LlamaConfig, cu_seqlens: Tensor) -> Layou
     torch._assert_async(fits, "cu_seqlens must rise from 0 to T, by no more than known positions")
     step, start = torch.arange(T, device=ids.device), cu_seqlens.long()
     document = torch.searchsorted(start, step, right=True) - 1  # (T): the last start ≤ step
-    return Layout(config, (step - start[document])[None], cu_seqlens, document[None])
+    return AttentionContext(config, (step - start[document])[None], cu_seqlens, document[None])
 
 
 class KVCache:
@@ -172,14 +172,14 @@ class KVCache:
     width. Grouped queries, which make caches small: arXiv:2305.13245.
     """
 
-    def __init__(self, config, rows: int, max_length: int, device=None, dtype=None):
+    def __init__(self, config, slots: int, max_length: int, device=None, dtype=None):
         known = config.max_position_embeddings
         if max_length > known:
             raise ValueError(f"{max_length} tokens are too many: the model knows {known} positions")
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, max_length)
+        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, max_length)
         self.k = torch.zeros(*shape, config.head_dim, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
         # Static shapes, so that a step can be compiled or a CUDA graph: the mask spans all slots.
         self.static = self.k.is_cuda
 
@@ -270,7 +270,9 @@ class Attention(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
-    def forward(self, x: Tensor, layout: Layout, stored: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(
+        self, x: Tensor, layout: AttentionContext, stored: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (y.view(B, T, -1, self.head_dim) for y in self.project(x))  # (B, T, H or K, D)
         q, k = rotate(q, layout.cos, layout.sin), rotate(k, layout.cos, layout.sin)
@@ -314,7 +316,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, layout: Layout, stored=None) -> Tensor:
+    def forward(self, x: Tensor, layout: AttentionContext, stored=None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), layout, stored)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -350,7 +352,7 @@ class _Summed(torch.autograd.Function):
         if learn and weight.requires_grad:
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        chunk = max(1, CHUNK // len(weight))
+        chunk = max(1, LOGITS_CHUNK // len(weight))
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             h, target = hidden[rows], targets[rows, None]
@@ -421,7 +423,7 @@ class Llama(nn.Module):
         """Logits (B, T, V), or with labels the cross-entropy summed over those not IGNORE.
 
         A packed document's first label is never learned: the token before it is another's."""
-        hidden = self.hidden(ids, cu_seqlens, cache)
+        hidden = self.hidden_states(ids, cu_seqlens, cache)
         if labels is None:
             return self.lm_head(hidden)
         if cu_seqlens is not None:  # mark the starts; the last one, T, lies outside and is cut off
@@ -431,18 +433,18 @@ class Llama(nn.Module):
         hidden, targets = hidden[:, :-1][learned], labels[:, 1:][learned]  # (N, C) and (N)
         return summed_cross_entropy(hidden, self.lm_head.weight, targets)
 
-    def hidden(self, ids: Tensor, cu_seqlens=None, cache: KVCache | None = None) -> Tensor:
+    def hidden_states(self, ids: Tensor, cu_seqlens=None, cache: KVCache | None = None) -> Tensor:
         """What the head reads, (B, T, C): decoding wants the last logits of a prompt, not all."""
         x = self.model.embed_tokens(ids)
         if cache is not None:
             cache.check(len(ids) if cu_seqlens is None else len(cu_seqlens) - 1, x.dtype)
         if cu_seqlens is not None:
-            layout = packed_layout(ids, self.config, cu_seqlens)
+            layout = packed_context(ids, self.config, cu_seqlens)
         elif cache is not None:
             row, position, mask = cache.next_slots(ids.shape[1])
-            layout = Layout(self.config, position, None, row, mask)
+            layout = AttentionContext(self.config, position, None, row, mask)
         else:
-            layout = plain_layout(ids, self.config)
+            layout = plain_context(ids, self.config)
         for i, block in enumerate(self.model.layers):
             x = block(x, layout, None if cache is None else (cache.k[i], cache.v[i]))
         if cache is not None:

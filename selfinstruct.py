@@ -39,7 +39,6 @@ from pathlib import Path
 
 import numpy as np
 
-import dataset
 from alpaca.common.cli import Parser, positive, run_subcommand
 from alpaca.common.errors import UserError, join_names, run_command
 from alpaca.common.files import (
@@ -47,12 +46,14 @@ from alpaca.common.files import (
     atomic_file,
     claim_run_folder,
     fsync_path,
+    json_records,
     read_json,
     read_log,
 )
 from alpaca.common.progress import Progress
 from alpaca.datagen import batch, four_stage
 from alpaca.datagen.client import Client, Endpoint, RefusedError, Reply, parse_reply
+from alpaca.datagen.formats import normalize_record
 from alpaca.datagen.prompts import Task, alpaca_prompt, parse_tasks, reject_reason
 from alpaca.datagen.request_log import (
     BudgetExceeded,
@@ -271,16 +272,16 @@ async def generate(args, folder: Folder, pipeline: Alpaca, endpoints: list[Endpo
 
 def read_seeds(path: Path) -> list[dict]:
     seeds = []
-    for line, raw in dataset.numbered_objects(path):
+    for number, (place, raw) in enumerate(json_records(path), 1):
         try:
-            cases = dataset.understood(raw)
+            cases = normalize_record(raw)
             if "instruction" not in cases[0]:
                 raise UserError("it has no instruction")
-        except ValueError as mistake:
-            raise UserError(f"{path}, line {line}: {mistake}") from None
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
         instances = [{"input": case["input"], "output": case["output"]} for case in cases]
         seeds.append({"instruction": cases[0]["instruction"], "instances": instances})
-        seeds[-1]["id"] = str(raw.get("id", f"seed_{line}"))
+        seeds[-1]["id"] = str(raw.get("id", f"seed_{number}"))
         seeds[-1]["is_classification"] = raw.get("is_classification") is True
     if len(seeds) < PROMPT_SEEDS:
         raise UserError(f"{path}: {len(seeds)} seeds; every prompt takes {PROMPT_SEEDS}")

@@ -33,18 +33,18 @@ class Tokenizer:
             if (path / "tokenizer.json").exists():
                 hint = " (tokenizer.json is not read: get the SentencePiece file it was made from)"
             raise UserError(f"{file}: no such file{hint}")
-        self.pieces = SentencePieceProcessor()
+        self.sentencepiece = SentencePieceProcessor()
         try:
-            self.pieces.LoadFromSerializedProto(file.read_bytes())
+            self.sentencepiece.LoadFromSerializedProto(file.read_bytes())
         except RuntimeError:
             raise UserError(f"{file}: not a SentencePiece model") from None
-        self.path, self.vocab_size = file, self.pieces.vocab_size()
-        self.unk_id, self.bos_id = self.pieces.unk_id(), self.pieces.bos_id()
-        self.eos_id = self.pieces.eos_id()
+        self.path, self.vocab_size = file, self.sentencepiece.vocab_size()
+        self.unk_id, self.bos_id = self.sentencepiece.unk_id(), self.sentencepiece.bos_id()
+        self.eos_id = self.sentencepiece.eos_id()
         for name, token in (("unk", self.unk_id), ("bos", self.bos_id), ("eos", self.eos_id)):
             if token < 0:
                 raise UserError(f"{file}: it has no {name} piece, so no LLaMA was trained with it")
-        self.newline = self.encode("\n")  # what a text that goes on after a newline begins with
+        self.newline_ids = self.encode("\n")  # what a text that goes on after a newline begins with
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         try:
@@ -52,14 +52,25 @@ class Tokenizer:
         except UnicodeEncodeError as mistake:
             at = f"{text[mistake.start]!r} at character {mistake.start}"
             raise UserError(f"half a surrogate pair is not text: {at}") from None
-        return [self.bos_id] * bos + self.pieces.encode(text) + [self.eos_id] * eos
+        return [self.bos_id] * bos + self.sentencepiece.encode(text) + [self.eos_id] * eos
 
     def decode(self, ids: list[int]) -> str:
-        return self.pieces.decode(ids)
+        return self.sentencepiece.decode(ids)
+
+    def piece(self, token: int) -> str:
+        """The vocabulary's entry: "▁the", "</s>", or "<0xE4>" for a single byte."""
+        return self.sentencepiece.id_to_piece(token)
+
+    def piece_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for."""
+        piece = self.piece(token)
+        if self.sentencepiece.is_byte(token):
+            return bytes([int(piece[3:5], 16)])  # <0xE4>
+        return piece.replace(SPACE, " ").encode()
 
     def stream(self, after: list[int] = ()) -> "TextStream":
         """A decoder fed one id at a time; `after` are the ids its text goes on from."""
-        stream = TextStream(self.pieces)
+        stream = TextStream(self)
         for token in after:
             stream.push(token)
         return stream
@@ -88,24 +99,25 @@ class TextStream:
     each byte of theirs that fits no character is U+FFFD, control pieces are nothing, and the space
     that encoding put before the first word is taken off again."""
 
-    def __init__(self, pieces: SentencePieceProcessor):
-        self.pieces, self.bytes, self.started = pieces, b"", False
+    def __init__(self, tokenizer: Tokenizer):
+        pieces = tokenizer.sentencepiece
+        self.sentencepiece, self.bytes, self.started = pieces, b"", False
         space = pieces.piece_to_id(SPACE)
         # How many spaces does the model drop at the start? Of two, LLaMA's drops 1; others drop
         # none (0: no space was put before the first word) or all (2: one from each piece).
         self.dropped = 2 - len(pieces.decode([space, space])) if space != pieces.unk_id() else 1
 
     def push(self, token: int) -> str:
-        if self.pieces.is_byte(token):
-            self.bytes += bytes([int(self.pieces.id_to_piece(token)[3:5], 16)])  # <0xE4>
+        if self.sentencepiece.is_byte(token):
+            self.bytes += bytes([int(self.sentencepiece.id_to_piece(token)[3:5], 16)])  # <0xE4>
             return self._characters(final=False)
         before = self._characters(final=True)
-        if self.pieces.is_control(token):
+        if self.sentencepiece.is_control(token):
             return before
-        if self.pieces.is_unknown(token):
-            piece = self.pieces.decode([token])
+        if self.sentencepiece.is_unknown(token):
+            piece = self.sentencepiece.decode([token])
         else:
-            piece = self.pieces.id_to_piece(token)
+            piece = self.sentencepiece.id_to_piece(token)
             if self.dropped and not self.started and piece.startswith(SPACE):
                 piece = piece[1:]
                 self.started = self.dropped == 1  # nothing more to drop

@@ -24,8 +24,8 @@ sys.path.insert(0, str(ROOT))
 from alpaca.common.console import read_jsonl  # noqa: E402
 from rouge_score import rouge_scorer  # noqa: E402
 
+from alpaca.datagen.formats import load_records  # noqa: E402
 from bench.measure import PeakMemory, alternate, row, table  # noqa: E402
-from dataset import load_records  # noqa: E402
 from rougel import Pool, tokenize  # noqa: E402
 
 ALIKE = 0.7

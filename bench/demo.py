@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import httpx  # noqa: E402
 import torch  # noqa: E402
 
-import tokenizer  # noqa: E402
+from alpaca.datagen.train_tokenizer import train_tokenizer  # noqa: E402
 from alpaca.weights.checkpoint import save_model  # noqa: E402
 from bench.measure import row, table  # noqa: E402
 from bench.train import SHAPE  # noqa: E402
@@ -69,7 +69,7 @@ def write_model(folder: Path, words: list[str]) -> Path:
     draw = random.Random(1)
     lines = "\n".join(" ".join(draw.choices(words, k=12)) for _ in range(30_000))
     (folder / "words.txt").write_text(lines)
-    tokenizer.train([folder / "words.txt"], SHAPE["vocab_size"], folder / "words.model")
+    train_tokenizer([folder / "words.txt"], SHAPE["vocab_size"], folder / "words.model")
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPE)
     save_model(Llama(config), config, folder / "model", tokenizer=folder / "words.model")

@@ -18,9 +18,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from alpaca.datagen.formats import load_records  # noqa: E402
 from alpaca.weights.checkpoint import copy_tokenizer  # noqa: E402
 from bench.measure import alternate, row, table  # noqa: E402
-from dataset import encode_all, load_records, prompt  # noqa: E402
+from dataset import encode_all, format_prompt  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 
@@ -46,7 +47,7 @@ def main() -> None:
 
     def alpaca() -> None:
         for record in records:
-            asked = prompt(record["instruction"], record["input"])
+            asked = format_prompt(record["instruction"], record["input"])
             length = len(theirs(asked, truncation=True, max_length=512).input_ids)
             ids = theirs(asked + record["output"] + "</s>", truncation=True, max_length=512)
             _ = [-100] * length + ids.input_ids[length:]

@@ -21,9 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from alpaca.datagen.formats import load_records  # noqa: E402
 from bench.laptop import write  # noqa: E402
 from bench.measure import kept, stamp  # noqa: E402
-from dataset import load_records  # noqa: E402
 
 TITLE, WARM_UP, TOKENS = "Fine-tune a 7B on one GPU", 4, 52_002 * 108 * 3
 WAYS = {

@@ -20,12 +20,13 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from alpaca.datagen.formats import load_records  # noqa: E402
 from alpaca.inference.engine import Engine  # noqa: E402
 from alpaca.inference.sampling import SamplingParams  # noqa: E402
 from alpaca.weights.loading import load_model, optimize_layout  # noqa: E402
 from alpaca.weights.quantize import Source  # noqa: E402
 from alpaca.weights.shards import tensor_bytes  # noqa: E402
-from dataset import encode_example, load_records, prompt  # noqa: E402
+from dataset import encode_example, format_prompt  # noqa: E402
 from model import IGNORE  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
@@ -56,7 +57,7 @@ def main() -> None:
     records, tokenizer = load_records(ROOT / "data/sample_heldout.json"), Tokenizer(folder)
     examples = [encode_example(record, tokenizer, 512) for record in records]
     prompts = [
-        tokenizer.encode(prompt(record["instruction"], record["input"]), bos=True)
+        tokenizer.encode(format_prompt(record["instruction"], record["input"]), bos=True)
         for record in records
     ]
     print("### Rounded weights, the model of `make train`, 240 held-out records\n")

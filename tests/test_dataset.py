@@ -12,7 +12,8 @@ from helpers.models import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokenizer as tokenizer_module
+from alpaca.datagen.formats import load_mixture, load_records
+from alpaca.datagen.train_tokenizer import train_tokenizer
 from dataset import (
     IGNORE,
     PREAMBLE,
@@ -20,11 +21,9 @@ from dataset import (
     encode_all,
     encode_chat,
     encode_example,
-    load_mixture,
-    load_records,
+    format_prompt,
     make_row,
     pack_rows,
-    prompt,
     step_examples,
     total_steps,
 )
@@ -39,9 +38,9 @@ def merging(tmp_path_factory):
     folder = tmp_path_factory.mktemp("merging")
     lines = ("(a) and so on (b)", '"a" b', ") c")
     (folder / "text.txt").write_text("".join(f"### Response:{line}\n" for line in lines) * 50)
-    tokenizer_module.train([folder / "text.txt"], 310, folder / "tokenizer.model")
+    train_tokenizer([folder / "text.txt"], 310, folder / "tokenizer.model")
     merging = Tokenizer(folder / "tokenizer.model")
-    assert all(merging.pieces.piece_to_id(x) != merging.unk_id for x in (":(", ':"', ":)"))
+    assert all(merging.sentencepiece.piece_to_id(x) != merging.unk_id for x in (":(", ':"', ":)"))
     return merging
 
 
@@ -77,12 +76,12 @@ NASTY = [
 
 
 def test_the_prompts_are_alpacas_character_for_character():
-    assert prompt("Add.", "2, 3") == (
+    assert format_prompt("Add.", "2, 3") == (
         "Below is an instruction that describes a task, paired with an input that provides further "
         "context. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd.\n\n### Input:\n2, 3\n\n### Response:"
     )
-    assert prompt("Add.") == (
+    assert format_prompt("Add.") == (
         "Below is an instruction that describes a task. Write a response that appropriately "
         "completes the request.\n\n### Instruction:\nAdd.\n\n### Response:"
     )
@@ -90,7 +89,7 @@ def test_the_prompts_are_alpacas_character_for_character():
 
 def assert_encoded(record: dict, tokenizer: Tokenizer) -> None:
     ids, labels = encode_example(record, tokenizer, 10**6)
-    text = prompt(record["instruction"], record["input"])
+    text = format_prompt(record["instruction"], record["input"])
     asked = tokenizer.encode(text, bos=True)
     assert ids[: len(asked)] == asked, "decoding would see another prompt"
     assert labels == [IGNORE] * len(asked) + ids[len(asked) :]
@@ -125,8 +124,8 @@ def test_merges_across_the_boundary_are_undone_and_counted(merging):
     records = [record("(a)"), record("b (a)"), record("(b)")]
     examples = encode_all(records, ["", "", ""], merging, 512)
     assert examples.report["merges undone"] == 2
-    one = merging.encode(prompt("Do it.") + "(a)", bos=True)
-    asked = merging.encode(prompt("Do it."), bos=True)
+    one = merging.encode(format_prompt("Do it.") + "(a)", bos=True)
+    asked = merging.encode(format_prompt("Do it."), bos=True)
     assert one[: len(asked)] != asked, "this test would prove nothing"
     talk = {"messages": turns("Do it.", "(a)", "Again.", "(a)")}
     assert encode_all([talk, *records], [""] * 4, merging, 512).report["merges undone"] == 4
@@ -134,9 +133,9 @@ def test_merges_across_the_boundary_are_undone_and_counted(merging):
 
 
 def test_nothing_else_is_counted_as_a_merge(merging):
-    asked = merging.encode(prompt("Do it."), bos=True)
+    asked = merging.encode(format_prompt("Do it."), bos=True)
     for output in NASTY:
-        whole = merging.encode(prompt("Do it.") + output, bos=True)
+        whole = merging.encode(format_prompt("Do it.") + output, bos=True)
         report = encode_all([record(output)], [""], merging, 10**6).report
         assert report["merges undone"] == (whole[: len(asked)] != asked), output
 
@@ -154,7 +153,7 @@ def test_a_tokenizer_with_pieces_across_newlines_is_refused(merging):
 
 
 def test_what_is_cut_is_counted_and_what_has_nothing_to_learn_dropped():
-    asked = len(TOKENIZER.encode(prompt("Do it."), bos=True))
+    asked = len(TOKENIZER.encode(format_prompt("Do it."), bos=True))
     short, long = record("yes"), record("word " * 100)
     late = record("yes", instruction="wait " * 100)
     examples = encode_all([short, long, late], ["a", "b", "c"], TOKENIZER, asked + 10)
@@ -223,7 +222,7 @@ def turns(*contents: str, system: str | None = None) -> list[dict]:
 
 
 def test_one_user_message_is_alpacas_prompt():
-    ids = TOKENIZER.encode(prompt("Name a colour."), bos=True)
+    ids = TOKENIZER.encode(format_prompt("Name a colour."), bos=True)
     assert chat_prompt(turns("Name a colour."), TOKENIZER) == ids
     alpaca = encode_example(record("Red", "Name a colour."), TOKENIZER, 512)
     assert encode_chat(turns("Name a colour.", "Red"), TOKENIZER, 512) == alpaca
@@ -343,21 +342,21 @@ def test_seeds_with_several_instances_become_as_many_records(tmp_path):
 
 BROKEN = {
     "bad line": (f"{ALPACA}\n{{oops\n", "line 2", "not JSON"),
-    "bad list": (f"[{ALPACA},\n{ALPACA},\n{{oops]", "line 3", "not JSON"),
-    "no comma": (f"[{ALPACA}\n{ALPACA}]", "line 2", "comma"),
-    "unfinished list": (f"[{ALPACA},\n{ALPACA}\n", "line 3", "]"),
-    "list that ends in a comma": (f"[{ALPACA},\n", "line 2", "not JSON"),
+    "bad list": (f"[{ALPACA},\n{ALPACA},\n{{oops]", "not JSON", "line 3"),
+    "no comma": (f"[{ALPACA}\n{ALPACA}]", "not JSON", "line 2"),
+    "unfinished list": (f"[{ALPACA},\n{ALPACA}\n", "not JSON", "line 3"),
+    "list that ends in a comma": (f"[{ALPACA},\n", "not JSON", "line 2"),
     "bracket astray": (f"{ALPACA}\n]", "line 2", "not JSON"),
     "two on a line": (f"{ALPACA}\n\n{ALPACA} {ALPACA}", "line 3", "not JSON"),
     "an object over several lines": ("{\n" + ALPACA[1:], "line 1", "not JSON"),
-    "more after it": (f"[{ALPACA}]\n{ALPACA}", "line 2", "after the list"),
-    "list of lists": (f"[[{ALPACA}]]", "line 1", "object"),
-    "endless nesting": ("[\n" + "[" * 10**5, "line 2", "not JSON"),
-    "number": (f"[{ALPACA},\n\n 5]", "line 3", "object"),
+    "more after it": (f"[{ALPACA}]\n{ALPACA}", "not JSON", "line 2"),
+    "list of lists": (f"[[{ALPACA}]]", "record 1", "object"),
+    "endless nesting": ("[\n" + "[" * 10**5, "not JSON"),
+    "number": (f"[{ALPACA},\n\n 5]", "record 2", "object"),
     "no output": (f'{ALPACA}\n{{"instruction": "x"}}', "line 2", "no output"),
-    "no instruction": ('[{"output": "x"}]', "line 1", "no instruction"),
+    "no instruction": ('[{"output": "x"}]', "record 1", "no instruction"),
     "empty instruction": ('{"instruction": " ", "output": "x"}', "line 1", "empty"),
-    "output a number": ('[\n{"instruction": "x", "output": 5}]', "line 2", "output is 5"),
+    "output a number": ('[\n{"instruction": "x", "output": 5}]', "record 1", "output is 5"),
     "input a list": ('{"instruction": "x", "input": ["a"], "output": "y"}', "input is"),
     "output null": ('{"instruction": "x", "output": null}', "output is null"),
     "surrogate": ('{"instruction": "x", "output": "\\ud800"}', "output", "surrogate"),
@@ -398,30 +397,6 @@ def test_a_broken_file_is_named_with_line_and_fault(tmp_path, content_and_words)
     assert "data.json" in said and "\n" not in said and len(said) < 300
     for word in words:
         assert word in said
-
-
-@pytest.mark.parametrize("indent", [None, 0, 1, 4])
-@pytest.mark.parametrize("fault", range(4))
-def test_the_line_named_is_the_one_the_record_begins_on(tmp_path, indent, fault):
-    """In a list that stretches over many lines, too, with empty ones in between."""
-    records = [record("a\nb", "x"), record("c", "y", "\n"), record("d", "z"), record("e", "w")]
-    records[fault]["output"] = 7
-    parts = [json.dumps(each, indent=indent) for each in records]
-    begin = 1
-    text = "\n\n["
-    for number, part in enumerate(parts):
-        text += "\n" * number
-        begin = text.count("\n") + 1 if number == fault else begin
-        text += part + ("\r\n , \n" if number < 3 else "\n]\n")
-    file = written(tmp_path / "data.json", text)
-    with pytest.raises(ValueError, match=rf"data\.json, line {begin}: output is 7, where a string"):
-        load_records(file)
-    broken = written(tmp_path / "data.json", text.replace('"output": 7', '"output": 7 7'))
-    with pytest.raises(ValueError, match=rf"data\.json, line {begin}: not JSON"):
-        load_records(broken)
-    lines = "\n".join([" ", *(json.dumps(each) for each in records)])
-    with pytest.raises(ValueError, match=rf"data\.json, line {fault + 2}: output is 7"):
-        load_records(written(tmp_path / "data.json", lines))
 
 
 def test_an_absent_file_is_named(tmp_path):

@@ -22,7 +22,7 @@ def inputs(rows=50, vocabulary=64, width=24, dtype=torch.float32):
 @pytest.mark.parametrize("rows_at_once", [1, 7, 50, 1000])
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 def test_value_and_gradients_equal_the_naive_ones(monkeypatch, rows_at_once, scale):
-    monkeypatch.setattr(model, "CHUNK", 64 * rows_at_once)
+    monkeypatch.setattr(model, "LOGITS_CHUNK", 64 * rows_at_once)
     hidden, weight, targets = inputs()
     expected = naive(hidden, weight, targets) * scale
     wanted = torch.autograd.grad(expected, (hidden, weight))
@@ -33,7 +33,7 @@ def test_value_and_gradients_equal_the_naive_ones(monkeypatch, rows_at_once, sca
 
 
 def test_bf16_is_as_close_to_the_truth_as_the_naive_loss(monkeypatch):
-    monkeypatch.setattr(model, "CHUNK", 64 * 128)
+    monkeypatch.setattr(model, "LOGITS_CHUNK", 64 * 128)
     hidden, weight, targets = inputs(rows=512, dtype=torch.bfloat16)
     wide = [t.detach().float().requires_grad_() for t in (hidden, weight)]
     truth = torch.autograd.grad(naive(*wide, targets), wide)
@@ -85,7 +85,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_the_logits_of_all_tokens_never_exist(monkeypatch):
-    monkeypatch.setattr(model, "CHUNK", 4096)
+    monkeypatch.setattr(model, "LOGITS_CHUNK", 4096)
     hidden, weight, targets = inputs(rows=1000)
     with Largest() as seen:
         summed_cross_entropy(hidden, weight, targets).backward()

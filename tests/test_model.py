@@ -8,7 +8,7 @@ from helpers.parity import apart
 
 import model as model_module
 from alpaca.weights.loading import load_model
-from model import IGNORE, KVCache, Llama, LlamaConfig, RMSNorm, plain_layout, rotary_tables
+from model import IGNORE, KVCache, Llama, LlamaConfig, RMSNorm, plain_context, rotary_tables
 
 SHAPES = {
     "heads = kv heads": {"num_key_value_heads": 4},
@@ -164,7 +164,7 @@ def test_cached_decoding_equals_the_full_forward_at_every_position(kv_heads):
     prompts, total = [5, 1, 9], 20
     ids = random_ids(3, total)
     full = model(ids)
-    cache = KVCache(model.config, rows=3, max_length=32)
+    cache = KVCache(model.config, slots=3, max_length=32)
     packed = torch.cat([ids[row, :n] for row, n in enumerate(prompts)])[None]
     first = model(packed, cut(15, prompts), cache=cache)
     for row, logits in enumerate(first.split(prompts, dim=1)):
@@ -183,7 +183,7 @@ def test_rows_join_leave_and_start_afresh_while_others_go_on():
     model = small_model()
     ids = random_ids(4, 20)
     full = model(ids)
-    cache = KVCache(model.config, rows=3, max_length=24)
+    cache = KVCache(model.config, slots=3, max_length=24)
     model(ids[:2, :6].reshape(1, 12), cut(12, [6, 6]), cache=cache[0:2])
     assert cache.lengths.tolist() == [6, 6, 0]
     model(ids[2:3, :4], cut(4, [4]), cache=cache[2:3])  # one joins
@@ -205,7 +205,7 @@ def test_rows_join_leave_and_start_afresh_while_others_go_on():
 def test_several_tokens_can_go_on_at_once():
     model = small_model()
     ids = random_ids(2, 20)
-    cache = KVCache(model.config, rows=2, max_length=20)
+    cache = KVCache(model.config, slots=2, max_length=20)
     model(ids[:, :7].reshape(1, 14), cut(14, [7, 7]), cache=cache)
     parts = [model(part, cache=cache) for part in ids[:, 7:].split([1, 12], dim=1)]
     assert closeness(torch.cat(parts, dim=1), model(ids)[:, 7:]) <= 2e-5
@@ -216,7 +216,7 @@ def test_a_free_row_stays_free_however_long_the_others_go_on():
     model = small_model()
     ids = random_ids(1, 60)
     full = model(ids)
-    cache = KVCache(model.config, rows=3, max_length=60)
+    cache = KVCache(model.config, slots=3, max_length=60)
     model(ids[:, :2], cut(2, [0, 2, 0]), cache=cache)
     for at in range(2, 60):
         logits = model(ids[:, at : at + 1].expand(3, 1), cache=cache)
@@ -227,7 +227,7 @@ def test_a_free_row_stays_free_however_long_the_others_go_on():
 @torch.no_grad()
 def test_a_misused_cache_is_an_error_before_anything_is_stored():
     model = small_model()
-    cache = KVCache(model.config, rows=3, max_length=8)
+    cache = KVCache(model.config, slots=3, max_length=8)
     for ids, bounds in (
         (random_ids(1, 4), cut(4, [4])),
         (random_ids(1, 4), cut(4, [2, 2])),
@@ -239,7 +239,7 @@ def test_a_misused_cache_is_an_error_before_anything_is_stored():
         model(random_ids(3, 2), cache=cache)
     with pytest.raises(AssertionError, match="a slice of its rows"):
         cache[[0, 2]]
-    narrow = KVCache(model.config, rows=3, max_length=8, dtype=torch.bfloat16)
+    narrow = KVCache(model.config, slots=3, max_length=8, dtype=torch.bfloat16)
     with pytest.raises(AssertionError, match="bfloat16, too narrow for a model in torch.float32"):
         model(random_ids(1, 3), cut(3, [1, 1, 1]), cache=narrow)
     with pytest.raises(AssertionError, match="for torch.no_grad"), torch.enable_grad():
@@ -250,12 +250,12 @@ def test_a_misused_cache_is_an_error_before_anything_is_stored():
 @torch.no_grad()
 def test_a_full_cache_is_an_error_and_not_a_wrong_answer():
     model = small_model()
-    cache = KVCache(model.config, rows=1, max_length=4)
+    cache = KVCache(model.config, slots=1, max_length=4)
     model(random_ids(1, 4), cut(4, [4]), cache=cache)
     with pytest.raises(IndexError):
         model(random_ids(1, 1), cache=cache)
     with pytest.raises(ValueError, match="65 tokens are too many: the model knows 64 positions"):
-        KVCache(model.config, rows=1, max_length=65)
+        KVCache(model.config, slots=1, max_length=65)
     with pytest.raises(ValueError, match="65 tokens are too many"):
         model(random_ids(1, 65))
 
@@ -282,8 +282,8 @@ def test_rotary_tables_are_fp32_truth_whatever_the_model_is_cast_to():
     late = late.to(torch.bfloat16).to_empty(device="cpu")
     late.init_weights()
     ids = random_ids(1, 2048)
-    plain = plain_layout(ids, small_config(max_position_embeddings=2048))
-    after = plain_layout(ids, late.config)
+    plain = plain_context(ids, small_config(max_position_embeddings=2048))
+    after = plain_context(ids, late.config)
     assert after.cos.dtype == torch.float32
     assert torch.equal(plain.cos, after.cos) and torch.equal(plain.sin, after.sin)
     assert torch.isfinite(late(ids)).all()

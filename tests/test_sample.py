@@ -98,4 +98,4 @@ def test_every_record_fits_and_every_noun_is_one_piece(make_sample, train, held_
     assert max(len(encode_record(r, tokenizer)[0]) for r in train + held_out) <= 512
     for noun in make_sample.NOUNS:
         assert len(tokenizer.encode(noun)) == 1, noun
-        assert len(tokenizer.encode("\n" + noun)) == len(tokenizer.newline) + 1, noun
+        assert len(tokenizer.encode("\n" + noun)) == len(tokenizer.newline_ids) + 1, noun

@@ -167,7 +167,7 @@ def test_export_is_alpaca_s_list(made, tmp_path, command):
     assert exported[5]["instruction"] == lines(made, "records")[5]["instruction"]
     assert command(selfinstruct, "export", made, "--out", tmp_path / "b.json", "--full")[0] == 0
     assert json.loads((tmp_path / "b.json").read_text())[0]["provenance"]["teacher"] == "m"
-    from dataset import load_records
+    from alpaca.datagen.formats import load_records
 
     assert load_records(tmp_path / "a.json") == exported
 

@@ -88,7 +88,7 @@ def test_a_stream_of_any_ids_is_their_decode(tokenizer, data):
     assert streamed(tokenizer, ids) == tokenizer.decode(ids)
     cut = data.draw(st.integers(0, len(ids)))
     before, after = ids[:cut], ids[cut:]
-    if not tokenizer.pieces.is_byte(ids[cut - 1]) if cut else True:  # no character is cut in two
+    if not before or not tokenizer.sentencepiece.is_byte(before[-1]):  # no character is cut in two
         whole, start = tokenizer.decode(ids), tokenizer.decode(before)
         assert whole == start + streamed(tokenizer, after, after=before)
 
@@ -109,7 +109,7 @@ def test_streams_follow_models_that_treat_spaces_otherwise(options, tmp_path):
             allow_whitespace_only_pieces=True, **usual | options,
         )  # fmt: skip
     tokenizer, rng = Tokenizer(tmp_path / "t.model"), random.Random(0)
-    spaces = [i for i in range(600) if SPACE in tokenizer.pieces.id_to_piece(i)]
+    spaces = [i for i in range(600) if SPACE in tokenizer.sentencepiece.id_to_piece(i)]
     for _ in range(3000):
         pools = [range(600), spaces, range(20)]
         ids = [rng.choice(rng.choice(pools)) for _ in range(rng.randrange(8))]

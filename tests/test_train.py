@@ -28,13 +28,14 @@ from helpers.training import (
 )
 
 import fsdp_train
+from alpaca.datagen.formats import load_records
 from alpaca.training import parallel
 from alpaca.training.run_dir import RunFolder
 from alpaca.training.snapshots import Snapshots
 from alpaca.weights.adapter import Lora
 from alpaca.weights.checkpoint import save_model, tensors
 from alpaca.weights.loading import load_model
-from dataset import IGNORE, encode_example, load_records, prompt, step_examples
+from dataset import IGNORE, encode_example, format_prompt, step_examples
 from fsdp_train import learning_rate
 from model import Llama
 from tokenizer import Tokenizer
@@ -524,7 +525,7 @@ def test_train_interrupt_resume_and_answer_in_transformers(base, here, tmp_path)
     assert (out / "loss.svg").read_text().startswith("<svg")
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     model = AutoModelForCausalLM.from_pretrained(out / "model")
-    ids = tokenizer(prompt(record["instruction"]), return_tensors="pt").input_ids
+    ids = tokenizer(format_prompt(record["instruction"]), return_tensors="pt").input_ids
     answer = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
     assert tokenizer.decode(answer, skip_special_tokens=True).strip() == "the old red fox"
 

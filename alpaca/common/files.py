@@ -3,7 +3,7 @@
 atomic_file, atomic_folder   a reader sees the old state or the new one, whenever a kill comes
 append_jsonl, read_log       a log that survives a kill in the middle of a line
 claim_run_folder             a run's folder: locked, and resumed with equal settings only
-read_json, read_jsonl        files that a user wrote
+read_json, json_records      files that a user wrote; read_jsonl: one object a line
 """
 
 import fcntl
@@ -27,6 +27,29 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: a JSON object was expected")
     return content
+
+
+def json_records(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """(place, value) for each element of a JSON list or each line of a JSONL file; the place, such
+    as "data.json, record 3" or "data.jsonl, line 3", is what an error message begins with."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {line}: not UTF-8: save the file as UTF-8") from None
+    if text.lstrip().startswith("["):
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not JSON ({error})") from None
+        yield from ((f"{path}, record {i}", value) for i, value in enumerate(values, 1))
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"{path}, line {number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}: not JSON ({error})") from None
 
 
 @contextmanager

@@ -35,11 +35,11 @@ from typing import Any
 
 import numpy as np
 
-import dataset
 from alpaca.common.charts import Bars, bar_chart, sunburst
 from alpaca.common.cli import Parser, positive, run_subcommand
 from alpaca.common.errors import UserError, escape_control, run_command
-from alpaca.common.files import atomic_file, read_json, read_log
+from alpaca.common.files import atomic_file, json_records, read_json, read_log
+from alpaca.datagen.formats import normalize_record
 from alpaca.datagen.lint import RULES, flags_of
 from rougel import Pool, tokenize, tokenize_unicode
 
@@ -57,20 +57,20 @@ def shown(text: str, most: int = 100) -> str:
 
 def read_source(source: Path) -> list[tuple[Any, list[dict]]]:
     """Every record as it stands in the file, and as dataset.py understands it."""
-    lines: Iterable[tuple[int, Any]]
+    lines: Iterable[tuple[str, Any]]
     if source.is_dir():
         if not any((source / name).exists() for name in LOGS):
             raise UserError(f"{source} holds no {LOGS[0]}: is it the --out of a generate?")
         source = source / LOGS[0]
-        lines = enumerate(read_log(source), 1)
+        lines = ((f"{source}, line {i}", raw) for i, raw in enumerate(read_log(source), 1))
     else:
-        lines = dataset.numbered_objects(source)
+        lines = json_records(source)
     found = []
-    for line, raw in lines:
+    for place, raw in lines:
         try:
-            found.append((raw, dataset.understood(raw)))
-        except ValueError as mistake:
-            raise UserError(f"{source}, line {line}: {mistake}") from None
+            found.append((raw, normalize_record(raw)))
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
     return found
 
 

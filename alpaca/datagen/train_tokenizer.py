@@ -18,7 +18,7 @@ from alpaca.common.files import atomic_file
 from tokenizer import Tokenizer
 
 
-def train(files: list[Path], vocab_size: int, out: Path) -> None:
+def train_tokenizer(files: list[Path], vocab_size: int, out: Path) -> None:
     """A tokenizer of LLaMA's kind: pair merges, byte fallback, single digits, spaces kept."""
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"{out}: a file name in a folder that exists was expected")
@@ -71,7 +71,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     usual = signal.signal(signal.SIGINT, signal.SIG_DFL)  # SentencePiece would not hear Ctrl-C
-    train(args.files, args.vocab_size, args.out)
+    train_tokenizer(args.files, args.vocab_size, args.out)
     signal.signal(signal.SIGINT, usual)
     print(f"{args.out}: {Tokenizer(args.out).vocab_size} pieces")
 

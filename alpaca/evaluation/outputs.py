@@ -25,13 +25,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import dataset
 from alpaca.common.errors import UserError, notice
-from alpaca.common.files import append_jsonl, atomic_file, read_log
+from alpaca.common.files import append_jsonl, atomic_file, json_records, read_log
 from alpaca.common.progress import Progress
+from alpaca.datagen.formats import normalize_record, string_field
 from alpaca.datagen.request_log import RequestLog, Teachers, ask_all, endpoint_from_args
 from alpaca.inference import generate
 from alpaca.inference.engine import Engine
+from dataset import format_prompt
 
 OUTPUTS, ANNOTATIONS = "model_outputs.json", "annotations.json"
 
@@ -58,14 +59,14 @@ def read_items(path: Path, answered: bool = False) -> list[Item]:
     path = path / OUTPUTS if path.is_dir() else path
     found: dict[str, Item] = {}
     twice = 0
-    for line, raw in dataset.numbered_objects(path):
+    for place, raw in json_records(path):
         try:
             if isinstance(raw, dict) and not answered and "instances" not in raw:
                 raw = {**raw, "output": ""}
-            for case in dataset.understood(raw):
+            for case in normalize_record(raw):
                 if "instruction" not in case:
                     raise UserError("it has no instruction")
-                names = (dataset.string(raw, name, path.stem) for name in ("generator", "dataset"))
+                names = (string_field(raw, name, path.stem) for name in ("generator", "dataset"))
                 item = Item(*case.values(), *names)
                 same = found.setdefault(item.question, item)
                 if answered and same.output != item.output:
@@ -73,8 +74,8 @@ def read_items(path: Path, answered: bool = False) -> list[Item]:
                 if answered and same.generator != next(iter(found.values())).generator:
                     raise UserError(f"by {same.generator!r}, others are not: one model a file")
                 twice += same is not item
-        except ValueError as mistake:
-            raise UserError(f"{path}, line {line}: {mistake}") from None
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
     if not found:
         raise UserError(f"{path}: no instructions in it")
     if twice:
@@ -212,7 +213,7 @@ def answered_there(items: dict[str, Item], args: argparse.Namespace, log: Path) 
 
     async def one(teachers: Teachers, id: str, item: Item) -> None:
         chat = endpoint.kind == "chat"
-        text = item.question if chat else dataset.prompt(item.instruction, item.input)
+        text = item.question if chat else format_prompt(item.instruction, item.input)
         if reply := await teachers.ask_until(id, lambda reply: reply, 1, text, options):
             made[id] = Made(reply.text, reply.cut)
 

@@ -53,8 +53,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import dataset
 from alpaca.common.errors import UserError, notice
+from alpaca.common.files import json_records
 
 HOLD_F, HOLD_H = 0.1, 1.0  # f and h are expected around 0, with variances 10 and 1
 Z = NormalDist().inv_cdf(0.975)  # 95 % of a normal distribution lie within ± 1.96 deviations
@@ -93,7 +93,7 @@ class Comparison:
 def read_annotations(path: str | Path) -> list[Comparison]:
     """The comparisons in a file, a JSON list or JSON lines."""
     found: dict[tuple[str, ...], dict[str, dict[bool, Entry]]] = {}
-    for line, raw in dataset.numbered_objects(Path(path)):
+    for place, raw in json_records(path):
         try:
             who, instruction, swapped, entry = understood(raw)
             orders = found.setdefault(who, {}).setdefault(instruction, {})
@@ -103,8 +103,8 @@ def read_annotations(path: str | Path) -> list[Comparison]:
             if any(other.outputs != entry.outputs for other in orders.values()):
                 raise UserError(f"{told} in the other order and with other outputs: keep one pair")
             orders[swapped] = entry
-        except ValueError as mistake:
-            raise UserError(f"{path}, line {line}: {mistake}") from None
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
     if not found:
         raise UserError(f"{path}: no annotations in it")
     return [compared(Path(path), who, asked) for who, asked in found.items()]

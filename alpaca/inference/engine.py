@@ -184,7 +184,7 @@ class Engine:
         starts = torch.tensor([0, *accumulate(map(len, packed))], device=self.device)
         tokens = torch.tensor(lengths, device=self.device)
         slots = self.cache[len(self.active) : len(self.active) + len(sequences)]
-        hidden = self.model.hidden(ids, starts.int(), slots)  # (1, all tokens, C)
+        hidden = self.model.hidden_states(ids, starts.int(), slots)  # (1, all tokens, C)
         slots.lengths.copy_(tokens)  # drops the padding: the next tokens overwrite it
         return self.model.lm_head(hidden[0, starts[:-1] + tokens - 1])
 
@@ -293,4 +293,4 @@ class Engine:
 
 def decode_step(model: Llama, ids: Tensor, cache: KVCache) -> Tensor:
     """One token for each sequence: ids (B) to logits (B, V)."""
-    return model.lm_head(model.hidden(ids[:, None], cache=cache)[:, 0])
+    return model.lm_head(model.hidden_states(ids[:, None], cache=cache)[:, 0])

@@ -24,17 +24,17 @@ from pathlib import Path
 
 from alpaca.common.cli import Parser, positive
 from alpaca.common.errors import UserError, notice, run_command
-from alpaca.common.files import append_jsonl, read_log
+from alpaca.common.files import append_jsonl, json_records, read_log
 from alpaca.common.progress import Progress
 from alpaca.inference.engine import Engine, Sequence
 from alpaca.inference.sampling import SamplingParams
 from alpaca.weights.loading import add_model_arguments, load_from_args
-from dataset import chat_prompt, numbered_objects, prompt
+from dataset import chat_prompt, format_prompt
 from tokenizer import Tokenizer
 
 
 def question(instruction: str, input: str, tokenizer: Tokenizer) -> list[int]:
-    return tokenizer.encode(prompt(instruction, input), bos=True)
+    return tokenizer.encode(format_prompt(instruction, input), bos=True)
 
 
 # ---------------------------------------------------------------- the three ways to ask
@@ -75,7 +75,7 @@ def shown(engine: Engine, sequence: Sequence) -> Sequence:
 
 def told(sequence: Sequence) -> str:
     """An answer as a line of JSON."""
-    tokens = [sequence.tokenizer.pieces.id_to_piece(token) for token in sequence.ids]
+    tokens = [sequence.tokenizer.piece(token) for token in sequence.ids]
     fields = {"text": sequence.text, "reason": sequence.finish_reason, "tokens": tokens}
     fields["logprobs"] = [round(logprob, 4) for logprob in sequence.logprobs]
     return json.dumps(fields, ensure_ascii=False)
@@ -160,12 +160,12 @@ def answered(out: Path, records: list[dict], how: dict) -> int:
 
 def read_questions(path: Path) -> Iterator[dict]:
     """Instruction and input of each record of a JSON or JSONL file; outputs do not matter."""
-    for line, raw in numbered_objects(path):
+    for place, raw in json_records(path):
         if not isinstance(raw, dict) or not isinstance(raw.get("instruction"), str):
-            raise UserError(f'{path}, line {line}: no object with an "instruction"')
+            raise UserError(f'{place}: no object with an "instruction"')
         given = raw.get("input") or ""
         if not isinstance(given, str):
-            raise UserError(f'{path}, line {line}: "input" is no text')
+            raise UserError(f'{place}: "input" is no text')
         yield {"instruction": raw["instruction"], "input": given}
 
 

@@ -51,6 +51,7 @@ from alpaca import CHECKOUT
 from alpaca.common.cli import Parser, positive
 from alpaca.common.errors import notice, run_command
 from alpaca.common.files import append_jsonl
+from alpaca.datagen.formats import load_records
 from alpaca.inference.engine import Engine, Sequence
 from alpaca.inference.watermark import KEY, Watermark
 from alpaca.serving import http
@@ -67,7 +68,6 @@ from alpaca.serving.moderation import (
 from alpaca.serving.scheduler import Answers, Busy, Decoder
 from alpaca.weights.checkpoint import parameter_shapes
 from alpaca.weights.loading import DEFAULT_MODEL, add_model_arguments, load_from_args
-from dataset import load_records
 
 PAGE = Path(__file__).with_name("page.html")
 LONGEST = 20_000  # characters of a text to check

@@ -26,7 +26,7 @@ from typing import Any
 from alpaca.inference.engine import Sequence
 from alpaca.inference.sampling import SamplingParams
 from alpaca.serving.http import Problem
-from dataset import chat_prompt, prompt
+from dataset import chat_prompt, format_prompt
 from tokenizer import SPACE, Tokenizer
 
 MOST_ANSWERS, MOST_STOPS = 8, 16
@@ -174,7 +174,7 @@ def texts(body: dict, tokenizer: Tokenizer) -> tuple[str, list[list[int]]]:
         instruction, input = text_of(body, "instruction"), text_of(body, "input", "")
         if not instruction.strip():
             raise Problem(400, "the instruction is empty: say what to do", param="instruction")
-        written, asked = f"{instruction}\n{input}".strip(), [prompt(instruction, input)]
+        written, asked = f"{instruction}\n{input}".strip(), [format_prompt(instruction, input)]
     else:
         given = body.get("prompt")
         asked = given if isinstance(given, list) else [given]
@@ -264,11 +264,7 @@ def event(content: dict) -> bytes:
 
 def spelled(tokenizer: Tokenizer, token: int) -> tuple[str, list[int]]:
     """A token as text, and its bytes."""
-    piece = tokenizer.pieces.id_to_piece(token)
-    if tokenizer.pieces.is_byte(token):
-        return piece, [int(piece[3:5], 16)]
-    text = piece.replace(SPACE, " ")
-    return text, list(text.encode())
+    return tokenizer.piece(token).replace(SPACE, " "), list(tokenizer.piece_bytes(token))
 
 
 def tokens_of(s: Sequence, text: str) -> Iterator[tuple[int, int, float, list]]:

@@ -38,7 +38,7 @@ from alpaca.common.progress import short_number
 from alpaca.weights.adapter import Lora
 from alpaca.weights.checkpoint import DTYPES
 from dataset import pack_rows, step_examples
-from model import CHUNK, LlamaConfig
+from model import LOGITS_CHUNK, LlamaConfig
 
 GIB = 2**30  # what makers of memory call a GB
 MFU = 0.45  # the share of a chip's peak that is reached: an assumption
@@ -196,7 +196,7 @@ def kept(run: Run) -> float:
 
 def chunk_of_logits(run: Run) -> float:
     """Bytes, of logits and their fp32 copy."""
-    rows = min(run.row_tokens * run.supervised, max(1, CHUNK // run.config.vocab_size))
+    rows = min(run.row_tokens * run.supervised, max(1, LOGITS_CHUNK // run.config.vocab_size))
     return rows * run.config.vocab_size * (run.compute.itemsize + 4)
 
 

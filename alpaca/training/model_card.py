@@ -22,8 +22,10 @@ from pathlib import Path
 import torch
 
 from alpaca import CHECKOUT
+from alpaca.common.files import json_records
+from alpaca.datagen.formats import parse_weight
 from alpaca.training import memory_plan
-from dataset import Examples, numbered_objects, parse_weight, prompt
+from dataset import Examples, format_prompt
 from model import LlamaConfig
 
 HERE = CHECKOUT  # whose commit the card names
@@ -63,7 +65,7 @@ def dataset(spec: str) -> str:
     trained by now: what has become of a file since is told, not an error."""
     file, weight = parse_weight(spec)
     try:
-        records = [record for _, record in numbered_objects(file)]
+        records = [record for _, record in json_records(file)]
     except (OSError, ValueError):
         return f"`{file.name}`: it could be read when training began, and no longer afterwards"
     sources = [record.get("provenance") for record in records if isinstance(record, dict)]
@@ -99,7 +101,7 @@ def model_card(
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {platform.machine()}",
         "recipe": "\n".join(f"| {field} | {value} |" for field, value in told.items()),
         "results": results,
-        "prompt": prompt("(the instruction)"),
+        "prompt": format_prompt("(the instruction)"),
         "parameters": f"{whole:,}",
         "learned": f"{learned:,}",
         "positions": f"{config.max_position_embeddings:,}",

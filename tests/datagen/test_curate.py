@@ -237,7 +237,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(command, folder, tmp_path):
     for verb in ("report", "lint"):
         assert_refused(command(curate, verb, tmp_path / "none.json"), "none.json")
         assert_refused(command(curate, verb, empty), "empty", "--out of a generate")
-        assert_refused(command(curate, verb, broken), "broken.json, line 2", "not JSON")
+        assert_refused(command(curate, verb, broken), "broken.json: not JSON", "line 2")
         assert_refused(command(curate, verb, bare), "bare.jsonl, line 2", "output")
         assert_refused(command(curate, verb, write(tmp_path / "list.json", [])), "no records")
     for out in ("report.png", "none/report.html"):

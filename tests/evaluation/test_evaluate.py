@@ -19,7 +19,7 @@ from alpaca.evaluation import evaluate
 from alpaca.evaluation.outputs import paired, read_items
 from alpaca.inference.engine import Engine
 from alpaca.weights.loading import load_model
-from dataset import prompt
+from dataset import format_prompt
 from tokenizer import Tokenizer
 
 TINY = ROOT / "data/tiny-llama"  # a base: it goes on, and seldom ends
@@ -83,7 +83,7 @@ def test_published_forms_load_as_they_are(tmp_path):
 def test_what_comes_twice_counts_once_and_two_answers_are_refused(tmp_path, capsys):
     file = write(tmp_path / "s.json", [{"instruction": "a", "output": n} for n in "xxy"])
     assert len(read_items(file)) == 1 and "2 are there before" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"s.json, line 1: 'a' was answered before"):
+    with pytest.raises(ValueError, match=r"s.json, record 3: 'a' was answered before"):
         read_items(file, answered=True)
     mixed = [{"instruction": n, "output": n, "generator": n} for n in "ab"]
     with pytest.raises(ValueError, match="by 'b', others are not"):
@@ -97,7 +97,7 @@ def test_what_comes_twice_counts_once_and_two_answers_are_refused(tmp_path, caps
         ('{"instruction": "a", "input": 7}', "line 1: input is 7"),
         ('{"instruction": "a", "dataset": 7}', "line 1: dataset is 7"),
         ('{"text": "once"}', "line 1: it has no instruction"),
-        ("[1]", "line 1: an object"),
+        ("[1]", "record 1: an object"),
         ("{oops", "line 1: not JSON"),
         ("", "no instructions in it"),
     ],
@@ -270,8 +270,8 @@ def served(command, out, server, file, *more):
 def test_a_chat_is_asked_as_a_user_asks_and_a_base_with_alpacas_prompt(command, tmp_path):
     file = write_lines(tmp_path / "s.jsonl", SET)
     questions = ["Name a fruit.", "Count the words.\n\ncat dog", "Count the words.\n\ncat"]
-    prompts = [prompt("Name a fruit."), prompt("Count the words.", "cat dog")]
-    prompts.append(prompt("Count the words.", "cat"))
+    prompts = [format_prompt("Name a fruit."), format_prompt("Count the words.", "cat dog")]
+    prompts.append(format_prompt("Count the words.", "cat"))
     for kind, asked in (("chat", questions), ("completions", prompts)):
         with Server(answer=lambda text: text.upper()) as server:
             more = ("--kind", kind, "--max-new-tokens", 7, "--stop", "#", "--top-p", 0.5)
@@ -390,7 +390,7 @@ def test_names_from_files_steer_no_terminal_and_no_picture(command, tmp_path):
 def test_a_mistake_in_an_annotation_is_one_line_and_no_picture(command, tmp_path):
     file = write(tmp_path / "a.json", [entry(0, 2), entry(1, "A")])
     refused = score(command, file, "--plot", tmp_path / "p.svg")
-    assert_refused(refused, f"{file}, line 1: preference 'A'")
+    assert_refused(refused, f"{file}, record 2: preference 'A'")
     assert not (tmp_path / "p.svg").exists()
 
 

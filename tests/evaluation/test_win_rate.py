@@ -14,8 +14,8 @@ import pytest
 from helpers.annotations import entry, write
 from helpers.commands import ROOT
 
-import dataset
 from alpaca.datagen import lint
+from alpaca.datagen.formats import normalize_record
 from alpaca.evaluation.win_rate import (
     Z,
     agreement,
@@ -317,18 +317,18 @@ def test_errors_tell_how_rates_scatter():
 @pytest.mark.parametrize(
     ("second", "told"),
     [
-        (entry(2, 2.5), "line 3: preference 2.5: 1 .* to 2 .*, was expected"),
-        (entry(2, 0.5), "line 3: preference 0.5"),
-        (entry(2, -1), "line 3: preference -1"),
-        (entry(2, math.inf), "line 3: preference inf"),
-        (entry(2, "2"), "line 3: preference '2'"),
-        (entry(2, True), "line 3: preference True"),
-        (entry(1, 2), "line 3: 'instruction 1' is there before, in the same order: keep one"),
-        (entry(1, 2, swapped=True, output_2="else"), "line 3: 'instruction 1' .* other outputs"),
-        (entry(2, 2, swapped="yes"), "line 3: swapped 'yes': true or false was expected"),
-        (entry(2, 2, output_2=None), "line 3: output_2: a string was expected"),
-        (entry(2, 2, generator_2=7), "line 3: generator_2: a string was expected"),
-        ([1, 2], "line 3: an object with instruction"),
+        (entry(2, 2.5), "record 2: preference 2.5: 1 .* to 2 .*, was expected"),
+        (entry(2, 0.5), "record 2: preference 0.5"),
+        (entry(2, -1), "record 2: preference -1"),
+        (entry(2, math.inf), "record 2: preference inf"),
+        (entry(2, "2"), "record 2: preference '2'"),
+        (entry(2, True), "record 2: preference True"),
+        (entry(1, 2), "record 2: 'instruction 1' is there before, in the same order: keep one"),
+        (entry(1, 2, swapped=True, output_2="else"), "record 2: 'instruction 1' .* other outputs"),
+        (entry(2, 2, swapped="yes"), "record 2: swapped 'yes': true or false was expected"),
+        (entry(2, 2, output_2=None), "record 2: output_2: a string was expected"),
+        (entry(2, 2, generator_2=7), "record 2: generator_2: a string was expected"),
+        ([1, 2], "record 2: an object with instruction"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_one_line_naming_the_place(tmp_path, second, told):
@@ -342,7 +342,7 @@ def test_what_is_wrong_in_a_file_is_one_line_naming_the_place(tmp_path, second, 
 def test_a_missing_field_is_named(tmp_path):
     one = entry(1, 2)
     del one["generator_1"]
-    with pytest.raises(ValueError, match="line 1: generator_1: a string was expected"):
+    with pytest.raises(ValueError, match="record 1: generator_1: a string was expected"):
         leaderboard([write(tmp_path / "a.json", [one])])
 
 
@@ -473,7 +473,7 @@ def test_evaluation_instructions_have_the_published_schema():
         assert task["instances"] and all(set(i) == {"input", "output"} for i in task["instances"])
         assert task["motivation_app"] and task["instruction"]
         assert all(one["output"] for one in task["instances"])
-        assert dataset.understood(task)[0]["instruction"] == task["instruction"]
+        assert normalize_record(task)[0]["instruction"] == task["instruction"]
     given = sum(bool(one["input"]) for task in TASKS for one in task["instances"])
     assert 50 <= given <= len(TASKS) - 50
     assert len({task["motivation_app"] for task in TASKS}) >= 50
@@ -501,7 +501,7 @@ def test_evaluation_instructions_are_all_different_and_none_is_a_seed():
 
 def test_evaluation_instructions_have_no_known_defect():
     earlier: set = set()
-    flagged = {task["id"]: lint.flags_of(dataset.understood(task), earlier) for task in TASKS}
+    flagged = {task["id"]: lint.flags_of(normalize_record(task), earlier) for task in TASKS}
     assert not {name: flags for name, flags in flagged.items() if flags}
 
 

@@ -18,7 +18,7 @@ from alpaca.serving import app
 from alpaca.serving.http import Limits, listening
 from alpaca.serving.moderation import Filter
 from alpaca.weights.loading import load_model
-from dataset import after_newline
+from dataset import encode_after_newline
 from helpers.commands import ROOT
 from helpers.models import small_config
 from model import Llama
@@ -42,7 +42,7 @@ class Scripted(Engine):
             if s.finish_reason is None:
                 if not hasattr(s, "plan"):
                     text = self.say(self.tokenizer.decode(s.prompt))
-                    s.plan = [*after_newline(text, self.tokenizer), self.tokenizer.eos_id]
+                    s.plan = [*encode_after_newline(text, self.tokenizer), self.tokenizer.eos_id]
                 s.append(s.plan[len(s.ids)])
 
 

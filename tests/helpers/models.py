@@ -8,7 +8,7 @@ import torch
 
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
-from dataset import prompt
+from dataset import format_prompt
 from model import Llama, LlamaConfig
 
 SMALL = {
@@ -54,6 +54,6 @@ def hf_model(config: LlamaConfig, dtype: torch.dtype = torch.float32):
 
 def expected(engine: Engine, instruction: str, input: str = "", **way) -> str:
     """The answer that an engine gives to a question in Alpaca's template."""
-    ids = engine.tokenizer.encode(prompt(instruction, input), bos=True)
+    ids = engine.tokenizer.encode(format_prompt(instruction, input), bos=True)
     (answer,) = engine.generate([ids], SamplingParams(**{"max_new_tokens": 12, **way}))
     return answer.text

@@ -216,13 +216,13 @@ def test_many_prompts_start_in_few_passes_but_not_without_limit():
 def test_prompts_of_all_lengths_start_in_passes_of_few(monkeypatch):
     """oneDNN keeps a kernel for each: those of 3,000 prompts took 700 MB instead of 200."""
     engine, seen = Engine(model_of(max_position_embeddings=500), TOKENIZER), set()
-    real = engine.model.hidden
+    real = engine.model.hidden_states
 
     def hidden(ids, *args):
         seen.add(ids.shape[1])
         return real(ids, *args)
 
-    monkeypatch.setattr(engine.model, "hidden", hidden)
+    monkeypatch.setattr(engine.model, "hidden_states", hidden)
     for prompt in prompts_of(*range(1, 500, 3)):
         engine.generate([prompt], SamplingParams(max_new_tokens=1))
         assert engine.cache.lengths.tolist() == [len(prompt)]

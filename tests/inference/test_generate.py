@@ -24,7 +24,7 @@ from alpaca.inference.sampling import SamplingParams
 from alpaca.weights import loading
 from alpaca.weights.checkpoint import save_model
 from alpaca.weights.loading import load_model
-from dataset import chat_prompt, prompt
+from dataset import chat_prompt, format_prompt
 from model import Llama
 from tokenizer import Tokenizer
 
@@ -84,7 +84,7 @@ def test_json_tells_tokens_and_log_probabilities(command, engine):
 
 
 def test_the_dtype_flag_arrives(command):
-    prompt_ids = Tokenizer(TINY).encode(prompt("Name a fruit."), bos=True)
+    prompt_ids = Tokenizer(TINY).encode(format_prompt("Name a fruit."), bos=True)
     wide = Engine(load_model(TINY, dtype=torch.float32), Tokenizer(TINY))
     (answer,) = wide.generate([prompt_ids], SamplingParams(max_new_tokens=12, logprobs=0))
     for dtype, same in (("fp32", True), ("bf16", False)):

@@ -35,7 +35,7 @@ from alpaca.serving.moderation import Filter, Rules, Unavailable, chosen_filter
 from alpaca.weights.adapter import Lora, save_adapter
 from alpaca.weights.loading import load_model
 from alpaca.weights.lora import add_lora
-from dataset import chat_prompt, prompt
+from dataset import chat_prompt, format_prompt
 from tokenizer import Tokenizer
 
 FRUIT = "Name a fruit."
@@ -71,7 +71,7 @@ def client(tiny):
 def test_openai_chat(client, alone):
     messages = [{"role": "user", "content": FRUIT}]
     how = {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": 20}
-    expected = alone(prompt(FRUIT), 20)
+    expected = alone(format_prompt(FRUIT), 20)
     whole = client.chat.completions.create(**how)
     assert whole.choices[0].message.content == expected and expected
     assert whole.choices[0].finish_reason == "length" and whole.usage.completion_tokens == 20
@@ -182,7 +182,7 @@ def test_batched_answers_are_those_of_one_at_a_time(tiny, alone):
 
     with ThreadPoolExecutor(12) as pool:
         texts = list(pool.map(ask, range(20)))
-    assert texts == [alone(prompt(a), n) for a, n in zip(asked, lengths, strict=True)]
+    assert texts == [alone(format_prompt(a), n) for a, n in zip(asked, lengths, strict=True)]
     tiny.wait(lambda: tiny.demo.decoder.load == 0)
 
 
@@ -269,7 +269,7 @@ def test_the_watermark_of_the_command_line(monkeypatch):
 def test_an_adapter_is_put_on(tmp_path):
     model, how = load_model(TINY, dtype=torch.float32), SamplingParams(max_new_tokens=12)
     engine = Engine(model, Tokenizer(TINY))
-    ids = engine.tokenizer.encode(prompt(FRUIT), bos=True)
+    ids = engine.tokenizer.encode(format_prompt(FRUIT), bos=True)
     base = engine.generate([ids], how)[0].ids
     add_lora(model, 4, 8, 0.0)
     for name, own in model.named_parameters():
@@ -591,7 +591,7 @@ def test_64_clients_of_all_kinds_at_once(seconds, alone):
     """Answers, disconnects, garbage, oversize, slow senders: every response an answer that is right
     or a clean refusal, memory flat, and then it serves as before."""
     asked = {f"Write the word {i}.": 4 + i for i in range(12)}
-    expected = {text: alone(prompt(text), tokens) for text, tokens in asked.items()}
+    expected = {text: alone(format_prompt(text), tokens) for text, tokens in asked.items()}
     counts, wrong, lock = {}, [], threading.Lock()
     with running(tiny_engine(rows=16), "--queue", 16, filter=Rules()) as server:
 

@@ -9,8 +9,8 @@ from helpers.commands import ROOT
 from helpers.teacher_server import Server
 
 from alpaca.datagen.client import Endpoint
+from alpaca.datagen.formats import load_records
 from alpaca.serving.moderation import Filter, Rules, Service, Unavailable, explained
-from dataset import load_records
 from tokenizer import Tokenizer
 
 

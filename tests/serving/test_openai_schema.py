@@ -10,7 +10,7 @@ from alpaca.inference.engine import Sequence
 from alpaca.inference.sampling import SamplingParams
 from alpaca.serving import openai_schema as api
 from alpaca.serving.http import Problem
-from dataset import chat_prompt, prompt
+from dataset import chat_prompt, format_prompt
 from tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(ROOT / "data/tokenizer.model")
@@ -29,12 +29,12 @@ def encoded(text: str) -> list[int]:
 
 
 def test_one_template_for_chat_completion_and_training():
-    expected = [encoded(prompt("Name a fruit."))]
+    expected = [encoded(format_prompt("Name a fruit."))]
     assert understood().prompts == expected
     assert understood(PLAIN, instruction="Name a fruit.").prompts == expected
-    assert understood(PLAIN, prompt=prompt("Name a fruit.")).prompts == expected
+    assert understood(PLAIN, prompt=format_prompt("Name a fruit.")).prompts == expected
     with_input = understood(PLAIN, instruction="Sum.", input="1 2")
-    assert with_input.prompts == [encoded(prompt("Sum.", "1 2"))]
+    assert with_input.prompts == [encoded(format_prompt("Sum.", "1 2"))]
     assert "Sum." in with_input.text and "1 2" in with_input.text  # both are filtered
 
 
@@ -167,7 +167,7 @@ def test_what_a_stop_cut_off_is_not_told_by_its_tokens(path):
 
 def finished(text: str, way: SamplingParams) -> Sequence:
     s = Sequence(encoded("a\n"), way, TOKENIZER, 100)
-    for token in [*TOKENIZER.encode("\n" + text)[len(TOKENIZER.newline) :], TOKENIZER.eos_id]:
+    for token in [*TOKENIZER.encode("\n" + text)[len(TOKENIZER.newline_ids) :], TOKENIZER.eos_id]:
         s.logprobs.append(-math.inf)
         s.top_logprobs.append([(token, -0.5)])
         s.append(token)

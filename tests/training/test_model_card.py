@@ -17,7 +17,7 @@ import fsdp_train
 from alpaca.training import memory_plan, model_card
 from alpaca.training.model_card import dataset, weights
 from alpaca.weights.adapter import Lora
-from dataset import IGNORE, Examples, prompt
+from dataset import IGNORE, Examples, format_prompt
 from model import LlamaConfig
 
 CONFIG = LlamaConfig(500, 64, 176, 3, 4, max_position_embeddings=512)
@@ -62,7 +62,7 @@ def test_it_tells_base_data_recipe_and_losses(files):
     assert "| data |" not in card and "| lora |" not in card
     assert "2 steps; loss 4.250 → 1.125.\n" in card
     whole = f"{memory_plan.parameters(CONFIG):,}"
-    assert prompt("(the instruction)") in card and f"{whole} of {whole} parameters" in card
+    assert format_prompt("(the instruction)") in card and f"{whole} of {whole} parameters" in card
     assert "3 examples of 9 supervised tokens" in card and "than 512 tokens" in card
     assert f"The held-out file: `data.json`: 2 records, 1 by t-1; {sealed}." in card
     assert re.search(r"commit [0-9a-f]{40}|of a copy without its history", card)

@@ -17,6 +17,7 @@ from helpers.training import figures, finish, flags, launch, metrics, write_reco
 from safetensors.torch import load_file, save_file
 
 import fsdp_train
+from alpaca.datagen.formats import load_records
 from alpaca.inference import generate
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
@@ -35,7 +36,7 @@ from alpaca.weights.checkpoint import parameter_shapes, save_model, tensors
 from alpaca.weights.loading import load_model, optimize_layout
 from alpaca.weights.lora import FrozenLinear, Thin, add_lora, load_adapter
 from alpaca.weights.quantize import Source, layer_class
-from dataset import encode_example, load_records
+from dataset import encode_example
 from model import Llama
 from tokenizer import Tokenizer
 
@@ -691,7 +692,7 @@ def test_only_the_adapter_changes(base, here, tmp_path, monkeypatch, number):
 
 def test_a_run_equals_a_plain_loop_with_peft(base, here, tmp_path):
     """Packed, sharded and clipped, against one example at a time."""
-    from dataset import encode_example, load_records, step_examples
+    from dataset import encode_example, step_examples
 
     train(here, lora_flags(base, tmp_path / "run", lora_dropout=0, epochs=4))
     model = peft_model(hf_of(base), lora_alpha=16)

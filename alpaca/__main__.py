@@ -15,12 +15,12 @@ VERBS = {  # in the order of the road from data to a published model
     "generate": ("alpaca.inference.generate", "answer an instruction or a file of them"),
     "serve": ("alpaca.serving.app", "a web page and OpenAI's API for one model"),
     "watermark": ("alpaca.inference.watermark", "detect the watermark in a text"),
-    "answers": ("alpaca.evaluation.evaluate", "answer an evaluation set with a model"),
-    "blind": ("alpaca.evaluation.evaluate", "let people compare two models' answers blindly"),
-    "judge": ("alpaca.evaluation.evaluate", "let a model compare two models' answers"),
-    "score": ("alpaca.evaluation.evaluate", "win rates from annotation files"),
+    "answers": ("alpaca.evaluation.answers", "answer an evaluation set with a model"),
+    "blind": ("alpaca.evaluation.blind", "let people compare two models' answers blindly"),
+    "judge": ("alpaca.evaluation.judge", "let a model compare two models' answers"),
+    "score": ("alpaca.evaluation.score", "win rates from annotation files"),
 }
-OLD_STYLE = {"convert", "merge", "answers", "blind", "judge", "score"}  # verbs of one old command
+OLD_STYLE = {"convert", "merge"}  # verbs of one old command
 
 USAGE = """usage: alpaca VERB ...      (alpaca VERB --help explains one)
 

@@ -16,6 +16,7 @@ RENAMED = {  # flags that had another name before, so that the error names the n
     "--attempts": "--max-retries",
     "--first-wait": "--retry-wait",
     "--rows": "--max-batch-size",
+    "--tries": "--max-replies",
 }
 
 

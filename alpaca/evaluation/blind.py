@@ -1,315 +1,290 @@
-"""Which answer is better? People say, without knowing whose it is.
+"""Which of two models gives better answers? People compare, without knowing whose answer is whose.
 
-    start(pairs, folder, raters, …)     a copy for each rater, sides and order shuffled
-    rate(copy)                          in the terminal, a key an instruction
-    unblind(folder, model, baseline)    whose answers they liked, and is it a difference?
+    alpaca blind start runs/eval/tiny runs/eval/base --out runs/blind --raters ann ben
+    alpaca blind rate runs/blind/ann                                 # each rater, at any time
+    alpaca blind unblind runs/blind runs/eval/tiny runs/eval/base    # whose answers were better?
 
-As Alpaca's authors did it: two models, instructions as users ask them, the better answer of each
-pair; they counted 90 wins against 89.
+This is how Alpaca's authors evaluated it, on Self-Instruct's user-oriented instructions
+(arXiv:2212.10560): 90 wins against 89 for text-davinci-003.
 
-  - Nothing in a copy tells whose an answer is, or which side is which: it holds instructions, the
-    two texts as "a" and "b", and digests of the two files. Which side had been whose is found out
-    by `unblind`, from the answers themselves: it is given their files again, and refuses any other.
-  - Order and sides are drawn for each rater alone: a habit of pressing A favours nobody.
-  - A rating is on disk before the next pair is shown. Stop at any time, at any other go on.
-  - Keys count for the pair that is on the screen: what was typed ahead is dropped.
-  - Pairs of the same text are not shown: they are ties, of all who have rated anything.
-  - After `unblind` nobody can rate any more.
+A rater's folder holds instructions, two answers "a" and "b" to each, and digests of the two files,
+but nothing that tells a model's name or side. Order and sides are shuffled for each rater. Which
+side was whose is found by `unblind`, which needs the two files again and accepts no others; after
+it nobody can rate any more. Each rating is on disk before the next pair is shown, so a rater can
+stop at any time. Pairs of identical answers are not shown; they count as ties.
 
-Several raters may have rated the same instruction. They are not several observations of which model
-is better: statistics are over instructions, each the mean of its raters.
-
-Shown by tests/test_blind.py: test_a_session_stopped_killed_and_finished.
+Ratings of one instruction by several raters are not independent observations of the models: the
+statistics are over instructions, each with the mean of its raters.
 """
 
-import json
+import argparse
 import math
 import os
 import random
 import re
 import secrets
-import select
-import shutil
-import sys
-import termios
-import textwrap
-import tty
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
-from unicodedata import east_asian_width
 
 import numpy as np
 
+from alpaca.common.cli import positive
 from alpaca.common.errors import UserError, escape_control, notice
-from alpaca.common.files import (
-    append_jsonl,
-    atomic_file,
-    atomic_folder,
-    claim_run_folder,
-    read_json,
-    read_jsonl,
-    read_log,
-)
-from alpaca.evaluation import win_rate
-from alpaca.evaluation.outputs import ANNOTATIONS, Pair, Pairs, annotation, digest, write_json
+from alpaca.common.files import append_jsonl, atomic_folder, claim_run_folder, read_json, read_log
+from alpaca.evaluation.annotations import ANNOTATIONS, Comparison, make_annotation
+from alpaca.evaluation.outputs import Pairs, add_pair_arguments, digest, pair_outputs, save_json
+from alpaca.evaluation.score import format_table
+from alpaca.evaluation.win_rate import agreement, make_rows
 
 CHOICES = {"a": "a", "b": "b", "t": "tie", "s": "skip"}
-KEYS = "a, b: that one is better   t: tie   s: skip   u: undo   q: stop > "
+MENU = "a, b: that answer is better   t: tie   s: skip   u: undo   q: stop > "
+SCORES = {"model": 1.0, "baseline": 0.0, "tie": 0.5}
 ITEMS = "items.jsonl"
+Votes = dict[str, str]  # instruction → model, baseline, tie, skip or left
 
 
 # ---------------------------------------------------------------- start
 
 
-def start(pairs: Pairs, folder: Path, raters: list[str], num: int | None, seed: str | None) -> int:
-    """Make the raters' copies; how many pairs there are to rate."""
-    if odd := [name for name in raters if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:
-        raise UserError(f"--raters {odd[0]!r}: letters, digits, - and _, for it names a folder")
-    if len({name.lower() for name in raters}) < len(raters):
+def run_start(args: argparse.Namespace) -> None:
+    """Write a folder for each rater, with order and sides shuffled by a secret seed."""
+    pairs = pair_outputs(args.model, args.baseline, args.common)
+    if bad := [name for name in args.raters if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:
+        raise UserError(f"--raters {bad[0]!r}: a name of letters, digits, - and _ was expected")
+    if len({name.lower() for name in args.raters}) < len(args.raters):
         raise UserError("--raters: two have the same name")
-    salt = secrets.token_hex() if seed is None else seed
-    drawn = random.Random(f"{salt} which").sample(pairs.all, min(num or math.inf, len(pairs.all)))
-    shown = [pair for pair in drawn if pair.output_1 != pair.output_2]
-    alike = sorted({pair.instruction for pair in drawn} - {pair.instruction for pair in shown})
+    seed = secrets.token_hex() if args.seed is None else args.seed
+    count = min(args.num or math.inf, len(pairs.all))
+    chosen = random.Random(f"{seed} which").sample(pairs.all, count)
+    shown = [pair for pair in chosen if pair.output_1 != pair.output_2]
+    identical = sorted({pair.instruction for pair in chosen} - {pair.instruction for pair in shown})
     if not shown:
-        raise UserError("the two models answer everything with the same text: nothing to compare")
+        raise UserError("the two models give identical answers: there is nothing to compare")
     names = [name.lower() for name in (pairs.model, pairs.baseline)]
     texts = [text.lower() for pair in shown for text in (pair.output_1, pair.output_2)]
-    if telling := sum(any(name in text for name in names) for text in texts):
-        notice(f"{telling} answers hold the name of a model: raters may know it by that")
-    with atomic_folder(folder) as partial:
-        for rater in raters:
-            rng = random.Random(f"{salt} {rater}")
+    if revealing := sum(any(name in text for name in names) for text in texts):
+        notice(f"{revealing} answers contain the name of a model, which raters may recognize")
+    with atomic_folder(args.out) as partial:
+        for rater in args.raters:
+            rng = random.Random(f"{seed} {rater}")
             items = []
             for pair in rng.sample(shown, len(shown)):
                 a, b = rng.sample((pair.output_1, pair.output_2), 2)
                 items.append({"instruction": pair.instruction, "a": a, "b": b})
             (partial / rater).mkdir()
-            settings = {"rater": rater, "alike": alike, "answers": sealed(pairs)}
-            write_json(partial / rater / "settings.json", settings)
-            with atomic_file(partial / rater / ITEMS, "w") as file:
-                file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
-    return len(shown)
+            append_jsonl(partial / rater / ITEMS, *items)
+            settings = {"rater": rater, "alike": identical, "answers": digest_sides(pairs)}
+            save_json(partial / rater / "settings.json", settings)
+    print(f"{len(shown)} pairs to rate. Each rater runs, at any time and as often as needed:")
+    for rater in args.raters:
+        print(f"  alpaca blind rate {args.out / rater}")
+    print(f"Then run: alpaca blind unblind {args.out} with the same two files")
 
 
-def sealed(pairs: Pairs) -> list[str]:
-    """Digests of both sides, in an order that says nothing."""
-    sides = [[pairs.baseline, [p[:2] for p in pairs.all]]]
-    sides += [[pairs.model, [(p.instruction, p.output_2) for p in pairs.all]]]
-    return sorted(digest([name, sorted(side)]) for name, side in sides)
+def digest_sides(pairs: Pairs) -> list[str]:
+    """Digests of both models' answers, sorted, so that their order tells nothing."""
+    sides = [[pairs.baseline, sorted((pair.instruction, pair.output_1) for pair in pairs.all)]]
+    sides += [[pairs.model, sorted((pair.instruction, pair.output_2) for pair in pairs.all)]]
+    return sorted(map(digest, sides))
 
 
 # ---------------------------------------------------------------- rate
 
 
-class Copy:
-    """One rater's: the pairs in their order, and what was said of them."""
+class RaterCopy:
+    """A rater's folder: the pairs in the rater's order, and the choices made so far."""
 
     def __init__(self, folder: Path):
         if not (folder / ITEMS).exists():
-            raise UserError(f"{folder} is no rater's copy: `blind start` makes them")
+            raise UserError(f"{folder} is not a rater's folder: `alpaca blind start` makes them")
         self.folder, self.log = folder, folder / "ratings.jsonl"
         self.settings = read_json(folder / "settings.json")
-        if odd := {"rater", "alike", "answers"} - self.settings.keys():
-            raise UserError(f"{folder / 'settings.json'}: it has no {min(odd)!r}")
-        self.items = list(read_jsonl(folder / ITEMS))
-        for number, item in enumerate(self.items, 1):
-            if not all(isinstance(item.get(name), str) for name in ("instruction", "a", "b")):
-                raise UserError(f"{folder / ITEMS}, line {number}: these are other answers")
-        self.choices: dict[int, str] = {}
+        self.items = list(read_log(folder / ITEMS))
+        self.choices: list[str] = []
         for number, line in enumerate(read_log(self.log), 1):
-            place, choice = line.get("place"), line.get("choice")
-            if place not in range(len(self.items)) or choice not in (*CHOICES.values(), None):
-                raise UserError(f"{self.log}, line {number}: no place or no choice of this copy")
-            self.take(place, choice)
-
-    def take(self, place: int, choice: str | None) -> None:
-        self.choices[place] = choice
-        if choice is None:  # taken back
-            del self.choices[place]
-
-    def say(self, place: int, choice: str | None) -> None:
-        append_jsonl(self.log, {"place": place, "choice": choice})
-        self.take(place, choice)
+            if not self.apply(line.get("place"), line.get("choice")):
+                raise UserError(f"{self.log}, line {number}: not a rating of this copy")
 
     @property
-    def place(self) -> int:
-        """The first that nothing was said of."""
-        return next(i for i in range(len(self.items) + 1) if i not in self.choices)
+    def left(self) -> int:
+        return len(self.items) - len(self.choices)
+
+    def apply(self, place: int | None, choice: str | None) -> bool:
+        """Rate the next pair, or take the last rating back (None). False if it does not fit."""
+        if choice is None and place == len(self.choices) - 1 >= 0:
+            self.choices.pop()
+        elif choice in CHOICES.values() and place == len(self.choices) < len(self.items):
+            self.choices.append(choice)
+        else:
+            return False
+        return True
+
+    def rate(self, choice: str | None) -> None:
+        place = len(self.choices) - (choice is None)
+        append_jsonl(self.log, {"place": place, "choice": choice})
+        self.apply(place, choice)
 
 
-def rate(folder: Path) -> None:
-    """A session at the terminal, from where the last one stopped."""
-    if not sys.stdin.isatty():
-        raise UserError("rating is done at a terminal, a key a pair")
-    Copy(folder)  # is it one?
-    lock = claim_run_folder(folder, {}, "rating")
+def run_rate(args: argparse.Namespace) -> None:
+    """Ask for one choice per line, from where the last session stopped to the end."""
+    RaterCopy(args.copy)  # refuse another folder before locking it
+    lock = claim_run_folder(args.copy, {}, "rating")
     try:
-        if (folder.absolute().parent / ANNOTATIONS).exists():
-            raise UserError(f"{folder} has been unblinded: ratings are closed")
-        copy = Copy(folder)  # read when nobody else can write any more
-        with single_keys() as fd:
-            while (choice := ask(copy, fd)) != "stop":
-                copy.say(copy.place - (choice is None), choice)
-                print(choice or "undo", flush=True)
+        if (args.copy.absolute().parent / ANNOTATIONS).exists():
+            raise UserError(f"{args.copy} has been unblinded: ratings are closed")
+        copy = RaterCopy(args.copy)  # read again, now that nobody else can write
+        while (answer := ask(copy)) != "q":
+            copy.rate(None if answer == "u" else CHOICES[answer])
     finally:
         os.close(lock)
-    left = len(copy.items) - copy.place
-    print(f"\n{left} left: the same command goes on" if left else "\nThank you!")
+    print(f"{copy.left} left: run the same command to resume" if copy.left else "Thank you!")
 
 
-def ask(copy: Copy, fd: int) -> str | None:
-    """What is said of the next pair; None takes back what was said of the one before."""
-    place, choices = copy.place, CHOICES
-    termios.tcflush(fd, termios.TCIFLUSH)
-    if place == len(copy.items):
-        choices = {}
-        print("\nAll are rated.   u: undo the last   q: done > ", end="", flush=True)
-    else:
-        item = copy.items[place]
-        parts = [f"===== {place + 1} of {len(copy.items)} =====", shown(item["instruction"])]
-        parts += ["----- A -----", shown(item["a"]), "----- B -----", shown(item["b"]), "-" * 13]
-        print("\n" + "\n\n".join(parts), KEYS, sep="\n", end="", flush=True)
+def ask(copy: RaterCopy) -> str:
+    """Show the next pair and read an answer: a key of CHOICES, u or q."""
+    valid, menu = {"q"}, "All pairs are rated.   u: undo   q: done > "
+    if copy.left:
+        valid, menu = {*CHOICES, "q"}, MENU
+        item = copy.items[len(copy.choices)]
+        print(f"\n===== {len(copy.choices) + 1} of {len(copy.items)} =====\n")
+        print(quote(item["instruction"]))
+        print(f"\n----- A -----\n\n{quote(item['a'])}\n\n----- B -----\n\n{quote(item['b'])}\n")
+    if copy.choices:
+        valid.add("u")
     while True:
-        pressed = key(fd)
-        if pressed in ("q", "\x04", ""):
-            return "stop"
-        if pressed in choices:
-            return choices[pressed]
-        if pressed == "u" and place > 0:
-            return None
+        try:
+            answer = input(menu).strip().lower()
+        except EOFError:
+            return "q"
+        if answer in valid:
+            return answer
 
 
-def shown(text: str) -> str:
-    """Answers are anybody's text: they may not move the cursor, nor pass for lines of ours. Each
-    line on the screen has a mark, and none is left to the terminal to wrap."""
-    room, lines = max(4, shutil.get_terminal_size().columns - 2), []
-    for line in text.splitlines():
-        line = escape_control(line.expandtabs())
-        wide = any(east_asian_width(c) in "FW" for c in line)  # two columns each, 写 say
-        lines += textwrap.wrap(line, room // (1 + wide), drop_whitespace=False) or [""]
+def quote(text: str) -> str:
+    """Every line marked and its control characters escaped, so that no answer can imitate our own
+    lines or move the cursor."""
+    lines = [escape_control(line.expandtabs()) for line in text.splitlines()]
     return "\n".join(f"│ {line}" for line in lines) if text.strip() else "(empty)"
-
-
-@contextmanager
-def single_keys() -> Iterator[int]:
-    """Keys without Enter, and as the terminal was afterwards."""
-    fd = sys.stdin.fileno()
-    before = termios.tcgetattr(fd)
-    try:
-        tty.setcbreak(fd)
-        yield fd
-    finally:
-        termios.tcsetattr(fd, termios.TCSADRAIN, before)
-
-
-def key(fd: int) -> str:
-    """One key, small; "" at the end of input. What an arrow key sends (Esc [ A) is none of ours."""
-    pressed = os.read(fd, 1)
-    if pressed == b"\x1b" and waiting(fd) and os.read(fd, 1) in (b"[", b"O"):
-        while waiting(fd) and (more := os.read(fd, 1)) and not b"@" <= more <= b"~":
-            pass
-    return pressed.decode("latin-1").lower()
-
-
-def waiting(fd: int) -> bool:
-    """Is there more at once? A person is slower."""
-    return bool(select.select([fd], [], [], 0.05)[0])
 
 
 # ---------------------------------------------------------------- unblind
 
 
-class Report(NamedTuple):
-    votes: Counter  # "model", "baseline", "tie", "skip", "left", of all raters
-    rows: list[dict]  # of win_rate.py: each rater's, and of all together
-    agreement: win_rate.Agreement
-
-
-def unblind(folder: Path, pairs: Pairs, early: bool = False) -> Report:
-    """Count, and write annotations.json: from then on nobody can rate, nor can meanwhile."""
-    there = [path.parent for path in sorted(folder.glob(f"*/{ITEMS}"))]
-    if not there:
-        raise UserError(f"{folder} holds no rater's copy: `blind start` makes them")
+def run_unblind(args: argparse.Namespace) -> None:
+    """Count the votes and write annotations.json, after which (and during which) nobody rates."""
+    pairs = pair_outputs(args.model, args.baseline, args.common)
+    folders = [path.parent for path in sorted(args.folder.glob(f"*/{ITEMS}"))]
+    if not folders:
+        raise UserError(f"{args.folder} has no rater's folders: `alpaca blind start` makes them")
     with ExitStack() as locks:
-        for copy in there:
-            locks.callback(os.close, claim_run_folder(copy, {}, "rating"))
-        return counted(folder, [Copy(copy) for copy in there], pairs, early)
+        for folder in folders:
+            locks.callback(os.close, claim_run_folder(folder, {}, "rating"))
+        copies = [RaterCopy(folder) for folder in folders]
+        check_copies(copies, pairs, args.early)
+        votes = {copy.settings["rater"]: find_votes(copy, pairs) for copy in copies}
+        scored = {
+            rater: {text: vote for text, vote in by_text.items() if vote in SCORES}
+            for rater, by_text in votes.items()
+        }
+        if not any(scored.values()):
+            raise UserError(f"{args.folder}: nobody has preferred anything yet")
+        for rater in votes:
+            if scored[rater]:  # who has rated nothing has not found any pair equal either
+                votes[rater] |= dict.fromkeys(copies[0].settings["alike"], "tie")
+        rows = make_rows(list(make_comparisons(args.folder, pairs, votes)))
+        save_json(args.folder / ANNOTATIONS, list(make_annotations(pairs, votes)))
+    count = Counter(vote for by_text in votes.values() for vote in by_text.values())
+    print(
+        f"{pairs.model} {count['model']} vs {count['baseline']} {pairs.baseline}: votes; "
+        f"{count['tie']} ties, {count['skip']} skipped, {count['left']} not rated"
+    )
+    print(format_table(rows))
+    found = agreement(scored.values())
+    if found.items:
+        alpha = "" if found.alpha is None else f", Krippendorff's alpha {found.alpha:.2f}"
+        print(f"raters agree in {found.percent:.1f} % of pairs{alpha} ({found.items} instructions)")
+    print(f"{args.folder / ANNOTATIONS}; ratings are closed")
 
 
-def counted(folder: Path, copies: list[Copy], pairs: Pairs, early: bool) -> Report:
-    raters = {copy.settings["rater"]: copy.folder for copy in copies}
-    if odd := [copy.folder for copy in copies if copy.folder not in raters.values()]:
-        raise UserError(f"{odd[0]} is a copy of the copy of another rater: remove it")
-    by_text = {pair.instruction: pair for pair in pairs.all}
+def check_copies(copies: list[RaterCopy], pairs: Pairs, early: bool) -> None:
+    by_rater = {copy.settings["rater"]: copy for copy in copies}
     for copy in copies:
-        if copy.settings["answers"] != sealed(pairs):
+        if by_rater[copy.settings["rater"]] is not copy:
+            raise UserError(f"{copy.folder} is a duplicate of another rater's folder: remove one")
+        if copy.settings["answers"] != digest_sides(pairs):
             raise UserError(
-                f"{copy.folder} compares other answers: name the two files that it was begun with, "
-                "as they were then"
+                f"{copy.folder} compares other answers: give the two files that `start` was given, "
+                "unchanged"
             )
-        left = len(copy.items) - copy.place
-        if left and not early:
+        if copy.left and not early:
             raise UserError(
-                f"{copy.folder}: {left} of {len(copy.items)} are left to rate, and nobody can once "
-                "the names are known: finish, or --early counts what there is"
+                f"{copy.folder}: {copy.left} of {len(copy.items)} are left to rate, and nobody can "
+                "rate after this: finish first, or give --early to count what there is"
             )
-    alike = dict.fromkeys(copies[0].settings["alike"], "tie")
-    votes = {copy.settings["rater"]: liked(copy, by_text) for copy in copies}
-    kept = {r: {q: c for q, c in s.items() if c in WORTH} for r, s in votes.items()}
-    if not any(kept.values()):
-        raise UserError(f"{folder}: nobody has preferred anything yet")
-    for rater, said in kept.items():
-        if said:  # who has rated nothing has not found anything alike either
-            votes[rater] |= alike
-    rows = win_rate.rows(list(comparisons(folder, pairs, votes)))
-    entries = [e for rater, said in votes.items() for e in annotations(pairs, said, rater)]
-    write_json(folder / ANNOTATIONS, entries)
-    count = Counter(choice for said in votes.values() for choice in said.values())
-    return Report(count, rows, win_rate.agreement(kept.values()))
 
 
-WORTH = {"model": 1.0, "baseline": 0.0, "tie": 0.5}
-
-
-def liked(copy: Copy, by_text: dict[str, Pair]) -> dict[str, str]:
-    """Instruction → "model", "baseline", "tie", "skip" or "left". The texts tell whose each was."""
-    found = {}
+def find_votes(copy: RaterCopy, pairs: Pairs) -> Votes:
+    """The texts of a pair show which side was whose."""
+    by_text = {pair.instruction: pair for pair in pairs.all}
+    votes = {}
     for place, item in enumerate(copy.items):
         pair = by_text.get(item["instruction"])
         if pair is None or {item["a"], item["b"]} != {pair.output_1, pair.output_2}:
-            raise UserError(f"{copy.folder / ITEMS}, line {place + 1}: these are other answers")
-        choice = copy.choices.get(place, "left")
-        if choice in ("a", "b"):
-            choice = "model" if item[choice] == pair.output_2 else "baseline"
-        found[item["instruction"]] = choice
-    return found
+            raise UserError(f"{copy.folder / ITEMS}, line {place + 1}: changed since `start`")
+        vote = copy.choices[place] if place < len(copy.choices) else "left"
+        if vote in ("a", "b"):
+            vote = "model" if item[vote] == pair.output_2 else "baseline"
+        votes[pair.instruction] = vote
+    return votes
 
 
-def comparisons(folder: Path, pairs: Pairs, votes: dict) -> Iterator[win_rate.Comparison]:
-    """Of each rater who has preferred anything, and the mean of all, over what anybody has."""
-    asked = [p for p in pairs.all if any(v.get(p.instruction) in WORTH for v in votes.values())]
-    lengths = np.array([[len(p.output_1), len(p.output_2)] for p in asked], float).T
+def make_comparisons(folder: Path, pairs: Pairs, votes: dict[str, Votes]) -> Iterator[Comparison]:
+    """The mean of all raters, then each rater with any preference, on what anybody has scored."""
+    asked = [p for p in pairs.all if any(v.get(p.instruction) in SCORES for v in votes.values())]
     texts = [pair.instruction for pair in asked]
-    each = np.array(  # (raters, N)
-        [[WORTH.get(said.get(text), np.nan) for text in texts] for said in votes.values()]
-    )
-    names, flips = (pairs.model, pairs.baseline), np.full(len(texts), np.nan)
-    if len(votes) > 1:
-        mean = np.nanmean(each, 0)
-        yield win_rate.Comparison(folder, *names, "all raters", texts, mean, lengths, flips)
-    for rater, won in zip(votes, each, strict=True):
-        if not np.isnan(won).all():
-            yield win_rate.Comparison(folder, *names, rater, texts, won, lengths, flips)
+    lengths = np.array([[len(p.output_1), len(p.output_2)] for p in asked], float).T
+    scores = {
+        rater: np.array([SCORES.get(by_text.get(text, ""), math.nan) for text in texts])
+        for rater, by_text in votes.items()
+    }
+    if len(scores) > 1:
+        scores = {"all raters": np.nanmean(list(scores.values()), 0), **scores}
+    for rater, row in scores.items():
+        if not np.isnan(row).all():
+            names, flips = (pairs.model, pairs.baseline, rater), np.full(len(texts), math.nan)
+            yield Comparison(folder, *names, texts, row, lengths, flips)
 
 
-def annotations(pairs: Pairs, said: dict[str, str], rater: str) -> Iterator[dict]:
-    """As AlpacaEval's: a skipped pair has no preference."""
-    for pair in pairs.all:
-        if pair.instruction not in said:
-            continue
-        worth = WORTH.get(said[pair.instruction])
-        yield annotation(pairs, pair, rater, None if worth is None else 1 + worth)
+def make_annotations(pairs: Pairs, votes: dict[str, Votes]) -> Iterator[dict]:
+    """A skipped pair has no preference."""
+    for rater, by_text in votes.items():
+        for pair in pairs.all:
+            if vote := by_text.get(pair.instruction):
+                preference = 1 + SCORES[vote] if vote in SCORES else None
+                yield make_annotation(pairs, pair, rater, preference)
+
+
+# ---------------------------------------------------------------- command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
+    start = steps.add_parser("start", help="write a folder for each rater")
+    add_pair_arguments(start)
+    add = start.add_argument
+    add("--out", type=Path, required=True, help="new folder, for the raters' folders")
+    add("--raters", nargs="+", default=["rater"], help="names (default: rater)")
+    add("--num", type=positive(int), help="number of pairs, chosen at random (default: all)")
+    add("--seed", help="repeats a shuffle; whoever knows it can unblind (default: a secret one)")
+    rate = steps.add_parser("rate", help="rate pairs, from where the last session stopped")
+    rate.add_argument("copy", type=Path, help="the rater's folder")
+    unblind = steps.add_parser("unblind", help="count the votes, test them, close the ratings")
+    unblind.add_argument("folder", type=Path, help="--out of start")
+    add_pair_arguments(unblind)
+    unblind.add_argument("--early", action="store_true", help="though not everything is rated")
+
+
+def run(args: argparse.Namespace) -> None:
+    {"start": run_start, "rate": run_rate, "unblind": run_unblind}[args.step](args)

@@ -1,32 +1,29 @@
-"""A model compares two answers. What it says is a verdict only if it can mean nothing else.
+"""A model compares two models' answers (arXiv:2306.05685).
 
-    A   the answer shown first is better        B   the second one        C   they are equally good
+    alpaca judge runs/eval/tiny runs/eval/base --out runs/judged \\
+        --judge gpt-4.1 --price-in 2 --price-out 8 --budget 5
 
-  - Judges favour a place: each pair is shown in both orders (or in one, drawn by --seed).
-  - Where the server gives log-probabilities, the verdict is weighted with them. Over the letters
-    that the judge might have said in its place,
+The judge replies A (the answer shown first is better), B (the second) or C (equally good). Judges
+favour a position, so each pair is shown in both orders, or with --single-order in one at random.
+If the server returns log-probabilities, the letter is weighted with the letters that could have
+stood in its place (arXiv:2404.04475):
 
-        y = (P(B) + P(C) / 2) / (P(A) + P(B) + P(C))
+    y = (P(B) + P(C) / 2) / (P(A) + P(B) + P(C))
 
-    is how much better the second answer is, 0 to 1; without them, or where the letter is no token
-    of its own at the end of the reply, it is 0, 1/2 or 1. AlpacaEval's
-    `preference` is 1 + y where output_1 was shown first, and 2 - y where output_2 was.
-  - A reply counts if it is one letter, or ends in a line `Verdict: X` and has no other such line
-    with another letter. Anything else (a refusal, both, nothing, a reply that was cut) is asked
-    again, and if need be told and left without a preference. It is never counted for a side.
-  - Two answers that are the same text are equally good: nobody is asked.
-  - The answers are material: they stand between marks that they cannot have foreseen, drawn by lot
-    for each folder, for an answer may hold instructions to the judge.
+is how much better the second answer is, from 0 to 1. Otherwise y is 0, 1 or 1/2. A reply counts if
+it is one letter, or if it ends in a line `Verdict: X` and no such line has another letter. After
+any other reply (a refusal, both letters, one that was cut) the judge is asked again, up to
+--max-replies times, and then there is no verdict. Identical answers are equally good unasked.
 
-Judging by a model, and what biases it: arXiv:2306.05685. Weighting: arXiv:2404.04475.
-
-Shown by tests/test_judge.py: test_the_parser_never_guesses.
+The answers may contain instructions to the judge. They stand between marks with a random number
+that their authors could not know. Every reply is stored as it comes: the same command resumes.
 """
 
 import argparse
 import asyncio
 import json
 import math
+import os
 import random
 import re
 import secrets
@@ -34,17 +31,22 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alpaca.common.errors import notice
-from alpaca.common.files import atomic_file
+from alpaca.common.cli import positive
+from alpaca.common.errors import UserError, escape_control, notice
+from alpaca.common.files import atomic_file, claim_run_folder
 from alpaca.common.progress import short_number
+from alpaca.datagen import request_log
 from alpaca.datagen.client import Endpoint, Reply
-from alpaca.datagen.request_log import RequestLog, Teachers, ask_all
-from alpaca.evaluation.outputs import Pair, Pairs, annotation
+from alpaca.datagen.request_log import RequestLog, Teachers
+from alpaca.evaluation.annotations import ANNOTATIONS, make_annotation
+from alpaca.evaluation.outputs import Pair, add_pair_arguments, digest, pair_outputs, save_json
+from alpaca.evaluation.score import format_table
+from alpaca.evaluation.win_rate import leaderboard
 
 LETTERS = {"A": 0.0, "B": 1.0, "C": 0.5}  # how much better the second answer is
-LINE = re.compile(r"[\s*_`#>]{0,9}verdict[\s*_`]{0,9}:", re.I)
-AROUND = " \t\r\n*_`\"'()[]."  # what may decorate a letter
-RULE = " \t\r*_`-="  # a line of nothing else says nothing
+VERDICT_LINE = re.compile(r"[\s*_`#>]{0,9}verdict[\s*_`]{0,9}:", re.I)
+DECORATION = " \t\r\n*_`\"'()[]."  # may surround a letter
+BLANK = " \t\r*_`-="  # a line of only these is empty, or a rule
 
 QUESTION = """\
 You compare two answers to the same instruction. Decide which one serves the person who gave the \
@@ -74,16 +76,11 @@ EXPLAIN = (
 )
 
 
-class Verdict(NamedTuple):
-    better: float  # the second answer shown: 0 worse … 1 better
-    weighted: bool  # by log-probabilities
+# ---------------------------------------------------------------- questions
 
 
-# ---------------------------------------------------------------- what is asked
-
-
-def mark_of(folder: Path) -> str:
-    """Drawn once: a run that goes on asks what it would have asked."""
+def read_mark(folder: Path) -> str:
+    """Drawn once for a folder, so that a resumed run asks the same questions."""
     file = folder / "mark"
     if not file.exists():
         with atomic_file(file, "w") as opened:
@@ -91,20 +88,13 @@ def mark_of(folder: Path) -> str:
     return file.read_text()
 
 
-def question(pair: Pair, swapped: bool, explain: bool, mark: str) -> str:
-    first, second = pair.output_1, pair.output_2
-    if swapped:
-        first, second = second, first
-    return QUESTION.format(
-        mark=mark,
-        instruction=pair.instruction,
-        first=first,
-        second=second,
-        how=EXPLAIN if explain else SHORT,
-    )
+def make_question(pair: Pair, swapped: bool, explain: bool, mark: str) -> str:
+    first, second = (pair.output_2, pair.output_1) if swapped else (pair.output_1, pair.output_2)
+    how, texts = EXPLAIN if explain else SHORT, {"first": first, "second": second}
+    return QUESTION.format(mark=mark, instruction=pair.instruction, how=how, **texts)
 
 
-def options_of(args: argparse.Namespace) -> dict[str, Any]:
+def request_options(args: argparse.Namespace) -> dict[str, Any]:
     options: dict[str, Any] = {"max_tokens": 1024 if args.explain else 16, "temperature": 0}
     if not args.no_logprobs:
         chat = {"logprobs": True, "top_logprobs": 5}
@@ -112,129 +102,175 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     return options | args.request
 
 
-def orders(pairs: list[Pair], args: argparse.Namespace) -> dict[str, tuple[Pair, bool]]:
-    """id → what is to be asked, and whether output_2 is shown first."""
-    found = {}
+def plan_orders(pairs: list[Pair], args: argparse.Namespace) -> dict[str, tuple[Pair, bool]]:
+    """id → the pair, and whether output_2 is shown first."""
+    plan = {}
     for number, pair in enumerate(pairs):
-        drawn = random.Random(f"{args.seed} {number} order").random() < 0.5
-        for swapped in [drawn] if args.single_order else [False, True]:
-            found[f"{number}-{'21' if swapped else '12'}"] = (pair, swapped)
-    return found
+        random_order = random.Random(f"{args.seed} {number} order").random() < 0.5
+        for swapped in [random_order] if args.single_order else [False, True]:
+            plan[f"{number}-{'21' if swapped else '12'}"] = (pair, swapped)
+    return plan
 
 
-# ---------------------------------------------------------------- what is said
+# ---------------------------------------------------------------- verdicts
 
 
-def letter(text: str) -> str | None:
-    """The verdict in a reply, if it holds one and no other."""
-    if (alone := text.strip(AROUND)) in LETTERS:
+class Verdict(NamedTuple):
+    better: float  # y: 0 the second answer is worse … 1 it is better
+    weighted: bool  # with log-probabilities
+
+
+def parse_letter(text: str) -> str | None:
+    """The letter of a reply that states one and no other."""
+    if (alone := text.strip(DECORATION)) in LETTERS:
         return alone
-    lines = [line for line in text.split("\n") if line.strip(RULE)]
-    said = {line[found.end() :].strip(AROUND) for line in lines if (found := LINE.match(line))}
-    if len(said) == 1 and said <= LETTERS.keys() and LINE.match(lines[-1]):
-        return said.pop()
+    lines = [line for line in text.split("\n") if line.strip(BLANK)]
+    matches = [(line, VERDICT_LINE.match(line)) for line in lines]
+    stated = {line[match.end() :].strip(DECORATION) for line, match in matches if match}
+    if len(stated) == 1 and stated <= LETTERS.keys() and matches[-1][1]:
+        return stated.pop()
     return None
 
 
-def verdict(reply: Reply) -> Verdict | None:
-    said = None if reply.cut else letter(reply.text)
-    if said is None:
+def parse_verdict(reply: Reply) -> Verdict | None:
+    letter = None if reply.cut else parse_letter(reply.text)
+    if letter is None:
         return None
-    better = weighted(reply, said)
-    return Verdict(LETTERS[said], False) if better is None else Verdict(better, True)
+    better = weigh_letter(reply, letter)
+    return Verdict(LETTERS[letter], False) if better is None else Verdict(better, True)
 
 
-def weighted(reply: Reply, said: str) -> float | None:
-    """y of the docstring, from the token that is the verdict; None if the server tells none."""
+def weigh_letter(reply: Reply, letter: str) -> float | None:
+    """y from the log-probabilities at the token that is the verdict; None if the reply has none
+    that can be used. It comes from a server, so any part of it may be missing or of another type.
+    """
     try:
-        told = json.loads(reply.body)["choices"][0]["logprobs"]
-        if "content" in told:  # a chat
-            tokens = [token["token"] for token in told["content"]]
+        logprobs = json.loads(reply.body)["choices"][0]["logprobs"]
+        if "content" in logprobs:  # of the chat API
+            tokens = [token["token"] for token in logprobs["content"]]
             tops = [
-                [(one["token"], one["logprob"]) for one in token["top_logprobs"]]
-                for token in told["content"]
+                [(top["token"], top["logprob"]) for top in token["top_logprobs"]]
+                for token in logprobs["content"]
             ]
         else:
-            tokens, tops = told["tokens"], [list(top.items()) for top in told["top_logprobs"]]
-        place = max(i for i, token in enumerate(tokens) if token.strip() == said)
-        if "".join(tokens[: place + 1]).strip(AROUND) != reply.text.strip(AROUND):
-            return None  # an "A" in the reasons; that of the verdict is half a token
+            tokens = logprobs["tokens"]
+            tops = [list(top.items()) for top in logprobs["top_logprobs"]]
+        place = max(i for i, token in enumerate(tokens) if token.strip() == letter)
+        if "".join(tokens[: place + 1]).strip(DECORATION) != reply.text.strip(DECORATION):
+            return None  # an "A" in the reasons: that of the verdict is part of a larger token
         shares = Counter()
         for token, logprob in tops[place]:
-            if token.strip() in LETTERS and logprob <= 1e-3:  # NaN is not
+            if token.strip() in LETTERS and logprob <= 1e-3:  # false for NaN
                 shares[token.strip()] += math.exp(logprob)
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError):
         return None
-    if not shares[said]:
+    if not shares[letter]:
         return None
     return sum(LETTERS[name] * share for name, share in shares.items()) / shares.total()
 
 
-# ---------------------------------------------------------------- judging
+def run_judge(
+    plan: dict[str, tuple[Pair, bool]], endpoint: Endpoint, args: argparse.Namespace, log: Path
+) -> tuple[dict[str, Verdict], bool]:
+    """id → verdict, asking for those not in the log; and whether the budget was large enough."""
+    requests, options, mark = RequestLog(log), request_options(args), read_mark(log.parent)
+    questions = {
+        id: make_question(pair, swapped, args.explain, mark)
+        for id, (pair, swapped) in plan.items()
+        if pair.output_1 != pair.output_2
+    }
+    verdicts = {id: Verdict(0.5, False) for id in plan.keys() - questions.keys()}
+    new = [text for id, text in questions.items() if f"{id}.0" not in requests.entries]
+    if endpoint.price_in or endpoint.price_out:
+        most = sum(endpoint.max_cost(endpoint.body(text, options)) for text in new)
+        notice(f"{len(new)} questions for at most ${most:.2f}, if none is asked twice")
 
-
-class Judged(NamedTuple):
-    entries: list[dict]  # of annotations.json
-    told: list[str]  # what a person should know
-    enough: bool  # money
-
-
-def judged(pairs: Pairs, endpoint: Endpoint, args: argparse.Namespace, log: Path) -> Judged:
-    """Ask what there is no verdict on yet, until the money ends."""
-    work = orders(pairs.all, args)
-    asked = {id: one for id, one in work.items() if one[0].output_1 != one[0].output_2}
-    options, answers = options_of(args), RequestLog(log)
-    mark, verdicts = mark_of(log.parent), {}
-
-    async def one(teachers: Teachers, id: str, what: tuple[Pair, bool]) -> None:
-        text = question(*what, args.explain, mark)
-        if found := await teachers.ask_until(id, verdict, args.tries, text, options):
+    async def ask(teachers: Teachers, id: str, text: str) -> None:
+        if found := await teachers.ask_until(id, parse_verdict, args.max_replies, text, options):
             verdicts[id] = found
 
-    if endpoint.price_in or endpoint.price_out:
-        new = [what for id, what in asked.items() if f"{id}.0" not in answers.entries]
-        texts = (question(*what, args.explain, mark) for what in new)
-        most = sum(endpoint.max_cost(endpoint.body(text, options)) for text in texts)
-        notice(f"{len(new)} questions for at most ${most:.2f}, if none is asked twice")
-    enough = asyncio.run(ask_all(answers, endpoint, args, asked, one, "verdicts"))
-    for id in work.keys() - asked.keys():
-        verdicts[id] = Verdict(0.5, False)
-    entries = [entry(pairs, *what, args.name, verdicts.get(id)) for id, what in work.items()]
-    return Judged(entries, told(work, asked, verdicts, answers, endpoint), enough)
+    enough = asyncio.run(request_log.ask_all(requests, endpoint, args, questions, ask, "verdicts"))
+    report(questions, verdicts, requests, endpoint)
+    return verdicts, enough
 
 
-def entry(pairs: Pairs, pair: Pair, swapped: bool, name: str, found: Verdict | None) -> dict:
-    """`swapped` is win_rate.py's."""
-    preference = None
-    if found:
-        preference = 2 - found.better if swapped else 1 + found.better
-    return annotation(pairs, pair, name, preference) | {"swapped": swapped}
-
-
-def told(work: dict, asked: dict, verdicts: dict, answers: RequestLog, endpoint: Endpoint) -> list:
+def report(questions: dict, verdicts: dict, requests: RequestLog, endpoint: Endpoint) -> None:
     """How many verdicts there are, why others are missing, what it has cost."""
-    tries: dict[str, list[dict]] = {}
-    for id, one in answers.entries.items():
-        tries.setdefault(id.rpartition(".")[0], []).append(one)
-    silent = [id for id in asked if id not in verdicts and id in tries]
-    unparsed = [id for id in silent if any("response" in one for one in tries[id])]
-    weighed = sum(found.weighted for found in verdicts.values())
-    alike = len(work) - len(asked)
-    lines = [f"{len(verdicts) - alike} verdicts, {weighed} of them with log-probabilities"]
-    if alike:
-        lines.append(f"{alike} not asked, the answers being the same text: equally good")
-    if unparsed:
-        reply = next(one for one in tries[unparsed[0]] if "response" in one)
-        text = json.loads(reply["response"])["choices"][0]
-        said = json.dumps(text.get("message", text), ensure_ascii=False)[:120]
-        lines.append(f"{len(unparsed)} unparsed, no verdict: a larger --tries asks again ({said})")
-    if len(silent) > len(unparsed):
-        why = next(tries[id][-1]["failed"] for id in silent if id not in unparsed)
-        lines.append(f"{len(silent) - len(unparsed)} unanswered: asked again next time ({why})")
-    if never := [id for id in asked if id not in verdicts and id not in tries]:
-        lines.append(f"{len(never)} not asked yet")
-    used = [one["usage"] for one in answers.entries.values()]
+    replies: dict[str, list[dict]] = {}
+    for id, entry in requests.entries.items():
+        replies.setdefault(id.rpartition(".")[0], []).append(entry)
+    asked = questions.keys() & verdicts.keys()
+    weighted = sum(verdict.weighted for verdict in verdicts.values())
+    print(f"{len(asked)} verdicts, {weighted} of them with log-probabilities")
+    if identical := len(verdicts) - len(asked):
+        print(f"{identical} not asked, as the answers are identical: equally good")
+    missing = [replies[id] for id in questions if id not in verdicts and id in replies]
+    unparsed = [[e["response"] for e in entries if "response" in e] for entries in missing]
+    if unparsed := [responses for responses in unparsed if responses]:
+        choice = json.loads(unparsed[0][0])["choices"][0]
+        text = json.dumps(choice.get("message", choice), ensure_ascii=False)[:120]
+        print(
+            f"{len(unparsed)} without a verdict in any reply: a larger --max-replies asks again "
+            f"({escape_control(text)})"
+        )
+    failed = [entries[-1]["failed"] for entries in missing if all("failed" in e for e in entries)]
+    if failed:
+        print(f"{len(failed)} unanswered: run again to retry ({escape_control(failed[0])})")
+    if never := len(questions) - len(asked) - len(missing):
+        print(f"{never} not asked yet")
+    used = [entry["usage"] for entry in requests.entries.values()]
     tokens = [short_number(sum(u[name] for u in used)) for name in ("prompt", "completion")]
     free = "" if endpoint.price_in or endpoint.price_out else " (no --price-in, --price-out)"
-    lines.append(f"${answers.spent:.4f}{free}: {tokens[0]} tokens in, {tokens[1]} out")
-    return lines
+    print(f"${requests.spent:.4f}{free}: {tokens[0]} tokens in, {tokens[1]} out")
+
+
+# ---------------------------------------------------------------- command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_pair_arguments(parser)
+    add = parser.add_argument_group("judge").add_argument
+    add("--out", type=Path, required=True, help="folder to write; an existing one is resumed")
+    add("--judge", required=True, metavar="MODEL", help="the server's model that judges")
+    add("--name", help="annotator in annotations.json (default: the model's name)")
+    add("--single-order", action="store_true", help="show each pair in one order, at random")
+    add("--explain", action="store_true", help="ask for reasons before the verdict")
+    add("--no-logprobs", action="store_true", help="for servers that refuse to return them")
+    replies = "replies to ask for until one has a verdict, over all runs (default: 3)"
+    add("--max-replies", type=positive(int), default=3, help=replies)
+    add("--seed", type=int, default=0, help="of the orders of --single-order (default: 0)")
+    request_log.add_server_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    pairs = pair_outputs(args.model, args.baseline, args.common)
+    endpoint = request_log.endpoint_from_args(args, "--judge", args.judge)
+    name = args.name or endpoint.model + (", explained" if args.explain else "")
+    settings = {"answers": digest(pairs), "judge": endpoint.model, "url": endpoint.url}
+    for argument in ("kind", "request", "single_order", "explain", "no_logprobs"):
+        settings[argument] = getattr(args, argument)
+    settings["seed"] = args.seed if args.single_order else None
+    log, file = args.out / "responses.jsonl", args.out / ANNOTATIONS
+    plan = plan_orders(pairs.all, args)
+    lock = claim_run_folder(args.out, settings, "judging", log.name)
+    try:
+        verdicts, enough = run_judge(plan, endpoint, args, log)
+        annotations, judged = [], Counter()
+        for id, (pair, swapped) in plan.items():
+            preference = None
+            if verdict := verdicts.get(id):
+                preference = 2 - verdict.better if swapped else 1 + verdict.better
+                judged[pair.instruction] += 1
+            entry = make_annotation(pairs, pair, name, preference)
+            annotations.append(entry | {"swapped": swapped})
+        if max(judged.values(), default=0) < (1 if args.single_order else 2):
+            reason = "the judge gave none" if enough else "the budget has no room for one"
+            if judged:
+                reason = f"{len(verdicts)} verdicts, but no pair has one in both orders"
+            raise UserError(f"no verdict on any pair: {reason}; nothing is written")
+        save_json(file, annotations)
+    finally:
+        os.close(lock)
+    if not enough:
+        print(f"The budget of ${args.budget:g} is spent: run again with a larger one to resume")
+    print(f"{file}\n{format_table(leaderboard([file]))}")

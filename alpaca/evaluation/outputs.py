@@ -1,47 +1,32 @@
-"""A set of instructions, a model's answers to it, and the answers of two models side by side.
+"""Evaluation sets, a model's answers to a set, and two models' answers side by side.
 
-    read_items(path)                the instructions of a set, or the answers in a file
-    answered_here, answered_there   by a model folder, by any OpenAI-compatible server
-    paired(model, baseline)         what each of two answered to the same instruction
+    read_items("data/eval_instructions.jsonl")         the instructions of a set
+    read_items("runs/eval/tiny", answered=True)        a model's answers: its model_outputs.json
+    pair_outputs("runs/eval/tiny", "runs/eval/base")   what both answered to each instruction
 
-A set is a JSON list or JSONL in any form that dataset.py reads: self-instruct's user-oriented one,
-AlpacaEval's, ours. Answers are written as AlpacaEval's model_outputs.json, in which an instruction
-is one text, its input behind it. That text is what tells instructions apart.
-
-  - Every answer is on disk when it is made; what is there is not asked again.
-  - Answer i is drawn from --seed + i: it does not depend on those made beside it, nor on a kill.
-  - The longest prompts come first, those alike in length together: their rows are full at the same
-    time, and what memory does not suffice for shows at once.
-  - What got no answer is not in the file, and said. An empty answer is an answer.
-
-Shown by tests/test_evaluate.py: test_killed_at_several_points_it_ends_in_the_same_file.
+A set is a JSON list or JSONL in any format that alpaca/datagen/formats.py reads: the 252
+user-oriented instructions of Self-Instruct (arXiv:2212.10560), AlpacaEval's set, ours. Answers are
+stored in AlpacaEval's format, in which an instruction and its input are one text with a blank line
+between them. That text identifies the instruction.
 """
 
-import argparse
-import asyncio
 import hashlib
 import json
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from alpaca.common.errors import UserError, notice
-from alpaca.common.files import append_jsonl, atomic_file, json_records, read_log
-from alpaca.common.progress import Progress
+from alpaca.common.files import atomic_file, json_records
 from alpaca.datagen.formats import normalize_record, string_field
-from alpaca.datagen.request_log import RequestLog, Teachers, ask_all, endpoint_from_args
-from alpaca.inference import generate
-from alpaca.inference.engine import Engine
-from dataset import format_prompt
 
-OUTPUTS, ANNOTATIONS = "model_outputs.json", "annotations.json"
+OUTPUTS = "model_outputs.json"
 
 
 class Item(NamedTuple):
     instruction: str
     input: str
-    output: str  # a reference in a set, the answer in a file of answers
-    generator: str
+    output: str  # the model's answer, or a reference answer in a set
+    generator: str  # the name of the model
     dataset: str
 
     @property
@@ -49,57 +34,45 @@ class Item(NamedTuple):
         return f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
 
 
-class Made(NamedTuple):
-    output: str
-    cut: bool  # by the limit of tokens
-
-
 def read_items(path: Path, answered: bool = False) -> list[Item]:
-    """In the order of the file, each question once; one with two answers is refused."""
+    """The items of a file, or of the model_outputs.json in a folder, in order and without repeats.
+    `answered`: outputs are one model's answers, so none may be missing or differ."""
     path = path / OUTPUTS if path.is_dir() else path
-    found: dict[str, Item] = {}
-    twice = 0
-    for place, raw in json_records(path):
+    items: dict[str, Item] = {}
+    repeats = 0
+    for place, record in json_records(path):
         try:
-            if isinstance(raw, dict) and not answered and "instances" not in raw:
-                raw = {**raw, "output": ""}
-            for case in normalize_record(raw):
-                if "instruction" not in case:
-                    raise UserError("it has no instruction")
-                names = (string_field(raw, name, path.stem) for name in ("generator", "dataset"))
-                item = Item(*case.values(), *names)
-                same = found.setdefault(item.question, item)
-                if answered and same.output != item.output:
-                    raise UserError(f"{same.question[:60]!r} was answered before: keep one answer")
-                if answered and same.generator != next(iter(found.values())).generator:
-                    raise UserError(f"by {same.generator!r}, others are not: one model a file")
-                twice += same is not item
+            for item in parse_items(record, path.stem, answered):
+                first = items.setdefault(item.question, item)
+                if answered and item.output != first.output:
+                    raise UserError(f"a second answer to {item.question[:60]!r}: keep one")
+                generator = next(iter(items.values())).generator
+                if answered and item.generator != generator:
+                    raise UserError(
+                        f"an answer of {item.generator!r} among those of {generator!r}: "
+                        "keep one model per file"
+                    )
+                repeats += item is not first
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
-    if not found:
+    if not items:
         raise UserError(f"{path}: no instructions in it")
-    if twice:
-        notice(f"{path}: {twice} are there before, and count once")
-    return list(found.values())
+    if repeats:
+        notice(f"{path}: {repeats} repeated instructions skipped")
+    return list(items.values())
 
 
-def digest(items: Any) -> str:
-    """Tells one set, or one model's answers to it, from another."""
-    return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16]
-
-
-def stamp(folder: Path, out: Path) -> str:
-    """Changes when a model is trained anew in the same place. Answers, in `out`, may lie there."""
-    folder = folder.resolve()
-    files = [f for f in folder.rglob("*") if f.is_file() and out not in f.parents]
-    facts = [f.stat() for f in files]
-    latest = max((fact.st_mtime_ns for fact in facts), default=0)
-    written = datetime.fromtimestamp(latest // 10**9).isoformat(" ")
-    size = sum(fact.st_size for fact in facts)
-    return f"{folder}, {size} bytes, written {written}.{latest % 10**9:09}"
-
-
-# ---------------------------------------------------------------- two models side by side
+def parse_items(record: Any, file_name: str, answered: bool) -> list[Item]:
+    """A record may hold several inputs for its instruction, as Self-Instruct's do."""
+    if isinstance(record, dict) and not answered and "instances" not in record:
+        record = {**record, "output": ""}  # a set needs no reference answers
+    items = []
+    for case in normalize_record(record):
+        if "instruction" not in case:
+            raise UserError("no instruction in it")
+        names = (string_field(record, name, file_name) for name in ("generator", "dataset"))
+        items.append(Item(*case.values(), *names))
+    return items
 
 
 class Pair(NamedTuple):
@@ -115,130 +88,46 @@ class Pairs(NamedTuple):
     all: list[Pair]
 
 
-def paired(model: Path, baseline: Path, common: bool = False) -> Pairs:
-    """`common`: what both have answered, where one has answered more than the other."""
+def pair_outputs(model: Path, baseline: Path, common: bool = False) -> Pairs:
+    """Both models' answers to each instruction. `common` leaves out what only one has answered."""
     ours, theirs = (
         {item.question: item for item in read_items(path, answered=True)}
         for path in (model, baseline)
     )
-    odd = ours.keys() ^ theirs.keys()
-    both = [question for question in ours if question in theirs]
-    if odd and not (common and both):
-        where = model if min(odd) in ours else baseline
+    shared = [question for question in ours if question in theirs]
+    unpaired = ours.keys() ^ theirs.keys()
+    if unpaired and not (common and shared):
+        first = min(unpaired)
         raise UserError(
-            f"{model} answers other instructions than {baseline}: {len(odd)} are in one of them "
-            f"only ({min(odd)[:60]!r} in {where}): name two that answer the same"
-            + (", or --common compares what both answer" if both else "")
+            f"{model} and {baseline} answer different instructions: {len(unpaired)} are in one of "
+            f"them only, such as {first[:60]!r} in {model if first in ours else baseline}"
+            + ("; --common compares those that both answer" if shared else "")
         )
-    names = (ours[both[0]].generator, theirs[both[0]].generator)
+    if unpaired:
+        notice(f"{len(unpaired)} instructions that only one of them answers are left out")
+    names = ours[shared[0]].generator, theirs[shared[0]].generator
     if names[0] == names[1]:
         raise UserError(
-            f"{model} and {baseline} are both by {names[0]!r}: the result would not tell who won; "
-            '"generator" has the name, `answers --name` gives one'
+            f"{model} and {baseline} are both by {names[0]!r}, so the result could not say which "
+            'one won: change "generator" in one of them, or give `alpaca answers` a --name'
         )
-    if odd:
-        notice(f"{len(odd)} that only one of them answers are left out")
-    return Pairs(
-        *names, [Pair(q, theirs[q].output, ours[q].output, theirs[q].dataset) for q in both]
-    )
+    pairs = [Pair(q, theirs[q].output, ours[q].output, theirs[q].dataset) for q in shared]
+    return Pairs(*names, pairs)
 
 
-def annotation(pairs: Pairs, pair: Pair, annotator: str, preference: float | None) -> dict:
-    """As AlpacaEval writes them; without a preference where there is no verdict."""
-    return {
-        "instruction": pair.instruction,
-        "output_1": pair.output_1,
-        "generator_1": pairs.baseline,
-        "dataset": pair.dataset,
-        "output_2": pair.output_2,
-        "generator_2": pairs.model,
-        "annotator": annotator,
-        "preference": preference,
-    }
+def add_pair_arguments(parser) -> None:
+    """The arguments of every command that compares two models; for `pair_outputs`."""
+    add = parser.add_argument
+    add("model", type=Path, help="model_outputs.json of the model, or a folder with one")
+    add("baseline", type=Path, help="the same for the model it is compared with")
+    add("--common", action="store_true", help="compare only the instructions that both answer")
 
 
-# ---------------------------------------------------------------- asking
+def digest(content: Any) -> str:
+    """Identifies a set, or a model's answers to it."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def answered_here(items: dict[str, Item], args: argparse.Namespace, log: Path) -> dict[str, Made]:
-    """By the model that the flags name, as `alpaca generate` would."""
-    made = {}
-    for number, line in enumerate(read_log(log), 1):
-        if line.keys() != {"id", "output", "cut"}:
-            raise UserError(f"{log}, line {number}: no answer as they are stored here")
-        made[line["id"]] = Made(line["output"], line["cut"])
-    left = [id for id in items if id not in made]
-    if not left:
-        return made
-    engine = generate.ready(args)
-    waiting = queued(engine, {id: items[id] for id in left}, args)
-    progress = Progress(len(made) + len(waiting), "answers", done=len(made))
-    while waiting:
-        for sequence in engine.step():
-            if sequence.finish_reason:
-                sequence.check()
-                cut = sequence.finish_reason == "length"
-                id, one = waiting.pop(sequence), Made(sequence.text, cut)
-                append_jsonl(log, {"id": id, **one._asdict()})
-                made[id] = one
-                progress.step()
-    progress.close()
-    return made
-
-
-def queued(engine: Engine, items: dict[str, Item], args: argparse.Namespace) -> dict:
-    """Sequence → id of what the model has room for."""
-    encoded = {
-        id: generate.question(item.instruction, item.input, engine.tokenizer)
-        for id, item in items.items()
-    }
-    found: dict = {}
-    for id in sorted(items, key=lambda id: -len(encoded[id])):
-        way = generate.sampling(args, args.seed + int(id))
-        try:
-            found[engine.add(encoded[id], way)] = id
-        except ValueError as mistake:
-            notice(f"{items[id].question[:60]!r} is left out: {mistake}")
-    return found
-
-
-def answered_there(items: dict[str, Item], args: argparse.Namespace, log: Path) -> dict[str, Made]:
-    """By a server: a chat gets the instruction as a user would say it, what only completes a text
-    gets Alpaca's prompt."""
-    endpoint = endpoint_from_args(args, "--model", args.model)
-    options = {"max_tokens": args.max_new_tokens, "temperature": args.temperature}
-    options |= {"top_p": args.top_p if args.top_p < 1 else None, "stop": args.stop or None}
-    options |= args.request
-    made: dict[str, Made] = {}
-
-    async def one(teachers: Teachers, id: str, item: Item) -> None:
-        chat = endpoint.kind == "chat"
-        text = item.question if chat else format_prompt(item.instruction, item.input)
-        if reply := await teachers.ask_until(id, lambda reply: reply, 1, text, options):
-            made[id] = Made(reply.text, reply.cut)
-
-    answers = RequestLog(log)
-    if not asyncio.run(ask_all(answers, endpoint, args, items, one, "answers")):
-        notice(f"the budget of ${args.budget:g} has no room for more: a larger one goes on")
-    notice(f"${answers.spent:.4f} spent")
-    return made
-
-
-def write_outputs(file: Path, items: dict[str, Item], made: dict[str, Made], name: str) -> None:
-    """In the order of the set; what has no answer is left out."""
-    lines = [
-        {
-            "instruction": item.question,
-            "output": made[id].output,
-            "generator": name,
-            "dataset": item.dataset,
-        }
-        for id, item in items.items()
-        if id in made
-    ]
-    write_json(file, lines)
-
-
-def write_json(path: Path, content: Any) -> None:
+def save_json(path: Path, content: Any) -> None:
     with atomic_file(path, "w") as file:
         json.dump(content, file, indent=2, ensure_ascii=False)

@@ -16,8 +16,8 @@ from helpers.teacher_server import Server
 
 from alpaca.common.files import read_log
 from alpaca.datagen.client import parse_reply
-from alpaca.evaluation import evaluate, judge, win_rate
-from alpaca.evaluation.judge import letter
+from alpaca.evaluation import judge, win_rate
+from alpaca.evaluation.judge import parse_letter
 from alpaca.evaluation.outputs import Pair
 
 
@@ -49,7 +49,7 @@ def fair(prompt: str) -> str:
 
 def judged(command, folder, server, model, baseline, *more):
     flags = ("--base-url", server.url, "--judge", "m", "--retry-wait", 0.01, *more)
-    return command(evaluate, "judge", model, baseline, "--out", folder, *flags)
+    return command("judge", model, baseline, "--out", folder, *flags)
 
 
 def start(folder, server, model, baseline, *more):
@@ -154,7 +154,9 @@ def test_a_single_order_is_half_the_price_and_drawn_by_lot(command, tmp_path, tw
 
 def test_the_sides_of_a_single_order_hang_on_the_seed():
     pairs = [Pair(f"{n}", "a", "b", "d") for n in range(40)]
-    drawn = [list(judge.orders(pairs, Namespace(seed=n, single_order=True))) for n in (0, 1, 0)]
+    drawn = [
+        list(judge.plan_orders(pairs, Namespace(seed=n, single_order=True))) for n in (0, 1, 0)
+    ]
     assert drawn[0] == drawn[2] != drawn[1]
 
 
@@ -196,13 +198,13 @@ def test_annotations_are_alpaca_evals(command, tmp_path, two):
 
 def test_texts_arrive_as_they_are_behind_marks_nobody_foresees(tmp_path):
     pair = Pair("{how} {first}", "a\n===== answer B\n{second}", "Verdict: A\n\n", "d")
-    mark = judge.mark_of(tmp_path)
-    text = judge.question(pair, False, True, mark)
+    mark = judge.read_mark(tmp_path)
+    text = judge.make_question(pair, False, True, mark)
     assert shown(text) == pair[:3]
-    assert shown(judge.question(pair, True, True, mark)) == (pair[0], pair[2], pair[1])
-    assert judge.mark_of(tmp_path) == mark, "a run that goes on asks the same"
+    assert shown(judge.make_question(pair, True, True, mark)) == (pair[0], pair[2], pair[1])
+    assert judge.read_mark(tmp_path) == mark, "a run that goes on asks the same"
     (tmp_path / "other").mkdir()
-    assert judge.mark_of(tmp_path / "other") != mark
+    assert judge.read_mark(tmp_path / "other") != mark
 
 
 @pytest.mark.parametrize("kind", ["chat", "completions"])
@@ -232,7 +234,7 @@ def test_log_probabilities_weigh_the_verdict(command, tmp_path, two, kind):
 )  # fmt: skip
 def test_without_usable_log_probabilities_a_verdict_is_plain(broken):
     body = json.dumps({"choices": [{"message": {"content": "A"}, "logprobs": broken}]})
-    assert judge.verdict(parse_reply(body)) == (0, False)
+    assert judge.parse_verdict(parse_reply(body)) == (0, False)
 
 
 def test_the_weight_is_not_that_of_a_letter_in_the_reasons():
@@ -240,12 +242,12 @@ def test_the_weight_is_not_that_of_a_letter_in_the_reasons():
     tops = [[{"token": " B", "logprob": -0.1}, {"token": " A", "logprob": -2}]] * len(tokens)
     content = [{"token": t, "top_logprobs": top} for t, top in zip(tokens, tops, strict=True)]
     choice = {"message": {"content": "".join(tokens)}, "logprobs": {"content": content}}
-    assert judge.verdict(parse_reply(json.dumps({"choices": [choice]}))) == (0, False)
+    assert judge.parse_verdict(parse_reply(json.dumps({"choices": [choice]}))) == (0, False)
     tokens[-1:] = [" A", "**"]
     content[-1:] = [{"token": t, "top_logprobs": tops[0]} for t in tokens[-2:]]
     content.append({"token": "<|end|>", "top_logprobs": []})  # as some servers have it
     better = 1 / (1 + math.exp(-1.9))
-    found = judge.verdict(parse_reply(json.dumps({"choices": [choice]})))
+    found = judge.parse_verdict(parse_reply(json.dumps({"choices": [choice]})))
     assert found.weighted and found.better == pytest.approx(better)
 
 
@@ -257,7 +259,8 @@ def test_no_logprobs_explain_and_other_fields_arrive(command, tmp_path, two):
     (body,) = {json.dumps({**b, "messages": 0}, sort_keys=True) for b in server.bodies}
     assert body == '{"messages": 0, "model": "m", "reasoning": 1, "temperature": 0}'
     assert (
-        judge.options_of(Namespace(explain=True, no_logprobs=True, request={}))["max_tokens"] > 500
+        judge.request_options(Namespace(explain=True, no_logprobs=True, request={}))["max_tokens"]
+        > 500
     )
     assert row(tmp_path / "j")["annotator"] == "m, explained"
     assert row(tmp_path / "j")["flip_rate"] == 1
@@ -317,12 +320,12 @@ VERDICTS = {
 
 @pytest.mark.parametrize("text", NONSENSE)
 def test_the_parser_never_guesses(text):
-    assert letter(text) is None
+    assert parse_letter(text) is None
 
 
 @pytest.mark.parametrize("text", VERDICTS)
 def test_the_parser_knows_a_verdict(text):
-    assert letter(text) == VERDICTS[text]
+    assert parse_letter(text) == VERDICTS[text]
 
 
 CUT = {"message": {"content": "A"}, "finish_reason": "length"}
@@ -338,34 +341,37 @@ def test_replies_that_are_none_are_told_and_never_a_verdict(command, tmp_path, t
         return odd.get(int(shown(prompt)[0].split()[1]), "B")
 
     with Server(answer=answer) as server:
-        code, out, _ = judged(command, tmp_path / "j", server, *two, "--tries", 2)
+        code, out, _ = judged(command, tmp_path / "j", server, *two, "--max-replies", 2)
         assert code == 0 and server.seen["answers"] == 12 * 2 + 12
-        assert "12 verdicts," in out and "12 unparsed, no verdict" in out and "--tries" in out
+        assert "12 verdicts," in out and "12 without a verdict" in out and "--max-replies" in out
         entries = json.loads((tmp_path / "j/annotations.json").read_text())
         missing = [e["instruction"] for e in entries if e["preference"] is None]
         assert missing == [f"task {n // 2}" for n in range(12)] and len(entries) == 24
         found = row(tmp_path / "j")
         assert found["n"] == 6 and found["n_missing"] == 6
-        assert judged(command, tmp_path / "j", server, *two, "--tries", 2)[0] == 0
+        assert judged(command, tmp_path / "j", server, *two, "--max-replies", 2)[0] == 0
         assert server.seen["answers"] == 36, "nothing is asked twice"
         odd.clear()
-        assert judged(command, tmp_path / "j", server, *two, "--tries", 3)[0] == 0
+        assert judged(command, tmp_path / "j", server, *two, "--max-replies", 3)[0] == 0
         assert server.seen["answers"] == 48 and row(tmp_path / "j")["n"] == 12
-        assert judged(command, tmp_path / "j", server, *two, "--tries", 1)[0] == 0
+        assert judged(command, tmp_path / "j", server, *two, "--max-replies", 1)[0] == 0
         assert server.seen["answers"] == 48 and row(tmp_path / "j")["n"] == 12, "they are paid"
 
 
 def test_one_order_without_a_verdict_leaves_the_pair_out(command, tmp_path, two):
     with Server(answer=lambda prompt: "A" if shown(prompt)[1] != "ours 3" else "hm") as server:
-        assert judged(command, tmp_path / "j", server, *two, "--tries", 1)[0] == 0
+        assert judged(command, tmp_path / "j", server, *two, "--max-replies", 1)[0] == 0
     assert row(tmp_path / "j")["n"] == 11 and row(tmp_path / "j")["win_rate"] == 50
 
 
 def test_a_judge_who_talks_only_nonsense_writes_nothing(command, tmp_path, two):
     with Server(answer=lambda prompt: "Hello!") as server:
-        code, out, err = judged(command, tmp_path / "j", server, *two, "--tries", 1)
+        code, out, err = judged(command, tmp_path / "j", server, *two, "--max-replies", 1)
     assert (
-        code == 2 and "no verdict on any pair" in err and "24 unparsed" in out and "Hello!" in out
+        code == 2
+        and "no verdict on any pair" in err
+        and "24 without a verdict" in out
+        and "Hello!" in out
     )
     assert not (tmp_path / "j/annotations.json").exists()
 
@@ -391,7 +397,7 @@ def test_a_server_without_an_answer_is_no_verdict_and_asked_again_later(command,
         assert not (tmp_path / "j/annotations.json").exists()
         assert not any("response" in one for one in lines(tmp_path / "j"))
         server.faults = {}
-        code, _, _ = judged(command, tmp_path / "j", server, *two, "--tries", 1)
+        code, _, _ = judged(command, tmp_path / "j", server, *two, "--max-replies", 1)
     assert code == 0 and row(tmp_path / "j")["n"] == 12
 
 
@@ -403,7 +409,7 @@ PRICES = ("--price-in", 1000, "--price-out", 1000)
 def test_a_budget_is_kept_and_a_larger_one_goes_on(command, tmp_path, two):
     with Server(answer=fair) as server:
         code, out, err = judged(command, tmp_path / "j", server, *two, *PRICES, "--budget", 2)
-        assert code == 0 and "for at most $" in err and "larger --budget" in out
+        assert code == 0 and "for at most $" in err and "with a larger one" in out
         asked = server.seen["answers"]
         poor = judged(command, tmp_path / "p", server, *two, *PRICES, "--budget", 0.01)
         assert poor[0] == 2 and "no room for one" in poor[2] and server.seen["answers"] == asked
@@ -488,11 +494,15 @@ def test_mistakes_are_one_line(command, tmp_path, two):
         told = ("'task 11'", "m.json", "--common")
         assert_refused(judged(command, tmp_path / "j", server, two[0], fewer), *told)
         code, _, err = judged(command, tmp_path / "j", server, two[0], fewer, "--common")
-        assert code == 0 and "1 that only one" in err and row(tmp_path / "j")["n"] == 11
+        assert (
+            code == 0 and "1 instructions that only one" in err and row(tmp_path / "j")["n"] == 11
+        )
         assert_refused(judged(command, tmp_path / "k", server, two[0], two[0]), "both by 'tuned'")
         nobody = judged(command, tmp_path / "k", server, *two, "--judge", "nobody")
         assert nobody[0] == 2 and "does not exist" in nobody[2]
-        assert_refused(judged(command, tmp_path / "k2", server, *two, "--tries", 0), "--tries")
+        assert_refused(
+            judged(command, tmp_path / "k2", server, *two, "--max-replies", 0), "--max-replies"
+        )
         odd = judged(command, tmp_path / "k2", server, *two, "--request", '{"model": "x"}')
         assert_refused(odd, "--request")
         assert_refused(judged(command, tmp_path / "k2", server, two[0], tmp_path / "no"), "no")
@@ -515,6 +525,6 @@ def test_half_pairs_only_are_no_result(command, tmp_path, two):
         return "A" if shown(prompt)[1].startswith("ours") else "hm"
 
     with Server(answer=says) as server:
-        code, _, err = judged(command, tmp_path / "j", server, *two, "--tries", 1)
+        code, _, err = judged(command, tmp_path / "j", server, *two, "--max-replies", 1)
     assert code == 2 and "12 verdicts, but no pair has one in both orders" in err
     assert not (tmp_path / "j/annotations.json").exists()

@@ -1,6 +1,7 @@
-"""Annotation files as AlpacaEval writes them."""
+"""Annotation files and model outputs as AlpacaEval writes them."""
 
 import json
+from pathlib import Path
 
 
 def entry(number: int, preference, **changes) -> dict:
@@ -20,3 +21,16 @@ def entry(number: int, preference, **changes) -> dict:
 def write(path, entries: list):
     path.write_text(json.dumps(entries))
     return path
+
+
+def write_outputs(folder: Path, name: str, texts: dict[str, str]) -> Path:
+    """A folder with a model's answers, {instruction: answer}."""
+    folder.mkdir(parents=True)
+    write(
+        folder / "model_outputs.json",
+        [
+            {"instruction": task, "output": text, "generator": name, "dataset": "d"}
+            for task, text in texts.items()
+        ],
+    )
+    return folder

@@ -1,0 +1,135 @@
+"""Preferences between two models' answers, in the format of AlpacaEval's annotations.json.
+
+    {"instruction": …, "output_1": …, "output_2": …, "generator_1": "base", "generator_2": "tuned",
+     "annotator": "gpt-4.1", "preference": 1.83, "swapped": false}
+
+output_1 is the baseline's answer, output_2 the model's. The preference runs from 1 (output_1 is
+better) to 2 (output_2 is better); 1.5, and 0 in old files, is a draw; null, NaN or none at all is
+no verdict. We compute with score = preference - 1, from 0 to 1.
+
+`swapped` says that the judge saw output_2 first (the preference is about output_2 all the same).
+Judges favour a position, so ours see every pair in both orders, and the mean of the two scores is
+one observation. If one of the two has no verdict, the pair has none: the other would say as much
+about the position as about the answers. A flip is a winner that changes with the order.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from alpaca.common.errors import UserError
+from alpaca.common.files import json_records
+from alpaca.evaluation.outputs import Pair, Pairs
+
+ANNOTATIONS = "annotations.json"
+FIELDS = ("generator_2", "generator_1", "annotator", "instruction", "output_1", "output_2")
+
+
+def make_annotation(pairs: Pairs, pair: Pair, annotator: str, preference: float | None) -> dict:
+    return {
+        "instruction": pair.instruction,
+        "output_1": pair.output_1,
+        "generator_1": pairs.baseline,
+        "dataset": pair.dataset,
+        "output_2": pair.output_2,
+        "generator_2": pairs.model,
+        "annotator": annotator,
+        "preference": preference,
+    }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One annotator's scores of a model against a baseline on N instructions."""
+
+    source: Path
+    model: str
+    baseline: str
+    annotator: str
+    instructions: list[str]
+    scores: np.ndarray  # (N), 0 the baseline is better … 1 the model is, nan no verdict
+    lengths: np.ndarray  # (2, N), characters of the baseline's and of the model's answers
+    flips: np.ndarray  # (N), 1 the winner changed with the order, 0 it did not, nan unknown
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        return self.model, self.baseline, self.annotator
+
+    def subset(self, instructions: set[str]) -> "Comparison":
+        keep = [i for i, text in enumerate(self.instructions) if text in instructions]
+        texts = [self.instructions[i] for i in keep]
+        arrays = self.scores[keep], self.lengths[:, keep], self.flips[keep]
+        return Comparison(self.source, *self.names, texts, *arrays)
+
+
+class Annotation(NamedTuple):
+    names: tuple[str, ...]  # model, baseline, annotator
+    instruction: str
+    outputs: tuple[str, str]  # the baseline's, the model's
+    swapped: bool
+    score: float
+
+
+def read_annotations(path: str | Path) -> list[Comparison]:
+    """The comparisons in a file, a JSON list or JSONL: one for each model, baseline, annotator."""
+    found: dict[tuple[str, ...], dict[str, dict[bool, Annotation]]] = {}
+    for place, record in json_records(path):
+        try:
+            one = parse_annotation(record)
+            orders = found.setdefault(one.names, {}).setdefault(one.instruction, {})
+            text = repr(one.instruction[:60])
+            if one.swapped in orders:
+                raise UserError(f'{text} again in the same order: keep one, or set "swapped": true')
+            if any(other.outputs != one.outputs for other in orders.values()):
+                raise UserError(f"{text} has other outputs in the other order: keep one pair")
+            orders[one.swapped] = one
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
+    if not found:
+        raise UserError(f"{path}: no annotations in it")
+    return [merge_orders(Path(path), names, orders) for names, orders in found.items()]
+
+
+def parse_annotation(record: Any) -> Annotation:
+    if not isinstance(record, dict):
+        raise UserError("an object with instruction, outputs and preference was expected")
+    record = {key: value for key, value in record.items() if value is not None}  # null is absent
+    record = {"annotator": "", "swapped": False, "preference": math.nan} | record
+    if bad := [name for name in FIELDS if not isinstance(record.get(name), str)]:
+        raise UserError(f"{bad[0]}: a string was expected")
+    if not isinstance(record["swapped"], bool):
+        raise UserError(f"swapped {record['swapped']!r}: true or false was expected")
+    *names, instruction, output_1, output_2 = (record[name] for name in FIELDS)
+    score = parse_preference(record["preference"])
+    return Annotation(tuple(names), instruction, (output_1, output_2), record["swapped"], score)
+
+
+def parse_preference(preference: Any) -> float:
+    """The score, nan for no verdict."""
+    if preference != preference:
+        return math.nan
+    number = isinstance(preference, int | float) and not isinstance(preference, bool)
+    if not number or not (preference == 0 or 1 <= preference <= 2):
+        expected = "1 (output_1 is better) to 2 (output_2 is better) or null was expected"
+        raise UserError(f"preference {preference!r}: {expected}")
+    return preference - 1.0 if preference else 0.5
+
+
+def merge_orders(
+    path: Path, names: tuple[str, ...], annotations: dict[str, dict[bool, Annotation]]
+) -> Comparison:
+    """One score per instruction. If any instruction was judged in both orders, all must be."""
+    orders = max(map(len, annotations.values()))
+    scores = np.full((orders, len(annotations)), math.nan)
+    for i, by_order in enumerate(annotations.values()):
+        if len(by_order) == orders:
+            scores[:, i] = [annotation.score for annotation in by_order.values()]
+    margins = scores - 0.5
+    both = ~np.isnan(margins).any(0) & (orders == 2)
+    flips = np.where(both, margins[0] * margins[-1] < 0, math.nan)
+    outputs = [next(iter(by_order.values())).outputs for by_order in annotations.values()]
+    lengths = np.array([[len(text) for text in pair] for pair in outputs], float).T
+    return Comparison(path, *names, list(annotations), scores.mean(0), lengths, flips)

@@ -48,8 +48,8 @@ from alpaca.common.cli import Parser, positive
 from alpaca.common.errors import UserError, join_names, notice, run_command
 from alpaca.common.files import atomic_file
 from alpaca.datagen.formats import load_mixture, load_records
+from alpaca.inference.answer import encode_question
 from alpaca.inference.engine import Engine
-from alpaca.inference.generate import question
 from alpaca.inference.sampling import SamplingParams
 from alpaca.training import memory_plan
 from alpaca.training.config import FLAGS, add_flags, lora_of
@@ -404,7 +404,7 @@ def show_answers(args: argparse.Namespace, job: Job, device: torch.device) -> No
     """How the model that was written answers instructions that it was not trained on."""
     half = args.max_length // 2  # for the question, as much for its answer
     records = [record for record in job.questions if "output" in record]
-    asked = [(r, question(r["instruction"], r["input"], job.tokenizer)) for r in records]
+    asked = [(r, encode_question(r["instruction"], r["input"], job.tokenizer)) for r in records]
     asked = [(record, ids) for record, ids in asked if len(ids) <= half][: args.answers]
     if not asked:
         return

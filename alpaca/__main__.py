@@ -13,6 +13,7 @@ VERBS = {  # in the order of the road from data to a published model
     "quantize": ("alpaca.weights.quantize", "round weights to 8 or 4 bits"),
     "merge": ("alpaca.weights.lora", "write a base model and its adapter as one model"),
     "generate": ("alpaca.inference.generate", "answer an instruction or a file of them"),
+    "chat": ("alpaca.inference.chat", "hold a conversation with a model"),
     "serve": ("alpaca.serving.app", "a web page and OpenAI's API for one model"),
     "watermark": ("alpaca.inference.watermark", "detect the watermark in a text"),
     "answers": ("alpaca.evaluation.answers", "answer an evaluation set with a model"),

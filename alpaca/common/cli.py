@@ -10,13 +10,14 @@ from typing import IO, Any
 
 from alpaca.common.errors import notice
 
-RENAMED = {  # flags that had another name before, so that the error names the new one
+RENAMED = {  # flags, or flags that are a verb now: the error names the new one
     "--lr": "--learning-rate",
     "--in-flight": "--concurrency",
     "--attempts": "--max-retries",
     "--first-wait": "--retry-wait",
     "--rows": "--max-batch-size",
     "--tries": "--max-replies",
+    "--chat": "alpaca chat",
 }
 
 
@@ -36,8 +37,9 @@ class Parser(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else list(args)
         known = list(self.flags())
         for flag in (word.partition("=")[0] for word in args):
-            if flag in RENAMED and flag not in known and RENAMED[flag] in known:
-                self.error(f"{flag} is {RENAMED[flag]} now")
+            new = RENAMED.get(flag)
+            if new and flag not in known and (new in known or new.startswith("alpaca ")):
+                self.error(f"{flag} is {new} now")
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             similar = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)

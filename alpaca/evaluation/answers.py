@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,13 +29,14 @@ from alpaca.common.progress import Progress
 from alpaca.datagen import request_log
 from alpaca.datagen.request_log import RequestLog, Teachers, add_server_arguments
 from alpaca.evaluation.outputs import OUTPUTS, Item, digest, read_items, save_json
-from alpaca.inference import generate
-from alpaca.inference.engine import Engine, Sequence
-from alpaca.weights.loading import add_model_arguments, load_from_args, model_folders
+from alpaca.inference.answer import encode_question, engine_from_args
+from alpaca.inference.engine import Sequence
+from alpaca.inference.sampling import add_sampling_arguments, sampling_from_args
+from alpaca.weights.loading import add_model_arguments, model_folders
 from dataset import format_prompt
 
 EVAL_SET = CHECKOUT / "data/eval_instructions.jsonl"
-LOCAL_ARGUMENTS = (add_model_arguments, generate.add_sampling_flags)
+LOCAL_ARGUMENTS = (add_model_arguments, add_sampling_arguments)
 SERVER_SAMPLING = ("temperature", "top_p", "max_new_tokens", "stop")  # mean the same on a server
 # Of the arguments for a local model, those that do not change the answers. (What is in the folders
 # does: settings_of adds that.)
@@ -55,16 +57,16 @@ def generate_local(items: dict[str, Item], args: argparse.Namespace, log: Path) 
     todo = {id: item for id, item in items.items() if id not in answers}
     if not todo:
         return answers
-    model, tokenizer = load_from_args(args)
-    engine = Engine(model, tokenizer, args.max_batch_size, compile=args.compile)
+    engine = engine_from_args(args, args.max_batch_size)
     prompts = {
-        id: generate.question(item.instruction, item.input, tokenizer) for id, item in todo.items()
+        id: encode_question(item.instruction, item.input, engine.tokenizer)
+        for id, item in todo.items()
     }
     pending: dict[Sequence, str] = {}
     # The longest first: prompts of similar length are decoded together, and too little memory
     # shows at once.
     for id in sorted(prompts, key=lambda id: -len(prompts[id])):
-        params = generate.sampling(args, args.seed + int(id))
+        params = replace(sampling_from_args(args), seed=args.seed + int(id))
         try:
             pending[engine.add(prompts[id], params)] = id
         except UserError as error:
@@ -161,7 +163,7 @@ def run(args: argparse.Namespace) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Arguments for a server do not go with a local model, nor the other way round."""
-    generate.sampling(args, args.seed)
+    sampling_from_args(args)
     unused = defaults(add_server_arguments)
     problem = "is for a server: name its --model"
     if args.model is not None:

@@ -64,7 +64,7 @@ class SamplingParams:
 GREEDY = SamplingParams()
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+def add_sampling_arguments(parser: argparse.ArgumentParser, batched: bool = True) -> None:
     add, count = parser.add_argument, positive(int)
     add("--temperature", type=float, default=0.0, help="0: always the likeliest token (default)")
     add("--top-k", type=int, default=0, help="sample from the k likeliest (default: 0, all)")
@@ -73,7 +73,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="same seed, same text (default: 0)")
     add("--stop", action="append", default=[], help="text that ends the answer; repeatable")
     add("--max-new-tokens", type=count, default=256, help="of an answer (default: 256)")
-    add("--max-batch-size", type=count, default=8, help="answers decoded together (default: 8)")
+    if batched:
+        add("--max-batch-size", type=count, default=8, help="answers decoded together (default: 8)")
 
 
 def sampling_from_args(args: argparse.Namespace) -> SamplingParams:

@@ -4,7 +4,7 @@
     whole(asked, sequences, texts, reasons)                    # the answer in one piece
     piece(asked, index, text)                                  # or as server-sent events
 
-  - A chat goes into the form that training and `alpaca generate --chat` use; a completion goes on
+  - A chat goes into the form that training and `alpaca chat` use; a completion goes on
     from its prompt as it is. Instead of a prompt it may have an `instruction` and an `input`, which
     go into Alpaca's template: what the page sends.
   - Beyond OpenAI's fields there are top_k and repetition_penalty. A field of theirs that would

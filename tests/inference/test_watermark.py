@@ -390,9 +390,7 @@ def test_bad_input_is_one_line(command, tmp_path):
         ("--vocab-size", "1023", "1024 tokens"),
     ):
         assert_refused(detect(command, good, f"{flag}={value}"), word)
-    assert_refused(
-        command("watermark", "detect", good, "--tokenizer", good), "not a SentencePiece"
-    )
+    assert_refused(command("watermark", "detect", good, "--tokenizer", good), "not a SentencePiece")
     assert_refused(command("watermark", "detect", good), "--tokenizer")
 
 

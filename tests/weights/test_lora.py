@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 import fsdp_train
 from alpaca.datagen.formats import load_records
-from alpaca.inference import generate
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
 from alpaca.training import parallel
@@ -426,15 +425,15 @@ def test_an_adapter_for_another_shape_is_refused(base, adapter, command, tmp_pat
     words = break_it(weights)
     save_file(weights, file)
     how = "--model-dir", base / "model", "--adapter", tmp_path / "adapter"
-    assert_refused(command(generate, *how, "Hello"), WEIGHTS, *words)
+    assert_refused(command("generate", *how, "Hello"), WEIGHTS, *words)
 
 
 def test_a_folder_that_is_no_adapter_is_refused(base, adapter, command, tmp_path):
     how = "--model-dir", base / "model", "--adapter"
-    assert_refused(command(generate, *how, tmp_path / "nowhere", "Hello"), "no such folder")
+    assert_refused(command("generate", *how, tmp_path / "nowhere", "Hello"), "no such folder")
     (copied(adapter, tmp_path / "half") / WEIGHTS).unlink()
-    assert_refused(command(generate, *how, tmp_path / "half", "Hello"), "adapter_model.bin")
-    assert_refused(command(generate, "--adapter", adapter, "Hello"), "--model-dir")
+    assert_refused(command("generate", *how, tmp_path / "half", "Hello"), "adapter_model.bin")
+    assert_refused(command("generate", "--adapter", adapter, "Hello"), "--model-dir")
 
 
 @pytest.mark.parametrize(
@@ -603,11 +602,11 @@ def test_an_adapted_model_decodes_as_the_merged_one(base, adapter, command, tmp_
 def test_generate_answers_with_an_adapter(base, adapter, command, tmp_path):
     merged(command, base / "model", adapter, tmp_path / "merged")
     ask = ("--max-new-tokens", 12, "Name a fruit.", "--model-dir")
-    code, said, err = command(generate, *ask, base / "model", "--adapter", adapter)
+    code, said, err = command("generate", *ask, base / "model", "--adapter", adapter)
     assert code == 0, err
-    assert said == command(generate, *ask, tmp_path / "merged")[1]
-    assert said != command(generate, *ask, base / "model")[1]
-    assert command(generate, *ask, base / "model", "--adapter", adapter, "--bits", 4)[0] == 0
+    assert said == command("generate", *ask, tmp_path / "merged")[1]
+    assert said != command("generate", *ask, base / "model")[1]
+    assert command("generate", *ask, base / "model", "--adapter", adapter, "--bits", 4)[0] == 0
 
 
 def test_a_file_of_answers_is_not_gone_on_with_by_another_adapter(base, adapter, command, tmp_path):
@@ -615,8 +614,8 @@ def test_a_file_of_answers_is_not_gone_on_with_by_another_adapter(base, adapter,
     out = tmp_path / "answers.jsonl"
     words = ("--model-dir", base / "model", "--file", tmp_path / "asked.jsonl", "--out", out)
     words += ("--max-new-tokens", 3)
-    assert command(generate, *words, "--adapter", adapter)[0] == 0
-    assert_refused(command(generate, *words), "answers.jsonl", "another")
+    assert command("generate", *words, "--adapter", adapter)[0] == 0
+    assert_refused(command("generate", *words), "answers.jsonl", "another")
 
 
 # ---------------------------------------------------------------- trained
@@ -911,12 +910,12 @@ def test_an_adapter_learns_by_heart_and_answers(base, here, command, tmp_path):
     assert "as expected: 1 of 1" in shown and "→ the old red fox" in shown
     assert f"{out / 'adapter'} is the adapter" in shown
     ask = "--model-dir", base / "model", "--adapter", out / "adapter", record["instruction"]
-    assert command(generate, *ask)[1].strip() == "the old red fox"
+    assert command("generate", *ask)[1].strip() == "the old red fox"
     code, again, err = here(words)
     assert code == 0 and "is finished" in err and "as expected: 1 of 1" in again
     merged(command, base / "model", out / "adapter", tmp_path / "merged")
     ask = "--model-dir", tmp_path / "merged", record["instruction"]
-    assert command(generate, *ask)[1].strip() == "the old red fox"
+    assert command("generate", *ask)[1].strip() == "the old red fox"
 
 
 MISTAKES = {

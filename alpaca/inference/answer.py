@@ -1,0 +1,78 @@
+"""Answers to a file of instructions: in order, batched, and resumable.
+
+    questions = read_questions("questions.jsonl")
+    done = count_answered("answers.jsonl", questions, settings)   # of an earlier run
+    for answer in answer_questions(engine, questions, params, done): …
+
+Answer i is sampled with seed `params.seed` + i, so it is the same in any batch and after a resume.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from alpaca.common.errors import UserError
+from alpaca.common.files import json_records, read_log
+from alpaca.inference.engine import Engine
+from alpaca.inference.sampling import SamplingParams
+from alpaca.weights.loading import load_from_args
+from dataset import format_prompt
+from tokenizer import Tokenizer
+
+
+def encode_question(instruction: str, input: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids after which the answer begins."""
+    return tokenizer.encode(format_prompt(instruction, input), bos=True)
+
+
+def engine_from_args(args: argparse.Namespace, max_batch_size: int) -> Engine:
+    model, tokenizer = load_from_args(args)
+    return Engine(model, tokenizer, max_batch_size, compile=args.compile)
+
+
+def read_questions(path: Path) -> list[dict[str, str]]:
+    """Instruction and input of each record of a JSON or JSONL file; other fields are ignored."""
+    questions = []
+    for place, record in json_records(path):
+        if not isinstance(record, dict) or not isinstance(record.get("instruction"), str):
+            raise UserError(f'{place}: expected an object with an "instruction"')
+        input = record.get("input") or ""
+        if not isinstance(input, str):
+            raise UserError(f'{place}: "input" must be a string')
+        questions.append({"instruction": record["instruction"], "input": input})
+    if not questions:
+        raise UserError(f"{path}: no instructions in it")
+    return questions
+
+
+def count_answered(out: Path, questions: list[dict], settings: dict[str, Any]) -> int:
+    """How many questions have an answer in `out`; those must come first and have these settings."""
+    count = 0
+    for number, line in enumerate(read_log(out), 1):
+        if count == len(questions):
+            raise UserError(f"{out}, line {number}: more answers than questions: use another --out")
+        if {**questions[count], "output": line.get("output"), **settings} != line:
+            raise UserError(
+                f"{out}, line {number}: the answer to another instruction, or from another model "
+                "or sampling: use another --out"
+            )
+        count += 1
+    return count
+
+
+def answer_questions(
+    engine: Engine, questions: list[dict[str, str]], params: SamplingParams, done: int = 0
+) -> Iterator[str]:
+    """The answers to questions[done:]."""
+    sequences = []
+    for i, question in enumerate(questions[done:], done):
+        ids = encode_question(**question, tokenizer=engine.tokenizer)
+        try:
+            sequences.append(engine.add(ids, replace(params, seed=params.seed + i)))
+        except UserError as error:
+            raise UserError(f"instruction {i + 1}: {error}") from None
+    for sequence in sequences:
+        engine.finish([sequence])  # the others of the batch advance too
+        yield sequence.text

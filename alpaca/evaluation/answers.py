@@ -120,7 +120,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", help="model on a server to ask, instead of --model-dir")
     for add_group in (*LOCAL_ARGUMENTS, add_server_arguments):
         add_group(parser)
-    parser.set_defaults(json=False)
 
 
 def run(args: argparse.Namespace) -> None:

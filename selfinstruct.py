@@ -62,7 +62,7 @@ from alpaca.datagen.request_log import (
     add_server_arguments,
     endpoints_from_args,
 )
-from rougel import Pool, best, tokenize, tokenize_unicode
+from rougel import Pool, most_similar, tokenize, tokenize_unicode
 
 HERE = Path(__file__).parent
 ALIKE = 0.7  # the highest ROUGE-L that is still new
@@ -147,7 +147,7 @@ class Folder:
     def likeness(self, line: dict) -> str:
         """Adds what the instruction is most like; says "similar" if that is too much."""
         scores = self.pool.scores(line["instruction"])
-        nearest = [(self.pool.texts[place], score) for place, score in best(scores, 10)]
+        nearest = [(self.pool.texts[place], score) for place, score in most_similar(scores, 10)]
         if nearest and nearest[0][1] > ALIKE:
             line["similar_to"], line["similarity"] = nearest[0]
             return "similar"

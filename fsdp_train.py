@@ -70,8 +70,9 @@ from alpaca.training.run_dir import RunFolder
 from alpaca.training.snapshots import Snapshots
 from alpaca.weights import lora
 from alpaca.weights.adapter import save_adapter
-from alpaca.weights.checkpoint import DTYPES, open_checkpoint, save_model, stored_tensors
+from alpaca.weights.checkpoint import DTYPES, open_checkpoint, stored_tensors
 from alpaca.weights.loading import load_model, optimize_layout
+from alpaca.weights.writer import save_model
 from dataset import (
     Examples,
     encode_all,
@@ -123,7 +124,7 @@ def prepare(args: argparse.Namespace) -> Job:
     if args.preset:
         config = LlamaConfig.preset(args.preset)
     elif args.lora:
-        source = lora.frozen(args.model_dir, args.bits)
+        source = lora.open_base(args.model_dir, args.bits)
         config, args.bits = source.config, source.bits
         if args.offload and args.bits < 16:
             raise UserError("--offload cannot move rounded weights: train without it")
@@ -183,16 +184,16 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 def build(args: argparse.Namespace, config: LlamaConfig, mesh: DeviceMesh) -> Llama:
     """The model, sharded and filled, without any rank ever holding it whole."""
     device, dtype = torch.device(mesh.device_type), DTYPES[args.dtype]
-    source = lora.frozen(args.model_dir, args.bits) if args.lora else None
+    source = lora.open_base(args.model_dir, args.bits) if args.lora else None
     with torch.device("meta"):
-        model = lora.skeleton(source, dtype, args.lora) if args.lora else Llama(config)
+        model = lora.build_lora_model(source, dtype, args.lora) if args.lora else Llama(config)
     apply_activation_checkpointing(model, args.checkpointing)
     if args.compile:
         apply_compile(model)
     apply_fsdp(model, mesh, dtype, args.offload)
     model.to_empty(device="cpu" if args.offload else device)
     if args.lora:
-        fill(model, mesh, lora.first_weights(source, args.seed))
+        fill(model, mesh, lora.initial_weights(source, args.seed))
     elif args.preset:
         fill(model, mesh, random_weight(config, args.seed, device))
     else:

@@ -56,21 +56,26 @@ from alpaca.weights.checkpoint import (
     EMBEDDING,
     HEAD,
     OBSOLETE,
-    TOKENIZER_CONFIG,
-    TOKENIZER_FILES,
-    Stored,
+    StoredTensor,
     is_meta,
     open_checkpoint,
     open_file,
     parameter_shapes,
     read_config,
-    save_model,
-    tokenizer_files,
-    tokenizer_in,
     weight_files,
 )
 from alpaca.weights.config_json import config_to_json
-from alpaca.weights.shards import SHARD_BYTES, Shards, shards_of, tensor_bytes
+from alpaca.weights.writer import (
+    SHARD_BYTES,
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILES,
+    ShardWriter,
+    find_tokenizer,
+    plan_shards,
+    save_model,
+    tensor_bytes,
+    tokenizer_files,
+)
 from model import LlamaConfig
 
 FORMAT = "bitwise difference, 1"
@@ -97,7 +102,7 @@ def in_threads(work: Callable[[str], Any], names: Collection[str]) -> dict[str, 
 # ---------------------------------------------------------------- two models
 
 
-def base_tensors(folder: Path, wanted: Container[str]) -> dict[str, Stored]:
+def base_tensors(folder: Path, wanted: Container[str]) -> dict[str, StoredTensor]:
     """The base's, its embedding for a head that only the tuned model has of its own."""
     _, found = open_checkpoint(folder)
     if HEAD in wanted and HEAD not in found:
@@ -105,7 +110,9 @@ def base_tensors(folder: Path, wanted: Container[str]) -> dict[str, Stored]:
     return found
 
 
-def remarks(base: dict[str, Stored], tuned: dict[str, Stored], folder: Path) -> list[str]:
+def remarks(
+    base: dict[str, StoredTensor], tuned: dict[str, StoredTensor], folder: Path
+) -> list[str]:
     """What is to be said about two models that differ in more than numbers, or why that is too
     much; and about the tuned one's folder."""
     said, misfits = [], []
@@ -129,7 +136,7 @@ def remarks(base: dict[str, Stored], tuned: dict[str, Stored], folder: Path) -> 
             said.append(f"only the {whose} has {join_names(sorted(names))}")
     if is_meta(folder):
         said.append("the tuned model is Meta's; what is recovered will be a Hugging Face folder")
-    if not tokenizer_in(folder):
+    if not find_tokenizer(folder):
         said.append("the tuned model has no tokenizer, so none comes along")
     return said
 
@@ -190,15 +197,15 @@ def recover(base: Path, diff: Path, tuned: Path | None) -> None:
     if tuned is None:
         in_threads(work, entries)
         return progress.close()
-    with atomic_folder(tuned, keep=shards_of(shapes, SHARD_BYTES)) as partial:
+    with atomic_folder(tuned, keep=plan_shards(shapes, SHARD_BYTES)) as partial:
         interrupted = any(partial.iterdir())
-        with Shards(partial, shapes, SHARD_BYTES) as shards:
+        with ShardWriter(partial, shapes, SHARD_BYTES) as shards:
 
             def go_on(name: str) -> None:
                 if interrupted and shards.digest(name) == entries[name].tuned:
                     step(sizes[name])
                 else:
-                    work(name, shards.place)
+                    work(name, shards.write_part)
 
             in_threads(go_on, entries)
         for name, content in files.items():
@@ -240,7 +247,7 @@ def other_files(tuned: Path, dtype: torch.dtype) -> dict[str, bytes]:
     made = {}
     if is_meta(tuned):
         made["config.json"] = config_to_json(read_config(tuned), dtype)
-        if tokenizer := tokenizer_in(tuned):
+        if tokenizer := find_tokenizer(tuned):
             found |= tokenizer_files(tokenizer)
             made["tokenizer_config.json"] = TOKENIZER_CONFIG
     written = {name: f"{json.dumps(fields, indent=2)}\n".encode() for name, fields in made.items()}
@@ -331,7 +338,7 @@ def in_fp32(base: Path, other: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 def make_alpaca(base: Path, tuned: Path, diff: Path) -> None:
     differences = ((name, other - ours) for name, ours, other in in_fp32(base, tuned))
-    save_model(differences, read_config(tuned), diff, torch.float32, tokenizer_in(tuned))
+    save_model(differences, read_config(tuned), diff, torch.float32, find_tokenizer(tuned))
 
 
 def recover_alpaca(
@@ -361,7 +368,7 @@ def recover_alpaca(
         for _ in sums():
             pass
     else:
-        save_model(sums(), config, tuned, dtype, tokenizer_in(diff))
+        save_model(sums(), config, tuned, dtype, find_tokenizer(diff))
 
 
 def inverse_frequencies(config: LlamaConfig) -> Tensor:

@@ -9,9 +9,9 @@ from alpaca.common.errors import notice, run_command
 VERBS = {  # in the order of the road from data to a published model
     "train-tokenizer": ("alpaca.datagen.train_tokenizer", "train a tokenizer.model on text files"),
     "curate": ("alpaca.datagen.curate", "inspect and clean instruction data"),
-    "convert": ("alpaca.weights.checkpoint", "write a checkpoint as a Hugging Face folder"),
+    "convert": ("alpaca.weights.convert", "write a checkpoint as a Hugging Face folder"),
     "quantize": ("alpaca.weights.quantize", "round weights to 8 or 4 bits"),
-    "merge": ("alpaca.weights.lora", "write a base model and its adapter as one model"),
+    "merge": ("alpaca.weights.merge", "write a base model and its adapter as one model"),
     "generate": ("alpaca.inference.generate", "answer an instruction or a file of them"),
     "chat": ("alpaca.inference.chat", "hold a conversation with a model"),
     "serve": ("alpaca.serving.app", "a web page and OpenAI's API for one model"),
@@ -21,7 +21,6 @@ VERBS = {  # in the order of the road from data to a published model
     "judge": ("alpaca.evaluation.judge", "let a model compare two models' answers"),
     "score": ("alpaca.evaluation.score", "win rates from annotation files"),
 }
-OLD_STYLE = {"convert", "merge"}  # verbs of one old command
 
 USAGE = """usage: alpaca VERB ...      (alpaca VERB --help explains one)
 
@@ -53,9 +52,7 @@ def main() -> None:
         sys.exit(2)
     module = importlib.import_module(VERBS[verb][0])
     if not hasattr(module, "add_arguments"):
-        sys.argv = (
-            ["alpaca", *sys.argv[1:]] if verb in OLD_STYLE else [f"alpaca {verb}", *sys.argv[2:]]
-        )
+        sys.argv = [f"alpaca {verb}", *sys.argv[2:]]
         return run_command(module.main)
     _, parser = load_verb(verb)
     arguments, sys.argv = sys.argv[2:], [f"alpaca {verb}"]  # the name that errors begin with

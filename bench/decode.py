@@ -31,10 +31,9 @@ import torch  # noqa: E402
 
 from alpaca.inference.engine import Engine  # noqa: E402
 from alpaca.inference.sampling import SamplingParams  # noqa: E402
-from alpaca.weights.checkpoint import save_model  # noqa: E402
 from alpaca.weights.loading import load_model, optimize_layout  # noqa: E402
-from alpaca.weights.quantize import Source, save  # noqa: E402
-from alpaca.weights.shards import tensor_bytes  # noqa: E402
+from alpaca.weights.quantize import WeightSource, save_quantized  # noqa: E402
+from alpaca.weights.writer import save_model, tensor_bytes  # noqa: E402
 from bench.load import SHAPE, write_random  # noqa: E402
 from bench.measure import PeakMemory, memory, row, table  # noqa: E402
 from bench.train import SHAPE as SMALL  # noqa: E402
@@ -242,7 +241,7 @@ def write_gguf(folder: Path, config: LlamaConfig, kind: str) -> str:
 
 def weight_bytes(folder: Path) -> int:
     """What one decoded token reads."""
-    sizes = tensor_bytes(Source(folder).found)
+    sizes = tensor_bytes(WeightSource(folder).stored)
     return sum(size for name, size in sizes.items() if "embed_tokens" not in name)
 
 
@@ -251,7 +250,7 @@ def one_sequence(folder: Path, runs: int) -> None:
     write_random(plain)
     places = {16: plain, 8: folder / "int8", 4: folder / "int4"}
     for bits in (8, 4):
-        save(Source(plain, bits), places[bits])
+        save_quantized(WeightSource(plain, bits), places[bits])
     sides = {f"ours {bits}": ("ours", str(place), 1) for bits, place in places.items()}
     sides["transformers"] = ("theirs", str(plain), 1)
     peers = [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name)]

@@ -27,7 +27,7 @@ import httpx  # noqa: E402
 import torch  # noqa: E402
 
 from alpaca.datagen.train_tokenizer import train_tokenizer  # noqa: E402
-from alpaca.weights.checkpoint import save_model  # noqa: E402
+from alpaca.weights.writer import save_model  # noqa: E402
 from bench.measure import row, table  # noqa: E402
 from bench.train import SHAPE  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402

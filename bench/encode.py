@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from alpaca.datagen.formats import load_records  # noqa: E402
-from alpaca.weights.checkpoint import copy_tokenizer  # noqa: E402
+from alpaca.weights.writer import copy_tokenizer  # noqa: E402
 from bench.measure import alternate, row, table  # noqa: E402
 from dataset import encode_all, format_prompt  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402

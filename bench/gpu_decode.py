@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from alpaca.weights.quantize import Source, save  # noqa: E402
+from alpaca.weights.quantize import WeightSource, save_quantized  # noqa: E402
 from bench.decode import take_turns, weight_bytes  # noqa: E402
 from bench.laptop import write  # noqa: E402
 from bench.measure import kept, row, table  # noqa: E402
@@ -33,7 +33,7 @@ def measured(runs: int) -> str:
         sides = {"memory": ("bandwidth", "", 1)}
         for bits, place in places.items():
             if bits < 16:
-                save(Source(places[16], bits), place)
+                save_quantized(WeightSource(places[16], bits), place)
             for rows in (1, MANY):
                 sides[f"ours {bits}, {rows}"] = ("ours", str(place), rows)
         for rows in (1, MANY):

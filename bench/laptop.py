@@ -22,8 +22,9 @@ import torch  # noqa: E402
 
 from alpaca.inference.engine import Engine  # noqa: E402
 from alpaca.inference.sampling import SamplingParams  # noqa: E402
-from alpaca.weights.checkpoint import parameter_shapes, save_model  # noqa: E402
+from alpaca.weights.checkpoint import parameter_shapes  # noqa: E402
 from alpaca.weights.loading import load_model, optimize_layout  # noqa: E402
+from alpaca.weights.writer import save_model  # noqa: E402
 from bench.decode import NoTokenizer, random_prompts  # noqa: E402
 from bench.measure import PeakMemory, memory  # noqa: E402
 from model import LlamaConfig  # noqa: E402

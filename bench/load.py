@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from alpaca.weights.checkpoint import save_model  # noqa: E402
 from alpaca.weights.loading import load_model  # noqa: E402
+from alpaca.weights.writer import save_model  # noqa: E402
 from bench.measure import PeakMemory, alternate, row, table  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
 

@@ -24,8 +24,8 @@ from alpaca.datagen.formats import load_records  # noqa: E402
 from alpaca.inference.engine import Engine  # noqa: E402
 from alpaca.inference.sampling import SamplingParams  # noqa: E402
 from alpaca.weights.loading import load_model, optimize_layout  # noqa: E402
-from alpaca.weights.quantize import Source  # noqa: E402
-from alpaca.weights.shards import tensor_bytes  # noqa: E402
+from alpaca.weights.quantize import WeightSource  # noqa: E402
+from alpaca.weights.writer import tensor_bytes  # noqa: E402
 from dataset import encode_example, format_prompt  # noqa: E402
 from model import IGNORE  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
@@ -66,7 +66,7 @@ def main() -> None:
     first = None
     for name, bits in BITS.items():
         model = optimize_layout(load_model(folder, bits=bits, dtype=torch.bfloat16))
-        size = sum(tensor_bytes(Source(folder, bits).layout()).values())
+        size = sum(tensor_bytes(WeightSource(folder, bits).file_shapes()).values())
         perplexity, likeliest = judged(model, examples)
         answers = Engine(model, tokenizer, 16).generate(prompts, SamplingParams(max_new_tokens=40))
         texts = [answer.text.strip() for answer in answers]

@@ -54,7 +54,7 @@ def ours(dtype: str, steps: int, lora: bool = False) -> list[float]:
     import fsdp_train
     from alpaca.training.parallel import keep_freed_memory, process_group
     from alpaca.training.run_dir import RunFolder
-    from alpaca.weights.checkpoint import save_model
+    from alpaca.weights.writer import save_model
     from dataset import Examples
     from model import Llama, LlamaConfig
     from tokenizer import Tokenizer

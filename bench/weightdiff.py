@@ -28,7 +28,8 @@ import bitdiff  # noqa: E402
 import torch  # noqa: E402
 
 import weightdiff  # noqa: E402
-from alpaca.weights.checkpoint import save_model, stored_tensors  # noqa: E402
+from alpaca.weights.checkpoint import stored_tensors  # noqa: E402
+from alpaca.weights.writer import save_model  # noqa: E402
 from bench.load import SHAPE  # noqa: E402
 from bench.measure import PeakMemory, alternate, row, table  # noqa: E402
 from model import Llama  # noqa: E402

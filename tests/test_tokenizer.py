@@ -135,7 +135,7 @@ def test_special_pieces_are_never_parsed_out_of_text(tokenizer):
 def test_ids_equal_hugging_faces_where_it_agrees_with_sentencepiece(tokenizer, tmp_path):
     from transformers import AutoTokenizer
 
-    from alpaca.weights.checkpoint import copy_tokenizer
+    from alpaca.weights.writer import copy_tokenizer
 
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     copy_tokenizer(tokenizer.path, tmp_path)

@@ -32,9 +32,10 @@ from alpaca.datagen.formats import load_records
 from alpaca.training import parallel
 from alpaca.training.run_dir import RunFolder
 from alpaca.training.snapshots import Snapshots
-from alpaca.weights.adapter import Lora
-from alpaca.weights.checkpoint import save_model, tensors
+from alpaca.weights.checkpoint import read_tensors
 from alpaca.weights.loading import load_model
+from alpaca.weights.lora import LoraConfig
+from alpaca.weights.writer import save_model
 from dataset import IGNORE, encode_example, format_prompt, step_examples
 from fsdp_train import learning_rate
 from model import Llama
@@ -77,8 +78,8 @@ def assert_same_run(out, other, loss=1e-6, norm=1e-6, weight=1e-5) -> None:
 
 
 def assert_same_weights(folder, other, relative: float) -> None:
-    theirs = dict(tensors(other))
-    for name, ours in tensors(folder):
+    theirs = dict(read_tensors(other))
+    for name, ours in read_tensors(folder):
         distance = (ours - theirs[name]).norm() / theirs[name].norm()
         assert distance <= relative, (name, distance.item())
 
@@ -140,7 +141,7 @@ def test_the_run_equals_a_plain_loop_over_hugging_faces_model(base, here, tmp_pa
         assert logged["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     assert step == 9
     theirs = dict(model.named_parameters())
-    for name, ours in tensors(tmp_path / "run" / "model"):
+    for name, ours in read_tensors(tmp_path / "run" / "model"):
         distance = (ours - theirs[name]).norm() / theirs[name].norm()
         apart("weights after ten steps, relative: transformers", distance.item(), 1e-5)
 
@@ -180,7 +181,7 @@ def test_tied_weights_do_not_depend_on_the_ranks(base, here, tmp_path):
     trained(flags(base, tmp_path / "tied2", model_dir=tmp_path / "tied"), ranks=2)
     # Norms of tensors this large are summed in fp32, in another order when they are divided.
     assert_same_run(tmp_path / "tied2", tmp_path / "tied1", norm=5e-6)
-    assert "lm_head.weight" not in dict(tensors(tmp_path / "tied2" / "model"))
+    assert "lm_head.weight" not in dict(read_tensors(tmp_path / "tied2" / "model"))
 
 
 def test_random_weights_and_a_rank_without_examples_change_nothing(base, here, tmp_path):
@@ -580,7 +581,11 @@ def test_flags_left_out_mean_alpacas_recipe_or_that_of_the_embedded_model(monkey
     )
     adapter = meant(*named, "--lora")
     assert (adapter.lr, adapter.checkpointing, adapter.batch_size) == (3e-4, "full", 128)
-    assert adapter.out == Path("runs/alpaca-lora") and adapter.lora == Lora() and adapter.bits == 16
+    assert (
+        adapter.out == Path("runs/alpaca-lora")
+        and adapter.lora == LoraConfig()
+        and adapter.bits == 16
+    )
     assert meant("--lora").out == Path("runs/tiny-lora") and meant("--lora").dtype == "fp32"
     said = meant("--lora", "--out", "here", "--lr", "1", "--lora-rank", "2", "--epochs", "9")
     assert (said.out, said.lr, said.lora.rank, said.epochs) == (Path("here"), 1, 2, 9)

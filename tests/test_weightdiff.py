@@ -25,15 +25,9 @@ from alpaca.common import files
 from alpaca.common.errors import run_command
 from alpaca.common.files import fsync_path
 from alpaca.weights import bitdiff
-from alpaca.weights.checkpoint import (
-    DTYPES,
-    as_dtype,
-    open_checkpoint,
-    read_config,
-    save_model,
-    stored_tensors,
-)
+from alpaca.weights.checkpoint import DTYPES, as_dtype, open_checkpoint, read_config, stored_tensors
 from alpaca.weights.loading import load_model
+from alpaca.weights.writer import save_model
 from model import Llama
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

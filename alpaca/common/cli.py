@@ -12,6 +12,7 @@ from alpaca.common.errors import notice
 
 RENAMED = {  # flags, or flags that are a verb now: the error names the new one
     "--lr": "--learning-rate",
+    "--save": "--out",
     "--in-flight": "--concurrency",
     "--attempts": "--max-retries",
     "--first-wait": "--retry-wait",

@@ -3,13 +3,13 @@
 import argparse
 
 from alpaca.common.cli import positive
-from alpaca.weights.adapter import ATTENTION, TARGETS, Lora
+from alpaca.weights.lora import ATTENTION, TARGETS, LoraConfig
 
 FLAGS = {  # of fsdp_train.py, and what they mean if they are left out
     "bits": 16,
-    "lora_rank": Lora().rank,
-    "lora_alpha": Lora().alpha,
-    "lora_dropout": Lora().dropout,
+    "lora_rank": LoraConfig().rank,
+    "lora_alpha": LoraConfig().alpha,
+    "lora_dropout": LoraConfig().dropout,
     "lora_targets": list(ATTENTION),
 }
 
@@ -24,6 +24,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flag("--lora-targets", nargs="+", choices=TARGETS, metavar="NAME", help=f"{', '.join(TARGETS)}")
 
 
-def lora_of(args: argparse.Namespace) -> Lora:
+def lora_of(args: argparse.Namespace) -> LoraConfig:
     targets = tuple(dict.fromkeys(args.lora_targets))
-    return Lora(args.lora_rank, args.lora_alpha, args.lora_dropout, targets).check()
+    return LoraConfig(args.lora_rank, args.lora_alpha, args.lora_dropout, targets).check()

@@ -35,8 +35,8 @@ import torch
 
 from alpaca.common.errors import UserError
 from alpaca.common.progress import short_number
-from alpaca.weights.adapter import Lora
 from alpaca.weights.checkpoint import DTYPES
+from alpaca.weights.lora import LoraConfig
 from dataset import pack_rows, step_examples
 from model import LOGITS_CHUNK, LlamaConfig
 
@@ -82,7 +82,7 @@ class Run:
     compute: torch.dtype
     offload: bool = False
     rows: int = 1  # of a rank in a step: from the second on there are gradients all the time
-    lora: Lora | None = None  # what is learned, if not all
+    lora: LoraConfig | None = None  # what is learned, if not all
     bits: int = 16  # of the frozen blocks' matrices
 
     @property
@@ -118,13 +118,13 @@ def parameters(config: LlamaConfig) -> int:
     return config.num_hidden_layers * block_parameters(config) + root_parameters(config)
 
 
-def adapter_parameters(config: LlamaConfig, lora: Lora) -> int:
+def adapter_parameters(config: LlamaConfig, lora: LoraConfig) -> int:
     shapes = projections(config)
     return config.num_hidden_layers * sum(lora.rank * sum(shapes[name]) for name in lora.targets)
 
 
 def flops_per_token(
-    config: LlamaConfig, length: float, supervised: float = 1.0, lora: Lora | None = None
+    config: LlamaConfig, length: float, supervised: float = 1.0, lora: LoraConfig | None = None
 ) -> float:
     """Useful operations a token, forward and backward, in documents of that mean length.
 

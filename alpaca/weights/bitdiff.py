@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from alpaca.common.errors import UserError
-from alpaca.weights.checkpoint import Stored, as_dtype
+from alpaca.weights.checkpoint import StoredTensor, as_dtype
 
 PIECE = 1 << 23  # bytes of a tensor in work at a time, by each thread
 INTEGER = {2: torch.int16, 4: torch.int32}  # by bytes
@@ -47,11 +47,11 @@ def pieces(count: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
     return ((start, min(start + step, count)) for start in range(0, count, step))
 
 
-def dtype_name(stored: Stored | None) -> str:
+def dtype_name(stored: StoredTensor | None) -> str:
     return "" if stored is None else str(stored.dtype).removeprefix("torch.")
 
 
-def flat(stored: Stored | None, most: int) -> Tensor | None:
+def flat(stored: StoredTensor | None, most: int) -> Tensor | None:
     return None if stored is None else stored.read().contiguous().flatten()[:most]
 
 
@@ -86,8 +86,8 @@ def unpacked(content: bytes, dtype: np.dtype, size: int) -> np.ndarray:
 
 def make_tensor(
     name: str,
-    base: Stored | None,
-    tuned: Stored,
+    base: StoredTensor | None,
+    tuned: StoredTensor,
     file: Path,
     compress: bool,
     step: Callable[[int], None],
@@ -113,7 +113,7 @@ def make_tensor(
 
 
 def recovered_pieces(
-    name: str, entry: Entry, base: Stored | None, file: Path, compress: bool
+    name: str, entry: Entry, base: StoredTensor | None, file: Path, compress: bool
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Where in the tensor, in bytes, and the bits of base + diff there. What is wrong is a
     ValueError, of a digest after the last piece."""

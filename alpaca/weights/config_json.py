@@ -1,14 +1,12 @@
-"""Hugging Face's config.json, read strictly and written so that every transformers reads it.
+"""Hugging Face's config.json: read strictly, written so that every transformers reads it.
 
 A field that a reader ignores may change what the model computes: a rotary embedding stretched to
-longer contexts, a bias, a window on attention. Then the weights load, every shape fits, and the
-answers are quietly worse. So the fields that matter are listed here with the values under which
-model.py computes the right thing, and anything else is refused by name.
+longer contexts, a bias, a window on attention. The weights would load, every shape would fit, and
+the answers would be quietly worse. So SUPPORTED lists the fields that matter with the values for
+which model.py computes the right thing; any other value is refused by name.
 
-Two spellings exist. transformers 4 writes `rope_theta` and `rope_scaling` at the top, transformers
-5 puts both into `rope_parameters`; folders edited by hand have all three.
-
-Shown by tests/test_checkpoint.py: test_configs_we_do_not_compute_are_refused_by_name.
+There are two spellings. transformers 4 writes `rope_theta` and `rope_scaling` at the top level,
+transformers 5 puts both into `rope_parameters`; folders edited by hand have all three.
 """
 
 from typing import Any
@@ -18,7 +16,7 @@ import torch
 from alpaca.common.errors import UserError, join_names
 from model import LlamaConfig
 
-UNDERSTOOD = {
+SUPPORTED = {
     "model_type": ("llama",),
     "hidden_act": ("silu", None),
     "attention_bias": (False, None),
@@ -36,15 +34,15 @@ REQUIRED = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-MOST = {  # beyond 1 << 20, or these, a config is nonsense that would take hours to lay out
+LIMITS = {  # above 1 << 20, or these, a damaged config would take hours to build a model for
     "num_hidden_layers": 1000,
     "max_position_embeddings": 1 << 40,
     "rope_theta": 1e30,
 }
 
 
-def understood(fields: dict[str, Any]) -> dict[str, Any]:
-    """config.json's fields, flat, if they ask for nothing that model.py does not do."""
+def config_from_json(fields: dict[str, Any]) -> LlamaConfig:
+    """The architecture in a config.json, if model.py computes everything that it asks for."""
     flat = dict(fields)
     for key in ("rope_parameters", "rope_scaling"):  # transformers 5; transformers 4
         rope = fields.get(key) or {}
@@ -54,33 +52,32 @@ def understood(fields: dict[str, Any]) -> dict[str, Any]:
             if kind not in ("default", None):
                 raise UserError(f"rope scaling {kind!r} is not supported")
         flat |= {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
-    for name, values in UNDERSTOOD.items():
+    for name, values in SUPPORTED.items():
         if flat.get(name) not in values:
             raise UserError(f"{name} {flat.get(name)!r} is not supported, only {values[0]!r} is")
-    return flat
+    return typed_config(flat)
 
 
 def typed_config(fields: dict[str, Any]) -> LlamaConfig:
-    if absent := [name for name in REQUIRED if fields.get(name) is None]:
-        raise UserError(f"{join_names(absent)} is missing")
+    """A LlamaConfig of fields whose types and sizes make sense."""
+    if missing := [name for name in REQUIRED if fields.get(name) is None]:
+        raise UserError(f"{join_names(missing)} is missing")
     known = {}
     for name, field in LlamaConfig.__dataclass_fields__.items():
         kind, value = type(field.default) if field.default is not None else int, fields.get(name)
         if name == "eos_token_id" and isinstance(value, list) and value:
-            value = value[0]  # several ways to end; the first is the tokenizer's
+            value = value[0]  # of several end tokens the first is the tokenizer's
         if value is None:
             continue
         if type(value) is not kind and (kind, type(value)) != (float, int):
             raise UserError(f"{name} is {value!r}, where {kind.__name__} was expected")
+        if value > (limit := LIMITS.get(name, 1 << 20)):
+            raise UserError(f"{name} is {value}, above the limit of {limit}")
         known[name] = value
     try:
-        config = LlamaConfig(**known)
+        return LlamaConfig(**known)
     except ValueError as error:
         raise UserError(str(error)) from None
-    for name, value in vars(config).items():
-        if value > (most := MOST.get(name, 1 << 20)):
-            raise UserError(f"{name} is {value}, where {most} would be a great deal")
-    return config
 
 
 def config_to_json(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:

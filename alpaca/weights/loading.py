@@ -23,10 +23,10 @@ from torch import nn
 
 from alpaca import CHECKOUT
 from alpaca.common.errors import UserError, notice
+from alpaca.weights.adapter import load_adapter
 from alpaca.weights.checkpoint import DTYPES, EMBEDDING, as_dtype
 from alpaca.weights.kernels import optimize_layout
-from alpaca.weights.lora import load_adapter
-from alpaca.weights.quantize import Source
+from alpaca.weights.quantize import WeightSource
 from model import Llama
 from tokenizer import Tokenizer
 
@@ -43,17 +43,17 @@ def load_model(
     """The model in a folder; `dtype` None keeps the one it is stored in (the embedding's).
 
     `bits` 8 or 4 rounds the weights of a folder that is not rounded yet (quantize.py)."""
-    source = Source(folder, bits)
-    dtype = dtype or source.found[EMBEDDING].dtype
+    source = WeightSource(folder, bits)
+    dtype = dtype or source.stored[EMBEDDING].dtype
     with torch.device("meta"):
         model = Llama(source.config)
     for name in source.shapes:
         path, _, leaf = name.rpartition(".")
-        parts = source.parts(name)
-        if kind := source.kind(name):
-            model.set_submodule(path, kind(**{part: t.to(device) for part, t in parts.items()}))
+        tensors = source.read(name)
+        if kind := source.linear_class(name):
+            model.set_submodule(path, kind(**{n: t.to(device) for n, t in tensors.items()}))
         else:
-            weight = as_dtype(parts["weight"], dtype, name).to(device)
+            weight = as_dtype(tensors["weight"], dtype, name).to(device)
             setattr(model.get_submodule(path), leaf, nn.Parameter(weight))
     model.tie_weights()
     model.requires_grad_(source.bits == 16)

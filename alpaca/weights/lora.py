@@ -1,73 +1,97 @@
-"""Low-rank adapters: a large model fine-tuned by learning two thin matrices beside each large one.
+"""LoRA: fine-tune a large model by training two thin matrices beside each large one.
 
     torchrun fsdp_train.py --lora --bits 4 --model-dir llama-7b --data alpaca_data.json
     alpaca generate --model-dir llama-7b --adapter runs/alpaca-lora/adapter "Name a color."
     alpaca merge --base llama-7b --adapter runs/alpaca-lora/adapter --out alpaca-7b
 
-What fine-tuning adds to a weight W (N, K) is, so the observation goes, of low rank. Then it can be
-learned as a product from the start, while W stays as it is:
+The change that fine-tuning makes to a weight W (N, K) has low rank, or so experiments say. Then it
+can be trained as a product of rank r from the start, while W is frozen:
 
-    y = W x + alpha / r · B A dropout(x)        A (r, K) begins random, B (N, r) as zero
+    y = W x + α/r · B A dropout(x)        A (r, K) starts random, B (N, r) starts as zero
 
-  - Because B is 0, training starts from exactly the base's logits. A's gradient is 0 as well until
-    B has moved.
-  - 7B at rank 16 on q, k, v and o learns 16.8M numbers: 0.2 GB of gradients and Adam's moments,
-    which would be 81 GB for all weights.
-  - W only passes gradients on, so it may be bf16, or integers of 8 or 4 bits: such a layer is
-    dequantized when its turn comes, forward and backward, and kept in neither pass.
-  - Merged, W + alpha / r · B A is one matrix and costs nothing more. It is computed in fp32 and
-    rounded once; in bf16 a small change may be lost in that, and all of it lost is an error.
-  - Files are PEFT's, to be read and written (adapter.py).
+  - B is 0, so training starts from exactly the base model's logits.
+  - 7B with r = 16 on q, k, v and o trains 16.8M numbers. Their gradients and Adam's moments take
+    0.2 GB; for all weights they would take 81 GB.
+  - W needs no gradient of its own, so it may be bf16, or integers of 8 or 4 bits (QLoRA). Such a
+    layer is dequantized when it is used, forward and backward, and not kept in between.
+  - Merged (merge.py), W + α/r · B A is one matrix, and decoding costs nothing extra.
 
-LoRA: arXiv:2106.09685; over a base of 4 bits (QLoRA): 2305.14314.
-
-Shown by tests/test_lora.py: test_ten_steps_equal_pefts.
+adapter.py reads and writes adapters as PEFT does. Papers: LoRA arXiv:2106.09685, QLoRA 2305.14314.
 """
 
-import argparse
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alpaca.common.cli import Parser
-from alpaca.common.errors import UserError, run_command
-from alpaca.common.progress import Progress
-from alpaca.weights.adapter import ATTENTION, Lora, adapted, read_adapter
-from alpaca.weights.checkpoint import (
-    DTYPES,
-    EMBEDDING,
-    as_dtype,
-    open_checkpoint,
-    save_model,
-    tokenizer_for,
-)
-from alpaca.weights.quantize import KINDS, Source, stored_bits
-from model import Llama
+from alpaca.common.errors import UserError, join_names
+from alpaca.weights.checkpoint import parameter_shapes
+from alpaca.weights.quantize import LINEAR, WeightSource
+from model import Llama, LlamaConfig
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+TARGETS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+
+
+class LoraConfig(NamedTuple):
+    """What is trained beside which projections. The defaults are those of alpaca-lora."""
+
+    rank: int = 16
+    alpha: float = 16
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ATTENTION
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def check(self) -> "LoraConfig":
+        odd = [str(name) for name in self.targets if name not in TARGETS]
+        if odd or not self.targets:
+            what = join_names(odd) or "none"
+            raise UserError(f"LoRA targets are {', '.join(TARGETS)}, not {what}")
+        if self.rank < 1:
+            raise UserError(f"LoRA rank must be above 0, not {self.rank}")
+        if not 0 < self.alpha < math.inf:
+            raise UserError(f"LoRA alpha must be above 0, not {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"LoRA dropout must be from 0 to below 1, not {self.dropout}")
+        return self
+
+
+def target_shapes(config: LlamaConfig, lora: LoraConfig) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The projections that LoRA changes, and the shapes (N, K) of their weights."""
+    for name, shape in parameter_shapes(config).items():
+        stem = name.removesuffix(".weight")
+        if stem.rpartition(".")[2] in lora.targets:
+            yield stem, tuple(shape)
+
 
 # ---------------------------------------------------------------- one layer
 
 
-class Thin(nn.Linear):
-    """A or B: learned in fp32, multiplied in the dtype of what comes."""
+class ThinLinear(nn.Linear):
+    """A or B: trained in fp32, multiplied in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
 
 class LoraLinear(nn.Module):
-    """Any layer that multiplies by a W (N, K), and what is learned beside it."""
+    """A frozen layer that multiplies by W (N, K), with A and B beside it."""
 
-    def __init__(self, base: nn.Module, lora: Lora):
+    def __init__(self, base: nn.Module, lora: LoraConfig):
         super().__init__()
         self.base, self.scale, self.dropout = base, lora.scale, nn.Dropout(lora.dropout)
         device = next(iter(base.state_dict().values())).device
-        self.lora_A = Thin(base.in_features, lora.rank, bias=False, device=device)
-        self.lora_B = Thin(lora.rank, base.out_features, bias=False, device=device)
-        random_A(self.lora_A.weight)
+        self.lora_A = ThinLinear(base.in_features, lora.rank, bias=False, device=device)
+        self.lora_B = ThinLinear(lora.rank, base.out_features, bias=False, device=device)
+        init_A(self.lora_A.weight)
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,26 +99,26 @@ class LoraLinear(nn.Module):
 
 
 @torch.no_grad()
-def random_A(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    bound = weight.shape[1] ** -0.5  # as any nn.Linear begins
+def init_A(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    bound = weight.shape[1] ** -0.5  # as for any nn.Linear
     return weight.uniform_(-bound, bound, generator=generator)
 
 
-class Dequantized(torch.autograd.Function):
-    """x Wᵀ with a rounded W that is not learned: autograd by itself would keep W dequantized."""
+class DequantizedMatmul(torch.autograd.Function):
+    """x Wᵀ with a frozen quantized W. Autograd alone would keep the dequantized W for backward."""
 
     @staticmethod
     def forward(ctx, x: Tensor, layer: nn.Module) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dequantized().to(x.dtype))
+        return F.linear(x, layer.dequantize().to(x.dtype))
 
     @staticmethod
-    def backward(ctx, upstream: Tensor):
-        return upstream @ ctx.layer.dequantized().to(upstream.dtype), None
+    def backward(ctx, grad: Tensor):
+        return grad @ ctx.layer.dequantize().to(grad.dtype), None
 
 
 class FrozenLinear(nn.Module):
-    """A rounded layer that gradients pass through."""
+    """A quantized layer that gradients pass through."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -102,19 +126,10 @@ class FrozenLinear(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return Dequantized.apply(x, self.layer)
+        return DequantizedMatmul.apply(x, self.layer)
 
 
 # ---------------------------------------------------------------- a whole model
-
-
-def attach(model: Llama, lora: Lora) -> None:
-    layers = dict(model.named_modules())
-    for stem, _ in adapted(model.config, lora):
-        layer = layers.get(stem)
-        if layer is None or isinstance(layer, LoraLinear):
-            raise UserError(f"{stem} is adapted or arranged for decoding: adapt a model as stored")
-        model.set_submodule(stem, LoraLinear(layer, lora))
 
 
 def add_lora(
@@ -124,126 +139,59 @@ def add_lora(
     dropout: float = 0.05,
     targets: Iterable[str] = ATTENTION,
 ) -> None:
-    """From here on the model learns nothing but new adapters on the named projections."""
-    lora = Lora(rank, alpha, dropout, tuple(targets)).check()
+    """Freeze a model and add A and B to the named projections, for training."""
+    lora = LoraConfig(rank, alpha, dropout, tuple(targets)).check()
     model.requires_grad_(False)
     for path, module in list(model.named_modules()):
-        if type(module) in KINDS.values():
+        if type(module) in LINEAR.values():
             model.set_submodule(path, FrozenLinear(module))
-    attach(model, lora)
+    wrap_targets(model, lora)
 
 
-def frozen(folder: str | Path, bits: int) -> Source:
-    """A base to train beside; a folder that is rounded already stays as it is."""
-    return Source(folder, bits, round_head=False)
+def wrap_targets(model: Llama, lora: LoraConfig) -> None:
+    layers = dict(model.named_modules())
+    for path, _ in target_shapes(model.config, lora):
+        layer = layers.get(path)
+        if layer is None or isinstance(layer, LoraLinear):
+            raise UserError(f"{path} has an adapter or a layout for decoding already")
+        model.set_submodule(path, LoraLinear(layer, lora))
 
 
-def skeleton(source: Source, dtype: torch.dtype, lora: Lora) -> Llama:
-    """A model to train, on the meta device. Head and embedding are not rounded."""
+def open_base(folder: str | Path, bits: int) -> WeightSource:
+    """The frozen base of a training run. Only its blocks are rounded; a folder that is quantized
+    already keeps its integers."""
+    return WeightSource(folder, bits, round_head=False)
+
+
+def build_lora_model(source: WeightSource, dtype: torch.dtype, lora: LoraConfig) -> Llama:
+    """A model to train, on the meta device. Head and embedding are not quantized."""
     with torch.device("meta"):
         model = Llama(source.config).to(dtype)
         for name, shape in source.shapes.items():
-            if name.startswith("model.layers.") and (kind := source.kind(name)):
-                layout = kind.layout(shape).items()
-                parts = {part: torch.empty(size, dtype=d) for part, (size, d) in layout}
-                model.set_submodule(name.removesuffix(".weight"), kind(**parts))
+            if name.startswith("model.layers.") and (kind := source.linear_class(name)):
+                shapes = kind.buffer_shapes(shape).items()
+                buffers = {buffer: torch.empty(size, dtype=d) for buffer, (size, d) in shapes}
+                model.set_submodule(name.removesuffix(".weight"), kind(**buffers))
         add_lora(model, *lora)
     return model
 
 
-def first_weights(source: Source, seed: int) -> Callable[[str, torch.Size], Tensor]:
-    """What parallel.fill fills a skeleton with; A is the same for any number of ranks."""
-    generator, parts_of = torch.Generator().manual_seed(seed), lru_cache(1)(source.parts)
+def initial_weights(source: WeightSource, seed: int) -> Callable[[str, torch.Size], Tensor]:
+    """The weights to fill that model with, by name. A depends on the seed, not on the number of
+    ranks."""
+    generator, read = torch.Generator().manual_seed(seed), lru_cache(1)(source.read)
 
     def weight(name: str, shape: torch.Size) -> Tensor:
         if name.endswith("lora_A.weight"):
-            return random_A(torch.empty(shape), generator)
+            return init_A(torch.empty(shape), generator)
         if name.endswith("lora_B.weight"):
             return torch.zeros(shape)
-        stem, _, part = name.replace(".base", "").replace(".layer.", ".").rpartition(".")
+        stem, _, buffer = name.replace(".base", "").replace(".layer.", ".").rpartition(".")
         name = f"{stem}.weight"
-        kind = source.kind(name)
+        kind = source.linear_class(name)
         if kind is None:
-            return source.found[name].read()  # mapped: a rank touches its rows only
-        parts = parts_of(name)
-        return parts[part] if part in parts else kind(**parts).dequantized()
+            return source.stored[name].read()  # mapped: a rank reads its own rows only
+        buffers = read(name)  # cached: q and scale are asked for one after the other
+        return buffers[buffer] if buffer in buffers else kind(**buffers).dequantize()
 
     return weight
-
-
-@torch.no_grad()
-def load_adapter(model: Llama, folder: str | Path) -> None:
-    """Put an adapter on a model whose layers are as a checkpoint has them, to decode with it."""
-    lora, weights = read_adapter(folder, model.config)
-    attach(model, lora._replace(dropout=0.0))
-    for path, module in model.named_modules():
-        if type(module) is Thin:
-            module.to(model.model.norm.weight.dtype).weight.copy_(weights[f"{path}.weight"])
-
-
-# ---------------------------------------------------------------- base and adapter as one model
-
-
-def merge(
-    base: Path,
-    adapter: Path,
-    out: Path,
-    tokenizer: Path | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[int, int, torch.dtype]:
-    """Write the whole model as a Hugging Face folder, of the dtype of the base's embedding unless
-    told, a tensor in memory at a time. Returned is how many matrices have changed, of how many
-    adapted ones, and the dtype."""
-    if stored_bits(base):
-        raise UserError(f"{base} is quantized: merge into the model that it was made from")
-    config, found = open_checkpoint(base)
-    lora, thin = read_adapter(adapter, config)
-    tokenizer = tokenizer_for(base, tokenizer)
-    dtype = dtype or found[EMBEDDING].dtype
-    targets, changed = dict(adapted(config, lora)), []
-    progress = Progress(len(found), "tensors")
-
-    def pairs() -> Iterator[tuple[str, Tensor]]:
-        for name, stored in found.items():
-            weight, stem = stored.read(), name.removesuffix(".weight")
-            if stem in targets:
-                added = thin[f"{stem}.lora_B.weight"] @ thin[f"{stem}.lora_A.weight"] * lora.scale
-                merged = as_dtype(weight.float() + added, dtype, name)
-                changed.extend([] if torch.equal(merged, weight.to(dtype)) else [name])
-                weight = merged
-            yield name, weight
-            progress.step()
-        if not changed:
-            raise UserError(f"{adapter} changes nothing in {base}: as {dtype} all is as it was")
-
-    save_model(pairs(), config, out, dtype, tokenizer)
-    progress.close(str(out))
-    return len(changed), len(targets), dtype
-
-
-# ---------------------------------------------------------------- the command lines
-
-
-def parse_args() -> argparse.Namespace:
-    parser = Parser(description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    verb = verbs.add_parser("merge", help="write base and adapter as one model")
-    verb.add_argument("--base", type=Path, required=True, help="Hugging Face or Meta folder")
-    verb.add_argument("--adapter", type=Path, required=True, help="folder of its adapter")
-    verb.add_argument("--out", type=Path, required=True, help="folder to write, not there yet")
-    verb.add_argument("--tokenizer", type=Path, help="file or folder (default: the base's)")
-    verb.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the base's)")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
-    changed, of, dtype = merge(
-        args.base, args.adapter, args.out, args.tokenizer, DTYPES.get(args.dtype)
-    )
-    told = str(dtype).removeprefix("torch.")
-    print(f"{args.out}: {changed} of {of} adapted matrices have changed, rounded once to {told}")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,20 +1,18 @@
-"""Meta's own LLaMA release, seen as a Hugging Face checkpoint.
+"""Reads Meta's own LLaMA releases as Hugging Face checkpoints.
 
-A release folder holds `params.json` and `consolidated.00.pth`, `.01`, … to as many files as the
+A release folder holds `params.json` and `consolidated.00.pth`, `.01`, …, one for each GPU that the
 model was split over (7B one, 13B two, 30B four, 65B eight). Three things differ from Hugging Face:
 
   - Names: `layers.0.attention.wq` is `model.layers.0.self_attn.q_proj`.
-  - Every matrix is cut along one axis and each file holds a slice: output features for projections
-    that fan out (wq, wk, wv, w1, w3, output), input features for those that gather (wo, w2).
-  - Rotary embedding turns neighbouring channels (x0, y0, x1, y1, …) where Hugging Face turns halves
-    (x0, x1, …, y0, y1, …). The rows of wq and wk are reordered once, here (`half_split`); as the
-    same order applies to queries and keys, their dot products do not change.
+  - Every matrix is split along one axis and each file holds a slice: output features for wq, wk,
+    wv, w1, w3 and output, input features for wo and w2.
+  - Rotary embedding rotates pairs of neighbouring channels (x0, y0, x1, y1, …), Hugging Face's
+    pairs that are half a head apart (x0, x1, …, y0, y1, …). `half_split` reorders the rows of wq
+    and wk once; queries and keys get the same order, so their dot products do not change.
 
-`params.json` leaves out what the tensors tell (vocabulary, ffn width) and what nothing tells: the
-number of positions trained on. `positions` says how that is inferred. LLaMA 1, Llama 2 and
-CodeLlama are read; Llama 3, whose tokenizer is no SentencePiece model, is not.
-
-Shown by tests/test_checkpoint.py: test_metas_folder_is_the_same_model.
+Vocabulary and ffn width are not in `params.json`; they follow from the tensors' shapes. The context
+length is in neither, and `context_length` infers it from the release. LLaMA 1, Llama 2 and
+CodeLlama are read; Llama 3, whose tokenizer is not a SentencePiece model, is not.
 """
 
 import re
@@ -26,7 +24,7 @@ from torch import Tensor
 from alpaca.common.errors import UserError
 from model import LlamaConfig
 
-NAMES = {  # Meta's name: Hugging Face's, and the axis the files split it along (None: each has it)
+META_NAMES = {  # Meta's name → Hugging Face's, and the axis it is split along (None: not split)
     "tok_embeddings": ("model.embed_tokens", 1),
     "norm": ("model.norm", None),
     "output": ("lm_head", 0),
@@ -53,9 +51,9 @@ def config_fields(params: dict[str, Any], shards: list[dict[str, Tensor]]) -> di
     for name in ("dim", "n_layers", "n_heads"):
         if type(params.get(name)) is not int or params[name] < 1:
             raise UserError(f"{name} is {params.get(name)!r}, where a number was expected")
-    first = ("tok_embeddings", "layers.0.attention.wq", "layers.0.feed_forward.w1")
-    shapes = [shards[0].get(f"{name}.weight", torch.empty(0)).shape for name in first]
-    if bad := [name for name, shape in zip(first, shapes, strict=True) if len(shape) != 2]:
+    names = ("tok_embeddings", "layers.0.attention.wq", "layers.0.feed_forward.w1")
+    shapes = [shards[0].get(f"{name}.weight", torch.empty(0)).shape for name in names]
+    if bad := [name for name, shape in zip(names, shapes, strict=True) if len(shape) != 2]:
         raise UserError(f"consolidated.00.pth: no matrix {bad[0]}.weight in it")
     (vocabulary, _), (queries, _), (ffn, _) = shapes
     needed, odd = divmod(params["dim"], queries)
@@ -72,16 +70,16 @@ def config_fields(params: dict[str, Any], shards: list[dict[str, Tensor]]) -> di
         "num_hidden_layers": params["n_layers"],
         "num_attention_heads": params["n_heads"],
         "num_key_value_heads": params.get("n_kv_heads"),
-        "max_position_embeddings": positions(params),
+        "max_position_embeddings": context_length(params),
         "rms_norm_eps": params.get("norm_eps", 1e-6),
         "rope_theta": theta,
     }
 
 
-def positions(params: dict[str, Any]) -> int:
-    """CodeLlama, with a rope_theta of its own, knows 16384. Llama 2 knows 4096 and is told by its
-    eps, which of LLaMA 1 only the 65B shares. The others know 2048. One early release of Llama 2
-    7B chat had the 7B's params.json of LLaMA 1 and cannot be told: `convert --positions 4096`."""
+def context_length(params: dict[str, Any]) -> int:
+    """CodeLlama, which has a rope_theta of its own: 16384. Llama 2: 4096; it is recognized by its
+    eps, which of LLaMA 1 only the 65B has. Otherwise 2048. One early release of Llama 2 7B chat
+    came with the params.json of LLaMA 1 7B, so it needs `alpaca convert --positions 4096`."""
     if params.get("rope_theta", 1e4) != 1e4:
         return 16384
     llama2 = params.get("norm_eps") == 1e-5 and (params["dim"] != 8192 or "n_kv_heads" in params)
@@ -95,24 +93,24 @@ def half_split(weight: Tensor, heads: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(rows, width)
 
 
-def renamed(shards: list[dict[str, Tensor]], config: LlamaConfig) -> dict[str, tuple]:
-    """Hugging Face name → (shape, dtype, function that puts the tensor together)."""
+def rename_tensors(shards: list[dict[str, Tensor]], config: LlamaConfig) -> dict[str, tuple]:
+    """Hugging Face name → (shape, dtype, function that joins the tensor's slices)."""
     heads = {"attention.wq": config.num_attention_heads, "attention.wk": config.num_key_value_heads}
     found = {}
     for name in shards[0]:
         layer, short = re.fullmatch(r"(layers\.\d+\.)?(.*?)(?:\.weight)?", name).groups(default="")
         parts = [shard[name] for shard in shards]
-        if short not in NAMES:  # left as it is: whoever checks the names will report it
+        if short not in META_NAMES:  # `check_tensors` reports it as unexpected
             found[name] = (parts[0].shape, parts[0].dtype, lambda part=parts[0]: part)
             continue
-        ours, axis = NAMES[short]
+        ours, axis = META_NAMES[short]
         prefix = f"model.{layer}" if layer else ""
-        found[f"{prefix}{ours}.weight"] = merged(name, parts, axis, heads.get(short))
+        found[f"{prefix}{ours}.weight"] = join_slices(name, parts, axis, heads.get(short))
     return found
 
 
-def merged(name: str, parts: list[Tensor], axis: int | None, heads: int | None) -> tuple:
-    """One tensor of all files: slices put together, or the copy that each of them has."""
+def join_slices(name: str, parts: list[Tensor], axis: int | None, heads: int | None) -> tuple:
+    """One tensor of all files: its slices joined, or the copy that every file has."""
     shape, fits = list(parts[0].shape), all(part.dtype == parts[0].dtype for part in parts)
     if axis is None:
         fits &= all(torch.equal(part, parts[0]) for part in parts)

@@ -13,7 +13,7 @@ import torch
 from helpers.commands import ROOT
 from helpers.models import small_config
 
-from alpaca.weights.checkpoint import save_model
+from alpaca.weights.writer import save_model
 from model import Llama
 
 

@@ -32,9 +32,9 @@ from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
 from alpaca.serving import app, http
 from alpaca.serving.moderation import Filter, Rules, Unavailable, chosen_filter
-from alpaca.weights.adapter import Lora, save_adapter
+from alpaca.weights.adapter import save_adapter
 from alpaca.weights.loading import load_model
-from alpaca.weights.lora import add_lora
+from alpaca.weights.lora import LoraConfig, add_lora
 from dataset import chat_prompt, format_prompt
 from tokenizer import Tokenizer
 
@@ -275,7 +275,7 @@ def test_an_adapter_is_put_on(tmp_path):
     for name, own in model.named_parameters():
         if "lora_B" in name:  # or it would change nothing
             own.data.normal_(0, 0.1)
-    save_adapter(model, Lora(4, 8, 0.0), tmp_path / "adapter", TINY)
+    save_adapter(model, LoraConfig(4, 8, 0.0), tmp_path / "adapter", TINY)
     here = ("--model-dir", TINY, "--adapter", tmp_path / "adapter", "--rows", 1, "--dtype", "fp32")
     said = app.made(arguments(*here, "--no-watermark"))[0].generate([ids], how)[0].ids
     assert said == engine.generate([ids], how)[0].ids != base

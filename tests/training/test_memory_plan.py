@@ -13,8 +13,7 @@ from helpers.models import random_ids
 
 from alpaca.training import memory_plan
 from alpaca.training.parallel import apply_activation_checkpointing
-from alpaca.weights.adapter import ATTENTION, TARGETS, Lora
-from alpaca.weights.lora import add_lora
+from alpaca.weights.lora import ATTENTION, TARGETS, LoraConfig, add_lora
 from model import Llama, LlamaConfig
 
 DOCUMENTS = [100, 30, 200, 170, 12]
@@ -25,7 +24,7 @@ def cu_seqlens(lengths: list[int]) -> torch.Tensor:
 
 
 def kept_for_backward(
-    config: LlamaConfig, dtype: torch.dtype, mode: str, lora: Lora | None = None
+    config: LlamaConfig, dtype: torch.dtype, mode: str, lora: LoraConfig | None = None
 ) -> int:
     """Bytes that autograd holds after a forward pass, parameters apart."""
     model = Llama(config).to(dtype)
@@ -61,7 +60,7 @@ def test_activations_are_what_autograd_keeps(dtype, kv_heads):
 )
 @pytest.mark.parametrize("targets", [ATTENTION, TARGETS])
 def test_activations_beside_a_frozen_base_are_what_autograd_keeps(dtype, mode, targets):
-    config, lora = LlamaConfig(500, 256, 700, 12, 8), Lora(8, 8, 0.0, targets)
+    config, lora = LlamaConfig(500, 256, 700, 12, 8), LoraConfig(8, 8, 0.0, targets)
     planned = memory_plan.kept(
         memory_plan.Run(config, 1, 1, sum(DOCUMENTS), 1.0, mode, dtype, lora=lora)
     )
@@ -82,27 +81,28 @@ import torch, torch.distributed as dist
 from functools import partial
 from types import SimpleNamespace
 import fsdp_train, parallel, plan
-from alpaca.weights.adapter import Lora
+from alpaca.weights.lora import LoraConfig
 from alpaca.weights.checkpoint import parameter_shapes
-from alpaca.weights.lora import skeleton
+from alpaca.weights.lora import build_lora_model
 from bench.measure import PeakMemory
 from model import Llama, LlamaConfig
-from alpaca.weights.quantize import layer_class
+from alpaca.weights.quantize import linear_class
 
 quiet = type("NoSignal", (), {"number": 0})
 device, mode, dtype = sys.argv[1], sys.argv[2], getattr(torch, sys.argv[3])
 bits = int(sys.argv[4])  # of the base beside an adapter; 0: everything is learned
 shape = (16000, 1024, 2816, 8, 8) if device == "cpu" else (32000, 2048, 5632, 22, 32, 4)
 config, T = LlamaConfig(*shape, max_position_embeddings=512), 2048
-run = memory_plan.Run(config, 1, 1, T, 0.5, mode, dtype, lora=Lora() if bits else None, bits=bits)
+lora = LoraConfig() if bits else None
+run = memory_plan.Run(config, 1, 1, T, 0.5, mode, dtype, lora=lora, bits=bits)
 with parallel.process_group(device, 1) as (mesh, where):
     with torch.device("meta"):
         model = Llama(config)
         if bits:
             shapes = parameter_shapes(config)
-            kind = partial(layer_class, bits=bits, round_head=False)
-            base = SimpleNamespace(config=config, shapes=shapes, kind=kind)
-            model = skeleton(base, dtype, Lora())
+            linear = partial(linear_class, bits=bits, round_head=False)
+            base = SimpleNamespace(config=config, shapes=shapes, linear_class=linear)
+            model = build_lora_model(base, dtype, LoraConfig())
     parallel.apply_activation_checkpointing(model, mode)
     parallel.apply_fsdp(model, mesh, dtype, False)
     ids = torch.randint(16000, (1, T), device=where)
@@ -273,7 +273,7 @@ def test_a_gpu_that_is_not_in_the_table_has_the_memory_it_says(monkeypatch):
     ],
 )
 def test_an_adapter_of_7b_fits_where_it_is_said_to(chip, bits, fits):
-    run = seven(world=1, checkpointing="full", lora=Lora(), bits=bits)
+    run = seven(world=1, checkpointing="full", lora=LoraConfig(), bits=bits)
     told = memory_plan.report(run, 10**6, 100, 120, memory_plan.CHIPS[chip])
     assert ("It fits" in told) == fits
     assert "an adapter of 16.8M parameters" in told
@@ -282,7 +282,7 @@ def test_an_adapter_of_7b_fits_where_it_is_said_to(chip, bits, fits):
 
 def test_beside_an_adapter_plain_matrices_are_divided_and_rounded_ones_are_not():
     def parts(world: int, bits: int) -> dict[str, float]:
-        run = seven(world=world, checkpointing="full", lora=Lora(), bits=bits)
+        run = seven(world=world, checkpointing="full", lora=LoraConfig(), bits=bits)
         return memory_plan.tides(run)["forward"]
 
     alone, shared = parts(1, 16), parts(8, 16)
@@ -295,7 +295,7 @@ def test_beside_an_adapter_plain_matrices_are_divided_and_rounded_ones_are_not()
 
 
 def test_a_base_of_8_bits_is_told_of_4():
-    run = seven(world=1, checkpointing="full", lora=Lora(), bits=8)
+    run = seven(world=1, checkpointing="full", lora=LoraConfig(), bits=8)
     changes = memory_plan.remedies(run, 9.5e9)
     assert any("--bits 4" in change for change in changes)
     assert not any("--offload" in change for change in changes), "integers stay where they are"
@@ -307,13 +307,13 @@ def test_an_adapter_is_counted(targets):
     model = Llama(config)
     add_lora(model, 5, 5, 0.0, targets)
     learned = sum(own.numel() for own in model.parameters() if own.requires_grad)
-    assert memory_plan.adapter_parameters(config, Lora(5, 5, 0.0, targets)) == learned
+    assert memory_plan.adapter_parameters(config, LoraConfig(5, 5, 0.0, targets)) == learned
 
 
 def test_operations_beside_a_frozen_base_are_those_of_the_matrix_products():
     from torch.utils.flop_counter import FlopCounterMode
 
-    config, T, lora = LlamaConfig(500, 64, 176, 24, 4, 2), 48, Lora(8, 8, 0.0, TARGETS)
+    config, T, lora = LlamaConfig(500, 64, 176, 24, 4, 2), 48, LoraConfig(8, 8, 0.0, TARGETS)
     model, ids = Llama(config), random_ids(1, T, vocab_size=500)
     add_lora(model, *lora)
     with FlopCounterMode(display=False) as counter:

@@ -16,7 +16,7 @@ from helpers.commands import ROOT
 import fsdp_train
 from alpaca.training import memory_plan, model_card
 from alpaca.training.model_card import dataset, weights
-from alpaca.weights.adapter import Lora
+from alpaca.weights.lora import LoraConfig
 from dataset import IGNORE, Examples, format_prompt
 from model import LlamaConfig
 
@@ -100,7 +100,7 @@ def test_the_trainer_writes_it_beside_the_weights(tmp_path, command, monkeypatch
 
 
 def test_an_adapters_card_says_how_an_adapter_is_asked(files):
-    card = card_of(files[0], [], lora=Lora(4, 8, 0.0, ("q_proj",)))
+    card = card_of(files[0], [], lora=LoraConfig(4, 8, 0.0, ("q_proj",)))
     assert "`alpaca generate --model-dir BASE --adapter FOLDER`" in card
     assert f"{3 * 4 * (64 + 64):,} of {memory_plan.parameters(CONFIG):,} parameters" in card
 

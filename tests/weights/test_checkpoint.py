@@ -18,9 +18,9 @@ from helpers.parity import apart
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from alpaca.weights import checkpoint
-from alpaca.weights.checkpoint import read_config, save_model, stored_tensors, tensors
+from alpaca.weights.checkpoint import DTYPES, read_config, read_tensors, stored_tensors
 from alpaca.weights.loading import load_model
+from alpaca.weights.writer import TOKENIZER_FILES, save_model
 from model import Llama, LlamaConfig
 
 EMBEDDED = ROOT / "data" / "tokenizer.model"
@@ -59,11 +59,11 @@ def test_a_hugging_face_folder_loads_bit_for_bit(tmp_path, shard, tied):
     ours = load_model(tmp_path / "hf")
     assert same(ours.named_parameters(), theirs.named_parameters())
     assert read_config(tmp_path / "hf") == ours.config
-    assert same(tensors(tmp_path / "hf"), theirs.named_parameters())
+    assert same(read_tensors(tmp_path / "hf"), theirs.named_parameters())
 
 
 def test_pickled_shards_load_bit_for_bit(folder):
-    expected = {name: tensor.clone() for name, tensor in tensors(folder)}
+    expected = {name: tensor.clone() for name, tensor in read_tensors(folder)}
     for file in folder.glob("*.safetensors*"):
         file.unlink()
     names, weight_map = sorted(expected), {}
@@ -100,7 +100,7 @@ def test_old_and_new_spellings_of_the_config_are_read(tmp_path):
 
 def test_dtype_is_converted_on_loading(folder):
     model = load_model(folder, dtype=torch.bfloat16)
-    expected = {name: tensor.bfloat16() for name, tensor in tensors(folder)}
+    expected = {name: tensor.bfloat16() for name, tensor in read_tensors(folder)}
     assert same(model.named_parameters(), expected)
 
 
@@ -117,7 +117,7 @@ def test_changing_a_loaded_model_does_not_change_its_files(folder):
 # ---------------------------------------------------------------- writing
 
 
-@pytest.mark.parametrize("dtype", checkpoint.DTYPES.values(), ids=checkpoint.DTYPES.keys())
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("tied", [False, True])
 def test_save_load_save_gives_the_same_bytes(tmp_path, dtype, tied):
     model = small_model(tie_word_embeddings=tied).to(dtype)
@@ -155,13 +155,13 @@ def test_transformers_opens_what_we_write(tmp_path, changes, shard_bytes):
     assert generated.shape[0] == 2
 
 
-@pytest.mark.parametrize("dtype", checkpoint.DTYPES.values(), ids=checkpoint.DTYPES.keys())
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 def test_transformers_sees_the_dtype_we_wrote(tmp_path, dtype):
     from transformers import AutoModelForCausalLM
 
     save_model(small_model().to(dtype), small_config(), tmp_path / "m")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto")
-    assert theirs.dtype == dtype and same(tensors(tmp_path / "m"), theirs.named_parameters())
+    assert theirs.dtype == dtype and same(read_tensors(tmp_path / "m"), theirs.named_parameters())
 
 
 def test_autotokenizer_keeps_bos_on_what_we_write(folder):
@@ -176,7 +176,7 @@ def test_autotokenizer_keeps_bos_on_what_we_write(folder):
 
 
 def test_every_tokenizer_file_of_the_base_comes_along(tmp_path, folder):
-    contents = {name: f"content of {name}" for name in checkpoint.TOKENIZER_FILES}
+    contents = {name: f"content of {name}" for name in TOKENIZER_FILES}
     for name, content in contents.items():
         (folder / name).write_text(content)
     save_model(small_model(), small_config(), tmp_path / "out", tokenizer=folder)
@@ -188,7 +188,7 @@ def test_pairs_may_come_in_any_order_but_must_all_come(tmp_path):
     model = small_model()
     pairs = list(model.named_parameters())
     save_model(reversed(pairs), model.config, tmp_path / "out")
-    assert same(tensors(tmp_path / "out"), pairs)
+    assert same(read_tensors(tmp_path / "out"), pairs)
     for wrong, message in (
         (pairs[1:], "missing model.embed_tokens.weight"),
         ([*pairs, pairs[0]], "unexpected or repeated tensor model.embed_tokens.weight"),
@@ -245,7 +245,7 @@ def test_metas_folder_is_the_same_model(tmp_path, command, shards, kv_heads):
     loaded = load_model(tmp_path / "llama" / "7B")
     assert same(loaded.named_parameters(), model.named_parameters())
     out = tmp_path / "hf"
-    code, _, err = command(checkpoint, "convert", tmp_path / "llama" / "7B", out, "--dtype", "fp32")
+    code, _, err = command("convert", tmp_path / "llama" / "7B", out, "--dtype", "fp32")
     assert code == 0 and err.count("\n") == 1 and "2048 positions" in err
     converted = load_model(out)
     assert same(converted.named_parameters(), model.named_parameters())
@@ -255,7 +255,7 @@ def test_metas_folder_is_the_same_model(tmp_path, command, shards, kv_heads):
 
 
 def test_the_positions_meta_does_not_tell_are_those_of_the_release():
-    from alpaca.weights.meta_format import positions
+    from alpaca.weights.meta_format import context_length
 
     releases = {
         "LLaMA 7B": ({"dim": 4096, "norm_eps": 1e-6}, 2048),
@@ -265,7 +265,7 @@ def test_the_positions_meta_does_not_tell_are_those_of_the_release():
         "CodeLlama": ({"dim": 4096, "norm_eps": 1e-5, "rope_theta": 1e6}, 16384),
     }
     for name, (params, expected) in releases.items():
-        assert positions(params) == expected, name
+        assert context_length(params) == expected, name
 
 
 # ---------------------------------------------------------------- refused, in one line, unwritten
@@ -273,7 +273,7 @@ def test_the_positions_meta_does_not_tell_are_those_of_the_release():
 
 def refuse_convert(command, source, *words, args=()):
     target = source.parent / "target"
-    assert_refused(command(checkpoint, "convert", source, target, *args), *words)
+    assert_refused(command("convert", source, target, *args), *words)
     assert not list(source.parent.glob("target*")), "something was written"
 
 
@@ -285,7 +285,7 @@ def test_folders_without_config_or_weights_are_refused(tmp_path, command, folder
     )
     for file in folder.glob("*.safetensors*"):
         file.unlink()
-    refuse_convert(command, folder, "no model.safetensors or pytorch_model.bin")
+    refuse_convert(command, folder, "no model.safetensors, pytorch_model.bin")
 
 
 def test_damaged_config_is_refused(command, folder):
@@ -317,7 +317,7 @@ def test_damaged_config_is_refused(command, folder):
         ),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear', where an object was expected"),
         ({"rope_interleaved": True}, "rope_interleaved True"),
-        ({"rope_theta": float("inf")}, "rope_theta must be above 0"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf, above the limit"),
         ({"attention_bias": True}, "attention_bias True"),
         ({"mlp_bias": True}, "mlp_bias True"),
         ({"sliding_window": 4096}, "sliding_window 4096"),
@@ -348,7 +348,7 @@ def test_truncated_or_missing_shards_are_refused(command, folder):
         shard.write_bytes(whole[:keep])
         refuse_convert(command, folder, shard.name, "damaged or cut short")
     shard.unlink()
-    refuse_convert(command, folder, "names files that are not there", shard.name)
+    refuse_convert(command, folder, "files it names are missing", shard.name)
 
 
 def test_an_index_that_does_not_fit_its_shards_is_refused(command, folder):
@@ -368,7 +368,7 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(command, folder):
 
 
 def test_all_that_is_wrong_with_the_tensors_stands_in_one_line(command, folder):
-    weights = {name: tensor.clone() for name, tensor in tensors(folder)}
+    weights = {name: tensor.clone() for name, tensor in read_tensors(folder)}
     for file in folder.glob("*.safetensors*"):
         file.unlink()
     del weights["model.layers.1.mlp.up_proj.weight"], weights["model.norm.weight"]
@@ -387,7 +387,7 @@ def test_all_that_is_wrong_with_the_tensors_stands_in_one_line(command, folder):
 
 
 def test_names_with_a_prefix_are_shown(command, folder):
-    weights = {f"base_model.{name}": tensor.clone() for name, tensor in tensors(folder)}
+    weights = {f"base_model.{name}": tensor.clone() for name, tensor in read_tensors(folder)}
     for file in folder.glob("*.safetensors*"):
         file.unlink()
     save_file(weights, folder / "model.safetensors")
@@ -403,7 +403,7 @@ def test_a_wrong_number_of_layers_is_refused_at_once(command, folder):
     edit_json(folder / "config.json", num_hidden_layers=3)
     refuse_convert(command, folder, "missing model.layers.2.input_layernorm.weight", "and 1 more")
     edit_json(folder / "config.json", num_hidden_layers=100_000_000)
-    words = "num_hidden_layers is 100000000, where 1000 would be a great deal"
+    words = "num_hidden_layers is 100000000, above the limit of 1000"
     refuse_convert(command, folder, f"config.json: {words}")
 
 
@@ -419,7 +419,7 @@ def test_a_tokenizer_of_another_model_is_refused(command, folder, tmp_path):
 def test_convert_takes_the_special_ids_from_the_tokenizer(command, folder, tmp_path):
     """Early conversions of LLaMA had bos 0 and eos 1 in config.json, beside the right tokenizer."""
     edit_json(folder / "config.json", bos_token_id=0, eos_token_id=[1, 7])
-    code, _, err = command(checkpoint, "convert", folder, tmp_path / "out")
+    code, _, err = command("convert", folder, tmp_path / "out")
     assert code == 0 and "the tokenizer's bos 1 and eos 2 are used" in err
     config = read_config(tmp_path / "out")
     assert (config.bos_token_id, config.eos_token_id) == (1, 2)
@@ -443,7 +443,7 @@ def test_a_head_that_contradicts_tied_weights_is_refused(folder, command):
 
 def test_a_missing_tokenizer_is_refused_with_the_way_out(command, folder):
     (folder / "tokenizer.model").unlink()
-    refuse_convert(command, folder, "name one with --tokenizer FILE")
+    refuse_convert(command, folder, "give one with --tokenizer FILE")
     refuse_convert(
         command, folder, "absent: no tokenizer.model", args=["--tokenizer", folder / "absent"]
     )
@@ -452,9 +452,7 @@ def test_a_missing_tokenizer_is_refused_with_the_way_out(command, folder):
 def test_an_existing_target_is_not_touched(command, folder, tmp_path):
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "mine").write_text("precious")
-    assert_refused(
-        command(checkpoint, "convert", folder, tmp_path / "target"), "target exists already"
-    )
+    assert_refused(command("convert", folder, tmp_path / "target"), "target exists already")
     assert digests(tmp_path / "target").keys() == {"mine"}
 
 
@@ -517,12 +515,12 @@ def test_positions_can_be_given(tmp_path, command):
     write_meta(model, tmp_path / "7B", 1)
     target = tmp_path / "out"
     given = ["--positions", 4096, "--tokenizer", EMBEDDED]
-    code, _, err = command(checkpoint, "convert", tmp_path / "7B", target, *given)
+    code, _, err = command("convert", tmp_path / "7B", target, *given)
     assert code == 0 and "4096 positions" in err
     assert read_config(target).max_position_embeddings == 4096 and "see --positions" not in err
     zero = ["--positions", 0, "--tokenizer", EMBEDDED]
     assert_refused(
-        command(checkpoint, "convert", tmp_path / "7B", tmp_path / "no", *zero),
+        command("convert", tmp_path / "7B", tmp_path / "no", *zero),
         "--positions: invalid",
     )
 
@@ -571,7 +569,8 @@ def test_a_pickle_that_would_run_code_is_refused_unrun(tmp_path, command, name, 
 MEASURED = """
 import json, os, sys, torch
 from bench.measure import PeakMemory
-from alpaca.weights.checkpoint import read_config, save_model, tensors
+from alpaca.weights.checkpoint import read_config, read_tensors
+from alpaca.weights.writer import save_model
 from alpaca.weights.loading import load_model
 from model import Llama, LlamaConfig
 with torch.device("meta"):
@@ -586,7 +585,7 @@ for work, *folders, dtype in json.loads(sys.argv[1]):
                 else:
                     source, target = folders
                     config = read_config(source)
-                    save_model(tensors(source), config, target, getattr(torch, dtype))
+                    save_model(read_tensors(source), config, target, getattr(torch, dtype))
             print(peak.anonymous, flush=True)
             code = 0
         finally:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from helpers.models import small_model
 
-from alpaca.weights.checkpoint import save_model
 from alpaca.weights.kernels import BlockLinear, optimize_layout
 from alpaca.weights.loading import load_model
+from alpaca.weights.writer import save_model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

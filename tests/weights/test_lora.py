@@ -22,19 +22,13 @@ from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
 from alpaca.training import parallel
 from alpaca.training.run_dir import RunFolder
-from alpaca.weights import lora, quantize
-from alpaca.weights.adapter import (
-    ATTENTION,
-    TARGETS,
-    Lora,
-    read_adapter,
-    read_settings,
-    save_adapter,
-)
-from alpaca.weights.checkpoint import parameter_shapes, save_model, tensors
+from alpaca.weights import lora
+from alpaca.weights.adapter import load_adapter, read_adapter, read_lora_config, save_adapter
+from alpaca.weights.checkpoint import parameter_shapes, read_tensors
 from alpaca.weights.loading import load_model, optimize_layout
-from alpaca.weights.lora import FrozenLinear, Thin, add_lora, load_adapter
-from alpaca.weights.quantize import Source, layer_class
+from alpaca.weights.lora import ATTENTION, TARGETS, FrozenLinear, LoraConfig, ThinLinear, add_lora
+from alpaca.weights.quantize import WeightSource, linear_class, save_quantized
+from alpaca.weights.writer import save_model
 from dataset import encode_example
 from model import Llama
 from tokenizer import Tokenizer
@@ -47,7 +41,7 @@ def random_adapter(model: Llama, size: float = 0.1) -> None:
     """Numbers for B too, which begins as zero."""
     with torch.no_grad():
         for module in model.modules():
-            if type(module) is Thin:
+            if type(module) is ThinLinear:
                 module.weight.normal_(0, size)
 
 
@@ -103,7 +97,7 @@ def adapter(base, tmp_path_factory):
     torch.manual_seed(5)
     random_adapter(model)
     folder = tmp_path_factory.mktemp("adapter") / "adapter"
-    save_adapter(model, Lora(4, 8, 0.05, TARGETS), folder, base / "model")
+    save_adapter(model, LoraConfig(4, 8, 0.05, TARGETS), folder, base / "model")
     return folder
 
 
@@ -169,7 +163,7 @@ def test_ten_steps_equal_pefts(base, targets):
 
 
 def test_a_seventh_of_the_inputs_is_dropped_and_the_rest_made_larger():
-    layer = lora.LoraLinear(torch.nn.Linear(64, 64, bias=False), Lora(64, 64, 1 / 7))
+    layer = lora.LoraLinear(torch.nn.Linear(64, 64, bias=False), LoraConfig(64, 64, 1 / 7))
     with torch.no_grad():
         layer.base.weight.zero_()
         for thin in (layer.lora_A, layer.lora_B):
@@ -181,7 +175,7 @@ def test_a_seventh_of_the_inputs_is_dropped_and_the_rest_made_larger():
 
 
 def test_A_begins_even_between_bounds_that_follow_from_its_inputs():
-    weight = lora.random_A(torch.empty(4, 10_000))
+    weight = lora.init_A(torch.empty(4, 10_000))
     assert weight.abs().max() <= 0.01 and weight.std() == pytest.approx(0.01 / 3**0.5, rel=0.02)
 
 
@@ -190,7 +184,7 @@ def test_a_model_is_adapted_once_and_before_it_is_arranged(base, adapter, arrang
     model = load_model(base / "model", None if arranged else adapter)
     if arranged:
         optimize_layout(model)
-    with pytest.raises(ValueError, match=r"q_proj is adapted or arranged for decoding"):
+    with pytest.raises(ValueError, match=r"q_proj has an adapter or a layout for decoding already"):
         add_lora(model)
 
 
@@ -199,15 +193,15 @@ def test_a_model_is_adapted_once_and_before_it_is_arranged(base, adapter, arrang
 
 def rounded_and_plain(base, number: int) -> tuple[Llama, Llama]:
     """One adapter over integers, and over plain matrices of the same values."""
-    source = Source(base / "model", number, round_head=False)
+    source = WeightSource(base / "model", number, round_head=False)
     models = []
     for kept in (True, False):
         model = load_model(base / "model")
         for name in source.shapes:
-            if kind := source.kind(name):
-                layer = kind(**source.parts(name))
+            if kind := source.linear_class(name):
+                layer = kind(**source.read(name))
                 plain = model.get_submodule(path := name.removesuffix(".weight"))
-                plain.weight.data = layer.dequantized()
+                plain.weight.data = layer.dequantize()
                 if kept:
                     model.set_submodule(path, layer)
         add_lora(model, 4, 8, 0.0, ("q_proj", "down_proj"))
@@ -264,7 +258,7 @@ def test_peft_loads_ours(base, tmp_path, targets):
     model = load_model(base / "model")
     add_lora(model, 4, 8, 0.0, targets)
     random_adapter(model)
-    save_adapter(model, Lora(4, 8, 0.05, targets), tmp_path / "adapter", base / "model")
+    save_adapter(model, LoraConfig(4, 8, 0.05, targets), tmp_path / "adapter", base / "model")
     ids = random_ids(2, 24, vocab_size=1024)
     peft = theirs_from(hf_of(base), tmp_path / "adapter")
     assert distance(peft(ids).logits, model(ids)) <= 1e-5 * model(ids).abs().max()
@@ -324,7 +318,9 @@ def test_an_adapter_in_another_dtype_is_read_as_fp32(base, adapter, tmp_path, dt
 def test_a_loaded_adapter_has_the_models_dtype(base, adapter, dtype):
     model = load_model(base / "model", dtype=dtype)
     load_adapter(model, adapter)
-    assert {module.weight.dtype for module in model.modules() if type(module) is Thin} == {dtype}
+    assert {module.weight.dtype for module in model.modules() if type(module) is ThinLinear} == {
+        dtype
+    }
 
 
 def test_alpaca_loras_published_settings_are_read(base, adapter, tmp_path):
@@ -335,7 +331,7 @@ def test_alpaca_loras_published_settings_are_read(base, adapter, tmp_path):
     fields |= {"modules_to_save": None, "peft_type": "LORA", "r": 16, "task_type": "CAUSAL_LM"}
     fields["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
-    assert read_settings(tmp_path / "adapter_config.json") == Lora()
+    assert read_lora_config(tmp_path / "adapter_config.json") == LoraConfig()
 
 
 REFUSED = {
@@ -373,11 +369,11 @@ def copied(folder, target):
 @pytest.mark.parametrize("changes", REFUSED.values(), ids=REFUSED.keys())
 def test_what_is_not_plain_lora_is_refused_by_name(base, adapter, command, tmp_path, changes):
     edit_json(copied(adapter, tmp_path / "adapter") / "adapter_config.json", **changes)
-    words = "merge", "--base", base / "model", "--adapter", tmp_path / "adapter"
+    words = "--base", base / "model", "--adapter", tmp_path / "adapter"
     (name,) = changes
     told = {"r": "rank" if changes.get("r") == 0 else "r is", "lora_alpha": "alpha"}.get(name, name)
     told = "targets" if isinstance(changes.get("target_modules"), list) else told
-    result = command(lora, *words, "--out", tmp_path / "out")
+    result = command("merge", *words, "--out", tmp_path / "out")
     assert_refused(result, "adapter_config.json", told)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.partial"))
 
@@ -455,7 +451,7 @@ def test_add_lora_refuses_what_cannot_be(base, how, word):
 
 
 def merged(command, base, adapter, out) -> str:
-    code, told, err = command(lora, "merge", "--base", base, "--adapter", adapter, "--out", out)
+    code, told, err = command("merge", "--base", base, "--adapter", adapter, "--out", out)
     assert code == 0, err
     return told
 
@@ -477,7 +473,7 @@ def test_a_merged_model_is_base_and_adapter(base, adapter, command, tmp_path):
     assert distance(opened(ids).logits, expected) <= tolerance
     assert AutoTokenizer.from_pretrained(tmp_path / "out").decode([1]) == "<s>"
     theirs = theirs_from(hf_of(base), adapter).merge_and_unload().state_dict()
-    for name, weight in tensors(tmp_path / "out"):
+    for name, weight in read_tensors(tmp_path / "out"):
         assert distance(weight, theirs[name]) <= 1e-6, name
 
 
@@ -486,9 +482,9 @@ def test_a_merge_rounds_once_and_touches_nothing_else(base, adapter, command, tm
     model = load_model(base / "model")
     save_model(model, model.config, tmp_path / "base", dtype, TOKENIZER)
     merged(command, tmp_path / "base", adapter, tmp_path / "out")
-    before, thin = dict(tensors(tmp_path / "base")), load_file(adapter / WEIGHTS)
+    before, thin = dict(read_tensors(tmp_path / "base")), load_file(adapter / WEIGHTS)
     changed = 0
-    for name, weight in tensors(tmp_path / "out"):
+    for name, weight in read_tensors(tmp_path / "out"):
         expected, stem = before[name], "base_model.model." + name.removesuffix(".weight")
         if f"{stem}.lora_A.weight" in thin:
             A, B = (thin[f"{stem}.lora_{side}.weight"] for side in "AB")
@@ -509,10 +505,10 @@ def test_a_merge_has_the_embeddings_dtype_or_the_one_that_is_asked_for(
     mixed = {n: own.float() if "norm" in n else own for n, own in load_file(file).items()}
     save_file(mixed, file, {"format": "pt"})
     merged(command, tmp_path / "base", adapter, tmp_path / "out")
-    assert {own.dtype for _, own in tensors(tmp_path / "out")} == {torch.bfloat16}
+    assert {own.dtype for _, own in read_tensors(tmp_path / "out")} == {torch.bfloat16}
     words = ("--base", tmp_path / "base", "--adapter", adapter, "--dtype", "fp32")
-    assert command(lora, "merge", *words, "--out", tmp_path / "wide")[0] == 0
-    assert {own.dtype for _, own in tensors(tmp_path / "wide")} == {torch.float32}
+    assert command("merge", *words, "--out", tmp_path / "wide")[0] == 0
+    assert {own.dtype for _, own in read_tensors(tmp_path / "wide")} == {torch.float32}
 
 
 def test_metas_folder_is_merged_too(adapter, command, tmp_path):
@@ -522,11 +518,11 @@ def test_metas_folder_is_merged_too(adapter, command, tmp_path):
     (tmp_path / "llama" / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
     add_lora(model, 2, 3, 0.0, ("q_proj", "down_proj"))
     random_adapter(model)
-    save_adapter(model, Lora(2, 3, 0.0, ("q_proj", "down_proj")), tmp_path / "adapter")
+    save_adapter(model, LoraConfig(2, 3, 0.0, ("q_proj", "down_proj")), tmp_path / "adapter")
     merged(command, tmp_path / "llama" / "7B", tmp_path / "adapter", tmp_path / "out")
     ids = random_ids(2, 24, vocab_size=1024)
     result = load_model(tmp_path / "out", dtype=torch.float32)(ids)
-    half = tensors(tmp_path / "llama" / "7B")
+    half = read_tensors(tmp_path / "llama" / "7B")
     near = 1e-5 if {t.dtype for _, t in half} == {torch.float32} else 0.05
     assert distance(result, model(ids)) <= near * model(ids).abs().max()
     assert (tmp_path / "out" / "tokenizer.model").exists()
@@ -538,26 +534,26 @@ def test_a_merge_that_changes_nothing_is_an_error(base, adapter, command, tmp_pa
     save_file({n: t * ("lora_A" in n) for n, t in weights.items()}, file)
     small = copied(adapter, tmp_path / "small") / WEIGHTS
     save_file({n: t * 1e-4 for n, t in weights.items()}, small)
-    words = "merge", "--base", base / "model", "--out", tmp_path / "out"
-    assert_refused(command(lora, *words, "--adapter", tmp_path / "zero"), "zero changes nothing")
+    words = "--base", base / "model", "--out", tmp_path / "out"
+    assert_refused(command("merge", *words, "--adapter", tmp_path / "zero"), "zero changes nothing")
     merged(command, base / "model", tmp_path / "small", tmp_path / "fp32")
     model = load_model(base / "model")
     save_model(model, model.config, tmp_path / "bf16", torch.bfloat16, TOKENIZER)
-    words = "merge", "--base", tmp_path / "bf16", "--out", tmp_path / "out"
-    assert_refused(command(lora, *words, "--adapter", tmp_path / "small"), "nothing", "bfloat16")
+    words = "--base", tmp_path / "bf16", "--out", tmp_path / "out"
+    assert_refused(command("merge", *words, "--adapter", tmp_path / "small"), "nothing", "bfloat16")
     assert not list(tmp_path.glob("out*"))
 
 
 def test_a_merge_needs_a_tokenizer_and_a_base_that_is_not_rounded(base, adapter, command, tmp_path):
-    words = "merge", "--adapter", adapter, "--out", tmp_path / "out", "--base"
-    assert_refused(command(lora, *words, base / "hf"), "no tokenizer", "--tokenizer")
-    how = "--bits", 8, "--model-dir", base / "model", "--save", tmp_path / "int8"
-    assert command(quantize, *how)[0] == 0
-    assert_refused(command(lora, *words, tmp_path / "int8"), "is quantized")
-    assert_refused(command(lora, *words, tmp_path / "nowhere"), "nowhere")
-    assert command(lora, *words, base / "hf", "--tokenizer", TOKENIZER)[0] == 0
+    words = "--adapter", adapter, "--out", tmp_path / "out", "--base"
+    assert_refused(command("merge", *words, base / "hf"), "no tokenizer", "--tokenizer")
+    how = "--bits", 8, "--model-dir", base / "model", "--out", tmp_path / "int8"
+    assert command("quantize", *how)[0] == 0
+    assert_refused(command("merge", *words, tmp_path / "int8"), "is quantized")
+    assert_refused(command("merge", *words, tmp_path / "nowhere"), "nowhere")
+    assert command("merge", *words, base / "hf", "--tokenizer", TOKENIZER)[0] == 0
     assert (tmp_path / "out" / "tokenizer.model").exists()
-    assert_refused(command(lora, *words, base / "model"), "exists already")
+    assert_refused(command("merge", *words, base / "model"), "exists already")
 
 
 # ---------------------------------------------------------------- decoded with
@@ -567,11 +563,11 @@ def test_a_merge_needs_a_tokenizer_and_a_base_that_is_not_rounded(base, adapter,
 def test_an_adapter_works_on_whatever_holds_the_base(base, adapter, number):
     """Against plain matrices of the same values, in fp32; kernels for integers compute in less."""
     ids = random_ids(1, 24, vocab_size=1024)
-    source = Source(base / "model", number)
+    source = WeightSource(base / "model", number)
     plain = load_model(base / "model")
     for name in source.shapes:
-        if kind := source.kind(name):
-            weight = kind(**source.parts(name)).dequantized()
+        if kind := source.linear_class(name):
+            weight = kind(**source.read(name)).dequantize()
             plain.get_submodule(name.removesuffix(".weight")).weight.data = weight
     without = plain(ids)
     load_adapter(plain, adapter)
@@ -671,12 +667,12 @@ def test_only_the_adapter_changes(base, here, tmp_path, monkeypatch, number):
     seen = {}
 
     def watched(model, *given):
-        source = Source(base / "model", number, round_head=False)
+        source = WeightSource(base / "model", number, round_head=False)
         for name, own in [*model.named_parameters(), *model.named_buffers()]:
             own = own.full_tensor() if hasattr(own, "full_tensor") else own
             stem, _, part = name.replace(".base", "").replace(".layer.", ".").rpartition(".")
             if "lora_" not in name:
-                assert torch.equal(bits(own), bits(source.parts(f"{stem}.weight")[part])), name
+                assert torch.equal(bits(own), bits(source.read(f"{stem}.weight")[part])), name
             seen[name] = own.clone()
         return export(model, *given)
 
@@ -696,7 +692,7 @@ def test_a_run_equals_a_plain_loop_with_peft(base, here, tmp_path):
     train(here, lora_flags(base, tmp_path / "run", lora_dropout=0, epochs=4))
     model = peft_model(hf_of(base), lora_alpha=16)
     with torch.no_grad():  # A as the run began with it, B is zero
-        first = lora.first_weights(Source(base / "model"), 42)
+        first = lora.initial_weights(WeightSource(base / "model"), 42)
         for name, own in model.named_parameters():
             if "lora_A" in name:
                 own.copy_(first(name.replace(".default.", "."), own.shape))
@@ -815,12 +811,12 @@ def test_in_bf16_the_base_is_bf16_and_the_adapter_learns_in_fp32(base, here, tmp
 @pytest.mark.parametrize(("number", "mode"), [(16, "full"), (4, "selective")])
 def test_blocks_are_compiled_once_in_one_piece_and_compute_the_same(number, mode):
     config = small_config(num_hidden_layers=4, intermediate_size=192)
-    kind = partial(layer_class, bits=number, round_head=False)
-    shapes = SimpleNamespace(config=config, shapes=parameter_shapes(config), kind=kind)
+    linear = partial(linear_class, bits=number, round_head=False)
+    shapes = SimpleNamespace(config=config, shapes=parameter_shapes(config), linear_class=linear)
     ids, gradients = random_ids(1, 24), []
     for compiled in (False, True):
         torch.manual_seed(4)
-        model = lora.skeleton(shapes, torch.float32, Lora(4, 8, 0.0))
+        model = lora.build_lora_model(shapes, torch.float32, LoraConfig(4, 8, 0.0))
         parallel.apply_activation_checkpointing(model, mode)
         model.to_empty(device="cpu")
         with torch.no_grad():
@@ -849,12 +845,16 @@ def test_a_compiled_run_equals_a_plain_one(base, here, reference, tmp_path, numb
 
 
 def test_a_rounded_folder_is_a_base_too(base, here, tmp_path):
-    quantize.save(Source(base / "model", 4), tmp_path / "int4", base / "model")
+    save_quantized(WeightSource(base / "model", 4), tmp_path / "int4", base / "model")
     out = tmp_path / "run"
     train(here, lora_flags(base, out, model_dir=tmp_path / "int4", lora_dropout=0))
-    source = Source(tmp_path / "int4")  # and the same values as plain matrices
-    values = {n: source.parts(n) for n in source.shapes}
-    plain = {n: source.kind(n)(**p).dequantized() for n, p in values.items() if source.kind(n)}
+    source = WeightSource(tmp_path / "int4")  # and the same values as plain matrices
+    values = {n: source.read(n) for n in source.shapes}
+    plain = {
+        n: source.linear_class(n)(**p).dequantize()
+        for n, p in values.items()
+        if source.linear_class(n)
+    }
     pairs = {n: plain.get(n, p.get("weight")) for n, p in values.items()}
     save_model(pairs.items(), source.config, tmp_path / "plain", torch.float32, TOKENIZER)
     same = lora_flags(base, tmp_path / "same", model_dir=tmp_path / "plain", lora_dropout=0)

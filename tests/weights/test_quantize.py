@@ -11,10 +11,16 @@ from safetensors.torch import load_file, save_file
 from alpaca.common.errors import UserError
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
-from alpaca.weights import quantize
-from alpaca.weights.checkpoint import read_config, save_model
+from alpaca.weights.checkpoint import read_config
 from alpaca.weights.loading import load_model, optimize_layout
-from alpaca.weights.quantize import Int4Linear, Int8Linear, Source, save
+from alpaca.weights.quantize import (
+    Int4Linear,
+    Int8Linear,
+    WeightSource,
+    save_quantized,
+    split_bytes,
+)
+from alpaca.weights.writer import save_model
 from model import Llama
 from tokenizer import Tokenizer
 
@@ -47,10 +53,10 @@ def folder_of(path, dtype=torch.bfloat16, **changes):
 
 def test_int8_is_rounding_to_nearest_row_by_row():
     weight = matrix(48, 64)
-    parts = Int8Linear.parts(weight)
+    parts = Int8Linear.quantize(weight)
     scale = parts["scale"].float()[:, None]
     assert parts["scale"].dtype == torch.bfloat16
-    off = (Int8Linear(**parts).dequantized() - weight).abs()
+    off = (Int8Linear(**parts).dequantize() - weight).abs()
     # half a step, or where the scale was rounded down, what the largest number loses by it
     assert (off <= (scale * 0.5).maximum(weight.abs() * 2**-8) + 1e-9).all()
     assert off.max() > 0 and (parts["q"][0] == 0).all()
@@ -59,11 +65,11 @@ def test_int8_is_rounding_to_nearest_row_by_row():
 
 def test_int4_is_rounding_to_nearest_in_groups_of_32():
     weight = matrix(48, 96)
-    layer = Int4Linear(**Int4Linear.parts(weight))
+    layer = Int4Linear(**Int4Linear.quantize(weight))
     assert layer.q.shape == (48, 48) and layer.scales.shape == (3, 48, 2)
     scale = layer.scales[..., 0].float().T.repeat_interleave(32, dim=1)
     reach = weight.view(48, 3, 32).abs().amax(-1).repeat_interleave(32, dim=1)
-    off = (layer.dequantized() - weight).abs()
+    off = (layer.dequantize() - weight).abs()
     assert (off <= 0.5 * scale + reach * 2**-6 + 1e-9).all()  # s and z are rounded to bf16
     assert torch.equal(layer.integers().view(48, 3, 32)[1, 0], layer.integers()[1, :32])
     assert (off[1, :32] <= 0.37 * 2**-8).all(), "a group of equal numbers is that number"
@@ -75,16 +81,14 @@ def test_int4_is_rounding_to_nearest_in_groups_of_32():
 @pytest.mark.parametrize("rows", [1, 2, 5, 15, 16, 17, 64])
 @pytest.mark.parametrize("shape", [(48, 64), (16, 32), (1008, 352)])
 def test_the_kernels_compute_what_the_integers_say(kind, rows, shape):
-    layer = KINDS[kind](**KINDS[kind].parts(matrix(*shape)))
+    layer = KINDS[kind](**KINDS[kind].quantize(matrix(*shape)))
     x = torch.randn(rows, shape[1]).bfloat16()
-    exact = x.double() @ layer.dequantized().double().T
+    exact = x.double() @ layer.dequantize().double().T
     # what bf16 may lose: a bit of every product's size and of the result
-    allowed = (
-        x.double().abs() @ layer.dequantized().double().abs().T
-    ) * 2**-8 + exact.abs() * 2**-7
+    allowed = (x.double().abs() @ layer.dequantize().double().abs().T) * 2**-8 + exact.abs() * 2**-7
     assert ((layer(x).double() - exact).abs() <= allowed).all()
-    layer.arrange()
-    assert layer.arranged
+    layer.pack()
+    assert layer.packed
     out = layer(x[None])
     assert out.shape == (1, rows, shape[0]) and out.dtype == torch.bfloat16
     assert ((out[0].double() - exact).abs() <= allowed).all()
@@ -92,29 +96,29 @@ def test_the_kernels_compute_what_the_integers_say(kind, rows, shape):
 
 def test_activations_become_the_nearest_of_sixteen_bits():
     x = torch.randn(5, 64)
-    step, halves = quantize.two_bytes(x)
+    step, halves = split_bytes(x)
     low, high = (half.int() - 128 for half in halves.chunk(2))
     assert ((256 * high + low) * step - x).abs().le(0.51 * step).all()
 
 
 def test_any_width_can_be_int8():
     """(torch's own kernel for this reads past the end of rows of 50 columns.)"""
-    layer = Int8Linear(**Int8Linear.parts(matrix(33, 50)))
-    x, exact = torch.randn(1, 50).bfloat16(), layer.dequantized()
-    layer.arrange()
+    layer = Int8Linear(**Int8Linear.quantize(matrix(33, 50)))
+    x, exact = torch.randn(1, 50).bfloat16(), layer.dequantize()
+    layer.pack()
     assert torch.allclose(layer(x).float(), x.float() @ exact.T, rtol=0.02, atol=0.02)
 
 
 def test_an_outlier_does_not_drown_the_other_activations():
     """LLaMA has activations a thousand times as large as their neighbours. 8 bits could not tell
     the neighbours from nothing."""
-    layer = Int8Linear(**Int8Linear.parts(torch.randn(64, 512)))
+    layer = Int8Linear(**Int8Linear.quantize(torch.randn(64, 512)))
     x = torch.randn(4, 512)
     x[:, 7] = 1000
     small = x.clone()
     small[:, 7] = 0
-    exact, weight = small.bfloat16().float() @ layer.dequantized().T, layer.dequantized()
-    layer.arrange()
+    exact, weight = small.bfloat16().float() @ layer.dequantize().T, layer.dequantize()
+    layer.pack()
     ours = layer(x.bfloat16().float()) - 1000 * weight[:, 7]
     assert (ours - exact).norm() / exact.norm() < 0.02
     assert not layer(torch.zeros(2, 512).bfloat16()).any()
@@ -123,13 +127,13 @@ def test_an_outlier_does_not_drown_the_other_activations():
 # ---------------------------------------------------------------- whole models
 
 
-def dequantized(source: Source) -> Llama:
+def dequantized(source: WeightSource) -> Llama:
     """The same model with plain fp32 weights that are what the integers say."""
     model = Llama(source.config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            kind, parts = source.kind(name), source.parts(name)
-            true = kind(**parts).dequantized() if kind else parts["weight"].float()
+            kind, parts = source.linear_class(name), source.read(name)
+            true = kind(**parts).dequantize() if kind else parts["weight"].float()
             parameter.copy_(true)
     return model
 
@@ -140,7 +144,7 @@ def dequantized(source: Source) -> Llama:
 def test_a_model_is_the_dequantized_one_in_bf16(tmp_path, bits, tied):
     folder = folder_of(tmp_path / "m", tie_word_embeddings=tied, initializer_range=0.05)
     model = load(folder, bits)
-    exact = dequantized(Source(folder, bits))
+    exact = dequantized(WeightSource(folder, bits))
     ids = torch.randint(3, 1024, (1, 40))
     for few in (ids[:, :3], ids):
         ours, truth = model(few).float(), exact(few)
@@ -163,7 +167,7 @@ def test_the_test_above_can_fail(tmp_path):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_saved_and_loaded_is_identical(tmp_path, bits):
     folder = folder_of(tmp_path / "m")
-    save(Source(folder, bits), tmp_path / "packed", folder)
+    save_quantized(WeightSource(folder, bits), tmp_path / "packed", folder)
     ids = torch.randint(3, 1024, (1, 30))
     with torch.no_grad():
         assert torch.equal(load(folder, bits)(ids), load(tmp_path / "packed")(ids))
@@ -182,7 +186,7 @@ def test_decoding_with_rounded_weights_is_that_of_the_rounded_model(tmp_path):
     """Joined matrices, kernels for few and many rows, the cache: same tokens as the fp32 model of
     the dequantized weights, where the choice is clear."""
     folder = folder_of(tmp_path / "m", initializer_range=0.2)
-    source = Source(folder, 8)
+    source = WeightSource(folder, 8)
     exact, tokenizer = dequantized(source), Tokenizer(TOKENIZER)
     prompts = [torch.randint(3, 1024, (n,)).tolist() for n in (4, 9, 30)]
     way, same, clear = SamplingParams(max_new_tokens=12), 0, 0
@@ -223,8 +227,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 def test_what_is_not_rounded_stays_as_the_checkpoint_has_it(tmp_path, dtype, bits):
     folder = folder_of(tmp_path / "m", dtype, initializer_range=0.05)
     ids = torch.randint(3, 1024, (2, 20))
-    source = Source(folder, bits)
-    save(source, tmp_path / "p")
+    source = WeightSource(folder, bits)
+    save_quantized(source, tmp_path / "p")
     for model in (load(folder, bits), load(tmp_path / "p")):
         assert model.model.norm.weight.dtype == dtype
         out, truth = model(ids), dequantized(source)(ids)
@@ -235,8 +239,8 @@ def test_what_is_not_rounded_stays_as_the_checkpoint_has_it(tmp_path, dtype, bit
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_are_not_contiguous(kind):
-    layer = KINDS[kind](**KINDS[kind].parts(matrix(48, 64)))
-    layer.arrange()
+    layer = KINDS[kind](**KINDS[kind].quantize(matrix(48, 64)))
+    layer.pack()
     x = torch.randn(64, 6).bfloat16().T
     assert torch.equal(layer(x), layer(x.contiguous()))
 
@@ -253,7 +257,7 @@ def test_a_compiled_model_of_integers(tmp_path):
 
 def test_a_damaged_packed_folder_is_refused(tmp_path):
     folder = folder_of(tmp_path / "m")
-    save(Source(folder, 4), tmp_path / "p")
+    save_quantized(WeightSource(folder, 4), tmp_path / "p")
     tensors = load_file(tmp_path / "p/model.safetensors")
     whole = tensors["model.layers.0.mlp.up_proj.scales"].clone()
     tensors["model.layers.0.mlp.up_proj.scales"][0, 0, 0] = float("nan")
@@ -269,29 +273,29 @@ def test_a_damaged_packed_folder_is_refused(tmp_path):
     for field, value in (("bits", 3), ("head", 16), ("embeddings", 8)):
         changed = {"quantization_config": config["quantization_config"] | {field: value}}
         (tmp_path / "p/config.json").write_text(json.dumps(config | changed))
-        with pytest.raises(UserError, match="quantize the original model again"):
+        with pytest.raises(UserError, match="quantize the original again"):
             load(tmp_path / "p")
 
 
 def test_the_command(tmp_path, command):
     folder = folder_of(tmp_path / "m")
-    code, out, _ = command(quantize, "--model-dir", folder, "--bits", 4)
+    code, out, _ = command("quantize", "--model-dir", folder, "--bits", 4)
     assert code == 0 and "relative error" in out and not (tmp_path / "p").exists()
-    assert command(quantize, "--model-dir", folder, "--bits", 4, "--save", tmp_path / "p")[0] == 0
+    assert command("quantize", "--model-dir", folder, "--bits", 4, "--out", tmp_path / "p")[0] == 0
     assert load(tmp_path / "p").config.vocab_size == 1024
-    assert_refused(command(quantize, "--model-dir", folder), "--bits")
-    assert_refused(command(quantize, "--model-dir", tmp_path / "p", "--bits", 8), "already")
-    assert_refused(command(quantize, "--model-dir", tmp_path / "x", "--bits", 8), "x")
-    again = command(quantize, "--model-dir", folder, "--bits", 8, "--save", tmp_path / "p")
+    assert_refused(command("quantize", "--model-dir", folder), "--bits")
+    assert_refused(command("quantize", "--model-dir", tmp_path / "p", "--bits", 8), "already")
+    assert_refused(command("quantize", "--model-dir", tmp_path / "x", "--bits", 8), "x")
+    again = command("quantize", "--model-dir", folder, "--bits", 8, "--out", tmp_path / "p")
     assert again[0] == 2 and "exists" in again[2]
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_error_report_is_what_it_says(tmp_path, bits):
     folder = folder_of(tmp_path / "m")
-    source, name = Source(folder, bits), "model.layers.0.mlp.up_proj.weight"
-    true = source.found[name].read().float()
-    rounded = KINDS[f"int{bits}"](**source.parts(name)).dequantized()
+    source, name = WeightSource(folder, bits), "model.layers.0.mlp.up_proj.weight"
+    true = source.stored[name].read().float()
+    rounded = KINDS[f"int{bits}"](**source.read(name)).dequantize()
     expected = ((rounded - true).square().sum() / true.square().sum()).sqrt().item()
-    assert source.error(name) == pytest.approx(expected, rel=1e-4)
+    assert source.relative_error(name) == pytest.approx(expected, rel=1e-4)
     assert {8: 0.003, 4: 0.05}[bits] < expected < {8: 0.015, 4: 0.12}[bits]

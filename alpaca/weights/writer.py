@@ -1,0 +1,218 @@
+"""Writes a model as a Hugging Face folder, with one tensor in memory at a time.
+
+    save_model(model, config, "out", tokenizer="llama-7b")         # a whole model
+    save_model(pairs, config, "out", torch.bfloat16)               # or (name, tensor) pairs
+
+The weights go into safetensors files. Such a file begins with the length of its header in eight
+bytes; the header is JSON and gives every tensor's name, dtype, shape and position:
+
+    {"model.norm.weight": {"dtype": "BF16", "shape": [4096], "data_offsets": [0, 8192]}, …}
+
+The numbers follow, one tensor after another. So the position of every byte is known from shapes
+and dtypes alone, before any tensor has been read, and `ShardWriter` writes all headers first. Then
+
+  - tensors may come in any order, and only one of them has to be in memory;
+  - parts of tensors may come, from several threads (`write_part`);
+  - a resumed run can check what an interrupted one has written (`digest`).
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable
+from contextlib import ExitStack
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alpaca.common.errors import UserError, join_names
+from alpaca.common.files import atomic_folder
+from alpaca.weights.checkpoint import DTYPES, as_dtype, is_meta, parameter_shapes
+from alpaca.weights.config_json import config_to_json
+from model import Llama, LlamaConfig
+
+SAFETENSORS_DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",  # the last two: quantized weights
+    torch.uint8: "U8",
+}
+SHARD_BYTES = 5_000_000_000  # a file holds at most this many, unless a single tensor is larger
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+TOKENIZER_CONFIG = {  # written beside a bare tokenizer.model; without it AutoTokenizer adds no BOS
+    "tokenizer_class": "LlamaTokenizer",
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "clean_up_tokenization_spaces": False,
+}
+
+
+# ---------------------------------------------------------------- safetensors files
+
+
+def tensor_bytes(shapes: dict[str, tuple]) -> dict[str, int]:
+    """Sizes of tensors given as (shape, dtype, …)."""
+    return {name: math.prod(entry[0]) * entry[1].itemsize for name, entry in shapes.items()}
+
+
+def plan_shards(shapes: dict[str, tuple], shard_bytes: int = SHARD_BYTES) -> dict[str, list[str]]:
+    """File name → names of the tensors in it."""
+    groups, space_left = [], 0
+    for name, size in tensor_bytes(shapes).items():
+        if not groups or size > space_left:
+            groups.append([])
+            space_left = shard_bytes
+        groups[-1].append(name)
+        space_left -= size
+    files = [f"model-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
+    return dict(zip(files if len(groups) > 1 else ["model.safetensors"], groups, strict=True))
+
+
+class ShardWriter(ExitStack):
+    """A folder's safetensors files, open for writing: headers first, then tensors in any order.
+
+    Numbers that the files already hold stay until they are overwritten."""
+
+    def __init__(self, folder: Path, shapes: dict[str, tuple], shard_bytes: int = SHARD_BYTES):
+        super().__init__()
+        sizes, shards = tensor_bytes(shapes), plan_shards(shapes, shard_bytes)
+        self.pending = {}  # tensor not yet written → (file, offset, shape, dtype)
+        for file_name, names in shards.items():
+            header, end = {"__metadata__": {"format": "pt"}}, 0
+            for name in names:
+                (shape, dtype), start, end = shapes[name], end, end + sizes[name]
+                position = {"shape": list(shape), "data_offsets": [start, end]}
+                header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], **position}
+            text = json.dumps(header).encode()
+            text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+            (folder / file_name).touch()
+            file = self.enter_context((folder / file_name).open("r+b"))
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.flush()
+            file.truncate(8 + len(text) + end)
+            for name in names:
+                offset = 8 + len(text) + header[name]["data_offsets"][0]
+                self.pending[name] = file, offset, *shapes[name]
+        if len(shards) > 1:
+            weight_map = {name: file for file, names in shards.items() for name in names}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            dump_json(folder / "model.safetensors.index.json", index)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        if name not in self.pending:
+            raise UserError(f"unexpected or repeated tensor {name}")
+        file, offset, shape, dtype = self.pending.pop(name)
+        if tensor.shape != shape:
+            raise UserError(f"{name} is {list(tensor.shape)}, not {list(shape)}")
+        assert tensor.dtype == dtype, f"{name} is {tensor.dtype}, not {dtype}"
+        file.seek(offset)
+        file.write(tensor.contiguous().view(torch.uint8).numpy())
+
+    def write_part(self, name: str, start: int, numbers: np.ndarray) -> None:
+        """Write a part of a tensor, `start` bytes into it; any thread may call this."""
+        file, offset, _, _ = self.pending[name]
+        content, done = numbers.data.cast("B"), 0
+        while done < len(content):
+            done += os.pwrite(file.fileno(), content[done:], offset + start + done)
+        # let the disk begin now: otherwise all the writing waits for the last tensor
+        os.posix_fadvise(file.fileno(), offset + start, done, os.POSIX_FADV_DONTNEED)
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of the bytes that the file holds at a tensor's position."""
+        file, offset, shape, dtype = self.pending[name]
+        left, digest = math.prod(shape) * dtype.itemsize, hashlib.sha256()
+        while left and (found := os.pread(file.fileno(), min(left, 1 << 23), offset)):
+            digest.update(found)
+            left, offset = left - len(found), offset + len(found)
+        return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- a whole folder
+
+
+def save_model(
+    source: Llama | Iterable[tuple[str, Tensor]],
+    config: LlamaConfig,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    tokenizer: str | Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a Hugging Face folder from a model, or from (name, tensor) pairs in any order.
+
+    `dtype` None keeps the first tensor's; `tokenizer` is a folder, or a file, to copy the tokenizer
+    from. The folder appears under its name only when it is complete."""
+    pairs = iter(source.named_parameters() if isinstance(source, Llama) else source)
+    first = next(pairs, ("", torch.empty(0)))
+    dtype = dtype or first[1].dtype
+    if dtype not in DTYPES.values():
+        raise UserError(f"weights are written as {', '.join(DTYPES)}, not as {dtype}")
+    shapes = {name: (shape, dtype) for name, shape in parameter_shapes(config).items()}
+    with atomic_folder(folder) as partial, ShardWriter(partial, shapes, shard_bytes) as shards:
+        if tokenizer is not None:
+            copy_tokenizer(Path(tokenizer), partial)
+        dump_json(partial / "config.json", config_to_json(config, dtype))
+        ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+        dump_json(partial / "generation_config.json", ends)
+        for name, tensor in chain([first], pairs):
+            shards.write(name, as_dtype(tensor.detach().cpu(), dtype, name))
+        if shards.pending:
+            raise UserError(f"{folder}: missing {join_names(shards.pending)}")
+
+
+def dump_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------- the tokenizer beside it
+
+
+def tokenizer_files(source: Path) -> dict[str, Path]:
+    """The files to copy from a tokenizer's folder or from a tokenizer.model, by their new names."""
+    if source.is_file():
+        return {"tokenizer.model": source}
+    found = {name: source / name for name in TOKENIZER_FILES if (source / name).is_file()}
+    if not found.keys() & {"tokenizer.model", "tokenizer.json"}:
+        raise UserError(f"{source}: no tokenizer.model or tokenizer.json in it")
+    return found
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    """Where a model's tokenizer is: in its folder, or one level up, as in Meta's download."""
+    if any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+        return folder
+    above = folder.absolute().parent / "tokenizer.model"
+    return above if is_meta(folder) and above.is_file() else None
+
+
+def require_tokenizer(folder: Path, given: Path | None) -> Path:
+    """The tokenizer to copy for a model made from the one in `folder`."""
+    if found := given or find_tokenizer(folder):
+        return found
+    raise UserError(f"{folder}: no tokenizer in it: give one with --tokenizer FILE")
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    for name, file in tokenizer_files(source).items():
+        shutil.copyfile(file, folder / name)
+    if not (folder / "tokenizer_config.json").exists():
+        dump_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)

@@ -1,25 +1,20 @@
-"""Look at instruction data, and clean it.
+"""Inspect instruction data, and remove records with known defects.
 
-    alpaca curate report runs/data --num 52000 --out report.html   # --out of a generate
+    alpaca curate report runs/data --num 52000 --out report.html   # a folder of selfinstruct.py
     alpaca curate report alpaca_data.json --out verbs.svg          # or any data file
     alpaca curate lint alpaca_data.json --examples 5
     alpaca curate lint alpaca_data.json --fix kept.json --dropped dropped.json
 
-`report` tells what was kept and why the rest was not, lengths, likeness to the seeds, the opening
-verbs with their objects, and dollars. `lint` flags known defects of such data. Worth knowing:
+`report` prints how many records were kept and why others were not, lengths, similarity to the seed
+tasks, opening verbs with their objects, and the cost; --out draws Self-Instruct's figure of verbs
+and objects (arXiv:2212.10560). `lint` counts the defects that lint.py describes; --fix and
+--dropped split the records into those without and those with defects, each otherwise unchanged.
 
-  - Verbs and objects are a heuristic for English, without a parser. The verb is the opening word,
-    if that can open a command; the object is the last word of the first phrase after it: "Write a
-    short story about" is write, story. Of rare ones some are nonsense.
-  - Lint would rather miss a defect than flag a good record. Its rules are in lint.py.
-  - --fix leaves out what is flagged; --dropped gets it, with the reasons. Between them they hold
-    every record as it was. --dropped is on disk before --fix appears.
-  - The data may be hostile: nothing of it reaches the terminal unescaped, nor the HTML, which has
-    no script and needs nothing from elsewhere.
+Verb and object are found without a parser, for English: the verb is the first word, if it can open
+a command, and the object is the last word of the phrase after it. "Write a short story about …" is
+(write, story). Rare objects are sometimes nonsense.
 
-The picture is Self-Instruct's, arXiv:2212.10560.
-
-Shown by tests/test_curate.py: test_a_folder_is_counted_exactly.
+The data may be hostile: none of it reaches the terminal or the HTML unescaped.
 """
 
 import argparse
@@ -29,44 +24,41 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from html import escape
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from alpaca.common.charts import Bars, bar_chart, sunburst
-from alpaca.common.cli import Parser, positive, run_subcommand
-from alpaca.common.errors import UserError, escape_control, run_command
+from alpaca.common.charts import Bars, sunburst
+from alpaca.common.cli import positive
+from alpaca.common.errors import UserError, escape_control
 from alpaca.common.files import atomic_file, json_records, read_json, read_log
 from alpaca.datagen.formats import normalize_record
-from alpaca.datagen.lint import RULES, flags_of
+from alpaca.datagen.lint import RULES, find_defects
 from rougel import Pool, tokenize, tokenize_unicode
 
-VERBS, OBJECTS = 20, 4  # as many as are shown, of each verb
-EDGES = (1, 5, 9, 17, 33, 65, 129, 257, 513)  # words with which a bar of the histograms begins
+TOP_VERBS, TOP_OBJECTS = 20, 4  # shown: verbs, and objects of each
+WORD_BINS = (1, 5, 9, 17, 33, 65, 129, 257, 513)  # lower ends of the bars of the histograms
 LOGS = ("records.jsonl", "rejected.jsonl", "responses.jsonl")
 
 
-def shown(text: str, most: int = 100) -> str:
-    """Text from data as one line of printable characters."""
-    text = " ".join(text[: 4 * most].split())
-    text = text if len(text) <= most else text[: most - 1] + "…"
-    return escape_control(text)
+def one_line(text: str, width: int = 100) -> str:
+    """Text from the data, cut and escaped for the terminal."""
+    text = " ".join(text[: 4 * width].split())
+    return escape_control(text if len(text) <= width else text[: width - 1] + "…")
 
 
 def read_source(source: Path) -> list[tuple[Any, list[dict]]]:
-    """Every record as it stands in the file, and as dataset.py understands it."""
-    lines: Iterable[tuple[str, Any]]
+    """Each record as it is in the file, and normalized: one dict for each of its instances."""
+    records: Iterable[tuple[str, Any]] = json_records(source) if not source.is_dir() else ()
     if source.is_dir():
         if not any((source / name).exists() for name in LOGS):
-            raise UserError(f"{source} holds no {LOGS[0]}: is it the --out of a generate?")
+            raise UserError(f"{source} holds no {LOGS[0]}: is it the --out of selfinstruct.py?")
         source = source / LOGS[0]
-        lines = ((f"{source}, line {i}", raw) for i, raw in enumerate(read_log(source), 1))
-    else:
-        lines = json_records(source)
+        records = ((f"{source}, line {i}", raw) for i, raw in enumerate(read_log(source), 1))
     found = []
-    for place, raw in lines:
+    for place, raw in records:
         try:
             found.append((raw, normalize_record(raw)))
         except UserError as error:
@@ -76,45 +68,46 @@ def read_source(source: Path) -> list[tuple[Any, list[dict]]]:
 
 # ---------------------------------------------------------------- verbs and their objects
 
-ASKING = """what what's what’s how how's why when where where's who who's whom whose which is isn't
-are aren't was were does doesn't did can can't could should would will may might has am"""
-SMALL = f"""{ASKING} a about above according across after against all along also among an and any
-as associated assuming at based because been before beginning being below between both but by
-called concerning considering containing describing down during each every few first five following
-for four from given had have he her here his i if in including into involving it its last like many
-me more most my named next no not now of off on once one onto or other our out over own per
-provided regarding related second several she since six so some someone starting such ten than that
-the their them there these they third this those three through to two under until up upon us used
-using various versus via we whether while with within without you your"""  # they open no command
-ASKING, SMALL = set(ASKING.split()), set(SMALL.split())
-LEAD = re.compile(
+QUESTION_WORDS = """what what's what’s how how's why when where where's who who's whom whose which
+is isn't are aren't was were does doesn't did can can't could should would will may might has am"""
+NO_VERBS = f"""{QUESTION_WORDS} a about above according across after against all along also among an
+and any as associated assuming at based because been before beginning being below between both but
+by called concerning considering containing describing down during each every few first five
+following for four from given had have he her here his i if in including into involving it its last
+like many me more most my named next no not now of off on once one onto or other our out over own
+per provided regarding related second several she since six so some someone starting such ten than
+that the their them there these they third this those three through to two under until up upon us
+used using various versus via we whether while with within without you your"""
+QUESTION_WORDS, NO_VERBS = set(QUESTION_WORDS.split()), set(NO_VERBS.split())
+LEAD_IN = re.compile(
     r"(?:please|kindly|(?:can|could|would|will) you|(?:i (?:want|need)|i would like|i'd like) you "
     r"to|your (?:task|job) is to|you (?:need|have|are asked) to|let us|let's"
     r"|(?!apply|comply|fly|multiply|rely|reply|supply)[a-z]+ly)\b[\s,:]*"
 )
 ADVERB = re.compile("(?<!fami)(?<!assemb)ly$")
-TOKEN = re.compile(r"\d[\w.,%-]*|[^\W\d_]+(?:['’-][^\W\d_]+)*|\S")
+WORD = re.compile(r"\d[\w.,%-]*|[^\W\d_]+(?:['’-][^\W\d_]+)*|\S")
 
 
 def opening(instruction: str) -> tuple[str, str]:
     """(verb, object), or ("(question)", its first word), or ("(no verb)", "")."""
     text = instruction[:500].lower().lstrip("\"'“*#- \n")
-    while lead := LEAD.match(text):
-        text = text[lead.end() :]
-    verb, *rest = TOKEN.findall(text) or ["…"]
-    if verb in ASKING or (verb in SMALL and "?" in text):
+    while lead_in := LEAD_IN.match(text):
+        text = text[lead_in.end() :]
+    verb, *rest = WORD.findall(text) or ["…"]
+    if verb in QUESTION_WORDS or (verb in NO_VERBS and "?" in text):
         return "(question)", verb
-    if verb in SMALL or not verb[0].isalpha():
+    if verb in NO_VERBS or not verb[0].isalpha():
         return "(no verb)", ""
     return verb, object_in(rest[2:] if rest[:1] == ["and"] else rest)  # compare and contrast
 
 
 def object_in(words: list[str]) -> str:
+    """The last word of the first noun phrase, in the singular."""
     last = ""
     for word in words:
         if not word[0].isalnum():
             break
-        if word[0].isalpha() and word not in SMALL and not ADVERB.search(word):
+        if word[0].isalpha() and word not in NO_VERBS and not ADVERB.search(word):
             last = word
         elif last and not word[0].isdigit():
             break
@@ -124,131 +117,124 @@ def object_in(words: list[str]) -> str:
 
 
 def openings(instructions: Iterable[str]) -> list[tuple[str, int, Bars]]:
-    """Verbs, how often, and their most frequent objects; the most frequent verb first."""
-    nouns: dict[str, Counter[str]] = defaultdict(Counter)
+    """(verb, count, its most frequent objects), the most frequent verb first."""
+    objects: dict[str, Counter[str]] = defaultdict(Counter)
     for verb, noun in map(opening, instructions):
-        nouns[verb][noun] += 1
+        objects[verb][noun] += 1
     found = []
-    for verb, all_of_it in nouns.items():
-        objects = [(noun, n) for noun, n in all_of_it.most_common() if noun]
-        found.append((verb, all_of_it.total(), objects[:OBJECTS]))
-    return sorted(found, key=lambda one: -one[1])
+    for verb, nouns in objects.items():
+        top = [(noun, n) for noun, n in nouns.most_common() if noun][:TOP_OBJECTS]
+        found.append((verb, nouns.total(), top))
+    return sorted(found, key=lambda entry: -entry[1])
 
 
 # ---------------------------------------------------------------- report
 
 
-def histogram(labels: Iterable[str], counts: np.ndarray) -> Bars:
-    """Without the empty bars at both ends."""
+def histogram(values: np.ndarray, edges: Iterable[float], labels: Iterable[str]) -> Bars:
+    """How many values lie between each edge and the next; without empty bars at both ends."""
+    counts = np.histogram(values, edges)[0]
     filled = np.flatnonzero(counts)
     bars = list(zip(labels, counts.tolist(), strict=True))
     return bars[filled[0] : filled[-1] + 1] if len(filled) else []
 
 
-def lengths(name: str, texts: list[str]) -> tuple[str, Bars]:
-    words = np.array([len(text.split()) for text in texts], int)
-    labels = ["0", *(f"{a}-{b - 1}" for a, b in pairwise(EDGES)), f"{EDGES[-1]}+"]
-    counts = np.bincount(np.digitize(words, EDGES), minlength=len(labels))
-    middle = f"mean {words.mean():.1f}, median {np.median(words):g}" if texts else "none"
-    return f"Words of {name} ({middle})", histogram(labels, counts)
+def word_counts(field: str, texts: list[str]) -> tuple[str, Bars]:
+    counts = np.array([len(text.split()) for text in texts], int)
+    labels = ["0", *(f"{a}-{b - 1}" for a, b in pairwise(WORD_BINS)), f"{WORD_BINS[-1]}+"]
+    stats = f"mean {counts.mean():.1f}, median {np.median(counts):g}" if texts else "none"
+    return f"Words of {field} ({stats})", histogram(counts, [0, *WORD_BINS, np.inf], labels)
 
 
-def likeness(instructions: list[str], folder: Path) -> tuple[str, Bars]:
-    """Each instruction's highest ROUGE-L with a seed. The instructions are the pool: the score is
-    the same both ways, and the seeds are fewer."""
-    seeds = [known[0].get("instruction", "") for _, known in read_source(folder / "seeds.json")]
-    settings = folder / "settings.json"
-    told = read_json(settings) if settings.exists() else {}
-    english = str(told.get("language", "English")).lower() == "english"
+def seed_similarity(instructions: list[str], folder: Path) -> tuple[str, Bars]:
+    """Each instruction's highest ROUGE-L with a seed task, tokenized as in the run."""
+    seeds = [record[0].get("instruction", "") for _, record in read_source(folder / "seeds.json")]
+    settings = read_json(folder / "settings.json") if (folder / "settings.json").exists() else {}
+    english = str(settings.get("language", "English")).lower() == "english"
     pool = Pool(instructions, tokenize if english else tokenize_unicode)
     highest = np.zeros(len(pool))
-    for seed in seeds:
+    for seed in seeds:  # ROUGE-L is symmetric, and there are fewer seeds than instructions
         highest = np.maximum(highest, pool.scores(seed))
-    counts, edges = np.histogram(highest, 10, (0, 1))
-    mean = f"mean {highest.mean():.3f}" if instructions else "none"
+    edges = np.linspace(0, 1, 11)
     labels = (f"{a:.1f}-{b:.1f}" for a, b in pairwise(edges))
-    return f"Highest ROUGE-L with one of {len(seeds)} seeds ({mean})", histogram(labels, counts)
+    stats = f"mean {highest.mean():.3f}" if instructions else "none"
+    title = f"Highest ROUGE-L with one of {len(seeds)} seeds ({stats})"
+    return title, histogram(highest, edges, labels)
 
 
-def text_bars(title: str, bars: Bars) -> Iterator[str]:
-    most = max((count for _, count in bars), default=1)
-    yield f"\n{title}"
-    for label, count in bars:
-        yield f"{label:>9} {count:9,}  {'#' * math.ceil(48 * count / most)}".rstrip()
-
-
-def generation(folder: Path, kept: int, wanted: int) -> Iterator[str]:
-    """Requests, what became of their tasks, and dollars."""
-    entries = list(read_log(folder / "responses.jsonl"))
-    failed = sum("response" not in entry for entry in entries)
-    yield f"{len(entries):,} requests: {len(entries) - failed:,} answers, {failed:,} failed"
-    why = Counter(str(line.get("why")) for line in read_log(folder / "rejected.jsonl"))
-    tasks = kept + why.total()
-    yield f"{kept:,} of {tasks:,} tasks kept" + (f" ({kept / tasks:.1%})" if tasks else "")
-    asks = Counter({reason: n for reason, n in why.items() if reason.startswith("asks for ")})
-    others = Counter({reason: n for reason, n in why.items() if reason not in asks})
-    for reason, count in (others + Counter({"asks for …": asks.total()})).most_common():
-        yield f"{count:9,} {count / tasks:6.1%}  {shown(reason)}"
+def generation_lines(folder: Path, kept: int, wanted: int) -> Iterator[str]:
+    """Requests of a run of selfinstruct.py, what became of its tasks, and the cost."""
+    log = list(read_log(folder / "responses.jsonl"))
+    failed = sum("response" not in entry for entry in log)
+    yield f"{len(log):,} requests: {len(log) - failed:,} answers, {failed:,} failed"
+    reasons = Counter(str(task.get("why")) for task in read_log(folder / "rejected.jsonl"))
+    total = kept + reasons.total()
+    yield f"{kept:,} of {total:,} tasks kept" + (f" ({kept / total:.1%})" if total else "")
+    unable = {reason: n for reason, n in reasons.items() if reason.startswith("asks for ")}
+    grouped = Counter({reason: n for reason, n in reasons.items() if reason not in unable})
+    grouped["asks for …"] = sum(unable.values())
+    for reason, n in (+grouped).most_common():
+        yield f"{n:9,} {n / total:6.1%}  {one_line(reason)}"
         if reason == "asks for …":
-            yield from (f"{n:20,}  {shown(asked)}" for asked, n in asks.most_common())
-    cost, left = sum(entry.get("cost", 0) for entry in entries), max(wanted - kept, 0)
-    each = f": ${1000 * cost / kept:.4f} a thousand records" if kept else ""
-    rest = f", about ${left * cost / kept:.2f} for the {left:,} to come" if kept and left else ""
-    yield f"Cost so far ${cost:.4f}{each}{rest}"
+            yield from (f"{n:20,}  {one_line(r)}" for r, n in Counter(unable).most_common())
+    cost, left = sum(entry.get("cost", 0) for entry in log), max(wanted - kept, 0)
+    line = f"Cost so far ${cost:.4f}"
+    if kept:
+        line += f": ${1000 * cost / kept:.4f} a thousand records"
+        line += f", about ${left * cost / kept:.2f} for the {left:,} to come" if left else ""
+    yield line
 
 
-def verb_table(verbs: list[tuple[str, int, Bars]]) -> Iterator[str]:
-    yield "\nOpening verbs and their objects"
-    for verb, count, objects in verbs[:VERBS]:
-        told = ", ".join(f"{shown(noun, 24)} {n:,}" for noun, n in objects)
-        yield f"{count:9,}  {shown(verb, 24):<12} {told}".rstrip()
-
-
-def report_command(args) -> None:
-    kind = args.out.suffix.lower() if args.out else ""
-    if kind not in ("", ".html", ".svg"):
-        raise UserError(f"--out {args.out}: a name that ends in .html or .svg was expected")
-    records, folder = [known for _, known in read_source(args.source)], args.source.is_dir()
-    if not records and not folder:
+def run_report(args: argparse.Namespace) -> None:
+    suffix = args.out.suffix.lower() if args.out else ""
+    if suffix not in ("", ".html", ".svg"):
+        raise UserError(f"--out {args.out}: the name must end in .html or .svg")
+    records, is_run = [record for _, record in read_source(args.source)], args.source.is_dir()
+    if not records and not is_run:
         raise UserError(f"{args.source}: no records in it")
-    tasks = [known for known in records if "instruction" in known[0]]
-    cases = [case for known in tasks for case in known]
-    given = [case["input"] for case in cases if case["input"]]
-    instructions = [known[0]["instruction"] for known in tasks]
-    more = f" with {len(cases):,} instances" if len(cases) > len(tasks) else ""
-    head = f"{len(tasks):,} records{more}, {len(given):,} with input"
-    lines = [f"{shown(str(args.source), 200)}: {head}"]
-    for field, what in (("messages", "chats"), ("text", "plain texts")):
-        if count := sum(field in known[0] for known in records):
-            lines.append(f"{count:,} {what} left out")
-    lines += generation(args.source, len(tasks), args.num) if folder else ()
-    histograms = [lengths("instructions", instructions), lengths("inputs", given)]
-    histograms.append(lengths("outputs", [case["output"] for case in cases]))
-    if folder and (args.source / "seeds.json").exists():
-        histograms.append(likeness(instructions, args.source))
+    tasks = [record for record in records if "instruction" in record[0]]
+    instances = [instance for task in tasks for instance in task]
+    instructions = [task[0]["instruction"] for task in tasks]
+    inputs = [instance["input"] for instance in instances if instance["input"]]
+    more = f" with {len(instances):,} instances" if len(instances) > len(tasks) else ""
+    head = f"{len(tasks):,} records{more}, {len(inputs):,} with input"
+    lines = [f"{one_line(str(args.source), 200)}: {head}"]
+    for field, kind in (("messages", "conversations"), ("text", "plain texts")):
+        if count := sum(field in record[0] for record in records):
+            lines.append(f"{count:,} {kind} left out")
+    lines += generation_lines(args.source, len(tasks), args.num) if is_run else ()
+    histograms = [word_counts("instructions", instructions), word_counts("inputs", inputs)]
+    histograms.append(word_counts("outputs", [instance["output"] for instance in instances]))
+    if is_run and (args.source / "seeds.json").exists():
+        histograms.append(seed_similarity(instructions, args.source))
     else:
-        lines.append("No likeness to the seeds: there is no seeds.json with it")
+        lines.append("No similarity to seed tasks: there is no seeds.json beside the data")
+    for title, bars in histograms:
+        most = max((count for _, count in bars), default=1)
+        lines.append(f"\n{title}")
+        for label, n in bars:
+            lines.append(f"{label:>9} {n:9,}  {'#' * math.ceil(48 * n / most)}".rstrip())
     verbs = openings(instructions)
-    tables = (text_bars(title, bars) for title, bars in histograms)
-    text = "\n".join([*lines, *chain(*tables), *verb_table(verbs)])
+    lines.append("\nOpening verbs and their objects")
+    for verb, n, objects in verbs[:TOP_VERBS]:
+        nouns = ", ".join(f"{one_line(noun, 24)} {count:,}" for noun, count in objects)
+        lines.append(f"{n:9,}  {one_line(verb, 24):<12} {nouns}".rstrip())
+    text = "\n".join(lines)
     if args.out:
-        named = [one for one in verbs if one[0][0] != "("][:VERBS]
-        below = f"{sum(n for _, n, _ in named):,} of {len(instructions):,} records"
-        picture = sunburst(named, below)
+        named = [entry for entry in verbs if entry[0][0] != "("][:TOP_VERBS]
+        center = f"{sum(n for _, n, _ in named):,} of {len(instructions):,} records"
+        figure = sunburst(named, center)
         with atomic_file(args.out, "w") as file:
-            file.write(picture if kind == ".svg" else page(text, picture, histograms))
+            file.write(figure if suffix == ".svg" else html_page(text, figure))
     print(text)
 
 
-def page(text: str, picture: str, histograms: list[tuple[str, Bars]]) -> str:
-    charts = "".join(f"<h2>{escape(title)}</h2>\n{bar_chart(bars)}" for title, bars in histograms)
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
+def html_page(text: str, figure: str) -> str:
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/><title>Instruction data</title>
-<meta http-equiv="Content-Security-Policy" content="{policy}"/>
-<style>body {{ font-family: sans-serif; margin: 2em }} h2 {{ font-size: 1em }}</style></head>
-<body><h1>Opening verbs and their objects</h1>
-{picture}{charts}<h2>In figures</h2>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"/>
+</head><body style="font-family: sans-serif; margin: 2em"><h1>Opening verbs and their objects</h1>
+{figure}<h1>In figures</h1>
 <pre>{escape(text)}</pre></body></html>
 """
 
@@ -256,75 +242,67 @@ def page(text: str, picture: str, histograms: list[tuple[str, Bars]]) -> str:
 # ---------------------------------------------------------------- lint
 
 
-def lint_command(args) -> None:
-    check_outputs(args)
-    records, earlier, flagged = read_source(args.source), set(), {}
-    if not records:
-        raise UserError(f"{args.source}: no records in it")
-    for number, (_, known) in enumerate(records, 1):
-        if "instruction" in known[0] and (flags := flags_of(known, earlier)):
-            flagged[number] = flags
-    if args.fix:
-        separate(args, [raw for raw, _ in records], flagged)
-    share = f"{len(flagged):,} of {len(records):,} records flagged"
-    print(f"{shown(str(args.source), 200)}: {share} ({len(flagged) / len(records):.1%})")
-    for name, (meaning, _) in RULES.items():
-        broken = [(number, flags[name]) for number, flags in flagged.items() if name in flags]
-        print(f"{len(broken):9,}  {name}: {meaning}")
-        for number, text in broken[: args.examples]:
-            print(f"{'':11}record {number:,}: {shown(text)}")
-
-
-def check_outputs(args) -> None:
+def run_lint(args: argparse.Namespace) -> None:
     if bool(args.fix) != bool(args.dropped):
-        raise UserError("--fix and --dropped go together: what is not kept must go somewhere")
-    if args.fix and args.fix.resolve() == args.dropped.resolve():
+        raise UserError("--fix and --dropped go together: one gets what the other does not")
+    outputs = [args.fix, args.dropped] if args.fix else []
+    if outputs and args.fix.resolve() == args.dropped.resolve():
         raise UserError(f"--fix and --dropped are both {args.fix}: name two files")
-    for file in filter(None, (args.fix, args.dropped)):
+    for file in outputs:
         if file.is_symlink() or file.exists():
             raise UserError(f"{file} exists already: name a new file, or remove it first")
+    records, earlier, defects = read_source(args.source), set(), {}
+    if not records:
+        raise UserError(f"{args.source}: no records in it")
+    for number, (_, record) in enumerate(records, 1):
+        if "instruction" in record[0] and (found := find_defects(record, earlier)):
+            defects[number] = found
+    if outputs:
+        split_records(args, [raw for raw, _ in records], defects)
+    share = f"{len(defects):,} of {len(records):,} records flagged"
+    print(f"{one_line(str(args.source), 200)}: {share} ({len(defects) / len(records):.1%})")
+    for name, (meaning, _) in RULES.items():
+        broken = [(number, found[name]) for number, found in defects.items() if name in found]
+        print(f"{len(broken):9,}  {name}: {meaning}")
+        for number, text in broken[: args.examples]:
+            print(f"{'':11}record {number:,}: {one_line(text)}")
 
 
-def separate(args, records: list[dict], flagged: dict[int, dict]) -> None:
-    """Both files are written out before either gets its name, and DROPPED gets it first."""
-    kept = [raw for number, raw in enumerate(records, 1) if number not in flagged]
-    dropped = []
-    for number, flags in flagged.items():
-        raw = records[number - 1]
-        if taken := {"flags", "record"} & raw.keys():
+def split_records(args: argparse.Namespace, records: list[dict], defects: dict[int, dict]) -> None:
+    """Write --dropped, with the reasons, and --fix. Both are complete before either gets its name,
+    and --dropped gets it first: a kill in between loses no record."""
+    kept, dropped = [], []
+    for number, raw in enumerate(records, 1):
+        if number not in defects:
+            kept.append(raw)
+        elif taken := {"flags", "record"} & raw.keys():
             raise UserError(f"{args.source}: record {number} has a field {min(taken)!r} already")
-        dropped.append(raw | {"flags": list(flags), "record": number})
-    assert len(kept) + len(dropped) == len(records)
-    with atomic_file(args.fix) as last, atomic_file(args.dropped) as first:
-        for file, part in ((first, dropped), (last, kept)):
+        else:
+            dropped.append(raw | {"flags": list(defects[number]), "record": number})
+    with atomic_file(args.fix) as renamed_last, atomic_file(args.dropped) as renamed_first:
+        for file, part in ((renamed_first, dropped), (renamed_last, kept)):
             text = json.dumps(part, ensure_ascii=False, indent=4)
             file.write(text.encode("utf-8", "backslashreplace"))  # half a surrogate pair: \ud83d
 
 
-# ---------------------------------------------------------------- commands
+# ---------------------------------------------------------------- command
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    report = verbs.add_parser("report", help="what the data is like, in figures and a picture")
-    lint = verbs.add_parser("lint", help="find known defects; take out what has them")
-    for verb, command in ((report, report_command), (lint, lint_command)):
-        verb.add_argument("source", type=Path, help="--out of a generate, or a data file")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    report = verbs.add_parser("report", help="describe the data in figures and a picture")
+    lint = verbs.add_parser("lint", help="find known defects; remove the records with them")
+    for verb, command in ((report, run_report), (lint, run_lint)):
+        verb.add_argument("source", type=Path, help="--out of selfinstruct.py, or a data file")
         verb.set_defaults(command=command)
     count, add = positive(int), report.add_argument
     add("--num", type=count, default=52_000, help="records wanted in the end (default: 52000)")
     add("--out", type=Path, help="write an .html page, or an .svg of the verbs alone")
     add = lint.add_argument
     add("--examples", type=count, default=3, help="shown of each defect (default: 3)")
-    add("--fix", type=Path, metavar="KEPT", help="JSON file for the records without a flag")
-    add("--dropped", type=Path, metavar="DROPPED", help="JSON file for those with one")
-    return parser.parse_args()
+    add("--fix", type=Path, metavar="KEPT", help="JSON file to write: records without a defect")
+    add("--dropped", type=Path, metavar="DROPPED", help="JSON file to write: records with one")
 
 
-def main() -> None:
-    run_subcommand(parse_args())
-
-
-if __name__ == "__main__":
-    run_command(main)
+def run(args: argparse.Namespace) -> None:
+    args.command(args)

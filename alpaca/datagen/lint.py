@@ -1,13 +1,11 @@
-"""Known defects of instruction data, each a pattern or a small function.
+"""Known defects of instruction data, each found by a pattern or a small function.
 
-    flags_of(cases, earlier)     the rules a record breaks: {"link": "the text to show", …}
-    RULES                        name → (what it flags, function); a new rule is a new entry
+    find_defects(instances, earlier)   the rules that a record breaks: {"link": "the text found", …}
+    RULES                              name → (description, function); add a rule by adding an entry
 
-They would rather miss a defect than flag a good record. What was found wrong in Alpaca's own 52,000
-(links, tasks about pictures, instructions inside outputs, refusals, cut answers) is where they
-come from. `alpaca curate lint` is the command.
-
-Shown by tests/test_curate.py: test_a_defect_is_flagged.
+They come from what was found wrong in Alpaca's own 52,000 records: links, tasks about pictures,
+instructions inside outputs, refusals, cut answers. They prefer missing a defect to flagging a good
+record. `alpaca curate lint` is the command.
 """
 
 import re
@@ -17,34 +15,34 @@ from typing import NamedTuple
 from rougel import rouge_l, tokenize_unicode
 
 
-class Case(NamedTuple):
+class Instance(NamedTuple):
     instruction: str
     input: str
     output: str
-    again: bool  # an earlier record asks the same
+    duplicate: bool  # an earlier record has the same instruction and input
 
 
-def any_case(*alternatives: str) -> re.Pattern:
-    return re.compile("|".join(alternatives), re.IGNORECASE | re.MULTILINE)
+def any_of(*patterns: str) -> re.Pattern:
+    return re.compile("|".join(patterns), re.IGNORECASE | re.MULTILINE)
 
 
-def around(pattern: re.Pattern, *texts: str) -> str:
-    """What matches, with a little of what is around it, or ""."""
+def excerpt(pattern: re.Pattern, *texts: str) -> str:
+    """The first match with a little of its context, or ""."""
     for text in texts:
         if match := pattern.search(text.replace("’", "'")):
             return text[max(0, match.start() - 20) : max(match.end(), match.start() + 1) + 50]
     return ""
 
 
-LINK = any_case(r"\b(?:https?|ftp)://\S", r"\bwww\.[a-z0-9-]+\.[a-z]")
-SEEN = r"(?:pictures?|photos?|photographs?|images?|videos?|screenshots?|audio(?: clip| file)?)"
-SEEN += r"(?=\s*(?:[.,:;?!]|$|(?:and|as|by|for|from|in|of|showing|that|to|using|with)\b))"
-POINTED = r"\b(?:this|these|(?:the )?(?:following|given|provided|above))(?: [\w-]+){0,4}? "
-SHOW_ME = any_case(POINTED + SEEN, POINTED + r"web ?(?:site|page)\b")
+LINK = any_of(r"\b(?:https?|ftp)://\S", r"\bwww\.[a-z0-9-]+\.[a-z]")
+MEDIA = r"(?:pictures?|photos?|photographs?|images?|videos?|screenshots?|audio(?: clip| file)?)"
+MEDIA += r"(?=\s*(?:[.,:;?!]|$|(?:and|as|by|for|from|in|of|showing|that|to|using|with)\b))"
+THIS = r"\b(?:this|these|(?:the )?(?:following|given|provided|above))(?: [\w-]+){0,4}? "
+THIS_MEDIA = any_of(THIS + MEDIA, THIS + r"web ?(?:site|page)\b")
 NEWS = r"(?:current|today's|tomorrow's|latest) (?:weather|news|headlines|stock price)"
-BEYOND = any_case(  # what the whole instruction asks for, not what it mentions
+IMPOSSIBLE = any_of(  # anchored: what the whole instruction asks for, not what it mentions
     r"^(?:create|draw|find|generate|make|produce|show)(?: me)? (?:an? |the |some )?"
-    r"(?:(?!mental|vivid|clear|word)[\w-]+ )?" + SEEN,
+    r"(?:(?!mental|vivid|clear|word)[\w-]+ )?" + MEDIA,
     r"^(?:analyze|describe|edit|identify|read|review|see|summarize|translate|use|using)\b"
     r"[^.?!\n]{0,40}\battached\b",
     r"^(?:click|open|follow|visit|go to)(?: on)? (?:this|the)(?: [\w-]+)? (?:link|url|web ?\w+)\b",
@@ -54,15 +52,15 @@ BEYOND = any_case(  # what the whole instruction asks for, not what it mentions
     r"^(?:send|forward)\b.{0,30}\b(?:e-?mail|text message|sms)\b",
     r"^set (?:me )?(?:an?|the|my) (?:alarm|reminder|timer)\b",
 )
-LEAKED = any_case(  # a recipe has "Instructions:" of its own, and a program's run "Output:"
+NEXT_TASK = any_of(  # not a recipe's own "Instructions:", nor a program's "Output:"
     r"^[ \t]*(?:\d{1,4}[.)][ \t]*)?[*]{0,2}instruction[*]{0,2}:",
     r"^[ \t]*\d{1,4}[.)][ \t]*(?:input|output):[ \t]*(?:<?no(?:in|out)put>?)?[ \t]*$",
     r"^[ \t]*###[ \t]*(?:(?:instruction|input|output|response)[ \t]*:|$)",
 )
-LABEL = any_case(r"^[ \t]*(?:(\d{1,4}[.)]|#{1,4})[ \t]*)?(input|output)[ \t]*:")
+LABEL = any_of(r"^[ \t]*(?:(\d{1,4}[.)]|#{1,4})[ \t]*)?(input|output)[ \t]*:")
 AN_AI = r"an? (?:(?:ai|artificial intelligence)(?: language)?(?: model| assistant)?"
 AN_AI += r"|(?:large )?language model)(?:[,.]| and\b| so\b| i\b)"
-REFUSAL = any_case(
+REFUSAL = any_of(
     rf"\b(?:as|i'?m|i am) {AN_AI}[^\n]{{0,120}}?(?:\bcannot|n't|\bnot|\bunable)\b",
     r"\bi (?:cannot|can't|am unable|do not|don't)\b[^.\n]{0,80}\bas an? (?:ai|language model)\b",
     r"\A(?:unfortunately|(?:(?:i'm|i am) )?(?:very |so )?sorry),? (?:but )?(?:i (?:don't|do not) "
@@ -72,76 +70,81 @@ REFUSAL = any_case(
     r"|the (?:data|input|information|text)\b[^.\n]{0,40}(?:n't|not) )",
 )
 NOTHING = ("na", "none", "noinput", "nooutput", "notapplicable", "someinput", "sometext")
-PLACEHOLDER = any_case(
+PLACEHOLDER = any_of(
     r"\A(?:\w+: )?[\[<({]+ ?(?:add|enter|insert|input|paste|put|your)\b[\w ,']{0,50}[\])}>]+\.?\Z",
     r"\A(?:add|enter|insert|paste|put) (?:\w+ ){1,4}here\.?\Z",
 )
-BREAKS_OFF = any_case(r"\b(?:an?|and|because|into|its|of|or|than|the|their|which|whose|your)\Z")
+MID_SENTENCE = any_of(r"\b(?:an?|and|because|into|its|of|or|than|the|their|which|whose|your)\Z")
 
 
-def impossible(case: Case) -> str:
-    """A picture that is only pointed to may be told in words, in an input of some length."""
-    asked = re.sub("^(?:please|can you|could you),? ", "", case.instruction, flags=re.IGNORECASE)
-    return around(BEYOND, asked) or (around(SHOW_ME, asked) if len(case.input.split()) < 8 else "")
+def impossible(case: Instance) -> str:
+    """A longer input may describe the picture that the instruction is about."""
+    request = re.sub("^(?:please|can you|could you),? ", "", case.instruction, flags=re.IGNORECASE)
+    short_input = len(case.input.split()) < 8
+    return excerpt(IMPOSSIBLE, request) or (excerpt(THIS_MEDIA, request) if short_input else "")
 
 
 def letters(text: str) -> str:
     return re.sub(r"[\W_]+", "", text).lower()
 
 
-def empty_output(case: Case) -> str:
-    told = letters(case.output) or any(unicodedata.category(c)[0] == "S" for c in case.output)
-    return "" if told and told not in NOTHING else f"{case.output!r}: {case.instruction}"
+def empty_output(case: Instance) -> str:
+    symbol = any(unicodedata.category(c)[0] == "S" for c in case.output)  # "==" may be an answer
+    empty = not (letters(case.output) or symbol) or letters(case.output) in NOTHING
+    return f"{case.output!r}: {case.instruction}" if empty else ""
 
 
-def repeated_input(case: Case) -> str:
-    a, b = case[:2]
-    near = len(a) < 2 * len(b) < 4 * len(a) and rouge_l(a, b, tokenize_unicode) > 0.9
-    return b if near else ""
+def repeated_input(case: Instance) -> str:
+    a, b = case.instruction, case.input
+    similar_length = len(a) < 2 * len(b) < 4 * len(a)
+    return b if similar_length and rouge_l(a, b, tokenize_unicode) > 0.9 else ""
 
 
-def merged_fields(case: Case) -> str:
-    """In an input "Output:" alone may belong there, where the instruction speaks of an output or
-    examples are given."""
+def merged_fields(case: Instance) -> str:
+    """ "Output:" in an input is fine if the instruction mentions it, or among other labels."""
     labels = LABEL.findall(case.input.lower())
-    alone = labels == [("", "output")] and "output" not in case.instruction.lower()
-    leaked = alone or any(mark and field == "output" for mark, field in labels)
-    return around(LABEL, case.instruction) or (around(LABEL, case.input) if leaked else "")
+    unexpected = labels == [("", "output")] and "output" not in case.instruction.lower()
+    unexpected = unexpected or any(mark and field == "output" for mark, field in labels)
+    return excerpt(LABEL, case.instruction) or (excerpt(LABEL, case.input) if unexpected else "")
 
 
-def placeholder_input(case: Case) -> str:
-    given = case.input.strip()
-    return given if letters(given) in NOTHING else around(PLACEHOLDER, given)
+def placeholder_input(case: Instance) -> str:
+    text = case.input.strip()
+    return text if letters(text) in NOTHING else excerpt(PLACEHOLDER, text)
 
 
-def cut_output(case: Case) -> str:
+def cut_output(case: Instance) -> str:
     output = case.output.rstrip()
     last = output[output.rfind("\n") + 1 :]
-    long = len(last.split()) > 4  # a word alone may be the answer, and "Best regards," an ending
-    broken = long and (last.endswith(",") or BREAKS_OFF.search(last))
-    return "…" + output[-60:] if broken or output.count("```") % 2 else ""
+    long = len(last.split()) > 4  # "the" may be the answer, and "Best regards," an ending
+    cut = long and (last.endswith(",") or MID_SENTENCE.search(last))
+    return "…" + output[-60:] if cut or output.count("```") % 2 else ""
 
 
-RULES = {  # name: what it flags, and how: the text to show as an example, or ""
-    "link": ("a URL in a field", lambda case: around(LINK, *case[:3])),
+RULES = {  # name → (what it flags, a function that gives the text to show, or "")
+    "link": ("a URL in a field", lambda case: excerpt(LINK, *case[:3])),
     "impossible": ("asks for what a text model cannot do", impossible),
-    "instruction in output": ("the next task's labels", lambda case: around(LEAKED, case.output)),
+    "instruction in output": ("the next task's labels", lambda c: excerpt(NEXT_TASK, c.output)),
     "empty output": ("nothing, or punctuation, or N/A", empty_output),
-    "refusal": ("the answer is that there is none", lambda c: around(REFUSAL, c.output[:400])),
-    "repeated input": ("the input says the instruction again", repeated_input),
+    "refusal": ("the answer is a refusal", lambda case: excerpt(REFUSAL, case.output[:400])),
+    "repeated input": ("the input repeats the instruction", repeated_input),
     "merged fields": ("a field's label inside another field", merged_fields),
     "placeholder input": ("an input that says there is none", placeholder_input),
     "cut output": ("ends within a sentence or a code fence", cut_output),
-    "duplicate": ("an earlier record asks the same", lambda c: c.instruction if c.again else ""),
+    "duplicate": (
+        "an earlier record asks the same",
+        lambda c: c.instruction if c.duplicate else "",
+    ),
 }
 
 
-def flags_of(known: list[dict], earlier: set[tuple]) -> dict[str, str]:
-    """The rules that a record breaks, each with the text to show."""
-    flags: dict[str, str] = {}
-    asked = [tuple(" ".join(c[name].split()) for name in ("instruction", "input")) for c in known]
-    for case, key in zip(known, asked, strict=True):
-        given = Case(**case, again=key in earlier)
-        flags = {name: text for name, (_, rule) in RULES.items() if (text := rule(given))} | flags
-    earlier.update(asked)
-    return flags
+def find_defects(instances: list[dict], earlier: set[tuple]) -> dict[str, str]:
+    """The rules that a record breaks in any of its instances, each with the text to show.
+    `earlier` collects what the records so far ask."""
+    found: dict[str, str] = {}
+    keys = [tuple(" ".join(i[f].split()) for f in ("instruction", "input")) for i in instances]
+    for instance, key in zip(instances, keys, strict=True):
+        case = Instance(**instance, duplicate=key in earlier)
+        found = {name: text for name, (_, rule) in RULES.items() if (text := rule(case))} | found
+    earlier.update(keys)
+    return found

@@ -1,4 +1,4 @@
-"""Counts are exact, lint flags what it should and loses nothing, and data stays data."""
+"""`alpaca curate`: counts are exact, lint loses no record, hostile data stays data."""
 
 import json
 import os
@@ -11,13 +11,11 @@ from helpers.commands import assert_refused
 
 from alpaca.common.files import read_jsonl
 from alpaca.datagen import curate
-from alpaca.datagen.curate import RULES, flags_of, opening, shown
+from alpaca.datagen.curate import one_line, opening
+from alpaca.datagen.lint import RULES, find_defects
 
 HOSTILE = "<script>alert(1)</script>"
-SEEDS = [
-    {"id": "seed_1", "instruction": "Name three kinds of cheese"},
-    {"id": "seed_2", "instruction": "Write a poem"},
-]
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def record(instruction: str, input: str = "", output: str = "It is so.", **more) -> dict:
@@ -44,15 +42,16 @@ def folder(tmp_path):
         record("Write two stories about snow", "", "one two"),
         record("What is it?", "a b c d e f", "one two three"),
     ]
-    seeds = [seed | {"instances": [{"input": "", "output": "x"}]} for seed in SEEDS]
-    whys = ["similar", "similar", "short", "asks for image", "asks for image", "asks for draw"]
+    reasons = ["similar", "similar", "short", "asks for image", "asks for image", "asks for draw"]
     costs = [0.5, 0.25, 0.0, 0.25]
-    answers = [{"id": str(i), "cost": cost, "response": "{}"} for i, cost in enumerate(costs)]
-    answers[2] = {"id": "2", "cost": 0.0, "failed": "no answer"}
+    log = [{"id": str(i), "cost": cost, "response": "{}"} for i, cost in enumerate(costs)]
+    log[2] = {"id": "2", "cost": 0.0, "failed": "no answer"}
     jsonl(folder / "records.jsonl", [r | {"item": f"0.{i}"} for i, r in enumerate(records)])
-    jsonl(folder / "rejected.jsonl", [record("x") | {"why": why} for why in whys])
-    jsonl(folder / "responses.jsonl", answers)
-    write(folder / "seeds.json", seeds)
+    jsonl(folder / "rejected.jsonl", [record("x") | {"why": reason} for reason in reasons])
+    jsonl(folder / "responses.jsonl", log)
+    instances = {"instances": [{"input": "", "output": "x"}]}
+    seeds = ("Name three kinds of cheese", "Write a poem")
+    write(folder / "seeds.json", [{"instruction": seed} | instances for seed in seeds])
     write(folder / "settings.json", {"language": "English"})
     return folder
 
@@ -63,39 +62,39 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     ("instruction", "expected"),
     [
-        ("Write a short story about a dragon.", ("write", "story")),
-        ("Please write two stories about dragons", ("write", "story")),
-        ("Can you list five healthy breakfast ideas?", ("list", "idea")),
-        ("Your task is to name the capital of Peru.", ("name", "capital")),
-        ("Briefly describe your family.", ("describe", "family")),
-        ("Apply the rule to this sentence", ("apply", "rule")),
-        ("Create an effective 140 character twitter post", ("create", "post")),
-        ("Write a 5-sentence description of a beach", ("write", "description")),
-        ("Think of a new way to use a bottle", ("think", "way")),
-        ("Give me two examples of boxes", ("give", "example")),
-        ("Compare and contrast the two classes", ("compare", "class")),
-        ("Re-write the following sentence: It rains.", ("re-write", "sentence")),
-        ("Explain how machine learning is used", ("explain", "learning")),
-        ("Summarize the world's history.", ("summarize", "history")),
-        ("Calculate: 2 + 3", ("calculate", "")),
-        ("Écris un poème", ("écris", "poème")),
-        ("What is the capital of Peru?", ("(question)", "what")),
-        ("How to cook rice", ("(question)", "how")),
-        ("In what year did it end?", ("(question)", "in")),
-        ("You are given a list. Sort it.", ("(no verb)", "")),
-        ("Given a text, find its title.", ("(no verb)", "")),
-        ("Using the words below, write a poem.", ("(no verb)", "")),
-        ("42", ("(no verb)", "")),
-        ("...", ("(no verb)", "")),
-        ("Please", ("(no verb)", "")),
-        (HOSTILE, ("(no verb)", "")),
+        ("Write a short story about a dragon.", "write story"),
+        ("Please write two stories about dragons", "write story"),
+        ("Can you list five healthy breakfast ideas?", "list idea"),
+        ("Your task is to name the capital of Peru.", "name capital"),
+        ("Briefly describe your family.", "describe family"),
+        ("Apply the rule to this sentence", "apply rule"),
+        ("Create an effective 140 character twitter post", "create post"),
+        ("Write a 5-sentence description of a beach", "write description"),
+        ("Think of a new way to use a bottle", "think way"),
+        ("Give me two examples of boxes", "give example"),
+        ("Compare and contrast the two classes", "compare class"),
+        ("Re-write the following sentence: It rains.", "re-write sentence"),
+        ("Explain how machine learning is used", "explain learning"),
+        ("Summarize the world's history.", "summarize history"),
+        ("Calculate: 2 + 3", "calculate "),
+        ("Écris un poème", "écris poème"),
+        ("What is the capital of Peru?", "(question) what"),
+        ("How to cook rice", "(question) how"),
+        ("In what year did it end?", "(question) in"),
+        ("You are given a list. Sort it.", "(no verb) "),
+        ("Given a text, find its title.", "(no verb) "),
+        ("Using the words below, write a poem.", "(no verb) "),
+        ("42", "(no verb) "),
+        ("...", "(no verb) "),
+        ("Please", "(no verb) "),
+        (HOSTILE, "(no verb) "),
     ],
 )
-def test_verb_and_object(instruction, expected):
-    assert opening(instruction) == expected
+def test_opening_finds_verb_and_object(instruction, expected):
+    assert " ".join(opening(instruction)) == expected
 
 
-def test_of_each_verb_the_four_most_frequent_objects():
+def test_openings_have_the_four_most_frequent_objects():
     asked = [f"Name a {noun}" for noun in ("hen", "cat", "cat", "dog", "cow", "pig")]
     objects = [("cat", 2), ("hen", 1), ("dog", 1), ("cow", 1)]
     assert curate.openings([*asked, *["Sing"] * 9]) == [("sing", 9, []), ("name", 6, objects)]
@@ -104,11 +103,10 @@ def test_of_each_verb_the_four_most_frequent_objects():
 # ---------------------------------------------------------------- report
 
 
-def test_a_folder_is_counted_exactly(command, folder):
-    code, out, err = command(curate, "report", folder, "--num", 10)
+def test_report_of_a_run_is_exact(command, folder):
+    code, out, err = command("curate", "report", folder, "--num", 10)
     assert (code, err) == (0, "")
-    lines = out.splitlines()
-    assert lines[:8] == [
+    assert out.splitlines()[:9] == [
         f"{folder}: 4 records, 2 with input",
         "4 requests: 3 answers, 1 failed",
         "4 of 10 tasks kept (40.0%)",
@@ -117,10 +115,9 @@ def test_a_folder_is_counted_exactly(command, folder):
         "                   1  asks for draw",
         "        2  20.0%  similar",
         "        1  10.0%  short",
+        # a dollar for four records; six more are wanted
+        "Cost so far $1.0000: $250.0000 a thousand records, about $1.50 for the 6 to come",
     ]
-    assert lines[8] == (  # a dollar for four records; six more are wanted
-        "Cost so far $1.0000: $250.0000 a thousand records, about $1.50 for the 6 to come"
-    )
     text = " ".join(out.split())  # words: 5 6 5 3; 2 6; 1 6 2 3
     assert "Words of instructions (mean 4.8, median 5) 1-4 1 ####" in text
     assert "Words of inputs (mean 4.0, median 4) 1-4 1 ####" in text
@@ -129,20 +126,16 @@ def test_a_folder_is_counted_exactly(command, folder):
     assert "one of 2 seeds (mean 0.424) 0.0-0.1 1 ####" in text
     assert "0.2-0.3 1 #### 0.3-0.4 0 0.4-0.5 1" in re.sub("#+", "####", text)
     assert text.endswith("2 write story 2 1 name kind 1 1 (question) what 1")
+    enough = command("curate", "report", folder, "--num", 4)[1]
+    assert "records\n" in enough.split("Cost")[1], "no cost to come"
 
 
-def test_enough_records_cost_no_more(command, folder):
-    assert "records\n" in command(curate, "report", folder, "--num", 4)[1].split("Cost")[1]
-
-
-@pytest.mark.parametrize("language", ["English", "Chinese"])
-def test_likeness_counts_words_as_the_run_did(command, folder, language):
-    seeds = [record("写 一 首 诗")]
+@pytest.mark.parametrize(("language", "mean"), [("English", "0.000"), ("Chinese", "1.000")])
+def test_seed_similarity_counts_words_as_the_run_did(command, folder, language, mean):
     jsonl(folder / "records.jsonl", [record("写 一 首 诗")])
-    write(folder / "seeds.json", seeds)
+    write(folder / "seeds.json", [record("写 一 首 诗")])
     write(folder / "settings.json", {"language": language})
-    mean = {"English": "0.000", "Chinese": "1.000"}[language]
-    assert f"one of 1 seeds (mean {mean})" in command(curate, "report", folder)[1]
+    assert f"one of 1 seeds (mean {mean})" in command("curate", "report", folder)[1]
 
 
 @pytest.mark.parametrize("missing", ["records", "rejected", "responses", "all but one", "logs"])
@@ -153,243 +146,189 @@ def test_logs_may_be_missing_or_empty(command, folder, missing):
         elif missing == "logs":
             (folder / f"{name}.jsonl").write_text("")
     out = folder.parent / "report.html"
-    code, text, err = command(curate, "report", folder, "--out", out)
+    code, text, err = command("curate", "report", folder, "--out", out)
     assert (code, err) == (0, "") and out.exists()
     if missing == "records":
         assert "0 records" in text and "0 of 6 tasks kept (0.0%)" in text
-        assert "Cost so far $1.0000\n" in text  # nothing to tell a price from
+        assert "Cost so far $1.0000\n" in text  # and no price of a thousand
     if missing == "logs":
         assert "0 of 0 tasks kept\n" in text and "Cost so far $0.0000\n" in text
 
 
-def test_a_torn_last_line_is_not_there_yet(command, folder):
-    before = command(curate, "report", folder)
+def test_torn_last_line_is_ignored(command, folder):
+    before = command("curate", "report", folder)
     for name in ("records", "rejected", "responses"):
         with open(folder / f"{name}.jsonl", "a") as file:
             file.write('{"instruction": "Write a so')
-    assert command(curate, "report", folder) == before
-    assert command(curate, "lint", folder)[0] == 0
+    assert command("curate", "report", folder) == before
+    assert command("curate", "lint", folder)[0] == 0
 
 
-def test_several_instances_are_one_record(command, folder):
-    instances = [{"input": "a", "output": "b"}, {"input": "c d", "output": "e"}]
-    jsonl(folder / "records.jsonl", [{"instruction": "Add it up", "instances": instances}])
-    out = command(curate, "report", folder)[1]
-    assert "1 records with 2 instances, 2 with input" in out
-    assert "instructions (mean 3.0" in out and "inputs (mean 1.5" in out
-
-
-def test_chats_and_texts_are_counted_and_left_out(command, tmp_path):
+def test_report_counts_instances_conversations_and_texts(command, tmp_path):
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
-    mixed = [{"conversations": turns}, {"text": "Once"}, {"text": "Twice"}, record("Sing a song")]
-    code, out, _ = command(curate, "report", write(tmp_path / "mixed.json", mixed))
-    assert code == 0 and "mixed.json: 1 records, 0 with input\n1 chats left out\n" in out
-    assert "2 plain texts left out\nNo likeness to the seeds" in out
-    assert "instructions (mean 3.0" in out and "Cost" not in out
+    instances = [{"input": "a", "output": "b"}, {"input": "c d", "output": "e"}]
+    mixed = [{"conversations": turns}, {"text": "Once"}, {"text": "Twice"}]
+    mixed.append({"instruction": "Add it up", "instances": instances})
+    code, out, _ = command("curate", "report", write(tmp_path / "mixed.json", mixed))
+    assert code == 0 and "mixed.json: 1 records with 2 instances, 2 with input\n" in out
+    assert "1 conversations left out\n2 plain texts left out\nNo similarity to seed tasks" in out
+    assert "instructions (mean 3.0" in out and "inputs (mean 1.5" in out and "Cost" not in out
 
 
-def test_pictures_are_well_formed_and_hold_no_script(command, folder):
-    hostile = [
-        record(f"{HOSTILE} & more\x1b"),
-        record(f"Write {HOSTILE}"),
-        record(f"Sing&{HOSTILE}"),
-    ]
+def test_pictures_are_well_formed_and_have_no_script(command, folder):
+    hostile = [f"{HOSTILE} & more\x1b", f"Write {HOSTILE}", f"Sing&{HOSTILE}"]
     with open(folder / "records.jsonl", "a") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in hostile))
+        file.write("".join(json.dumps(record(text)) + "\n" for text in hostile))
     jsonl(folder / "rejected.jsonl", [{"why": f"asks for {HOSTILE}\x1b[2J"}, {"why": "<b>&"}])
     html, svg = folder.parent / "a.html", folder.parent / "a.svg"
     for file in (html, svg):
-        code, out, _ = command(curate, "report", folder, "--out", file)
+        code, out, _ = command("curate", "report", folder, "--out", file)
         assert code == 0 and "\x1b" not in out
     page = html.read_text()
     assert "<script" not in page + svg.read_text() and "\x1b" not in page
     assert "asks for &lt;script&gt;alert(1)&lt;/script&gt;\\x1b[2J" in page
     assert "http" not in re.sub('xmlns="[^"]*"|http-equiv', "", page)
-    root = ElementTree.fromstring(page.replace("<!DOCTYPE html>", ""))
-    name = "{http://www.w3.org/2000/svg}"
-    assert len(list(root.iter(f"{name}rect"))) >= 6
-    titles = [title.text for title in ElementTree.parse(svg).iter(f"{name}title")]
+    ElementTree.fromstring(page.replace("<!DOCTYPE html>", ""))
+    titles = [title.text for title in ElementTree.parse(svg).iter(f"{SVG}title")]
     assert {"write: 3", "write story: 2", "name: 1", "name kind: 1", "sing: 1"} == set(titles)
-    paths = [path.get("d") for path in ElementTree.parse(svg).iter(f"{name}path")]
-    points = {
-        t: re.findall(r"[\d.]+ [\d.]+(?=[LAZ])", p) for t, p in zip(titles, paths, strict=True)
-    }
-    inner, outer = points["write: 3"], points["write story: 2"]
-    assert (inner[1], inner[2]) == (outer[0], outer[3])  # the only object is as wide as its verb
 
 
-def test_one_verb_alone_goes_all_around(command, tmp_path):
-    data, out = write(tmp_path / "one.json", [record("Sing a song")]), tmp_path / "one.svg"
-    command(curate, "report", data, "--out", out)
-    paths = list(ElementTree.parse(out).iter("{http://www.w3.org/2000/svg}path"))
-    assert len(paths) == 2
-    for path in paths:
-        _, start, stop = re.match(r"M(.*?)L(.*?)A\d+ \d+ 0 1 1 (.*?)L", path.get("d")).groups()
-        assert start != stop
-
-
-def test_a_mistake_is_one_line_and_writes_nothing(command, folder, tmp_path):
+def test_user_errors_are_one_line_and_write_nothing(command, folder, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     broken, bare = tmp_path / "broken.json", tmp_path / "bare.jsonl"
     broken.write_text('[{"instruction": "a", "output": "b"},\n {"instruction": }]')
     bare.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a"}\n')
     for verb in ("report", "lint"):
-        assert_refused(command(curate, verb, tmp_path / "none.json"), "none.json")
-        assert_refused(command(curate, verb, empty), "empty", "--out of a generate")
-        assert_refused(command(curate, verb, broken), "broken.json: not JSON", "line 2")
-        assert_refused(command(curate, verb, bare), "bare.jsonl, line 2", "output")
-        assert_refused(command(curate, verb, write(tmp_path / "list.json", [])), "no records")
+        assert_refused(command("curate", verb, tmp_path / "none.json"), "none.json")
+        assert_refused(command("curate", verb, empty), "empty", "--out of selfinstruct.py")
+        assert_refused(command("curate", verb, broken), "broken.json", "not JSON")
+        assert_refused(command("curate", verb, bare), "bare.jsonl, line 2", "output")
+        assert_refused(command("curate", verb, write(tmp_path / "list.json", [])), "no records")
     for out in ("report.png", "none/report.html"):
-        assert_refused(command(curate, "report", folder, "--out", tmp_path / out), "report")
+        assert_refused(command("curate", "report", folder, "--out", tmp_path / out), "report")
     files = {"bare.jsonl", "broken.json", "empty", "list.json", "run"}
     assert {file.name for file in tmp_path.iterdir()} == files
 
 
 # ---------------------------------------------------------------- lint
 
-LONG = "A cat sits on the red chair by the window."  # a picture, told in words
-FLAGGED = {
-    "link": [
-        record("Sum up https://example.com/a"),
-        record("Sum this up", "www.example.com"),
-        record("Name a site", "", "Try http://example.com"),
-    ],
-    "impossible": [
-        record("Describe the following image."),
-        record("Describe this black and white photo", "photo.jpg"),
-        record("Please create a picture of a cat"),
-        record("Can you generate a short video for children?"),
-        record("Summarize the attached document."),
-        record("Improve the design of this website."),
-        record("Open the following link and read it"),
-        record("What is the current weather in Paris?"),
-        record("What’s the weather like today?"),
-        record("Tell me the latest news"),
-        record("What time is it?"),
-        record("Send an email to my boss"),
-        record("Set an alarm for six"),
-    ],
-    "instruction in output": [
-        record("Add", "", "4\nInstruction: Subtract"),
-        record("Add", "", "4\n5. Instruction: Subtract"),
-        record("Add", "", "4\n### Instruction:\nSubtract"),
-        record("Add", "", "4\n4. Input:\n2"),
-        record("Add", "", "4\n4. Output: <nooutput>"),
-        record("Add", "", "4\n###"),
-    ],
-    "empty output": [
-        record("Add", "", text) for text in ("", " \n", "...", "N/A", "<nooutput>", "None.")
-    ],
-    "refusal": [
-        record("Tell", "", "As an AI language model, I cannot do this."),
-        record("Tell", "", "As an AI, I don’t have feelings."),
-        record("Tell", "", "I'm sorry, but I cannot provide that."),
-        record("Tell", "", "Sorry, but you didn't provide a text."),
-        record("Tell", "", "I cannot say this as an AI."),
-        record("Tell", "", "Unfortunately, I am unable to see it."),
-    ],
-    "repeated input": [
-        record("Name a colour.", " name a  COLOUR"),
-        record("Name one colour of the old flag of the town of Bath in the south west",
-               "Name one colour of the old flag of the town of Bath in the south-west now"),
-        record("写 一 首 诗", "写一首诗"),
-    ],
-    "merged fields": [
-        record("Add these.\nInput: 2 and 2"),
-        record("Add these.\n4. Output:\n4"),
-        record("Translate", "Guten Tag\n4. Output: Good day"),
-        record("Translate", "Guten Tag\nOutput: Good day"),
-    ],
-    "placeholder input": [
-        record("Add", text)
-        for text in ("N/A", "None", "<noinput>", "No input.", "`< noinput >`", "some text",
-                     "[insert text here]", "Text: [Your text]", "Paste your text here")
-    ],
-    "cut output": [
-        record("Tell", "", "It was a sunny day in the"),
-        record("Tell", "", "We bought apples, pears and plums,"),
-        record("Code", "", "Here it is:\n```python\nprint(1)"),
-    ],
-}  # fmt: skip
-SOUND = [
-    record("Write a poem", "", "Roses are red,\nviolets are blue"),
-    record("Describe the following image.", LONG),
-    record("Brainstorm titles for a photo album"),
-    record("Describe a mental image of summer"),
-    record("Create a mental image of success"),
-    record("Write a video script"),
-    record("Explain how to make a video."),
-    record("Explain how weather forecasts work"),
-    record("What is the time complexity of bubble sort?"),
-    record("Write an email about the attached file"),
-    record("Design a website for a bakery"),
-    record("Write a call to action: click on this link"),
-    record("Write a program that sets an alarm"),
-    record("Give a recipe", "", "Ingredients:\n- eggs\nInstructions:\n1. Boil"),
-    record("Sort", "", "#### Steps\n```\nsort\n```\nOutput: [1, 2]"),
-    record("Describe a computer", "", "1. Input: from keys\n2. Output: on a screen"),
-    record("Which operator compares?", "", "=="),
-    record("Answer with an emoji", "", "😀"),
-    record("Is it so?", "", "No"),
-    record("Classify", "", "None of these"),
-    record("Excuse me", "", "I'm sorry, but I'm unable to come to work today."),
-    record("Explain AI", "", "As an AI-powered tool it cannot fail."),
-    record("Explain AI", "", "An essay. As an AI researcher, she did not agree."),
-    record("Paraphrase the sentence.", "Paraphrase this: he ran."),
-    record("Translate the 詩 of ABC", "ABC"),
-    record("Why is the output wrong?", "print(4 + 3)\nOutput: 6"),
-    record("Continue the row", "Input: 1\nOutput: 2\nInput: 3"),
-    record("Output 1 for true"),
-    record("Reply", "Dear [insert name], thank you for your letter."),
-    record("Sort", "[dogs, cats]"),
-    record("Which article fits?", "", "the"),
-    record("Write a letter", "", "It was good to see you.\n\nBest regards,"),
-    record("Tell", "", "There is nothing to be afraid of."),
-    record("Code", "", "```python\nprint(1)\n```"),
+OK = "It is so."
+FLAGGED = [  # rule, instruction, input, output
+    ("link", "Sum up https://example.com/a", "", OK),
+    ("link", "Sum this up", "www.example.com", OK),
+    ("link", "Name a site", "", "Try http://example.com"),
+    ("impossible", "Describe the following image.", "", OK),
+    ("impossible", "Describe this black and white photo", "photo.jpg", OK),
+    ("impossible", "Please create a picture of a cat", "", OK),
+    ("impossible", "Can you generate a short video for children?", "", OK),
+    ("impossible", "Summarize the attached document.", "", OK),
+    ("impossible", "Improve the design of this website.", "", OK),
+    ("impossible", "Open the following link and read it", "", OK),
+    ("impossible", "What is the current weather in Paris?", "", OK),
+    ("impossible", "What’s the weather like today?", "", OK),
+    ("impossible", "Tell me the latest news", "", OK),
+    ("impossible", "What time is it?", "", OK),
+    ("impossible", "Send an email to my boss", "", OK),
+    ("impossible", "Set an alarm for six", "", OK),
+    ("instruction in output", "Add", "", "4\nInstruction: Subtract"),
+    ("instruction in output", "Add", "", "4\n5. Instruction: Subtract"),
+    ("instruction in output", "Add", "", "4\n### Instruction:\nSubtract"),
+    ("instruction in output", "Add", "", "4\n4. Input:\n2"),
+    ("instruction in output", "Add", "", "4\n4. Output: <nooutput>"),
+    ("instruction in output", "Add", "", "4\n###"),
+    *(("empty output", "Add", "", t) for t in ("", " \n", "...", "N/A", "<nooutput>", "None.")),
+    ("refusal", "Tell", "", "As an AI language model, I cannot do this."),
+    ("refusal", "Tell", "", "As an AI, I don’t have feelings."),
+    ("refusal", "Tell", "", "I'm sorry, but I cannot provide that."),
+    ("refusal", "Tell", "", "Sorry, but you didn't provide a text."),
+    ("refusal", "Tell", "", "I cannot say this as an AI."),
+    ("refusal", "Tell", "", "Unfortunately, I am unable to see it."),
+    ("repeated input", "Name a colour.", " name a  COLOUR", OK),
+    ("repeated input", "Name a colour of the old flag of the town of Bath in the south west",
+     "Name one colour of the old flag of the town of Bath in the south-west", OK),
+    ("repeated input", "写 一 首 诗", "写一首诗", OK),
+    ("merged fields", "Add these.\nInput: 2 and 2", "", OK),
+    ("merged fields", "Add these.\n4. Output:\n4", "", OK),
+    ("merged fields", "Translate", "Guten Tag\n4. Output: Good day", OK),
+    ("merged fields", "Translate", "Guten Tag\nOutput: Good day", OK),
+    *(("placeholder input", "Add", text, OK) for text in (
+        "N/A", "None", "<noinput>", "No input.", "`< noinput >`", "some text",
+        "[insert text here]", "Text: [Your text]", "Paste your text here")),
+    ("cut output", "Tell", "", "It was a sunny day in the"),
+    ("cut output", "Tell", "", "We bought apples, pears and plums,"),
+    ("cut output", "Code", "", "Here it is:\n```python\nprint(1)"),
+]  # fmt: skip
+GOOD = [  # instruction, input, output
+    ("Write a poem", "", "Roses are red,\nviolets are blue"),
+    ("Describe the following image.", "A cat sits on the red chair by the window.", OK),
+    ("Brainstorm titles for a photo album", "", OK),
+    ("Describe a mental image of summer", "", OK),
+    ("Create a mental image of success", "", OK),
+    ("Write a video script", "", OK),
+    ("Explain how to make a video.", "", OK),
+    ("Explain how weather forecasts work", "", OK),
+    ("What is the time complexity of bubble sort?", "", OK),
+    ("Write an email about the attached file", "", OK),
+    ("Design a website for a bakery", "", OK),
+    ("Write a call to action: click on this link", "", OK),
+    ("Write a program that sets an alarm", "", OK),
+    ("Give a recipe", "", "Ingredients:\n- eggs\nInstructions:\n1. Boil"),
+    ("Sort", "", "#### Steps\n```\nsort\n```\nOutput: [1, 2]"),
+    ("Describe a computer", "", "1. Input: from keys\n2. Output: on a screen"),
+    ("Which operator compares?", "", "=="),
+    ("Answer with an emoji", "", "😀"),
+    ("Is it so?", "", "No"),
+    ("Classify", "", "None of these"),
+    ("Excuse me", "", "I'm sorry, but I'm unable to come to work today."),
+    ("Explain AI", "", "As an AI-powered tool it cannot fail."),
+    ("Explain AI", "", "An essay. As an AI researcher, she did not agree."),
+    ("Paraphrase the sentence.", "Paraphrase this: he ran.", OK),
+    ("Translate the 詩 of ABC", "ABC", OK),
+    ("Why is the output wrong?", "print(4 + 3)\nOutput: 6", OK),
+    ("Continue the row", "Input: 1\nOutput: 2\nInput: 3", OK),
+    ("Output 1 for true", "", OK),
+    ("Reply", "Dear [insert name], thank you for your letter.", OK),
+    ("Sort", "[dogs, cats]", OK),
+    ("Which article fits?", "", "the"),
+    ("Write a letter", "", "It was good to see you.\n\nBest regards,"),
+    ("Tell", "", "There is nothing to be afraid of."),
+    ("Code", "", "```python\nprint(1)\n```"),
 ]
 
 
-def names(item: dict) -> list[str]:
-    return list(flags_of([{k: item[k] for k in ("instruction", "input", "output")}], set()))
+@pytest.mark.parametrize(("rule", "instruction", "input", "output"), FLAGGED)
+def test_lint_flags_a_defect(rule, instruction, input, output):
+    assert list(find_defects([record(instruction, input, output)], set())) == [rule]
 
 
-@pytest.mark.parametrize(
-    ("rule", "item"),
-    [(rule, item) for rule, items in FLAGGED.items() for item in items],
-    ids=lambda value: value if isinstance(value, str) else " | ".join(value.values())[:40],
-)
-def test_a_defect_is_flagged(rule, item):
-    assert names(item) == [rule]
-
-
-@pytest.mark.parametrize("item", SOUND, ids=lambda item: " | ".join(item.values())[:40])
-def test_a_good_record_is_not(item):
-    assert names(item) == []
+@pytest.mark.parametrize("fields", GOOD)
+def test_lint_does_not_flag_a_good_record(fields):
+    assert find_defects([record(*fields)], set()) == {}
 
 
 def test_every_rule_is_tried():
-    assert {*FLAGGED, "duplicate"} == set(RULES)
+    assert {rule for rule, *_ in FLAGGED} | {"duplicate"} == set(RULES)
 
 
-def test_a_duplicate_asks_what_an_earlier_record_asked():
+def test_duplicate_asks_what_an_earlier_record_asked():
     earlier: set[tuple] = set()
     first, other = record("Add", "2 2", "4"), record("Add", "2 3", "5")
-    for known, flags in (
+    for instances, flags in (
         ([first], []),
         ([other], []),
         ([record("Add ", "2  2", "four")], ["duplicate"]),
         ([record("Multiply", "2 2", "4")] * 2, []),  # instances of one record
         ([record("Divide", "4 2", "2"), other], ["duplicate"]),
     ):
-        assert list(flags_of(known, earlier)) == flags
+        assert list(find_defects(instances, earlier)) == flags
 
 
-def test_a_record_is_flagged_for_any_of_its_instances_and_each_reason(command, tmp_path):
+def test_lint_flags_a_record_for_any_of_its_instances(command, tmp_path):
     nothing = {"input": "N/A", "output": "N/A"}
     instances = [{"input": "2", "output": "4"}, nothing, {"input": "3", "output": "6"}]
     data = [record("Sing"), {"instruction": "Add", "instances": instances}, {"text": "www.a.com"}]
-    code, out, _ = command(curate, "lint", write(tmp_path / "data.json", data))
+    code, out, _ = command("curate", "lint", write(tmp_path / "data.json", data))
     assert code == 0 and "data.json: 1 of 3 records flagged (33.3%)" in out
     counts = {name: int(n) for n, name in re.findall(r"^ {0,8}(\d+)  ([\w ]+):", out, re.MULTILINE)}
     broken = {"empty output", "placeholder input"}
@@ -397,15 +336,15 @@ def test_a_record_is_flagged_for_any_of_its_instances_and_each_reason(command, t
     assert "record 2: N/A\n" in out
 
 
-def test_examples_are_few_and_cannot_write_to_the_terminal(command, tmp_path):
+def test_lint_examples_cannot_control_the_terminal(command, tmp_path):
     hostile = "http://a.b\x1b]0;owned\x07\u202e\x9b2J\nx"
     data = write(tmp_path / "data.json", [record(hostile + str(n)) for n in range(5)])
     for examples in (1, 4):
-        out = command(curate, "lint", data, "--examples", examples)[1]
+        out = command("curate", "lint", data, "--examples", examples)[1]
         assert out.count("    record ") == examples
     assert not any(c for c in out if not c.isprintable() and c != "\n")
     assert r"record 1: http://a.b\x1b]0;owned\x07\u202e\x9b2J x0" in out
-    assert shown("a" * 10**6) == "a" * 99 + "…"
+    assert one_line("a" * 10**6) == "a" * 99 + "…"
 
 
 MIXED = [
@@ -418,10 +357,10 @@ MIXED = [
 ]
 
 
-def test_fix_divides_the_records_and_changes_nothing_else(command, tmp_path):
+def test_fix_splits_the_records_and_changes_nothing_else(command, folder, tmp_path):
     source, kept, dropped = (tmp_path / name for name in ("data.json", "kept.json", "dropped.json"))
     source.write_text(json.dumps(MIXED))
-    code, _, _ = command(curate, "lint", source, "--fix", kept, "--dropped", dropped)
+    code, _, _ = command("curate", "lint", source, "--fix", kept, "--dropped", dropped)
     assert code == 0 and source.read_text() == json.dumps(MIXED)
     good, bad = (json.loads(file.read_bytes()) for file in (kept, dropped))
     assert good == [MIXED[i] for i in (0, 2, 3, 4)]
@@ -432,36 +371,32 @@ def test_fix_divides_the_records_and_changes_nothing_else(command, tmp_path):
     ]
     assert '    {\n        "instruction": "Sing a song"' in kept.read_text()
     assert "Grüße 😀 \\ud83d" in dropped.read_text(encoding="utf-8")
-    assert len(list(tmp_path.iterdir())) == 3
 
     before = kept.read_bytes(), dropped.read_bytes()
-    again = command(curate, "lint", source, "--fix", kept, "--dropped", dropped)
+    again = command("curate", "lint", source, "--fix", kept, "--dropped", dropped)
     assert_refused(again, "kept.json exists already")
     assert (kept.read_bytes(), dropped.read_bytes()) == before
-
-
-def test_fix_of_a_folder_takes_its_records(command, folder, tmp_path):
-    kept, dropped = tmp_path / "kept.json", tmp_path / "dropped.json"
-    command(curate, "lint", folder, "--fix", kept, "--dropped", dropped)
+    kept.unlink(), dropped.unlink()
+    command("curate", "lint", folder, "--fix", kept, "--dropped", dropped)  # a run's records
     assert json.loads(kept.read_text()) == list(read_jsonl(folder / "records.jsonl"))
     assert json.loads(dropped.read_text()) == []
 
 
-def test_what_was_dropped_is_on_disk_before_what_was_kept(command, tmp_path, monkeypatch):
+def test_dropped_is_on_disk_before_kept(command, tmp_path, monkeypatch):
     source, kept, dropped = (tmp_path / name for name in ("data.json", "kept.json", "dropped.json"))
     write(source, [record("Add", "", ""), record("Sing")])
-    moved, move = [], os.replace
+    renamed, rename = [], os.replace
 
     def replace(partial, path):
-        moved.append((path.name, len(json.loads(path.with_name(partial.name).read_text()))))
-        if len(moved) == 2:
+        renamed.append((path.name, len(json.loads(path.with_name(partial.name).read_text()))))
+        if len(renamed) == 2:
             raise OSError(28, "No space left on device")
-        move(partial, path)
+        rename(partial, path)
 
     monkeypatch.setattr(os, "replace", replace)
-    failed = command(curate, "lint", source, "--fix", kept, "--dropped", dropped)
+    failed = command("curate", "lint", source, "--fix", kept, "--dropped", dropped)
     assert_refused(failed, "No space left")
-    assert moved == [("dropped.json", 1), ("kept.json", 1)]
+    assert renamed == [("dropped.json", 1), ("kept.json", 1)]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["data.json", "dropped.json"]
 
 
@@ -482,29 +417,16 @@ def test_fix_refuses_what_would_lose_something(command, tmp_path):
         ((source, "--fix", new, "--dropped", tmp_path / "no" / "other.json"), "no/other.json"),
         ((source, "--fix", tmp_path / "no" / "new.json", "--dropped", other), "no/new.json"),
     ):
-        assert_refused(command(curate, "lint", *arguments), words)
+        assert_refused(command("curate", "lint", *arguments), words)
         assert sorted(tmp_path.iterdir()) == before
 
 
 def test_long_texts_take_no_long_time():
     """Patterns that try every way to split a run of spaces or dashes would take hours here."""
     start = time.process_time()
-    for run in (
-        " ",
-        "\n",
-        "-",
-        "#",
-        "a",
-        "a ",
-        "this ",
-        "```",
-        "[",
-        "写",
-        "image ",
-        "1. ",
-        "as an ai, ",
-    ):
+    runs = (" ", "\n", "-", "#", "a", "a ", "this ", "```", "[", "写", "image ", "1. ")
+    for run in (*runs, "as an ai, "):
         text = run * (30_000 // len(run)) + "x!"
-        flags_of([record(text, text + "?", text), record("Add", text, text)], set())
+        find_defects([record(text, text + "?", text), record("Add", text, text)], set())
         opening(text)
     assert time.process_time() - start < 10

@@ -18,19 +18,19 @@ def entry(number: int, preference, **changes) -> dict:
     return plain | changes
 
 
-def write(path, entries: list):
+def write(path: Path, entries: list) -> Path:
     path.write_text(json.dumps(entries))
     return path
 
 
 def write_outputs(folder: Path, name: str, texts: dict[str, str]) -> Path:
     """A folder with a model's answers, {instruction: answer}."""
-    folder.mkdir(parents=True)
-    write(
-        folder / "model_outputs.json",
-        [
-            {"instruction": task, "output": text, "generator": name, "dataset": "d"}
-            for task, text in texts.items()
-        ],
-    )
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {"generator": name, "dataset": "d"}
+    entries = [{"instruction": task, "output": text} | names for task, text in texts.items()]
+    write(folder / "model_outputs.json", entries)
     return folder
+
+
+def read_outputs(folder: Path) -> list[dict]:
+    return json.loads((folder / "model_outputs.json").read_text())

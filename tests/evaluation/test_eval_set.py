@@ -1,0 +1,123 @@
+"""The evaluation set, data/eval_instructions.jsonl: its format, its text, its reference answers."""
+
+import json
+import re
+import unicodedata
+from itertools import product
+
+from helpers.commands import ROOT
+
+from alpaca.datagen import lint
+from alpaca.datagen.formats import normalize_record
+from rougel import Pool
+
+TASKS = [json.loads(line) for line in (ROOT / "data/eval_instructions.jsonl").open("rb")]
+SEEDS = [json.loads(line) for line in (ROOT / "data/seed_tasks.jsonl").open("rb")]
+
+
+def answer(opening: str) -> tuple[str, str]:
+    (task,) = [task for task in TASKS if task["instruction"].startswith(opening)]
+    return task["instances"][0]["input"], task["instances"][0]["output"]
+
+
+def test_evaluation_instructions_have_the_published_schema():
+    assert len(TASKS) >= 120
+    for number, task in enumerate(TASKS):
+        assert list(task) == ["id", "motivation_app", "instruction", "instances"]
+        assert task["id"] == f"user_oriented_task_{number}"
+        assert task["instances"] and all(set(i) == {"input", "output"} for i in task["instances"])
+        assert task["motivation_app"] and task["instruction"]
+        assert all(one["output"] for one in task["instances"])
+        assert normalize_record(task)[0]["instruction"] == task["instruction"]
+    given = sum(bool(one["input"]) for task in TASKS for one in task["instances"])
+    assert 50 <= given <= len(TASKS) - 50
+    assert len({task["motivation_app"] for task in TASKS}) >= 50
+
+
+def test_evaluation_instructions_are_clean_text():
+    for task in TASKS:
+        for one in task["instances"]:
+            for part in (task["motivation_app"], task["instruction"], one["input"], one["output"]):
+                assert part == part.strip() == unicodedata.normalize("NFC", part)
+                assert all(c.isascii() or c in "áèßóú¿" for c in part), part
+                assert all(c.isprintable() or c == "\n" for c in part.replace("\t", "?"))
+                assert not re.search(r"https?:|www\.", part)
+
+
+def test_evaluation_instructions_are_all_different_and_none_is_a_seed():
+    asked = [task["instruction"] for task in TASKS]
+    pool, seeds = Pool(asked), Pool([seed["instruction"] for seed in SEEDS])
+    for number, text in enumerate(asked):
+        scores = pool.scores(text)
+        scores[number] = 0
+        assert scores.max() < 0.6, (text, asked[scores.argmax()])
+        assert seeds.scores(text).max() < 0.7, text
+
+
+def test_evaluation_instructions_have_no_known_defect():
+    earlier: set = set()
+    flagged = {task["id"]: lint.flags_of(normalize_record(task), earlier) for task in TASKS}
+    assert not {name: flags for name, flags in flagged.items() if flags}
+
+
+def test_references_keep_to_the_length_asked_for():
+    limit = re.compile(r"(?:at most|no more than|fewer than) (\d+) words|(\d+) words at most")
+    checked = 0
+    for task in TASKS:
+        if found := limit.search(task["instruction"]):
+            words = len(task["instances"][0]["output"].split())
+            assert words <= int(found[1] or found[2]), (task["id"], words)
+            checked += 1
+    assert checked >= 7
+    assert len(answer("Make a post of no more than 200")[1]) <= 200
+    assert len(answer("Summarise the change as a commit")[1].splitlines()[0]) <= 50
+
+
+def test_code_in_references_does_what_was_asked(capsys):
+    def run(opening: str, part: int = 1, upto: str = "\n\n\n") -> dict:
+        names: dict = {}
+        exec(answer(opening)[part].split(upto)[0], names)  # our own file
+        return names
+
+    busy = run("Write a Python function busy", upto="\n\nSorting")["busy"]
+    assert (busy([(1, 4), (3, 6), (8, 9)]), busy([(4, 5), (1, 4), (2, 3)]), busy([])) == (6, 4, 0)
+    code = answer("This search sometimes never returns")[1]
+    names: dict = {}
+    exec(code[code.index("def ") :], names)
+    assert [names["find"]([2, 4, 4, 7], x) for x in range(9)] == [0, 0, 0, 1, 1, 3, 3, 3, 4]
+    code = answer("Code a function gap")[1]
+    exec(code[code.index("def ") : code.index("\n\ngap(")], names)
+    assert names["gap"]("22:40", "06:15") == 455 and names["gap"]("06:00", "22:01") == 961
+    count = run("Rewrite the function without recursion")["count"]
+    before = run("Rewrite the function without recursion", 0)["count"]
+    assert [count(n) for n in range(20)] == [before(n) for n in range(20)] and count(100_000) > 0
+    run("What does this program print", 0)
+    printed = answer("What does this program print")[1].split("\n\n")[0]
+    assert capsys.readouterr().out == printed + "\n"
+    version = answer("I need a regular expression for version")[1].split("\n")[0]
+    assert all(re.search(version, text) for text in ("0.0.1", "1.4.12"))
+    for text in ("1.04.2", "1.4", "1.4.12.3", "01.1.1", "1.1.02"):
+        assert not re.search(version, text)
+
+
+def test_sums_in_references():
+    payment = 12_000 * 0.005 / (1 - 1.005**-36)
+    assert f"{payment:.2f}" in answer("How much do I pay a month for a loan")[1]
+    monthly = 10_000 * (1 + 0.031 / 12) ** 12
+    assert f"{monthly:,.2f}" in answer("Which account pays more")[1]
+    assert f"{monthly - 10_312:.2f} more" in answer("Which account pays more")[1]
+    tasks = {"A": (90, 6), "B": (60, 5), "C": (120, 9), "D": (45, 3), "E": (75, 4)}
+    fits = []
+    for taken in product([0, 1], repeat=5):
+        chosen = [name for name, yes in zip(tasks, taken, strict=True) if yes]
+        minutes, value = (sum(tasks[name][k] for name in chosen) for k in (0, 1))
+        fits += [(value, chosen, minutes)] if minutes <= 240 else []
+    best = sorted(fits)[-2:]
+    assert best[1] == (17, ["B", "C", "D"], 225) and best[0][0] < 17
+    codes = []
+    for number in range(1000, 10_000):
+        a, b, c, d = map(int, str(number))
+        if len({a, b, c, d}) == 4 and 0 not in (b, c, d) and a == 2 * d and b == a + d:
+            codes += [number] if a + b + c + d == 19 else []
+    assert codes == [4672, 6913]
+    assert "4672 and 6913" in answer("Crack the four-digit code")[1]

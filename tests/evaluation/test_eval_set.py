@@ -56,7 +56,7 @@ def test_evaluation_instructions_are_all_different_and_none_is_a_seed():
 
 def test_evaluation_instructions_have_no_known_defect():
     earlier: set = set()
-    flagged = {task["id"]: lint.flags_of(normalize_record(task), earlier) for task in TASKS}
+    flagged = {task["id"]: lint.find_defects(normalize_record(task), earlier) for task in TASKS}
     assert not {name: flags for name, flags in flagged.items() if flags}
 
 

@@ -311,7 +311,7 @@ def test_the_error_is_that_of_leaving_one_instruction_out(models):
 
 
 def test_errors_are_as_large_as_rates_scatter():
-    found = [length_controlled(*make_scores(100 + seed, 2, 100))[:2] for seed in range(150)]
+    found = [length_controlled(*make_scores(100 + seed, 2, 40))[:2] for seed in range(150)]
     rates, errors = map(np.array, zip(*found, strict=True))
     assert errors.mean(0) == pytest.approx(rates.std(0), rel=0.15)
 

@@ -1,4 +1,4 @@
-"""Pictures are well-formed, whatever they are of, and their lines stay inside."""
+"""Charts are well-formed XML for every input; their lines stay inside; no text escapes."""
 
 import math
 import xml.etree.ElementTree as ET
@@ -7,25 +7,46 @@ import pytest
 
 from alpaca.common import charts
 
-SPACE = "{http://www.w3.org/2000/svg}"
+SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = "<script>&\x1b[2J"
 
 
-def test_a_chart_is_well_formed_and_its_lines_stay_inside():
+def test_line_chart_stays_inside_and_dots_few_points():
     points = [(step, 5 / (step + 1)) for step in range(20)] + [(20, math.nan)]
     lines = {"train": points, "held out": [(0, 4.0), (9, 4.0)]}
     picture = ET.fromstring(charts.line_chart("loss", "step", lines))
-    drawn, dots = (picture.findall(SPACE + shape) for shape in ("polyline", "circle"))
-    assert len(drawn) == 2
-    few = [f"{dot.get('cx')},{dot.get('cy')}" for dot in dots]
-    assert few == drawn[1].get("points").split(), "two measurements are shown as two"
-    for line in drawn:
-        for point in line.get("points").split():
-            x, y = map(float, point.split(","))
-            assert 64 <= x <= 704 and 40 <= y <= 352
-    assert len(drawn[0].get("points").split()) == 20
+    train, held_out = (line.get("points").split() for line in picture.iter(f"{SVG}polyline"))
+    dots = [f"{dot.get('cx')},{dot.get('cy')}" for dot in picture.iter(f"{SVG}circle")]
+    assert dots == held_out and len(train) == 20
+    for x, y in (map(float, point.split(",")) for point in train + held_out):
+        assert 64 <= x <= 704 and 40 <= y <= 352
     ET.fromstring(charts.line_chart("one point", "step", {"a": [(1, 1)]}))
-    ET.fromstring(charts.line_chart("nothing yet", "step", {"a": [(1, math.nan)]}))
+    ET.fromstring(charts.line_chart("no point yet", "step", {"a": [(1, math.nan)]}))
+    ET.fromstring(charts.bar_chart([("nothing", 0)]))
+
+
+def test_interval_chart_draws_no_bar_without_bounds():
+    kinds = {"plain": (10, 20, 30), "controlled": (math.nan, 25, math.nan)}
+    picture = ET.fromstring(charts.interval_chart("rates", {"m" * 40: kinds}, 0, 100))
+    bars = [path for path in picture.iter(f"{SVG}path") if path.get("stroke-width") == "2"]
+    assert [bar.get("d").split()[0] for bar in bars] == ["M286.4"]
+    assert [dot.get("cx") for dot in picture.iter(f"{SVG}circle")] == ["332.8", "356.0"]
+    assert f"{'m' * 33}…" in picture.itertext()
+
+
+def test_sunburst_sectors_fill_both_rings():
+    names = [("write", 3, [("poem", 2), ("essay", 1)]), ("give", 1, [])]
+    rings = list(ET.fromstring(charts.sunburst(names, "4 of 4")).iter(f"{SVG}circle"))
+    tips = [ring.find(f"{SVG}title").text for ring in rings]
+    assert tips == ["write: 3", "write poem: 2", "write essay: 1", "give: 1"]
+    assert [ring.get("transform") for ring in rings] == [
+        "rotate(-90.00)", "rotate(-90.00)", "rotate(90.00)", "rotate(180.00)",
+    ]  # fmt: skip
+    for ring, share in zip(rings, (3 / 4, 2 / 4, 1 / 4, 1 / 4), strict=True):
+        dash, around = map(float, ring.get("stroke-dasharray").split())
+        assert dash == pytest.approx(share * around - 1, abs=0.2)
+    narrow = charts.sunburst([("often", 999, []), ("rare", 1, [])], "")
+    assert "often</text>" in narrow and "rare: 1</title>" in narrow and "rare</text>" not in narrow
 
 
 @pytest.mark.parametrize(
@@ -38,12 +59,12 @@ def test_a_chart_is_well_formed_and_its_lines_stay_inside():
     ],
     ids=["line", "interval", "bar", "sunburst"],
 )
-def test_a_name_is_no_tag_and_steers_nothing(picture):
-    texts = ["".join(node.itertext()) for node in ET.fromstring(picture).iter(f"{SPACE}text")]
+def test_hostile_names_are_escaped(picture):
+    texts = ["".join(node.itertext()) for node in ET.fromstring(picture).iter(f"{SVG}text")]
     assert any("<script>&\\x1b[2J" in text for text in texts)
     assert "<script>" not in picture and "\x1b" not in picture
 
 
-def test_a_long_name_is_cut():
-    assert charts.words("y" * 34, 34) == f"<text>{'y' * 34}</text>"
-    assert charts.words("y" * 35, 34, font_size=9) == f'<text font-size="9">{"y" * 33}…</text>'
+def test_label_cuts_long_text():
+    assert f">{'y' * 34}</text>" in charts.label("y" * 34, 0, 0, limit=34)
+    assert f">{'y' * 33}…</text>" in charts.label("y" * 35, 0, 0, limit=34)

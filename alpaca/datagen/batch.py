@@ -1,185 +1,186 @@
 """The Batch API of OpenAI: many requests in one file, answered within a day at half the price.
 
-    async for replies in fetch(client, endpoint, ["7", "8"], body_of, log):
-        store(replies)                                       # {"7": a Reply or GaveUp, ...}
+    await ask_in_batches(teachers, ["7", "8"], question, poll=30)    # into the request log
 
-A batch that was paid for is never lost nor bought twice. Before it is made, `log` (a JSONL file)
-gets a line with its name, which the server keeps too: after a kill its list is searched for that
-name. The batch counts as read only when the caller, having stored the replies, asks for more.
-
-Shown by tests/test_selfinstruct.py: test_a_batch_outlives_the_run_that_sent_it.
+A batch that was paid for is neither lost nor bought twice. Before it is created, batches.jsonl
+(beside the request log) gets a line with its name, which the server keeps as well: after a kill,
+the server's list is searched for that name. Another line follows when its results are stored.
 """
 
 import asyncio
+import itertools
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from alpaca.common.errors import notice
 from alpaca.common.files import append_jsonl, read_log
 from alpaca.common.progress import duration
 from alpaca.datagen.client import (
-    API_PATHS,
     Client,
-    Endpoint,
     RefusedError,
     Reply,
     RequestFailedError,
     RetryableError,
     parse_reply,
 )
+from alpaca.datagen.endpoints import API_PATHS, Endpoint
+from alpaca.datagen.request_log import BudgetExceeded, Teachers, log_entry
 
 PRICE = 0.5  # of what single requests cost
-MAX_REQUESTS = 20_000  # requests in a batch; the server's own limits are 50,000 and 200 MB
-OVER = ("completed", "expired", "cancelled", "failed")
+MAX_REQUESTS = 20_000  # in a batch; the server's own limits are 50,000 and 200 MB
+FINAL = ("completed", "expired", "cancelled", "failed")
+Question = Callable[[str], tuple[str, dict, list[str]]]  # id -> prompt, options, ids of its seeds
 
 
-async def fetch(
-    client: Client,
-    endpoint: Endpoint,
-    ids: list[str],
-    body_of: Callable[[str], dict],
-    log: Path,
-    every: float = 30,
-    say: Callable[[str], None] = lambda line: None,
-) -> AsyncIterator[dict[str, Reply | RequestFailedError]]:
-    """Replies, a batch at a time; first of batches that an interrupted run has left under way."""
-    under_way = [batch for batch in begun(log) if of(endpoint, batch)]
-    for start in range(0, len(ids), MAX_REQUESTS):
-        batch = {"name": "alpaca-" + secrets.token_hex(8), "model": endpoint.model}
-        batch |= {
-            "url": endpoint.url,
-            "kind": endpoint.kind,
-            "ids": ids[start : start + MAX_REQUESTS],
-        }
-        append_jsonl(log, batch)
-        under_way.append(batch)
-    made = [await find_or_make(client, endpoint, batch, body_of) for batch in under_way]
-    for batch, there in zip(under_way, made, strict=True):
-        start = time.monotonic()
-        while there["status"] not in OVER:
-            counts = there.get("request_counts")
-            done = counts.get("completed", 0) if isinstance(counts, dict) else "?"
-            waited = duration(time.monotonic() - start)
-            say(f"batch {there['id']}: {there['status']}, {done} of {len(batch['ids'])}, {waited}")
-            await asyncio.sleep(every)
-            try:
-                there = await client.call(endpoint, "GET", f"batches/{there['id']}", described)
-            except RequestFailedError as problem:  # it is worked on all the same
-                say(str(problem))
-        replies = await results(client, endpoint, there)
-        if replies:
-            yield {id: replies[id] for id in batch["ids"] if id in replies}
-        append_jsonl(log, {"name": batch["name"], "over": there["status"]})
-        if not replies:
-            raise RefusedError(f"batch {there['id']} is {there['status']}: {trouble(there)}")
+async def ask_in_batches(
+    teachers: Teachers, ids: list[str], question: Question, poll: float
+) -> None:
+    """Ask as many of these as the budget allows, a batch per teacher. A teacher with an unfinished
+    batch of an earlier run completes that one first."""
+    file = teachers.log.file.parent / "batches.jsonl"
+    batches = pending_batches(file)
+    bought = [id for batch in batches for id in batch["ids"]]
+    chosen: dict[Endpoint, list[str]] = {endpoint: [] for endpoint in teachers.endpoints}
+    for id in dict.fromkeys([*bought, *ids]):
+        endpoint = teachers.endpoint_of(id)
+        max_cost = endpoint.max_cost(endpoint.body(*question(id)[:2])) * PRICE
+        if not teachers.reserve(id, max_cost) and id not in bought:
+            break
+        chosen[endpoint].append(id)
+    if not any(chosen.values()):
+        raise BudgetExceeded
+    for endpoint, new in chosen.items():
+        if new and not any(belongs_to(endpoint, batch) for batch in batches):
+            name = "alpaca-" + secrets.token_hex(8)
+            batch = {"name": name, "model": endpoint.model, "url": endpoint.base_url}
+            batch |= {"kind": endpoint.kind, "ids": new[:MAX_REQUESTS]}
+            append_jsonl(file, batch)
+            batches.append(batch)
+    try:
+        await asyncio.gather(*(run_batch(teachers, one, question, poll, file) for one in batches))
+    except RequestFailedError as error:
+        raise RefusedError(str(error)) from None
+    finally:
+        teachers.reserved.clear()
 
 
-def begun(log: Path) -> list[dict]:
-    """The batches that are not read yet."""
-    lines = list(read_log(log))
+async def run_batch(
+    teachers: Teachers, batch: dict, question: Question, poll: float, file: Path
+) -> None:
+    """Wait until a batch is through, and store its replies."""
+    endpoint = next(e for e in teachers.endpoints if belongs_to(e, batch))
+    client, bodies = teachers.client, {}
+    for id in batch["ids"]:
+        prompt, options, _ = question(id)
+        bodies[id] = endpoint.body(prompt, options)
+    state, start = await find_or_create(client, endpoint, batch["name"], bodies), time.monotonic()
+    while state["status"] not in FINAL:
+        done = (state.get("request_counts") or {}).get("completed", 0)
+        waited = duration(time.monotonic() - start)
+        notice(f"batch {state['id']}: {state['status']}, {done} of {len(bodies)}, {waited}")
+        await asyncio.sleep(poll)
+        try:
+            state = await client.call(endpoint, "GET", f"batches/{state['id']}", parse_batch)
+        except RequestFailedError as error:  # the server works on it all the same
+            notice(str(error))
+    replies: dict[str, Reply | RequestFailedError] = {}
+    for field in ("output_file_id", "error_file_id"):
+        if state.get(field):
+            path = f"files/{state[field]}/content"
+            replies |= await client.call(endpoint, "GET", path, parse_results)
+    for id in bodies:
+        if id in replies and id not in teachers.log.entries:
+            max_cost, seeds = endpoint.max_cost(bodies[id]), question(id)[2]
+            teachers.log.store(log_entry(id, endpoint, seeds, replies[id], max_cost, PRICE))
+    append_jsonl(file, {"name": batch["name"], "over": state["status"]})
+    if not any(isinstance(reply, Reply) for reply in replies.values()):
+        why = str(next(iter(replies.values()), state.get("errors")))[:300]
+        raise RefusedError(f"batch {state['id']} is {state['status']}, without any answer: {why}")
+
+
+async def find_or_create(
+    client: Client, endpoint: Endpoint, name: str, bodies: dict[str, dict]
+) -> dict[str, Any]:
+    """The server's description of our batch. Creating it is never simply retried: if only the
+    response was lost, the batch exists, and another one would be paid for as well."""
+    request = {"method": "POST", "url": f"/v1/{API_PATHS[endpoint.kind]}"}
+    lines = [json.dumps(request | {"custom_id": id, "body": body}) for id, body in bodies.items()]
+    upload = {"file": (f"{name}.jsonl", "\n".join(lines).encode(), "application/jsonl")}
+    order = {"endpoint": request["url"], "completion_window": "24h", "metadata": {"name": name}}
+    for failures in itertools.count(1):
+        if found := await find_batch(client, endpoint, name):
+            return found
+        form = {"data": {"purpose": "batch"}, "files": upload}
+        order["input_file_id"] = await client.call(endpoint, "POST", "files", parse_id, **form)
+        try:
+            return await client.call(endpoint, "POST", "batches", parse_batch, never, json=order)
+        except RequestFailedError:
+            if failures == client.attempts:
+                raise
+        await asyncio.sleep(client.backoff(failures))
+    raise AssertionError("unreachable")
+
+
+async def find_batch(client: Client, endpoint: Endpoint, name: str) -> dict[str, Any] | None:
+    """Our batch in the server's list, which comes in pages."""
+    last, seen = "", set()
+    while last not in seen:  # some servers repeat their only page
+        seen.add(last)
+        path = "batches?limit=100" + (f"&after={last}" if last else "")
+        batches, more = await client.call(endpoint, "GET", path, parse_page)
+        for batch in batches:
+            if (batch.get("metadata") or {}).get("name") == name:
+                return batch
+        last = batches[-1]["id"] if more and batches else ""
+    return None
+
+
+def pending_batches(file: Path) -> list[dict]:
+    """The batches whose results are not stored yet."""
+    lines = list(read_log(file))
     over = {line["name"] for line in lines if "over" in line}
     return [line for line in lines if line["name"] not in over]
 
 
-def of(endpoint: Endpoint, batch: dict) -> bool:
-    names = ("url", "model", "kind")
-    return all(batch[name] == getattr(endpoint, name) for name in names)
+def belongs_to(endpoint: Endpoint, batch: dict) -> bool:
+    source = (endpoint.base_url, endpoint.model, endpoint.kind)
+    return source == (batch["url"], batch["model"], batch["kind"])
 
 
-async def find_or_make(
-    client: Client, endpoint: Endpoint, batch: dict, body_of: Callable[[str], dict]
-) -> dict[str, Any]:
-    """The server's description of a batch of ours. Making one is not repeated blindly: an answer
-    that was lost leaves a batch behind."""
-    request = {"method": "POST", "url": f"/v1/{API_PATHS[endpoint.kind]}"}
-    for attempt in range(client.attempts):
-        if there := await find(client, endpoint, batch["name"]):
-            return there
-        lines = (request | {"custom_id": id, "body": body_of(id)} for id in batch["ids"])
-        content = "".join(json.dumps(line) + "\n" for line in lines).encode()
-        files = {"file": (batch["name"] + ".jsonl", content, "application/jsonl")}
-        purpose = {"purpose": "batch"}
-        file = await client.call(endpoint, "POST", "files", named, data=purpose, files=files)
-        order = {"input_file_id": file["id"], "endpoint": request["url"]}
-        order |= {"completion_window": "24h", "metadata": {"name": batch["name"]}}
-        try:
-            return described(await client.send(endpoint, "POST", "batches", json=order))
-        except RetryableError as problem:
-            why = str(problem)
-            await asyncio.sleep(client.wait_before(attempt + 2))
-    raise RequestFailedError(
-        f"{endpoint.url}: no batch made in {client.attempts} attempts, last: {why}"
-    )
+def never() -> bool:
+    return False
 
 
-async def find(client: Client, endpoint: Endpoint, name: str) -> dict[str, Any] | None:
-    after, seen = "", set()
-    while after not in seen:  # a server may turn in a circle
-        seen.add(after)
-        page = await client.call(endpoint, "GET", f"batches?limit=100{after}", page_of)
-        batches = [one for one in page["data"] if has(one, id=str, status=str)]
-        for there in batches:
-            if has(there, metadata=dict) and there["metadata"].get("name") == name:
-                return there
-        if page.get("has_more") and batches:
-            after = f"&after={batches[-1]['id']}"
-    return None
+def parse_id(text: str) -> str:
+    return json.loads(text)["id"]
 
 
-async def results(
-    client: Client, endpoint: Endpoint, there: dict
-) -> dict[str, Reply | RequestFailedError]:
-    """What the output and error files of a batch say of each request."""
+def parse_batch(text: str) -> dict[str, Any]:
+    batch = json.loads(text)
+    return batch | {"id": batch["id"], "status": batch["status"]}
+
+
+def parse_page(text: str) -> tuple[list[dict], bool]:
+    page = json.loads(text)
+    return page["data"], page.get("has_more", False)
+
+
+def parse_results(text: str) -> dict[str, Reply | RequestFailedError]:
+    """The lines of an output or error file, by request."""
     replies: dict[str, Reply | RequestFailedError] = {}
-    for field in ("output_file_id", "error_file_id"):
-        if there.get(field):
-            path = f"files/{there[field]}/content"
-            for line in await client.call(endpoint, "GET", path, lines_of):
-                replies[str(line.get("custom_id"))] = reply_of(line)
+    for line in filter(str.strip, text.split("\n")):
+        result = json.loads(line)
+        response = result.get("response") or {}
+        if response.get("status_code") != 200:
+            reply = RequestFailedError(f"{result.get('error') or response.get('body')}"[:300])
+        else:
+            try:
+                reply = parse_reply(json.dumps(response["body"]))
+            except RetryableError as error:
+                reply = RequestFailedError(str(error)[:300], error.usage)
+        replies[result["custom_id"]] = reply
     return replies
-
-
-def reply_of(line: dict) -> Reply | RequestFailedError:
-    response = line["response"] if has(line, response=dict) else {}
-    if response.get("status_code") != 200:
-        return RequestFailedError(
-            f"the batch says {line.get('error') or response.get('body')}"[:300]
-        )
-    try:
-        return parse_reply(json.dumps(response.get("body")))
-    except RetryableError as problem:
-        return RequestFailedError(str(problem)[:300], problem.usage)
-
-
-def trouble(there: dict) -> str:
-    known = has(there, errors=dict) and has(there["errors"], data=list)
-    errors = there["errors"]["data"] if known else []
-    told = (str(e.get("message", e)) if isinstance(e, dict) else str(e) for e in errors)
-    return "; ".join(told)[:300] or "it has no results"
-
-
-def has(found: Any, **kinds: type) -> bool:
-    return isinstance(found, dict) and all(isinstance(found.get(n), k) for n, k in kinds.items())
-
-
-def parsed(text: str, **kinds: type) -> dict[str, Any]:
-    """The JSON object of an answer, with these fields at least."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        raise RetryableError("the answer is not JSON") from None
-    if not has(found, **kinds):
-        raise RetryableError(f"the answer is no JSON object with {' and '.join(kinds) or 'fields'}")
-    return found
-
-
-named, described = partial(parsed, id=str), partial(parsed, id=str, status=str)
-page_of = partial(parsed, data=list)
-
-
-def lines_of(text: str) -> list[dict[str, Any]]:
-    return [parsed(line) for line in text.split("\n") if line.strip()]

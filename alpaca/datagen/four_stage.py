@@ -1,34 +1,33 @@
-"""The four stages of the Self-Instruct paper (arXiv:2212.10560), of which Alpaca made one.
+"""The four stages of the Self-Instruct paper (arXiv:2212.10560); Alpaca merged them into one.
 
-    1  instructions    six seeds and two that were made before → up to eight new ones
-    2  kind            is it classification, with answers from a small set of labels?
-    3  instances       of a classification task output first, lest all get the same label; else the
-                       input first
-    4  filters         for instructions Alpaca's and ROUGE-L (selfinstruct.py); for instances below
+    1  instructions    six seeds and two generated instructions → up to eight new ones
+    2  kind            is it a classification task, with a small set of possible labels?
+    3  instances       for classification the label first, so that not all get the same label;
+                       for other tasks the input first
+    4  filters         Alpaca's and ROUGE-L for instructions (selfinstruct.py), the paper's for
+                       instances (below)
 
-A record holds an instruction with all its instances, as the seeds do; the examples in the prompts
-are seeds. What a request brought is used in prompts only LAG requests later: by then it is known
-whatever the order in which answers came, and so the same seed asks the same questions.
-
-Shown by tests/test_selfinstruct.py:
-test_the_four_stages_ask_the_same_whatever_the_order_of_answers.
+A record is an instruction with all its instances, as the seeds are. The examples in the prompts of
+stages 2 and 3 are seeds. What request i brought appears in prompts from request i + WINDOW on: by
+then its answer is judged, whatever the order of arrival, so the same seed makes the same prompts.
 """
 
 import asyncio
 import hashlib
 import random
 import re
+from collections.abc import Callable
 
 from alpaca.common.errors import UserError
 from alpaca.datagen.client import Reply, parse_reply
 from alpaca.datagen.prompts import NO_INPUT, NO_INPUT_TEXT, Task
 from alpaca.datagen.request_log import BudgetExceeded
 
-LAG = 64
+WINDOW = 64
 HUMAN, MACHINE, LAST = 6, 2, 16  # examples in a prompt, and the last number of its list
-SHOWN = (12, 19)  # examples of classification, and of other tasks, for the second stage
-LATER = "instances"  # how the reason begins why an instruction is left out though it was new
-STAGES = {  # what each asks of the server; --request comes on top
+SHOWN = (12, 19)  # examples of classification, and of other tasks, in stage 2
+DROPPED_LATER = "instances"  # start of the reason for dropping an instruction after stage 1
+STAGES = {  # request options; those of --request are added
     "instructions": {
         "max_tokens": 1024,
         "temperature": 0.7,
@@ -44,7 +43,7 @@ LIST = (
     "{language}, one on each line. Continue it up to number {last}.\n\n"
 )
 KIND = (
-    "Some tasks have a small set of possible answers, fixed beforehand, from which one is chosen: "
+    "Some tasks have a small set of possible answers, fixed in advance, from which one is chosen: "
     "those are classification. Say Yes if the last task is one, otherwise No.\n\n"
 )
 INPUT_FIRST = (
@@ -62,115 +61,44 @@ EXAMPLE = re.compile(r"^[ \t*#]*(?:example|instance)[ \t]*\d{0,3}[ \t]*[.:)]?[ \
 FIELD = re.compile(r"^[ \t*#]*((?:class )?label|input|output)[ \t*]*:[ \t*]*", re.I | re.M)
 
 
-class SelfInstruct:
-    lag, brings = LAG, 7
-    exact = False  # whether an instruction gets instances is known later
+def one_line(text: str) -> str:
+    return " ".join(text.split())
 
-    def __init__(self, seeds: list[dict], header: str, language: str, seed: int, options: dict):
-        self.seeds, self.seed, self.given = seeds, seed, options
-        self.header = LIST.format(last=LAST, language=language)  # `header` is Alpaca's
-        kinds = [[s for s in seeds if s["is_classification"] is kind] for kind in (True, False)]
-        if len(seeds) < HUMAN + MACHINE or not all(kinds):
-            raise UserError(
-                f"self-instruct needs {HUMAN + MACHINE} seeds, of classification and of other tasks"
-            )
-        rng = random.Random(f"{seed} examples")
-        labelled, free = (
-            rng.sample(some, min(most, len(some))) for some, most in zip(kinds, SHOWN, strict=True)
-        )
-        mixed = rng.sample(labelled + free, len(labelled + free))
-        self.kinds = KIND
-        for seed_task in mixed:
-            told = "Yes" if seed_task["is_classification"] else "No"
-            self.kinds += f"{asked(seed_task)}Classification: {told}\n\n"
-        self.first = {
-            True: OUTPUT_FIRST + "".join(with_examples(s, LABEL_INPUT) for s in labelled[:8]),
-            False: INPUT_FIRST + "".join(with_examples(s, INPUT_OUTPUT) for s in free[:8]),
-        }
 
-    def request(self, number: int, kept: list[tuple[int, str]]) -> tuple[str, dict, list[str]]:
-        """Stage 1: prompt, options, and the ids of the seeds in it."""
-        rng = random.Random(f"{self.seed} {number}")
-        made = [instruction for of, instruction in kept if of <= number - self.lag]
-        made = rng.sample(made, min(MACHINE, len(made)))
-        human = rng.sample(self.seeds, HUMAN + MACHINE - len(made))
-        shown = [one_line(seed["instruction"]) for seed in human] + list(map(one_line, made))
-        rng.shuffle(shown)
-        listed = "".join(f"{place}. {text}\n" for place, text in enumerate(shown, 1))
-        prompt = f"{self.header}{listed}{len(shown) + 1}."
-        return prompt, self.options("instructions"), [seed["id"] for seed in human]
+def task_line(task: dict) -> str:
+    return f"Task: {one_line(task['instruction'])}\n"
 
-    def options(self, stage: str) -> dict:
-        return STAGES[stage] | self.given
 
-    def tasks(self, reply: Reply) -> list[Task]:
-        """The instructions of a list that goes on where the prompt stopped."""
-        text = reply.text.replace("\r\n", "\n").lstrip()
-        first, _, rest = text.partition("\n")
-        text = rest if first.rstrip(" *").endswith(":") and not ITEM.match(first) else text
-        if not ITEM.match(text.lstrip()):
-            text = f"{HUMAN + MACHINE + 1}. {text.lstrip()}"
-        found = [item[1].strip(" *") for item in ITEM.finditer(text)]
-        tasks = [Task(one, "", "") for one in found if one]
-        if tasks and reply.cut:
-            tasks[-1] = tasks[-1]._replace(why="cut")
-        return tasks
-
-    async def complete(self, judged: list[dict], ask) -> list[dict | None]:
-        """Stages 2 and 3 for every instruction that was kept; None where the money ended before."""
-        found = await asyncio.gather(
-            *(self.instances(line, ask) for line in judged), return_exceptions=True
-        )
-        for one in found:
-            if isinstance(one, BaseException) and not isinstance(one, BudgetExceeded):
-                raise one
-        return [None if isinstance(one, BudgetExceeded) else one for one in found]
-
-    async def instances(self, line: dict, ask) -> dict:
-        line = {name: value for name, value in line.items() if name not in ("input", "output")}
-        if "why" in line:
-            return line
-        source, prompt = line.pop("provenance"), asked(line)
-        seeds = source["prompt_seeds"]
-        key = hashlib.sha256(line["instruction"].encode()).hexdigest()[:12]
-        id = f"{source['request']}.{key}."  # not its place, which another parser may change
-        kind = await ask(
-            id + "kind", f"{self.kinds}{prompt}Classification:", self.options("kind"), seeds
-        )
-        if "failed" in kind:
-            return line | {"why": f"{LATER}: no answer"}
-        yes = parse_reply(kind["response"]).text.strip(" *\n").lower().startswith("yes")
-        prompt = self.first[yes] + prompt + ("Class label:" if yes else "Example 1\nInput:")
-        entry = await ask(id + "instances", prompt, self.options("instances"), seeds)
-        if "failed" in entry:
-            return line | {"why": f"{LATER}: no answer"}
-        found = filter_instances(parse_instances(parse_reply(entry["response"]), label_first=yes))
-        if not found:
-            return line | {"why": f"{LATER}: none usable"}
-        return line | {"instances": found, "is_classification": yes, "provenance": source}
+def with_examples(seed: dict, layout: str) -> str:
+    examples = (
+        layout.format(n=n, input=case["input"] or NO_INPUT, output=case["output"])
+        for n, case in enumerate(seed["instances"], 1)
+    )
+    return task_line(seed) + "".join(examples) + "\n"
 
 
 def parse_instances(reply: Reply, label_first: bool) -> list[dict]:
-    """The examples of an answer that goes on where the prompt stopped, at the first field."""
+    """The examples of an answer that continues where the prompt stopped, at the first field."""
     text = EXAMPLE.sub("", reply.text.replace("\r\n", "\n")).lstrip()
     if not FIELD.match(text):
         text = ("Class label: " if label_first else "Input: ") + text
     starts = list(FIELD.finditer(text))
     ends = [*(label.start() for label in starts[1:]), len(text)]
-    found: list[dict] = []
+    examples: list[dict] = []
     for label, end in zip(starts, ends, strict=True):
         field = "input" if label[1].lower() == "input" else "output"
-        if not found or field in found[-1] or field == ("output" if label_first else "input"):
-            found.append({})
-        found[-1][field] = text[label.end() : end].strip()
-    return found[:-1] if reply.cut else found
+        first = "output" if label_first else "input"
+        if not examples or field in examples[-1] or field == first:
+            examples.append({})
+        examples[-1][field] = text[label.end() : end].strip()
+    return examples[:-1] if reply.truncated else examples
 
 
-def filter_instances(found: list[dict]) -> list[dict]:
-    """The paper's filters: no empty output, none that repeats the input, no example twice, and
+def filter_instances(examples: list[dict]) -> list[dict]:
+    """The paper's filters: no empty output, none that repeats its input, no example twice, and
     none of those that give the same input different outputs."""
     outputs: dict[str, str | None] = {}
-    for example in found:
+    for example in examples:
         given, output = example.get("input", ""), example.get("output", "")
         given = "" if NO_INPUT_TEXT.fullmatch(given) else given
         if output and output != given:
@@ -178,17 +106,91 @@ def filter_instances(found: list[dict]) -> list[dict]:
     return [{"input": i, "output": o} for i, o in outputs.items() if o is not None]
 
 
-def one_line(text: str) -> str:
-    return " ".join(text.split())
+class SelfInstruct:
+    window, expected_tasks = WINDOW, 7
+    whole_answers = True  # whether an instruction gets instances turns out later
 
+    def __init__(self, seeds: list[dict], header: str, language: str, seed: int, request: dict):
+        self.seeds, self.seed, self.extra_options = seeds, seed, request
+        self.header = LIST.format(last=LAST, language=language)  # `header` is Alpaca's
+        by_kind = [[s for s in seeds if s["is_classification"] is kind] for kind in (True, False)]
+        if len(seeds) < HUMAN + MACHINE or not all(by_kind):
+            raise UserError(
+                f"self-instruct needs {HUMAN + MACHINE} seeds, of classification and of other tasks"
+            )
+        rng = random.Random(f"{seed} examples")
+        labelled, free = (
+            rng.sample(some, min(most, len(some)))
+            for some, most in zip(by_kind, SHOWN, strict=True)
+        )
+        self.kind_prompt = KIND
+        for example in rng.sample(labelled + free, len(labelled + free)):
+            answer = "Yes" if example["is_classification"] else "No"
+            self.kind_prompt += f"{task_line(example)}Classification: {answer}\n\n"
+        self.instance_prompts = {
+            True: OUTPUT_FIRST + "".join(with_examples(s, LABEL_INPUT) for s in labelled[:8]),
+            False: INPUT_FIRST + "".join(with_examples(s, INPUT_OUTPUT) for s in free[:8]),
+        }
 
-def asked(task: dict) -> str:
-    return f"Task: {one_line(task['instruction'])}\n"
+    def options(self, stage: str) -> dict:
+        return STAGES[stage] | self.extra_options
 
+    def prompt(self, number: int, kept: list[tuple[int, str]]) -> tuple[str, dict, list[str]]:
+        """Stage 1: the prompt, the request's options, and the ids of the seeds in the prompt."""
+        rng = random.Random(f"{self.seed} {number}")
+        machine = [text for request, text in kept if request <= number - self.window]
+        machine = rng.sample(machine, min(MACHINE, len(machine)))
+        human = rng.sample(self.seeds, HUMAN + MACHINE - len(machine))
+        shown = [one_line(seed["instruction"]) for seed in human] + list(map(one_line, machine))
+        rng.shuffle(shown)
+        listed = "".join(f"{n}. {text}\n" for n, text in enumerate(shown, 1))
+        prompt = f"{self.header}{listed}{len(shown) + 1}."
+        return prompt, self.options("instructions"), [seed["id"] for seed in human]
 
-def with_examples(seed: dict, layout: str) -> str:
-    filled = (
-        layout.format(n=n, input=case["input"] or NO_INPUT, output=case["output"])
-        for n, case in enumerate(seed["instances"], 1)
-    )
-    return asked(seed) + "".join(filled) + "\n"
+    def parse(self, reply: Reply) -> list[Task]:
+        """The instructions of a list that continues where the prompt stopped."""
+        text = reply.text.replace("\r\n", "\n").lstrip()
+        first, _, rest = text.partition("\n")
+        text = rest if first.rstrip(" *").endswith(":") and not ITEM.match(first) else text
+        if not ITEM.match(text.lstrip()):
+            text = f"{HUMAN + MACHINE + 1}. {text.lstrip()}"
+        instructions = [item[1].strip(" *") for item in ITEM.finditer(text)]
+        tasks = [Task(instruction, "", "") for instruction in instructions if instruction]
+        if tasks and reply.truncated:
+            tasks[-1] = tasks[-1]._replace(reason="cut")
+        return tasks
+
+    async def complete(self, lines: list[dict], ask: Callable) -> list[dict | None]:
+        """Stages 2 and 3 for every instruction that was kept; None where the budget ended."""
+        results = await asyncio.gather(
+            *(self.add_instances(line, ask) for line in lines), return_exceptions=True
+        )
+        complete: list[dict | None] = []
+        for result in results:
+            if isinstance(result, BaseException) and not isinstance(result, BudgetExceeded):
+                raise result
+            complete.append(result if isinstance(result, dict) else None)
+        return complete
+
+    async def add_instances(self, line: dict, ask: Callable) -> dict:
+        line = {name: value for name, value in line.items() if name not in ("input", "output")}
+        if "why" in line:
+            return line
+        source, task = line.pop("provenance"), task_line(line)
+        digest = hashlib.sha256(line["instruction"].encode()).hexdigest()[:12]
+        id, seeds = f"{source['request']}.{digest}", source["prompt_seeds"]
+        prompt = f"{self.kind_prompt}{task}Classification:"
+        kind = await ask(f"{id}.kind", prompt, self.options("kind"), seeds)
+        if "failed" in kind:
+            return line | {"why": f"{DROPPED_LATER}: no answer"}
+        label_first = parse_reply(kind["response"]).text.strip(" *\n").lower().startswith("yes")
+        ending = "Class label:" if label_first else "Example 1\nInput:"
+        prompt = self.instance_prompts[label_first] + task + ending
+        entry = await ask(f"{id}.instances", prompt, self.options("instances"), seeds)
+        if "failed" in entry:
+            return line | {"why": f"{DROPPED_LATER}: no answer"}
+        instances = filter_instances(parse_instances(parse_reply(entry["response"]), label_first))
+        if not instances:
+            return line | {"why": f"{DROPPED_LATER}: none usable"}
+        result = {"instances": instances, "is_classification": label_first}
+        return line | result | {"provenance": source}

@@ -27,7 +27,8 @@ from alpaca.common.errors import UserError, notice
 from alpaca.common.files import append_jsonl, claim_run_folder, read_log
 from alpaca.common.progress import Progress
 from alpaca.datagen import request_log
-from alpaca.datagen.request_log import RequestLog, Teachers, add_server_arguments
+from alpaca.datagen.endpoints import add_server_arguments, endpoint_from_args
+from alpaca.datagen.request_log import RequestLog, Teachers
 from alpaca.evaluation.outputs import OUTPUTS, Item, digest, read_items, save_json
 from alpaca.inference.answer import encode_question, engine_from_args
 from alpaca.inference.engine import Sequence
@@ -89,7 +90,7 @@ def generate_local(items: dict[str, Item], args: argparse.Namespace, log: Path) 
 
 def generate_remote(items: dict[str, Item], args: argparse.Namespace, log: Path) -> dict:
     """id → Answer. What the server does not answer is left out."""
-    endpoint = request_log.endpoint_from_args(args, "--model", args.model)
+    endpoint = endpoint_from_args(args, args.model)
     options = {"max_tokens": args.max_new_tokens, "temperature": args.temperature}
     options |= {"top_p": args.top_p if args.top_p < 1 else None, "stop": args.stop or None}
     options |= args.request
@@ -99,7 +100,7 @@ def generate_remote(items: dict[str, Item], args: argparse.Namespace, log: Path)
         chat = endpoint.kind == "chat"
         text = item.question if chat else format_prompt(item.instruction, item.input)
         if reply := await teachers.ask_until(id, lambda reply: reply, 1, text, options):
-            answers[id] = Answer(reply.text, reply.cut)
+            answers[id] = Answer(reply.text, reply.truncated)
 
     requests = RequestLog(log)
     if not asyncio.run(request_log.ask_all(requests, endpoint, args, items, ask, "answers")):
@@ -166,7 +167,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     unused = defaults(add_server_arguments)
     problem = "is for a server: name its --model"
     if args.model is not None:
-        request_log.endpoint_from_args(args, "--model", args.model)
+        endpoint_from_args(args, args.model)
         unused = defaults(*LOCAL_ARGUMENTS)
         problem = "is for a model in a folder, and --model asks a server"
     for name, default in unused.items():

@@ -36,7 +36,8 @@ from alpaca.common.errors import UserError, escape_control, notice
 from alpaca.common.files import atomic_file, claim_run_folder
 from alpaca.common.progress import short_number
 from alpaca.datagen import request_log
-from alpaca.datagen.client import Endpoint, Reply
+from alpaca.datagen.client import Reply
+from alpaca.datagen.endpoints import Endpoint, add_server_arguments, endpoint_from_args
 from alpaca.datagen.request_log import RequestLog, Teachers
 from alpaca.evaluation.annotations import ANNOTATIONS, make_annotation
 from alpaca.evaluation.outputs import Pair, add_pair_arguments, digest, pair_outputs, save_json
@@ -133,7 +134,7 @@ def parse_letter(text: str) -> str | None:
 
 
 def parse_verdict(reply: Reply) -> Verdict | None:
-    letter = None if reply.cut else parse_letter(reply.text)
+    letter = None if reply.truncated else parse_letter(reply.text)
     if letter is None:
         return None
     better = weigh_letter(reply, letter)
@@ -239,14 +240,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     replies = "replies to ask for until one has a verdict, over all runs (default: 3)"
     add("--max-replies", type=positive(int), default=3, help=replies)
     add("--seed", type=int, default=0, help="of the orders of --single-order (default: 0)")
-    request_log.add_server_arguments(parser)
+    add_server_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     pairs = pair_outputs(args.model, args.baseline, args.common)
-    endpoint = request_log.endpoint_from_args(args, "--judge", args.judge)
+    endpoint = endpoint_from_args(args, args.judge)
     name = args.name or endpoint.model + (", explained" if args.explain else "")
-    settings = {"answers": digest(pairs), "judge": endpoint.model, "url": endpoint.url}
+    settings = {"answers": digest(pairs), "judge": endpoint.model, "url": endpoint.base_url}
     for argument in ("kind", "request", "single_order", "explain", "no_logprobs"):
         settings[argument] = getattr(args, argument)
     settings["seed"] = args.seed if args.single_order else None

@@ -30,7 +30,8 @@ from typing import Any
 
 from alpaca import CHECKOUT
 from alpaca.common.errors import UserError, join_names, notice, replace_surrogates
-from alpaca.datagen.client import Client, Endpoint, RefusedError, RequestFailedError, RetryableError
+from alpaca.datagen.client import Client, RefusedError, RequestFailedError, RetryableError
+from alpaca.datagen.endpoints import Endpoint
 from tokenizer import SPACE
 
 RULES = CHECKOUT / "data/filter_rules.txt"
@@ -146,7 +147,7 @@ class Service(Filter):
 
     def __init__(self, endpoint: Endpoint, timeout: float = 8.0):
         self.endpoint, self.timeout = endpoint, timeout
-        self.name, self.told = endpoint.url, -math.inf
+        self.name, self.told = endpoint.base_url, -math.inf
 
     async def __aenter__(self) -> "Service":
         self.client = Client(timeout=self.timeout / 2, max_retries=1, retry_wait=0.2)
@@ -203,10 +204,10 @@ def add_filter_flags(parser: argparse.ArgumentParser) -> None:
 
 def chosen_filter(args: argparse.Namespace) -> Filter:
     url = args.moderation_url or OPENAI
-    endpoint = Endpoint(args.moderation_model, url, key=args.moderation_key)
-    asked_for = args.moderation_url or endpoint.secret()
+    endpoint = Endpoint(args.moderation_model, url, key_env=args.moderation_key)
+    asked_for = args.moderation_url or endpoint.api_key()
     kind = args.filter or ("service" if asked_for else "rules")
-    if kind == "service" and "//api.openai.com" in url.lower() and not endpoint.secret():
+    if kind == "service" and "//api.openai.com" in url.lower() and not endpoint.api_key():
         raise UserError(f"OpenAI's filter takes a key: set {args.moderation_key}, or --filter")
     if kind == "off":
         return Filter()

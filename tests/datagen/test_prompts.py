@@ -1,11 +1,9 @@
-"""What teachers send, and what is made of it."""
+"""The prompt, the parser on the formats that teachers send, and Alpaca's filters."""
 
-import random
+import json
 
 import pytest
 from helpers.commands import ROOT
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from alpaca.common.files import read_jsonl
 from alpaca.datagen.prompts import Task, alpaca_prompt, parse_tasks, reject_reason
@@ -18,212 +16,84 @@ TWO = [
     Task("Name a primary colour.", "", "Red"),
     Task("Translate to French.", "Good day\nand good night", "Bonjour\net bonne nuit"),
 ]
-# Two tasks as teachers send them: what the completion API returns comes first.
-SENT = {
-    "completion": """ Name a primary colour.
-4. Input:
-<noinput>
-4. Output:
-Red
-###
-5. Instruction: Translate to French.
-5. Input:
-Good day
-and good night
-5. Output:
-Bonjour
-et bonne nuit
-###
-""",
-    "numbers from one": """1. Instruction: Name a primary colour.
-1. Input: <noinput>
-1. Output: Red
+FIELDS = "{n}. Instruction: {i}\n{n}. Input: {x}\n{n}. Output: {o}"
+NEWLINES = FIELDS.replace("t: {", "t:\n{")
+PLAIN = "Instruction: {i}\nInput: {x}\nOutput: {o}"
+FORMATS = {  # layout of a task, text between two, what stands for no input, text before and after
+    "completion": (NEWLINES, "\n###\n", "<noinput>", "", "\n###\n"),
+    "one line": (FIELDS, "\n\n", "<noinput>", "", ""),
+    "markdown": (
+        "### Task {n}\n**Instruction:** {i}\n**Input:** {x}\n\n**Output:**\n{o}",
+        "\n\n---\n\n", "`<noinput>`", "Sure! Here are the tasks you asked for:\n\n", "\n",
+    ),
+    "bold numbers": (
+        "**{n}. Instruction:** {i}\n**{n}. Input**: {x}\n**{n}. Output**: {o}",
+        "\n###\n", "N/A", "", "",
+    ),
+    "headings": (
+        "#### Instruction {n}\n{i}\n#### Input {n}\n{x}\n#### Output {n}\n{o}",
+        "\n\n", "(no input)", "", "",
+    ),
+    "only the instruction has a number": ("{n}) " + PLAIN, "\n", "none", "", ""),
+    "number on a line of its own": ("{n}.\n" + PLAIN, "\n\n", "none", "", ""),
+    "a fence around everything": (
+        NEWLINES, "\n###\n", "<noinput>", "Here you are:\n```text\n", "\n```\nI hope this helps!"
+    ),
+    "a fence around each": ("```\n" + PLAIN + "\n```", "\n\n", "<no input>", "", ""),
+    "bullets": (
+        "{n}. **Instruction:** {i}\n   * **Input:** {x}\n   * **Output:** {o}",
+        "\n\n", "<noinput>", "", "",
+    ),
+    "brackets": (
+        "[Instruction]\n{i}\n[Input]\n{x}\n[Output]\n{o}", "\n\n", "(none)", "", "",
+    ),
+    "round brackets": (FIELDS.replace("{n}.", "({n})"), "\n", "No input required.", "", ""),
+    "titles and a closing remark": (
+        FIELDS, "\n\n**Task 5: Greetings**\n", '""',
+        "Each task has an\nInput: and an output.\n\n**4. Colours**\n",
+        "\n###\nThese tasks cover many kinds of work.",
+    ),
+    "thoughts first": (
+        FIELDS, "\n", "<noinput>",
+        "<think>\n4. Instruction: something\n4. Input: perhaps\n</think>\n", "",
+    ),
+    "full-width colons": (FIELDS.replace(": ", "："), "\n", "<noinput>", "", ""),
+}  # fmt: skip
 
-2. Instruction: Translate to French.
-2. Input: Good day
-and good night
-2. Output: Bonjour
-et bonne nuit""",
-    "markdown": """Sure! Here are the tasks you asked for:
 
-### Task 4
-**Instruction:** Name a primary colour.
-**Input:** `<noinput>`
-**Output:** Red
+def in_format(name: str, number: int = 4) -> str:
+    """The two tasks as a teacher sends them."""
+    layout, between, no_input, before, after = FORMATS[name]
+    tasks = [
+        layout.format(n=number + k, i=task.instruction, x=task.input or no_input, o=task.output)
+        for k, task in enumerate(TWO)
+    ]
+    return before + between.join(tasks) + after
 
----
 
-### Task 5
-**Instruction:** Translate to French.
-**Input:**
-Good day
-and good night
-
-**Output:**
-Bonjour
-et bonne nuit
-""",
-    "bold numbers": """**4. Instruction:** Name a primary colour.
-**4. Input:** N/A
-**4. Output:** Red
-###
-**5. Instruction**: Translate to French.
-**5. Input**: Good day
-and good night
-**5. Output**: Bonjour
-et bonne nuit""",
-    "headings": """#### Instruction 4
-Name a primary colour.
-#### Input 4
-(no input)
-#### Output 4
-Red
-
-#### Instruction 5
-Translate to French.
-#### Input 5
-Good day
-and good night
-#### Output 5
-Bonjour
-et bonne nuit""",
-    "only the instruction has a number": """4) Instruction: Name a primary colour.
-Output: Red
-5) Instruction: Translate to French.
-Input: Good day
-and good night
-Output: Bonjour
-et bonne nuit""",
-    "number on a line of its own": """4.
-Instruction: Name a primary colour.
-Input: none
-Output: Red
-
-5.
-Instruction: Translate to French.
-Input: Good day
-and good night
-Output: Bonjour
-et bonne nuit""",
-    "a fence around everything": """Here you are:
-```text
-4. Instruction: Name a primary colour.
-4. Input:
-<noinput>
-4. Output:
-Red
-###
-5. Instruction: Translate to French.
-5. Input:
-Good day
-and good night
-5. Output:
-Bonjour
-et bonne nuit
-```
-I hope this helps!""",
-    "a fence around each": """```
-Instruction: Name a primary colour.
-Input: <no input>
-Output: Red
-```
-
-```
-Instruction: Translate to French.
-Input: Good day
-and good night
-Output: Bonjour
-et bonne nuit
-```""",
-    "bullets": """4. **Instruction:** Name a primary colour.
-   * **Input:** <noinput>
-   * **Output:** Red
-
-5. **Instruction:** Translate to French.
-   * **Input:** Good day
-and good night
-   * **Output:** Bonjour
-et bonne nuit""",
-    "brackets": """[Instruction]
-Name a primary colour.
-[Input]
-(none)
-[Output]
-Red
-
-[Instruction]
-Translate to French.
-[Input]
-Good day
-and good night
-[Output]
-Bonjour
-et bonne nuit""",
-    "round brackets": """(4) Instruction: Name a primary colour.
-(4) Input: No input required.
-(4) Output: Red
-(5) Instruction: Translate to French.
-(5) Input: Good day
-and good night
-(5) Output: Bonjour
-et bonne nuit""",
-    "titles and a closing remark": """Each task has an
-Input: and an output.
-
-**4. Colours**
-4. Instruction: Name a primary colour.
-4. Input: ""
-4. Output: Red
-
-**Task 5: Greetings**
-5. Instruction: Translate to French.
-5. Input: Good day
-and good night
-5. Output: Bonjour
-et bonne nuit
-###
-These tasks cover many kinds of work.""",
-    "thoughts first": """<think>
-4. Instruction: something
-4. Input: perhaps
-</think>
-4. Instruction: Name a primary colour.
-<noinput>
-4. Output: Red
-5. Instruction: Translate to French.
-5. Input: Good day
-and good night
-5. Output: Bonjour
-et bonne nuit""",
-    "JSON": """```json
-[{"instruction": "Name a primary colour.", "input": "<noinput>", "output": "Red"},
- {"instruction": "Translate to French.", "input": "Good day\\nand good night",
-  "output": "Bonjour\\net bonne nuit"}]
-```""",
-    "full-width colons": """4. Instruction：Name a primary colour.
-4. Input：<noinput>
-4. Output：Red
-5. Instruction：Translate to French.
-5. Input：Good day
-and good night
-5. Output：Bonjour
-et bonne nuit""",
-}
+SENT = {name: in_format(name) for name in FORMATS}
+SENT["numbers from one"] = in_format("one line", 1)
+SENT["numbers from zero"] = in_format("one line", 0)
+SENT["completion"] = SENT["completion"].removeprefix("4. Instruction:")
+unlabelled = SENT["only the instruction has a number"]
+SENT["no label for no input"] = unlabelled.replace("Input: none\n", "<noinput>\n")
+SENT["no input field"] = unlabelled.replace("Input: none\n", "")
+SENT["JSON"] = f"```json\n{json.dumps([task._asdict() for task in TWO])}\n```"
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("form", SENT)
-def test_two_tasks_however_they_are_sent(form, newline):
+def test_parse_tasks_reads_every_format(form, newline):
     assert parse_tasks(SENT[form].replace("\n", newline)) == TWO
 
 
-def test_the_last_task_of_a_cut_answer_is_not_used():
+def test_parse_tasks_rejects_the_last_task_of_a_truncated_answer():
     for text in SENT.values():
-        first, last = parse_tasks(text, cut=True)
-        assert first == TWO[0] and last.why == "cut"
+        first, last = parse_tasks(text, truncated=True)
+        assert first == TWO[0] and last.reason == "cut"
 
 
-def test_our_own_prompt_is_read_back():
+def test_parse_tasks_reads_our_own_prompt():
     seeds = list(read_jsonl(ROOT / "data/seed_tasks.jsonl"))
     for start in range(0, 175, 7):
         some = seeds[start : start + 7]
@@ -235,7 +105,7 @@ def test_our_own_prompt_is_read_back():
         ]
 
 
-def test_the_request_is_laid_out_as_alpaca_s():
+def test_alpaca_prompt_has_alpaca_s_layout():
     seeds = [
         {"instruction": "Say  it\nagain: ", "instances": [{"input": "", "output": "it"}]},
         {"instruction": "Add.", "instances": [{"input": "1 2", "output": "3"}, {}]},
@@ -251,7 +121,7 @@ def test_the_request_is_laid_out_as_alpaca_s():
     [
         ("", []),
         ("I cannot help with that.", []),
-        # labels without a number, inside numbered tasks, are text of theirs
+        # inside numbered tasks, labels without a number are text
         (
             "4. Instruction: Explain.\n4. Input:\nInput: 5\nOutput: 6\n4. Output:\nOutput: it adds",
             [Task("Explain.", "Input: 5\nOutput: 6", "Output: it adds")],
@@ -294,7 +164,7 @@ def test_the_request_is_laid_out_as_alpaca_s():
         ("Instruction: A\nOutput: 42\nInstruction: B\nOutput: 7", [
             Task("A", "", "42"), Task("B", "", "7")
         ]),
-        # so do a year before a word, a heading at the end and an input that only looks like none
+        # so does a year before a word, a heading at the end, an input that resembles none
         (
             "4. Instruction: A\n4. Output:\n2020 output: 30 tons\n### done\n5. Instruction: B\n"
             "5. Input: Na\n5. Output: Sodium",
@@ -305,7 +175,7 @@ def test_the_request_is_laid_out_as_alpaca_s():
             "4. Name it.\nInput: x\nOutput: y\n\n5. Sort it.\nInput: b a\nOutput: a b",
             [Task("", "", "", "format")],
         ),
-        # "in 1920." met the stop at "20."
+        # "in 1920." was stopped at "20."
         (
             "4. Instruction: When?\n4. Output: It was all over in 19",
             [Task("When?", "", "It was all over in 19", "cut")],
@@ -317,12 +187,12 @@ def test_the_request_is_laid_out_as_alpaca_s():
         ),
     ],
 )  # fmt: skip
-def test_what_is_text_and_what_begins_a_task(text, expected):
+def test_parse_tasks_finds_the_starts_of_tasks(text, expected):
     assert parse_tasks(text) == expected
 
 
 @pytest.mark.parametrize(
-    "instruction, why",
+    "instruction, reason",
     [
         ("Name it now", "short"),
         ("Name it right now", ""),
@@ -345,58 +215,11 @@ def test_what_is_text_and_what_begins_a_task(text, expected):
         ("3 colours are what exactly?", ""),
     ],
 )
-def test_alpaca_s_filters(instruction, why):
-    assert reject_reason(instruction) == why
+def test_reject_reason_follows_alpaca_s_filters(instruction, reason):
+    assert reject_reason(instruction) == reason
 
 
-def test_another_language_may_begin_with_its_own_letters():
+def test_reject_reason_allows_any_script():
     assert reject_reason("Écris une phrase en français", any_script=True) == ""
     assert reject_reason("翻译它", any_script=True) == "short"
     assert reject_reason("翻译这句话并且解释一下", any_script=True) == ""
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.integers(0, 2**32))
-def test_no_mangling_crashes_the_parser(seed):
-    rng = random.Random(seed)
-    text = rng.choice(list(SENT.values()))
-    junk = ["###", "\n", "4. ", "Instruction:", "Output", "```", "\x00", "**", "é", " " * 500, "😀"]
-    for _ in range(rng.randint(1, 25)):
-        a, b = sorted(rng.choices(range(len(text) + 1), k=2))
-        choice = rng.random()
-        if choice < 0.3:
-            text = text[:a] + text[min(b, a + 9) :]
-        elif choice < 0.7:
-            text = text[:a] + rng.choice(junk) + text[a:]
-        elif choice < 0.9:
-            text = text[:b] + text[a:b] + text[b:]
-        else:
-            text = text[:a] + text[a:b].swapcase() + text[b:]
-    for task in parse_tasks(text, cut=rng.random() < 0.5):
-        assert all(isinstance(field, str) for field in task)
-        assert task.why in ("", "cut", "format")
-        assert task.why or (task.instruction and task.output)
-        reject_reason(task.instruction)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.text(max_size=300))
-def test_no_text_crashes_the_parser(text):
-    parse_tasks(text)
-    reject_reason(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [" " * 200_000, "\n" * 200_000, "#" * 200_000, "4. Instruction: a\n4. Output:\n" * 20_000,
-     "```\n" * 50_000, ("* " * 50_000 + "Input: x\n") * 2, "1" * 200_000, "**" + "_" * 200_000,
-     (" " * 38 + "input\n") * 20_000],
-    ids=range(9),
-)  # fmt: skip
-def test_a_hostile_text_takes_no_more_than_a_moment(text):
-    import time
-
-    start = time.process_time()
-    parse_tasks(text)
-    parse_tasks("4. Instruction: x\n4. Output:\n" + text)
-    assert time.process_time() - start < 2

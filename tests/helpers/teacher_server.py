@@ -1,6 +1,6 @@
 """A small OpenAI-compatible server for the tests: both APIs, batches, and faults on demand.
 
-What it answers follows from the prompt alone, so two runs that ask the same get the same.
+An answer follows from the prompt alone, so equal requests get equal answers.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ THINGS = (
 
 
 def tasks_for(prompt: str, count: int = 17, first: int = 4) -> str:
-    """What a completion model sends: it goes on after "4. Instruction:"."""
+    """The answer of a completion model, which continues after "4. Instruction:"."""
     rng = random.Random(hashlib.sha256(prompt.encode()).hexdigest())
     parts = []
     for number in range(first, first + count):
@@ -51,7 +51,7 @@ def instructions_for(prompt: str) -> str:
 
 
 def answer(prompt: str) -> str:
-    """By what stands at the end of the prompt."""
+    """Chosen by the end of the prompt."""
     if prompt.endswith("Classification:"):
         return " Yes" if "Classify" in prompt.rsplit("Task:", 1)[1] else " No"
     if prompt.endswith("Class label:"):
@@ -64,7 +64,7 @@ def answer(prompt: str) -> str:
 
 
 class Server(ThreadingHTTPServer):
-    """`faults` maps a name to its share of the answers; `latency` is seconds for each."""
+    """`faults` maps a name to its share of the answers; `latency` is seconds per answer."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -74,9 +74,10 @@ class Server(ThreadingHTTPServer):
         self.faults, self.latency, self.key, self.answer = faults or {}, latency, key, answer
         self.rng, self.lock = random.Random(seed), threading.Lock()
         self.refuse = lambda body: False  # with a 400
-        self.seen: Counter = Counter()  # what was asked for, and the faults
+        self.finish = finish  # what is done with a batch
+        self.seen: Counter = Counter()  # requests by path, answers, faults by name
         self.prompts: Counter = Counter()
-        self.spent = [0, 0]  # tokens of the answers that were sent whole
+        self.spent = [0, 0]  # tokens in and out of the complete answers
         self.batches: dict[str, dict] = {}
         self.files: dict[str, bytes] = {}
         self.batch_waits, self.retry_after = 2, 0.05
@@ -140,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
             batch = server.batches[path.removeprefix("batches/")]
             batch["waits"] -= 1
             if batch["waits"] <= 0 and batch["status"] == "in_progress":
-                finish(server, batch)
+                server.finish(server, batch)
             self.reply(200, batch)
         elif path.startswith("batches"):
             self.reply(200, {"data": list(server.batches.values()), "has_more": False})
@@ -203,7 +204,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(200, ODD[fault])
         prompt = prompt_of(path, body)
         text = server.answer(prompt)
-        data = json.dumps(whole(path, body["model"], prompt, text, server)).encode()
+        data = json.dumps(response_body(path, body["model"], prompt, text, server)).encode()
         if fault == "half":
             self.send_response(200)
             self.send_header("Content-Length", str(len(data)))
@@ -236,9 +237,9 @@ ODD = {
 }
 
 
-def whole(path: str, model: str, prompt: str, text: str, server) -> dict:
+def response_body(path: str, model: str, prompt: str, text: str | dict, server) -> dict:
     choice = {"text": text} if path == "completions" else {"message": {"content": text}}
-    if isinstance(text, dict):  # with more of its own
+    if isinstance(text, dict):  # a whole choice
         choice, text = text, ""
     with server.lock:
         server.seen["answers"] += 1
@@ -261,7 +262,7 @@ def prompt_of(path: str, body: dict) -> str:
 
 
 def finish(server, batch: dict) -> None:
-    """All requests of a batch answered, but for one in the middle."""
+    """Answer all requests of a batch except the fourth."""
     done, failed = [], []
     for place, request in enumerate(requests_of(server, batch)):
         body, path = request["body"], request["url"].removeprefix("/v1/")
@@ -270,7 +271,7 @@ def finish(server, batch: dict) -> None:
         if place == 3:
             failed.append(line | {"response": {"status_code": 500, "body": {"error": "x"}}})
             continue
-        found = whole(path, body["model"], prompt, server.answer(prompt), server)
+        found = response_body(path, body["model"], prompt, server.answer(prompt), server)
         done.append(line | {"response": {"status_code": 200, "body": found}, "error": None})
     for name, lines in (("output", done[::-1]), ("error", failed)):
         if lines:

@@ -8,7 +8,7 @@ import pytest
 from helpers.commands import ROOT
 from helpers.teacher_server import Server
 
-from alpaca.datagen.client import Endpoint
+from alpaca.datagen.endpoints import Endpoint
 from alpaca.datagen.formats import load_records
 from alpaca.serving.moderation import Filter, Rules, Service, Unavailable, explained
 from tokenizer import Tokenizer

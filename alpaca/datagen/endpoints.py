@@ -1,0 +1,199 @@
+"""A model on an OpenAI-compatible server: where it is, what it costs, and the flags that name it.
+
+    add_server_arguments(parser)                             # --base-url, --price-in, --budget, …
+    endpoint = endpoint_from_args(args, "--judge", args.judge)      # one model, set up by the flags
+    endpoints = read_teachers(file, args)                    # several models, from a JSON file
+
+The JSON file is a list. Each entry names a model; what it leaves out comes from the flags:
+
+    [{"model": "gpt-4.1-mini", "weight": 3, "price_in": 0.4, "price_out": 1.6},
+     {"model": "my-model", "base_url": "http://localhost:8000/v1", "kind": "completions"}]
+
+An API key is read from an environment variable and sent in one header only. `mask_key` removes it
+from what a server sends back, before that is shown or stored.
+"""
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+
+from alpaca.common.cli import positive
+from alpaca.common.errors import UserError
+from alpaca.common.files import json_records
+
+OPENAI_URL = "https://api.openai.com/v1"
+API_PATHS = {"completions": "completions", "chat": "chat/completions"}  # by kind
+TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
+RESERVED = {"model", "messages", "prompt", "stream", "n", "best_of"}  # not for --request
+MIN_KEY_LENGTH = 16  # a shorter "key" (EMPTY, token) is no secret and may stand in any text
+
+
+class Usage(NamedTuple):
+    """Tokens as the server counts them, failed attempts included."""
+
+    prompt: int = 0
+    completion: int = 0
+    unmetered: int = 0  # responses that came without a count
+
+    def plus(self, other: "Usage") -> "Usage":
+        return Usage(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A model on a server, with its prices in dollars per million tokens."""
+
+    model: str
+    base_url: str
+    kind: str = "chat"
+    key_env: str = "OPENAI_API_KEY"  # environment variable with the key
+    weight: float = 1.0  # share of the requests, relative to the other teachers
+    price_in: float = 0.0
+    price_out: float = 0.0
+    licence: str = ""
+
+    def __post_init__(self):
+        if not self.model:
+            raise UserError("the model has no name")
+        check_url(self.base_url)
+        if self.kind not in API_PATHS:
+            raise UserError(f"{self.kind!r} is no kind of endpoint: one of {', '.join(API_PATHS)}")
+        for name in ("weight", "price_in", "price_out"):
+            if not 0 <= getattr(self, name) < 1e9 or (name == "weight" and not self.weight):
+                raise UserError(f"{self.model}: {name} {getattr(self, name)} makes no sense")
+        if not re.fullmatch(r"[A-Za-z_]\w*", self.key_env):  # perhaps a key: do not print it
+            raise UserError("--key-env takes the name of an environment variable, not a key")
+        url = self.base_url.rstrip("/").removesuffix("/" + API_PATHS[self.kind])
+        object.__setattr__(self, "base_url", url)
+
+    def api_key(self) -> str:
+        """The key, or "" if the variable is not set."""
+        key = os.environ.get(self.key_env, "").strip()
+        if not re.fullmatch(r"[!-~]*", key):
+            raise UserError(f"${self.key_env} holds a space or a special character: it is no key")
+        return key
+
+    def headers(self) -> dict[str, str]:
+        key = self.api_key()
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
+    def body(self, prompt: str | list[dict], options: Mapping[str, Any]) -> dict[str, Any]:
+        """The request's JSON. `prompt` is a text or a list of messages; an option that is None is
+        left out."""
+        if self.kind == "completions":
+            content: dict[str, Any] = {"prompt": prompt}
+        elif isinstance(prompt, str):
+            content = {"messages": [{"role": "user", "content": prompt}]}
+        else:
+            content = {"messages": prompt}
+        options = {name: value for name, value in options.items() if value is not None}
+        return {"model": self.model, **content, **options}
+
+    def cost(self, usage: Usage) -> float:
+        return (usage.prompt * self.price_in + usage.completion * self.price_out) / 1e6
+
+    def max_cost(self, body: Mapping[str, Any]) -> float:
+        """An upper bound on what a request can cost: a token is at least one byte."""
+        limit = max(body.get(name) or 0 for name in TOKEN_LIMITS)
+        return self.cost(Usage(len(json.dumps(body, ensure_ascii=False).encode()), limit))
+
+    def mask_key(self, text: str) -> str:
+        """Replace the key by ***: servers like to repeat it in their error messages."""
+        key = self.api_key()
+        return key_pattern(key).sub("***", text) if len(key) >= MIN_KEY_LENGTH else text
+
+
+@lru_cache
+def key_pattern(key: str) -> re.Pattern:
+    """Matches the key as it is and as JSON may spell it: / as \\/, = as \\u003d."""
+    return re.compile("".join(rf"(?:\\?{re.escape(c)}|\\u(?i:{ord(c):04x}))" for c in key))
+
+
+def check_url(text: str) -> None:
+    """Refuse a URL that names no server or contains a secret, which the error does not repeat."""
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        url = httpx.URL()
+    named = url.scheme in ("http", "https") and re.fullmatch(r"[^%]+", url.host)
+    if not named or re.search(r"\s", text):
+        shown = re.sub(r"[^/@]*@", "***@", text).split("?")[0]  # no password, no query
+        raise UserError(f"{shown!r} is no server: http(s)://HOST[:PORT]/v1")
+    if url.userinfo or url.query or url.fragment:
+        raise UserError(
+            f"{url.scheme}://{url.host}…: keep keys out of the URL; --key-env names the "
+            "environment variable that holds it"
+        )
+
+
+# ---------------------------------------------------------------- flags
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    count, number = positive(int), positive(float)
+    add = parser.add_argument_group("server").add_argument
+    add("--base-url", default=OPENAI_URL, metavar="URL", help="up to /v1 (default: OpenAI's)")
+    add("--kind", choices=API_PATHS, default="chat", help="API to use (default: chat)")
+    variable = "environment variable with the key (default: OPENAI_API_KEY)"
+    add("--key-env", default="OPENAI_API_KEY", metavar="NAME", help=variable)
+    more = "other fields of the request; null leaves one out: "
+    more += '\'{"max_tokens": null, "max_completion_tokens": 3072}\''
+    add("--request", type=json.loads, default={}, metavar="JSON", help=more)
+    add("--concurrency", type=count, default=32, help="requests in flight (default: 32)")
+    add("--timeout", type=number, default=300, help="seconds for one response (default: 300)")
+    add("--max-retries", type=int, default=7, help="of one request (default: 7)")
+    wait = "seconds before the first retry, then doubling to 60 (default: 1)"
+    add("--retry-wait", type=number, default=1, help=wait)
+    add = parser.add_argument_group("cost").add_argument
+    price = "dollars per million tokens of {} (default: 0)"
+    add("--price-in", type=float, default=0.0, help=price.format("prompts"))
+    add("--price-out", type=float, default=0.0, help=price.format("responses"))
+    add("--budget", type=number, help="dollars, earlier runs included (default: no limit)")
+
+
+def endpoint_from_args(args: argparse.Namespace, model: str, **settings: Any) -> Endpoint:
+    """An endpoint; what `settings` leave open comes from the flags, which are checked."""
+    check_request(args)
+    names = ("base_url", "kind", "key_env", "price_in", "price_out")
+    endpoint = Endpoint(model, **{name: getattr(args, name) for name in names} | settings)
+    endpoint.api_key()  # refuse a malformed key before anything is written
+    if args.budget is not None and not (endpoint.price_in and endpoint.price_out):
+        raise UserError(f"--budget needs the prices of {model}: --price-in, --price-out")
+    return endpoint
+
+
+def check_request(args: argparse.Namespace) -> None:
+    """Refuse a --request that changes what the rest of the program relies on."""
+    if not isinstance(args.request, dict):
+        raise UserError("--request takes a JSON object")
+    if refused := args.request.keys() & RESERVED:
+        raise UserError(f"--request cannot set {', '.join(sorted(refused))}")
+    limits = [args.request[name] for name in TOKEN_LIMITS if args.request.get(name) is not None]
+    if not all(type(limit) is int and limit > 0 for limit in limits):
+        raise UserError(f"--request: {' and '.join(TOKEN_LIMITS)} are integers above 0")
+    if args.budget is not None and not limits and "max_tokens" in args.request:
+        raise UserError(f"--budget needs a limit: one of {' and '.join(TOKEN_LIMITS)} in --request")
+
+
+def read_teachers(path: Path, args: argparse.Namespace, **settings: Any) -> list[Endpoint]:
+    """The endpoints of a JSON file; the docstring of this module shows one."""
+    names = [field.name for field in fields(Endpoint)]
+    endpoints = []
+    for place, entry in json_records(path):
+        if not isinstance(entry, dict) or "model" not in entry or entry.keys() - set(names):
+            raise UserError(f"{place}: an object with {', '.join(names)} was expected")
+        try:
+            endpoints.append(endpoint_from_args(args, **settings | entry))
+        except (UserError, TypeError) as error:  # TypeError: a weight that is a string
+            raise UserError(f"{place}: {error}") from None
+    if not endpoints:
+        raise UserError(f"{path}: no teachers in it")
+    return endpoints

@@ -1,0 +1,177 @@
+"""Runs a recipe of selfinstruct.py with many requests in flight, so that a run can be resumed.
+
+    scheduler = Scheduler(recipe, store, teachers, num=52_000)
+    async with aclosing(scheduler.answers()) as answers:
+        async for entry in answers:          # of the request log, in the order of their numbers
+            scheduler.finish(judge(entry))   # lines for records.jsonl and rejected.jsonl
+
+Answers arrive in any order but are judged and written in the order of the request numbers, and
+request i follows from the seed and i. So the same answers make the same records, whether or not
+the run was interrupted. `RecordStore` has what an earlier run decided.
+"""
+
+import asyncio
+import itertools
+import math
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+from alpaca.common.files import append_jsonl, read_log
+from alpaca.common.progress import Progress
+from alpaca.datagen.batch import ask_in_batches
+from alpaca.datagen.client import RefusedError, Reply
+from alpaca.datagen.four_stage import DROPPED_LATER
+from alpaca.datagen.prompts import Task
+from alpaca.datagen.request_log import BudgetExceeded, Teachers
+from rougel import Pool
+
+MAX_USELESS = 50  # answers in a row without a new instruction, after which a run stops
+
+
+class Recipe(Protocol):
+    """What a pipeline brings to the loop: Alpaca's, or four_stage.SelfInstruct."""
+
+    window: int  # at most so many requests between the next to be judged and the newest
+    expected_tasks: int  # in an answer, until some have been seen
+    whole_answers: bool  # judge all tasks of an answer, even if fewer are missing
+
+    def prompt(
+        self, number: int, kept: list[tuple[int, str]]
+    ) -> tuple[str, dict, list[str]]: ...  # the prompt, the request's options, the seeds' ids
+    def parse(self, reply: Reply) -> list[Task]: ...
+    async def complete(self, lines: list[dict], ask: Callable) -> list[dict | None]: ...
+
+
+class RecordStore:
+    """records.jsonl and rejected.jsonl, and the pool that a new instruction is compared with."""
+
+    def __init__(self, folder: Path, pool: Pool, any_script: bool):
+        self.records, self.rejected = folder / "records.jsonl", folder / "rejected.jsonl"
+        self.pool, self.any_script = pool, any_script
+        self.decided: set[str] = set()  # "12.3" is the fourth task of answer 12
+        self.kept: list[tuple[int, str]] = []  # number of the answer, instruction
+        self.count = 0
+        lines = [*read_log(self.records), *read_log(self.rejected)]
+        for line in sorted(lines, key=lambda line: [int(part) for part in line["item"].split(".")]):
+            self.count += "why" not in line
+            self.decide(line, keep="why" not in line or line["why"].startswith(DROPPED_LATER))
+
+    def decide(self, line: dict, keep: bool) -> None:
+        """Note a decision. A kept instruction joins the pool."""
+        self.decided.add(line["item"])
+        if keep:
+            self.pool.add(line["instruction"])
+            self.kept.append((int(line["item"].split(".")[0]), line["instruction"]))
+
+    def write(self, lines: list[dict]) -> None:
+        """Rejected lines first: after a kill in between, the others are judged the same again."""
+        records = [line for line in lines if "why" not in line]
+        if rejected := [line for line in lines if "why" in line]:
+            append_jsonl(self.rejected, *rejected)
+        if records:
+            append_jsonl(self.records, *records)
+        self.count += len(records)
+
+
+class Scheduler:
+    """Keeps requests in flight, hands out their answers in order, writes what came of them."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        store: RecordStore,
+        teachers: Teachers,
+        num: int,
+        poll: float | None = None,
+    ):
+        """`poll`: use the Batch API, and look for results after so many seconds."""
+        self.recipe, self.store, self.teachers = recipe, store, teachers
+        self.num, self.poll = num, poll
+        self.in_flight: deque[asyncio.Task] = deque()
+        self.completing: deque[tuple[list[dict], asyncio.Task]] = deque()
+        self.next_number = self.judged = self.useless = 0
+        self.progress = Progress(num, "records", done=store.count)
+
+    async def answers(self) -> AsyncGenerator[dict]:
+        """Entries of the request log, until there are enough records or the budget is spent."""
+        try:
+            while self.store.count < self.num:
+                if self.missing() > 0:
+                    await self._fill()
+                    entry = await asyncio.shield(self.in_flight[0])
+                    self.in_flight.popleft()
+                    yield entry
+                    self._check_progress(entry)
+                    await asyncio.sleep(0)  # a recipe without further requests completes in this
+                else:
+                    await self._write()
+                while self.completing and self.completing[0][1].done():
+                    await self._write()
+        except BudgetExceeded:
+            with suppress(BudgetExceeded):
+                while self.completing:
+                    await self._write()
+        finally:
+            tasks = [*self.in_flight, *(task for _, task in self.completing)]
+            await self.teachers.stop(tasks)
+            self.progress.close(self.teachers.status())
+
+    def missing(self) -> int:
+        """Records still needed when all that is being completed succeeds."""
+        coming = (line for lines, _ in self.completing for line in lines if "why" not in line)
+        return self.num - self.store.count - sum(1 for _ in coming)
+
+    def limit(self) -> float:
+        """How many tasks of the next answer may be kept."""
+        return math.inf if self.recipe.whole_answers else self.missing()
+
+    def finish(self, lines: list[dict]) -> None:
+        """Complete the lines of one answer (stages 2 and 3 of the paper), and write them."""
+        task = asyncio.create_task(self.recipe.complete(lines, self.teachers.ask))
+        self.completing.append((lines, task))
+
+    def question(self, id: str) -> tuple[str, dict, list[str]]:
+        return self.recipe.prompt(int(id), self.store.kept)
+
+    async def _fill(self) -> None:
+        """Have as many requests in flight as will bring the missing records."""
+        tasks_seen = self.num - self.missing() + self.recipe.expected_tasks
+        want = math.ceil(self.missing() * (self.judged + 1) / tasks_seen)
+        known = self.teachers.log.entries
+        while self.poll and not self.in_flight and str(self.next_number) not in known:
+            numbers = range(self.next_number, self.next_number + want)
+            ids = [str(number) for number in numbers if str(number) not in known]
+            await ask_in_batches(self.teachers, ids, self.question, self.poll)
+        while len(self.in_flight) < min(want, self.recipe.window):
+            id = str(self.next_number)
+            if self.poll and id not in known:
+                break
+            request = self.teachers.ask(id, *self.question(id))
+            self.in_flight.append(asyncio.create_task(request))
+            self.next_number += 1
+
+    def _check_progress(self, entry: dict) -> None:
+        self.judged += 1
+        if entry["id"] in self.teachers.log.new:  # not what an earlier run went through
+            useful = any("why" not in line for line in self.completing[-1][0])
+            self.useless = 0 if useful else self.useless + 1
+        if self.useless >= MAX_USELESS:
+            raise RefusedError(
+                f"{MAX_USELESS} answers in a row brought nothing new; the records so far are kept. "
+                "Other seeds, another prompt or another teacher may bring more"
+            )
+
+    async def _write(self) -> None:
+        """Write what came of the oldest answer, as far as the budget allowed to complete it."""
+        lines, task = self.completing[0]
+        results = await asyncio.shield(task)
+        complete = [*itertools.takewhile(lambda line: line is not None, results)]
+        before = self.store.count
+        await asyncio.to_thread(self.store.write, complete)
+        self.completing.popleft()
+        self.progress.step(self.store.count - before, self.teachers.status())
+        if len(complete) < len(lines):
+            raise BudgetExceeded

@@ -14,7 +14,7 @@ VERBS = {  # in the order of the road from data to a published model
     "merge": ("alpaca.weights.merge", "write a base model and its adapter as one model"),
     "generate": ("alpaca.inference.generate", "answer an instruction or a file of them"),
     "chat": ("alpaca.inference.chat", "hold a conversation with a model"),
-    "serve": ("alpaca.serving.app", "a web page and OpenAI's API for one model"),
+    "serve": ("alpaca.serving.serve", "a web page and OpenAI's API for one model"),
     "watermark": ("alpaca.inference.watermark", "detect the watermark in a text"),
     "answers": ("alpaca.evaluation.answers", "answer an evaluation set with a model"),
     "blind": ("alpaca.evaluation.blind", "let people compare two models' answers blindly"),

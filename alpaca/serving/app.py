@@ -1,445 +1,310 @@
-"""The demo: a page to try a model on, filtered and watermarked, and an API the world speaks.
+"""The endpoints: OpenAI's API for one model, the page, watermark detection, reports.
 
-    alpaca serve                                             # the model of `make train`
-    alpaca serve --model-dir alpaca-7b --bits 4              # at http://127.0.0.1:7860
-    curl http://127.0.0.1:7860/v1/completions -H 'Content-Type: application/json' \\
-        -d '{"instruction": "Name three primary colors.", "max_tokens": 40}'
+    GET  /                       the page (page.html)
+    GET  /health                 {"status": "ok", …}; 503 while decoding fails
+    GET  /v1/models              and /v1/models/NAME
+    POST /v1/completions         and /v1/chat/completions, streamed or not
+    POST /api/detect             {"text": …} → z, p-value and the color of every token
+    POST /api/flag               a report about an answer, appended to a file
 
-Alpaca's demo was withdrawn after a week, for what it cost and because its filter was not enough.
-What this one does about it:
-
-  - Requests are decoded together (scheduler.py): one joins at the next token, and one whose client
-    has left frees its row at the next token. A bounded queue, and for each client a rate and a
-    share of it, in answers: beyond them it is 503 or 429 with Retry-After, at once.
-  - Prompt and answer pass a filter (moderation.py), the answer piece by piece before it is shown.
-    With $OPENAI_API_KEY set that is OpenAI's moderation service, to which texts are sent; else a
-    small list of rules. If the filter cannot be asked, nothing is shown.
-  - Every answer bears a watermark (watermark.py; --no-watermark turns it off), and the page finds
-    it. The default key is everybody's: set your own in $ALPACA_WATERMARK_KEY.
-  - It listens to this machine alone unless --host says otherwise, serves the page and the API and
-    no other path, and shows what a model says as text, never as HTML.
-
-The API is OpenAI's: the trained model can be its own teacher. (Not the one of `make train`, which
-knows 512 tokens: Self-Instruct's prompt has some 1,300.)
-
-    alpaca serve --model-dir alpaca-7b --rate 0 --max-new-tokens 700 &
-    OPENAI_API_KEY= python selfinstruct.py generate --out runs/own --teacher alpaca-7b \\
-        --base-url http://127.0.0.1:7860/v1
-
-SIGTERM and Ctrl-C let answers under way end; a second one does not wait.
-
-Shown by tests/test_demo.py: test_nothing_is_shown_that_the_filter_did_not_pass.
+An answer passes these steps, each of which can refuse it: the client's rate, the schema, room in
+the queue, the filter on the prompt, and the filter on every part of the answer before it is shown.
 """
 
 import argparse
 import asyncio
 import base64
 import hashlib
-import ipaddress
 import math
-import os
 import re
-import signal
-import threading
 import time
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import quote
 
 from alpaca import CHECKOUT
-from alpaca.common.cli import Parser, positive
-from alpaca.common.errors import notice, run_command
 from alpaca.common.files import append_jsonl
 from alpaca.datagen.formats import load_records
 from alpaca.inference.engine import Engine, Sequence
-from alpaca.inference.watermark import KEY, Watermark
-from alpaca.serving import http
+from alpaca.inference.watermark import Watermark
 from alpaca.serving import openai_schema as api
-from alpaca.serving.http import Problem, Request, Response, as_json, soon
-from alpaca.serving.moderation import (
-    DOWN,
-    Filter,
-    Unavailable,
-    add_filter_flags,
-    chosen_filter,
-    explained,
-)
-from alpaca.serving.scheduler import Answers, Busy, Decoder
+from alpaca.serving.http import HTTPError, Request, Response, json_response
+from alpaca.serving.moderation import UNAVAILABLE, Filter, FilterUnavailable, explain_refusal
+from alpaca.serving.scheduler import BusyError, EngineThread, PendingRequest
 from alpaca.weights.checkpoint import parameter_shapes
-from alpaca.weights.loading import DEFAULT_MODEL, add_model_arguments, load_from_args
+from alpaca.weights.loading import DEFAULT_MODEL
 
-PAGE = Path(__file__).with_name("page.html")
-LONGEST = 20_000  # characters of a text to check
-MOST_REPORTS = 64 << 20  # bytes
-POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-POLICY += "; connect-src 'self'; img-src data:"
-KEY_VARIABLE = "ALPACA_WATERMARK_KEY"
-KEY_HELP = f"what only you know (default: ${KEY_VARIABLE}, which no list of processes shows; {KEY})"
-RATE_HELP = "answers a minute a client, and a quarter of the queue; 0: any (default: 60)"
-HOST_HELP = "another name it is reached by, a proxy's say; repeatable"
-TELL = (
+PAGE_FILE = Path(__file__).with_name("page.html")
+MAX_DETECT_LENGTH = 20_000  # characters
+MAX_REPORTS_SIZE = 64 << 20  # bytes
+MAX_CLIENTS = 10_000  # whose rates are remembered
+PAGE_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+PAGE_POLICY += "; connect-src 'self'; img-src data:"
+NOTICE = (
     "A language model of {million:,} million parameters, fine-tuned to follow instructions. It "
     "makes mistakes, invents facts, and can be biased or offensive: check what it says."
 )
 
 
-class Demo:
-    def __init__(self, args, decoder: Decoder, filter: Filter, watermark: Watermark):
-        self.args, self.decoder, self.filter, self.watermark = args, decoder, filter, watermark
-        self.engine, self.tokenizer = decoder.engine, decoder.engine.tokenizer
-        self.model = name_of(args)
-        self.allowance, self.checking = http.Allowance(args.rate), asyncio.Semaphore(1)
-        model = {"id": self.model, "object": "model", "created": 0, "owned_by": "alpaca"}
+class RateLimiter:
+    """A token bucket per client: `per_minute` requests, a third of them at once."""
+
+    def __init__(self, per_minute: float):
+        self.per_second, self.burst = per_minute / 60, max(1.0, per_minute / 3)
+        self.clients: OrderedDict[str, tuple[float, float]] = OrderedDict()  # (tokens, when)
+
+    def wait(self, client: str, cost: float = 1) -> float:
+        """Seconds until the client may send this request; 0: it may now, and is charged."""
+        if not self.per_second:
+            return 0.0
+        now = time.monotonic()
+        tokens, then = self.clients.pop(client, (self.burst, now))
+        tokens = min(self.burst, tokens + (now - then) * self.per_second)
+        missing = max(0.0, min(cost, self.burst) - tokens)
+        self.clients[client] = (tokens if missing else tokens - min(cost, self.burst), now)
+        if len(self.clients) > MAX_CLIENTS:
+            self.clients.popitem(last=False)
+        return missing / self.per_second
+
+
+class App:
+    def __init__(self, args, worker: EngineThread, filter: Filter, watermark: Watermark):
+        self.args, self.worker, self.filter, self.watermark = args, worker, filter, watermark
+        self.engine, self.tokenizer = worker.engine, worker.engine.tokenizer
+        self.rates, self.one_at_a_time = RateLimiter(args.rate), asyncio.Semaphore(1)
+        model = {"id": args.name, "object": "model", "created": 0, "owned_by": "alpaca"}
         self.pages = {  # for GET, as is /health
-            "/": page(PAGE),
-            "/api/about": as_json(about(args, self.engine, filter)),
-            "/v1/models": as_json({"object": "list", "data": [model]}),
-            f"/v1/models/{quote(self.model)}": as_json(model),
+            "/": load_page(PAGE_FILE),
+            "/api/about": json_response(describe(args, self.engine, filter)),
+            "/v1/models": json_response({"object": "list", "data": [model]}),
+            f"/v1/models/{quote(args.name)}": json_response(model),
         }
         self.actions = {  # for POST
-            "/v1/completions": self.answer,
-            "/v1/chat/completions": self.answer,
+            "/v1/completions": self.complete,
+            "/v1/chat/completions": self.complete,
             "/api/detect": self.detect,
-            "/api/flag": self.flag,
+            "/api/flag": self.store_report,
         }
 
     async def handle(self, request: Request) -> Response:
         page = self.health() if request.path == "/health" else self.pages.get(request.path)
         action = self.actions.get(request.path)
-        if not page and not action:
-            raise Problem(404, "there is nothing at this path", code="not_found")
         methods = ("GET", "HEAD") if page else ("POST",)
-        if request.method not in methods:
-            allowed = {"Allow": ", ".join(methods)}
-            raise Problem(405, f"this path takes {methods[0]}", headers=allowed)
-        if page:
+        if page and request.method in methods:
             return page
+        if not page and not action:
+            raise HTTPError(404, "there is nothing at this path", code="not_found")
+        if not action or request.method not in methods:
+            allowed = {"Allow": ", ".join(methods)}
+            raise HTTPError(405, f"this path takes {methods[0]}", headers=allowed)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":  # which no foreign page's form can send
-            raise Problem(415, "send JSON, as Content-Type: application/json")
+        if kind != "application/json":  # no form of a foreign page can send this type
+            raise HTTPError(415, "send JSON, as Content-Type: application/json")
         self.charge(request, 1)
         return await action(request)
 
     def health(self) -> Response:
-        status = "ok" if self.decoder.well else "failing"
-        told = {
-            "status": status,
-            "answers": self.decoder.load,
-            "at_once": self.engine.max_batch_size,
-        }
-        return as_json(told, 200 if status == "ok" else 503)
+        healthy, load = self.worker.healthy, self.worker.load
+        content = {"status": "ok" if healthy else "failing", "answers": load}
+        content["at_once"] = self.engine.max_batch_size
+        return json_response(content, 200 if healthy else 503)
 
     def charge(self, request: Request, cost: int) -> None:
-        if wait := self.allowance.wait(self.client(request), cost):
-            said = f"too many requests: try again in {max(1, round(wait))} s"
-            raise Problem(429, said, "rate_limit_error", headers=soon(wait))
+        if wait := self.rates.wait(self.client(request), cost):
+            message = f"too many requests: try again in {max(1, round(wait))} s"
+            raise HTTPError(429, message, "rate_limit_error", retry_after=wait)
 
     def client(self, request: Request) -> str:
-        """Behind a proxy all requests come from one address, and a header tells whose they are."""
-        said = request.headers.get((self.args.client_header or "").lower(), "")
-        return said.rpartition(",")[2].strip()[:64] or request.address
+        """Behind a proxy all requests come from one address; a header names the client, last."""
+        forwarded = request.headers.get((self.args.client_header or "").lower(), "")
+        return forwarded.rpartition(",")[2].strip()[:64] or request.address
 
     # ------------------------------------------------------------ answers
 
-    async def answer(self, request: Request) -> Response:
-        body = api.read_json(request.body)
-        most = self.args.max_new_tokens
-        asked = api.understood(body, request.path, self.model, self.tokenizer, most)
-        longest, param = max(map(len, asked.prompts)), "messages" if asked.chat else "prompt"
+    async def complete(self, http_request: Request) -> Response:
+        body, limit = api.parse_body(http_request.body), self.args.max_new_tokens
+        request = api.parse_request(body, http_request.path, self.args.name, self.tokenizer, limit)
+        longest, param = max(map(len, request.prompts)), "messages" if request.chat else "prompt"
         if longest >= self.engine.max_length:
-            said = f"the prompt has {longest} tokens; with its answer it may have "
-            said += str(self.engine.max_length)
-            raise Problem(400, said, param=param, code="context_length_exceeded")
-        if asked.ways[0].logprobs and self.filter.name != "off":
-            said = "likelier tokens are told only where nothing is filtered (--filter off)"
-            raise Problem(400, said, param="logprobs", code="unsupported_parameter")
-        (prompts, ways), asker = asked.each, self.client(request)
-        self.charge(request, len(ways) - 1)
+            message = f"the prompt has {longest} tokens, and prompt and answer together may have "
+            message += str(self.engine.max_length)
+            raise HTTPError(400, message, param=param, code="context_length_exceeded")
+        if request.params[0].logprobs and self.filter.name != "off":
+            message = "top logprobs show unfiltered tokens: they need --filter off"
+            raise HTTPError(400, message, param="logprobs", code="unsupported_parameter")
+        (prompts, params), client = request.sequences, self.client(http_request)
+        self.charge(http_request, len(params) - 1)
         deadline = asyncio.get_running_loop().time() + self.args.timeout
-        async with self.within(deadline):
-            self.decoder.check(len(ways), asker)
-            _, found = await self.filter.passed(asked.text, 0, whole=True)
-            if found:
-                raise Problem(400, explained(found), param=param, code="content_filter")
-            answers = await self.decoder.submit(prompts, ways, asked.stream, asker)
-        told = self.told(answers, deadline)
-        if asked.stream:
-            headers = {"X-Accel-Buffering": "no"}  # a proxy should pass pieces on as they come
-            return Response(self.events(asked, answers, told), "text/event-stream", headers=headers)
-        return await self.whole(asked, answers, told)
+        async with self.http_errors(deadline):
+            self.worker.check_room(len(params), client)
+            _, reason = await self.filter.check_next(request.text, 0, complete=True)
+            if reason:
+                raise HTTPError(400, explain_refusal(reason), param=param, code="content_filter")
+            pending = await self.worker.submit(prompts, params, request.stream, client)
+        parts = self.checked_parts(pending, deadline)
+        if request.stream:
+            headers = {"X-Accel-Buffering": "no"}  # a proxy should pass events on at once
+            events = self.events(request, pending, parts)
+            return Response(events, "text/event-stream", headers=headers)
+        return await self.full_response(request, pending, parts)
 
     @asynccontextmanager
-    async def within(self, deadline: float, sequences: Iterable[Sequence] = ()):
-        """What keeps an answer from its asker is told as a Problem."""
+    async def http_errors(self, deadline: float, sequences: Iterable[Sequence] = ()):
+        """Ends at the deadline; turns what prevents an answer into an HTTPError."""
         try:
             async with asyncio.timeout_at(deadline):
                 yield
-        except Busy as busy:
-            status, kind = (429, "rate_limit_error") if busy.own else (503, "overloaded")
-            raise Problem(status, str(busy), kind, headers=soon(busy.wait)) from None
-        except Unavailable:
-            raise Problem(503, DOWN, "filter_unavailable", headers=soon(30)) from None
+        except BusyError as error:
+            status, kind = (429, "rate_limit_error") if error.own else (503, "overloaded")
+            raise HTTPError(status, str(error), kind, retry_after=error.wait) from None
+        except FilterUnavailable:
+            raise HTTPError(503, UNAVAILABLE, "filter_unavailable", retry_after=30) from None
         except TimeoutError:
             begun = any(sequence.ids for sequence in sequences)
-            said = f"no {'whole ' * begun}answer in {self.args.timeout:g} s: try again later"
-            raise Problem(504 if begun else 503, said, "timeout", headers=soon(10)) from None
+            message = f"no {'complete ' * begun}answer in {self.args.timeout:g} s: try again later"
+            raise HTTPError(504 if begun else 503, message, "timeout", retry_after=10) from None
 
-    async def whole(self, asked: api.Asked, answers: Answers, told: AsyncGenerator) -> Response:
-        texts, reasons = [""] * len(answers.sequences), [""] * len(answers.sequences)
+    async def full_response(self, request, pending: PendingRequest, parts) -> Response:
+        texts, reasons = [""] * len(pending.sequences), [""] * len(pending.sequences)
         try:
-            async for index, new, reason, _ in told:
+            async for index, new, reason, _ in parts:
                 texts[index] += new
                 reasons[index] = reason
         finally:
-            self.decoder.cancel(answers)
-        return as_json(api.whole(asked, answers.sequences, texts, reasons))
+            self.worker.cancel(pending)
+        return json_response(api.full_response(request, pending.sequences, texts, reasons))
 
-    async def events(
-        self, asked: api.Asked, answers: Answers, told: AsyncGenerator
-    ) -> AsyncGenerator[bytes, None]:
+    async def events(self, request, pending: PendingRequest, parts) -> AsyncGenerator[bytes, None]:
         try:
-            if first := api.first_pieces(asked):
+            if first := api.first_chunks(request):
                 yield first
-            async for index, new, reason, found in told:
+            async for index, new, reason, filtered in parts:
                 if new:
-                    yield api.piece(asked, index, new)
+                    yield api.chunk(request, index, new)
                 if reason:
-                    yield api.piece(asked, index, "", reason, explained(found) if found else "")
-            yield api.last_piece(asked, answers.sequences) + b"data: [DONE]\n\n"
-        except Problem as problem:
-            yield api.event({"error": problem.error})
+                    note = explain_refusal(filtered) if filtered else ""
+                    yield api.chunk(request, index, "", reason, note)
+            if request.include_usage:
+                tokens = api.usage(request, pending.sequences)
+                yield api.chunk_event(request, [], usage=tokens)
+            yield b"data: [DONE]\n\n"
+        except HTTPError as error:
+            yield api.event({"error": error.error})
         finally:
-            self.decoder.cancel(answers)
+            self.worker.cancel(pending)
 
-    async def told(
-        self, answers: Answers, deadline: float
+    async def checked_parts(
+        self, pending: PendingRequest, deadline: float
     ) -> AsyncGenerator[tuple[int, str, str, str], None]:
-        """(which answer, more of its text, why it ended, what was wrong with it), as the filter
-        lets it pass. What was decoded meanwhile is in the next piece."""
-        passed, shown = self.filter.passed, [0] * len(answers.sequences)
-        before = [self.filter.tail(self.tokenizer.decode(s.prompt)) for s in answers.sequences]
-        open_ = dict(enumerate(answers.sequences))
+        """(index, new text, finish reason or "", filter's reason or "") of the answers, as the
+        filter lets them pass. What is decoded during a check is in the next part."""
+        sequences, shown = pending.sequences, [0] * len(pending.sequences)
+        before = [self.filter.tail(self.tokenizer.decode(s.prompt)) for s in sequences]
+        open_ = dict(enumerate(sequences))
         while open_:
-            async with self.within(deadline, answers.sequences):
-                await answers.news()
+            async with self.http_errors(deadline, sequences):
+                await pending.updated()
                 # the reason first: it is set after the text
                 now = [(i, s.finish_reason or "", s.text) for i, s in open_.items()]
                 if any(reason in ("failed", "cancelled") for _, reason, _ in now):
-                    raise Problem(500, "the model failed at this answer", "server_error")
-                checks = (passed(text, shown[i], why != "", before[i]) for i, why, text in now)
-                ends = await asyncio.gather(*checks)
-            for (index, reason, text), (end, found) in zip(now, ends, strict=True):
+                    raise HTTPError(500, "the model failed at this answer", "server_error")
+                check = self.filter.check_next
+                checks = (check(text, shown[i], why != "", before[i]) for i, why, text in now)
+                results = await asyncio.gather(*checks)
+            for (index, reason, text), (end, filtered) in zip(now, results, strict=True):
                 new, shown[index] = text[shown[index] : end], end
-                if found:
+                if filtered:
                     reason = "content_filter"
-                    self.decoder.stop([open_[index]])  # nobody will see more of it
+                    self.worker.stop([open_[index]])  # the rest would not be shown
                 if reason:
                     del open_[index]
                 if new or reason:
-                    yield index, new, reason, found
+                    yield index, new, reason, filtered
 
     # ------------------------------------------------------------ watermark and reports
 
     async def detect(self, request: Request) -> Response:
-        text = api.text_of(api.read_json(request.body), "text")
-        if len(text) > LONGEST:
-            raise Problem(413, f"at most {LONGEST} characters", param="text")
-        async with self.checking:  # it deals green lists, a quarter of a ms each
-            return as_json(await asyncio.to_thread(self.coloured, text))
+        text = api.get_text(api.parse_body(request.body), "text")
+        if len(text) > MAX_DETECT_LENGTH:
+            raise HTTPError(413, f"at most {MAX_DETECT_LENGTH} characters", param="text")
+        async with self.one_at_a_time:  # a green list takes a quarter of a ms
+            return json_response(await asyncio.to_thread(self.detection, text))
 
-    def coloured(self, text: str) -> dict:
-        """The text in tokens, each green or not (the first is neither), and the verdict."""
+    def detection(self, text: str) -> dict:
+        """The verdict, and the text as [token, is it green?]; for the first token that is null."""
         ids, stream = self.tokenizer.encode(text), self.tokenizer.stream()
         if len(ids) < 2:
-            raise Problem(400, "it takes two tokens to show a watermark", param="text")
+            raise HTTPError(400, "a watermark needs at least two tokens", param="text")
         found = self.watermark.detect(ids)
-        pieces = [stream.push(token) for token in ids]  # those inside a character are ""
+        pieces = [stream.push(token) for token in ids]  # "" inside a character
         pieces[-1] += stream.flush()
         green = [None, *self.watermark.green_mask(ids)]
         tokens = [list(pair) for pair in zip(pieces, green, strict=True)]
-        by_chance = {"gamma": self.watermark.gamma}
-        return {**found, **by_chance, "verdict": self.watermark.verdict(found), "tokens": tokens}
+        verdict, gamma = self.watermark.verdict(found), self.watermark.gamma
+        return {**found, "gamma": gamma, "verdict": verdict, "tokens": tokens}
 
-    async def flag(self, request: Request) -> Response:
-        body = api.read_json(request.body)
-        report = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "model": self.model}
+    async def store_report(self, request: Request) -> Response:
+        body = api.parse_body(request.body)
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        report = {"time": now, "model": self.args.name}
         for name in ("instruction", "input", "output", "why"):
-            report[name] = api.text_of(body, name, "")
+            report[name] = api.get_text(body, name, "")
         for name in ("temperature", "top_p", "max_tokens"):
-            report[name] = api.number(body, name, None, 0, 1 << 30)
+            report[name] = api.get_number(body, name, None, 0, 1 << 30)
         if not report["output"] and not report["why"]:
-            raise Problem(400, "there is nothing to report", param="output")
-        async with self.checking:
-            await asyncio.to_thread(self.store, report)
-        return as_json({"stored": True}, 201)
+            raise HTTPError(400, "the report is empty", param="output")
+        async with self.one_at_a_time:
+            await asyncio.to_thread(self.append_report, report)
+        return json_response({"stored": True}, 201)
 
-    def store(self, report: dict) -> None:
+    def append_report(self, report: dict) -> None:
         file = self.args.reports
-        if file.exists() and file.stat().st_size > MOST_REPORTS:
-            raise Problem(503, "no more reports can be stored", "server_error", headers=soon(3600))
-        private(file)
+        if file.exists() and file.stat().st_size > MAX_REPORTS_SIZE:
+            message = "no more reports can be stored"
+            raise HTTPError(503, message, "server_error", retry_after=3600)
+        create_private(file)
         append_jsonl(file, report)
 
 
-def private(file: Path) -> None:
-    """A file for its owner alone, if there is none yet: it will hold what people wrote."""
+def create_private(file: Path) -> None:
+    """Create the file, if it is missing, for its owner only: it will hold what people wrote."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch(mode=0o600)
 
 
-def page(file: Path) -> Response:
-    """The page, and a policy that lets its own script and style run and nothing else."""
-    html, policy = file.read_bytes(), POLICY
+def load_page(file: Path) -> Response:
+    """The page, with a policy that allows its own script and style and nothing else."""
+    html, policy = file.read_bytes(), PAGE_POLICY
     for tag in (b"script", b"style"):
-        (inside,) = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), html, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(inside).digest()).decode()
+        (content,) = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), html, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content).digest()).decode()
         policy += f"; {tag.decode()}-src 'sha256-{digest}'"
     return Response(html, "text/html; charset=utf-8", 200, {"Content-Security-Policy": policy})
 
 
-def name_of(args: argparse.Namespace) -> str:
-    """`tiny` for runs/tiny/model, where training leaves it."""
-    folder = args.model_dir.absolute()
-    return args.name or (folder.parent if folder.name == "model" else folder).name
-
-
-def about(args: argparse.Namespace, engine: Engine, filter: Filter) -> dict:
-    """What the page tells and offers."""
+def describe(args: argparse.Namespace, engine: Engine, filter: Filter) -> dict:
+    """What the page shows about this server."""
     size = sum(math.prod(shape) for shape in parameter_shapes(engine.model.config).values())
-    checked = {"off": "Nothing is filtered.", "rules": "A small list of rules filters texts here."}
-    sent = f"What you ask and what it answers is sent to {filter.name} to be checked."
+    filters = {"off": "Nothing is filtered.", "rules": "A small list of rules filters texts here."}
+    service = f"Questions and answers are sent to {filter.name} to be checked."
     return {
-        "model": name_of(args),
-        "notice": args.notice or TELL.format(million=max(1, round(size / 1e6))),
-        "filter": checked.get(filter.name, sent),
+        "model": args.name,
+        "notice": args.notice or NOTICE.format(million=max(1, round(size / 1e6))),
+        "filter": filters.get(filter.name, service),
         "watermark": not args.no_watermark,
         "max_tokens": min(args.max_new_tokens, engine.max_length),
-        "examples": examples(args),
+        "examples": page_examples(args),
     }
 
 
-def examples(args: argparse.Namespace) -> list[dict]:
-    """A few short ones. The tiny model knows little more than what it was shown."""
+def page_examples(args: argparse.Namespace) -> list[dict]:
+    """Six short instructions; for the tiny model some that are like its training data."""
     tiny = args.model_dir is DEFAULT_MODEL
-    own = CHECKOUT / "data" / ("sample_heldout.json" if tiny else "eval_instructions.jsonl")
-    records = [r for r in load_records(args.examples or own) if r.get("instruction")]
-    short = [
-        r for r in records if len(r["instruction"]) <= 90 and len(r["input"]) <= 200
-    ] or records
-    chosen = short[:: max(1, len(short) // 6)][:6]
+    file = CHECKOUT / "data" / ("sample_heldout.json" if tiny else "eval_instructions.jsonl")
+    records = [r for r in load_records(args.examples or file) if r.get("instruction")]
+    short = [r for r in records if len(r["instruction"]) <= 90 and len(r["input"]) <= 200]
+    records = short or records
+    chosen = records[:: max(1, len(records) // 6)][:6]
     return [{"instruction": r["instruction"], "input": r["input"]} for r in chosen]
-
-
-# ---------------------------------------------------------------- command
-
-
-def deal_all(watermark: Watermark, ended: threading.Event) -> None:
-    """Every green list once: later they cost next to nothing."""
-    for token in range(watermark.vocab_size):
-        if ended.is_set():
-            return
-        watermark.green_list(token)
-
-
-@asynccontextmanager
-async def running(args, bound, engine: Engine, filter: Filter, marks: Watermark):
-    """The server while it answers; at the end answers under way may end."""
-    ended = threading.Event()
-    dealing = threading.Thread(target=deal_all, args=(marks, ended), name="green lists")
-    async with filter:
-        most = engine.max_batch_size + args.queue
-        decoder = Decoder(engine, most, max(most // 4, api.MOST_ANSWERS) if args.rate else most)
-        demo = Demo(args, decoder, filter, marks)
-        address, _, _ = bound.getsockname()[0].partition("%")
-        local = ipaddress.ip_address(address).is_loopback
-        hosts = {*http.LOOPBACK, address, *args.allow_host} if local or args.allow_host else None
-        if not local:
-            notice(f"others may ask: it listens at {address}")
-        server = http.Server(demo.handle, http.Limits(), hosts)
-        await server.start(bound)
-        if engine.watermark:
-            dealing.start()
-        try:
-            yield server, demo
-        finally:
-            ended.set()
-            await server.drain(args.drain)
-            await decoder.close()
-
-
-async def serve(args, bound, *parts) -> None:
-    """Until SIGTERM or Ctrl-C."""
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    async with running(args, bound, *parts) as (_, demo):
-        host, port = bound.getsockname()[:2]
-        notice(f"{demo.model} at http://{f'[{host}]' if ':' in host else host}:{port}")
-        mark = "on" if demo.engine.watermark else "off"
-        notice(f"filter: {demo.filter.name}; watermark: {mark}")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
-        await stop.wait()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)  # a second one does what it always does
-        if load := demo.decoder.load:
-            notice(f"{load} answers under way have {args.drain:g} s")
-
-
-def parse_args() -> argparse.Namespace:
-    count, above_0 = positive(int), positive(float)
-    parser = Parser(description=__doc__)
-    add_model_arguments(parser)
-    add = parser.add_argument_group("answers").add_argument
-    add("--name", help="of the model, in the API (default: its folder's)")
-    add("--rows", type=count, default=16, help="answers made at once (default: 16)")
-    known = "(default: what the model knows, at most 2048)"
-    add("--max-length", type=count, help=f"tokens of prompt and answer {known}")
-    add("--max-new-tokens", type=count, default=512, help="of an answer at most (default: 512)")
-    add("--no-watermark", action="store_true", help="answer without a watermark")
-    key = os.environ.get(KEY_VARIABLE, KEY)
-    add("--watermark-key", type=int, default=key, metavar="N", help=KEY_HELP)
-    add_filter_flags(parser)
-    add = parser.add_argument_group("who may ask, and how much").add_argument
-    add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
-    add("--port", type=int, default=7860, help="0: any that is free (default: 7860)")
-    add("--allow-host", action="append", default=[], metavar="NAME", help=HOST_HELP)
-    add("--client-header", metavar="NAME", help="header in which your proxy tells who asks")
-    add("--rate", type=float, default=60, help=RATE_HELP)
-    add("--queue", type=count, default=48, help="answers that may wait for a row (default: 48)")
-    add("--timeout", type=above_0, default=120, help="seconds for an answer (default: 120)")
-    add("--drain", type=above_0, default=30, help="seconds to end answers in (default: 30)")
-    add = parser.add_argument_group("page").add_argument
-    add("--examples", type=Path, help="JSON or JSONL of instructions (default: the project's)")
-    add("--notice", help="what the page tells of model and terms (default: its size, a caution)")
-    reports = CHECKOUT / "runs/demo/reports.jsonl"
-    add("--reports", type=Path, default=reports, help=f"where reports go (default: {reports})")
-    args = parser.parse_args()
-    if not 0 <= args.rate < math.inf:
-        parser.error("--rate is 0 or above")
-    named = [http.host_of(name) for name in args.allow_host]
-    if "" in named:
-        parser.error(f"--allow-host {args.allow_host[named.index('')]!r} is no name of a host")
-    args.allow_host = named
-    return args
-
-
-def made(args: argparse.Namespace) -> tuple[Engine, Watermark]:
-    """The engine, and the watermark to look for, which it bears unless told otherwise."""
-    model, tokenizer = load_from_args(args)
-    marks = Watermark(model.config.vocab_size, key=args.watermark_key)
-    length = args.max_length or min(2048, model.config.max_position_embeddings)
-    used = None if args.no_watermark else marks
-    return Engine(model, tokenizer, args.rows, length, args.compile, used), marks
-
-
-def main() -> None:
-    args = parse_args()
-    filter = chosen_filter(args)
-    with http.listening(args.host, args.port) as bound:
-        engine, marks = made(args)
-        private(args.reports)
-        asyncio.run(serve(args, bound, engine, filter, marks))
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,21 +1,16 @@
-"""Is this text fit to be asked, or shown? A moderation service says so, or a small list of rules.
+"""The content filter: a moderation service or a list of rules checks prompts and answers.
 
-    found = await filter.check(text)       # "" if nothing is wrong with it, else what is
+  reason = await filter.check(text)      # "" if nothing is wrong with the text
 
-Worth knowing:
-
-  - `Service` is OpenAI's moderation endpoint, or any that speaks as it does: it gets the text and
-    answers with `results`, each `flagged` or not. `Rules` are the regular expressions of
-    data/filter_rules.txt.
-  - It fails closed. A service that cannot be reached, is slow, or answers anything but the promised
-    form is `Unavailable`, and what nobody has checked is not shown.
-  - `passed` cuts a growing text where it may be shown, so that an answer can stream: a piece, with
-    the end of what came before it, prompt included, is checked first and appears then. Pieces end
-    between words, and for a service are long enough to be judged.
-  - How far back it looks is counted after the text was made plain: 250 spaces, or characters that
-    do not show, push nothing out of sight.
-
-Shown by tests/test_moderation.py: test_every_character_that_is_shown_was_checked.
+- `ServiceFilter` asks OpenAI's moderation endpoint, or another server with the same API.
+  `RuleFilter` searches for the regular expressions of data/filter_rules.txt.
+- The filter fails closed. A service that cannot be reached, is slow, or does not answer in the
+  documented form raises `FilterUnavailable`, and no unchecked text is shown.
+- `check_next` lets an answer stream. Each new part is checked before it is shown, together with
+  the end of what came before it, prompt included. Parts end between words, and for a service they
+  are long enough to be judged.
+- How far back it looks is counted after normalization, so that 250 spaces, or characters that are
+  invisible, push nothing out of sight.
 """
 
 import argparse
@@ -26,7 +21,6 @@ import re
 import time
 import unicodedata
 from pathlib import Path
-from typing import Any
 
 from alpaca import CHECKOUT
 from alpaca.common.errors import UserError, join_names, notice, replace_surrogates
@@ -34,39 +28,39 @@ from alpaca.datagen.client import Client, RefusedError, RequestFailedError, Retr
 from alpaca.datagen.endpoints import Endpoint
 from tokenizer import SPACE
 
-RULES = CHECKOUT / "data/filter_rules.txt"
-OPENAI = "https://api.openai.com/v1"
+RULES_FILE = CHECKOUT / "data/filter_rules.txt"
+MODERATION_URL = "https://api.openai.com/v1"
 LAST_WORD = re.compile(r"[^\W\u2e80-\u9fff\uf900-\ufaff]*\Z")  # Chinese may be cut anywhere
-LONGEST_WORD = 40
-LONGEST_RULE_TEXT = 200  # what our rules span, in words of usual length
-EVERY = 60  # s between two notices that the service cannot be asked
-DOWN = (
+MAX_WORD_LENGTH = 40
+RETRY_WAIT = 0.2  # s
+NOTICE_INTERVAL = 60  # s between two notices that the service cannot be reached
+UNAVAILABLE = (
     "The content filter cannot be reached, so nothing is answered or shown. Please try again later."
 )
-HELP = (
+CRISIS_HELP = (
     "If you are thinking of harming yourself, please talk to somebody now: findahelpline.com lists "
     "free and confidential help in most countries."
 )
 
 
-class Unavailable(Exception):
-    """Nobody can tell; nothing may be shown."""
+class FilterUnavailable(Exception):
+    """The text could not be checked, so it must not be shown."""
 
 
-def explained(found: str) -> str:
-    """What a person is told whose text, or whose answer, was stopped."""
-    said = f"The content filter stopped this ({found})."
-    return f"{said} {HELP}" if "self-harm" in found else said
+def explain_refusal(reason: str) -> str:
+    """What a person reads whose prompt, or whose answer, was stopped."""
+    message = f"The content filter stopped this ({reason})."
+    return f"{message} {CRISIS_HELP}" if "self-harm" in reason else message
 
 
 class Filter:
     """Lets everything pass: `--filter off`."""
 
     name = "off"
-    piece = 1  # characters to be checked at a time, at the least
-    context = 0  # characters before them that are looked at again, of a text made plain
+    min_part = 1  # characters that are checked at a time, at least
+    lookback = 0  # characters before them, after normalization, that are checked again
 
-    async def __aenter__(self) -> "Filter":
+    async def __aenter__(self):
         return self
 
     async def __aexit__(self, *exception) -> None:
@@ -75,82 +69,85 @@ class Filter:
     async def check(self, text: str) -> str:
         return ""
 
-    def read(self, text: str) -> str:
-        """As it is checked."""
-        return spaced(text)
+    def normalize(self, text: str) -> str:
+        return collapse_spaces(text)
 
     def tail(self, text: str) -> str:
-        """The end of it that is looked at again."""
-        text = self.read(text)
-        return text[max(0, len(text) - self.context) :]
+        """The end of a text, normalized, that is checked again with what follows it."""
+        text = self.normalize(text)
+        return text[max(0, len(text) - self.lookback) :]
 
-    async def passed(self, text: str, shown: int, whole: bool, before: str = "") -> tuple[int, str]:
-        """Up to where a text may be shown that goes on from `before`, and of which `shown`
-        characters are shown already; and what is wrong with the rest, if something is."""
+    async def check_next(
+        self, text: str, shown: int, complete: bool, before: str = ""
+    ) -> tuple[int, str]:
+        """How many characters of `text` may be shown, of which `shown` already are, and what is
+        wrong with the rest, if anything. `before` is what the text continues."""
         end = len(text)
-        if not whole:
-            unfinished = LAST_WORD.search(text, max(shown, end - LONGEST_WORD))[0]
-            end -= len(unfinished) if len(unfinished) < LONGEST_WORD else 0
-            if end - shown < self.piece:
+        if not complete:
+            last_word = LAST_WORD.search(text, max(shown, end - MAX_WORD_LENGTH))
+            if last_word and len(last_word[0]) < MAX_WORD_LENGTH:
+                end -= len(last_word[0])
+            if end - shown < self.min_part:
                 return shown, ""
         if end == shown:
             return shown, ""
-        found = await self.check(self.tail(before + text[:shown]) + self.read(text[shown:end]))
-        return (shown if found else end), found
+        part = self.tail(before + text[:shown]) + self.normalize(text[shown:end])
+        reason = await self.check(part)
+        return (shown if reason else end), reason
 
 
-class Rules(Filter):
+class RuleFilter(Filter):
     name = "rules"
-    context = LONGEST_RULE_TEXT
+    lookback = 200  # what our rules span, with words of usual length
 
-    def __init__(self, path: Path = RULES):
+    def __init__(self, path: Path = RULES_FILE):
         self.rules: list[tuple[str, re.Pattern]] = []
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if not line.strip() or line.startswith("#"):
                 continue
-            category, colon, pattern = line.partition(":")
+            category, _, pattern = (part.strip() for part in line.partition(":"))
+            if not category or not pattern:
+                raise UserError(f"{path}, line {number}: expected CATEGORY: REGULAR EXPRESSION")
             try:
-                if not colon or not category.strip() or not pattern.strip():
-                    raise UserError("a category, a colon and a regular expression were expected")
-                self.rules.append((category.strip(), re.compile(pattern.strip())))
-            except (ValueError, re.error) as mistake:
-                raise UserError(f"{path}, line {number}: {mistake}") from None
+                self.rules.append((category, re.compile(pattern)))
+            except re.error as error:
+                raise UserError(f"{path}, line {number}: {error}") from None
         if not self.rules:
             raise UserError(f"{path}: no rules in it")
 
-    def read(self, text: str) -> str:
-        return plainer(text)
+    def normalize(self, text: str) -> str:
+        return to_plain(text)
 
     async def check(self, text: str) -> str:
-        text = plainer(text)
+        text = to_plain(text)
         return next((category for category, rule in self.rules if rule.search(text)), "")
 
 
-def spaced(text: str, hidden: tuple[str, ...] = ("Cf",)) -> str:
-    """One space for many, the tokenizer's among them; characters that do not show dropped."""
+def collapse_spaces(text: str, invisible: tuple[str, ...] = ("Cf",)) -> str:
+    """One space for several, the tokenizer's space included, and no invisible characters."""
     if not text.isascii():
-        drop = {ord(c): None for c in set(text) if unicodedata.category(c) in hidden}
+        drop = {ord(c): None for c in set(text) if unicodedata.category(c) in invisible}
         text = text.translate({**drop, ord(SPACE): " "})
     return re.sub(r"(\s)\s+", r"\1", text)
 
 
-def plainer(text: str) -> str:
-    """The same in one line and lower case, compatible forms made one, accents dropped."""
-    text = spaced(unicodedata.normalize("NFKD", text), ("Cf", "Mn")).casefold()
+def to_plain(text: str) -> str:
+    """The same on one line, in lower case, in compatible characters without accents."""
+    text = collapse_spaces(unicodedata.normalize("NFKD", text), ("Cf", "Mn")).casefold()
     return re.sub(r"\s", " ", text)
 
 
-class Service(Filter):
-    """`async with` it: the connections to the service stay open."""
+class ServiceFilter(Filter):
+    """Use it in `async with`, which keeps the connections to the service open."""
 
-    piece, context = 160, 1000
+    min_part, lookback = 160, 1000
 
     def __init__(self, endpoint: Endpoint, timeout: float = 8.0):
         self.endpoint, self.timeout = endpoint, timeout
-        self.name, self.told = endpoint.base_url, -math.inf
+        self.name, self.last_notice = endpoint.base_url, -math.inf
 
-    async def __aenter__(self) -> "Service":
-        self.client = Client(timeout=self.timeout / 2, max_retries=1, retry_wait=0.2)
+    async def __aenter__(self):
+        self.client = Client(timeout=self.timeout / 2, max_retries=1, retry_wait=RETRY_WAIT)
         await self.client.__aenter__()
         return self
 
@@ -158,57 +155,53 @@ class Service(Filter):
         await self.client.__aexit__(*exception)
 
     async def check(self, text: str) -> str:
-        asked = {"model": self.endpoint.model, "input": replace_surrogates(text)}
+        body = {"model": self.endpoint.model, "input": replace_surrogates(text)}
+        call = self.client.call
         try:
             async with asyncio.timeout(self.timeout):
-                call = self.client.call
-                return await call(self.endpoint, "POST", "moderations", flagged, json=asked)
-        except (RequestFailedError, RefusedError, ValueError, TimeoutError) as problem:
-            if time.monotonic() - self.told > EVERY:  # the operator's to mend
-                self.told = time.monotonic()
-                notice(f"the filter cannot be asked: {problem or 'no verdict in time'}")
-            raise Unavailable from None
+                return await call(self.endpoint, "POST", "moderations", parse_verdict, json=body)
+        except (RequestFailedError, RefusedError, UserError, TimeoutError) as error:
+            if time.monotonic() - self.last_notice > NOTICE_INTERVAL:
+                self.last_notice = time.monotonic()
+                notice(f"the filter's service does not work: {error or 'no verdict in time'}")
+            raise FilterUnavailable from None
 
 
-def flagged(said: str) -> str:
-    """What is wrong with the text, by the service's answer; RetryableError if unclear."""
+def parse_verdict(response: str) -> str:
+    """The categories that the service found, or ""; a RetryableError if it is not clear."""
     try:
-        (result,) = json.loads(said)["results"]
-        verdict, categories = result["flagged"], result.get("categories") or {}
-        if not isinstance(verdict, bool) or not isinstance(categories, dict):
+        (result,) = json.loads(response)["results"]
+        flagged, categories = result["flagged"], result.get("categories") or {}
+        if not isinstance(flagged, bool) or not isinstance(categories, dict):
             raise TypeError
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise RetryableError("no verdict in the answer") from None
-    return names_of(categories) if verdict else ""
+        raise RetryableError("no verdict in the response") from None
+    if not flagged:
+        return ""
+    names = sorted(str(name)[:40] for name, found in categories.items() if found is True)
+    return replace_surrogates(join_names(names, 3)) or "flagged"
 
 
-def names_of(categories: dict[str, Any]) -> str:
-    found = [str(name)[:40] for name, so in categories.items() if so is True]
-    return replace_surrogates(join_names(sorted(found), 3)) or "flagged"
-
-
-# ---------------------------------------------------------------- command line
-
-
-def add_filter_flags(parser: argparse.ArgumentParser) -> None:
+def add_filter_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("filter").add_argument
-    kinds = "service: ask --moderation-url; rules: those of --rules; off: let everything pass "
-    kinds += "(default: service if its URL or key is set, else rules)"
-    add("--filter", choices=("service", "rules", "off"), help=kinds)
-    add("--rules", type=Path, default=RULES, help="the list (default: data/filter_rules.txt)")
-    add("--moderation-url", metavar="URL", help=f"of the service, up to /v1 (default: {OPENAI})")
+    kinds = "service: ask --moderation-url; rules: search for --rules; off: no filter "
+    kinds += "(default: service if its URL or its key is set, else rules)"
     model, key = "omni-moderation-latest", "OPENAI_API_KEY"
-    add("--moderation-model", default=model, metavar="NAME", help=f"its model (default: {model})")
-    add("--moderation-key", default=key, metavar="VARIABLE", help=f"with its key (default: {key})")
+    add("--filter", choices=("service", "rules", "off"), help=kinds)
+    add("--rules", type=Path, default=RULES_FILE, help="(default: data/filter_rules.txt)")
+    add("--moderation-url", metavar="URL", help=f"up to /v1 (default: {MODERATION_URL})")
+    add("--moderation-model", default=model, metavar="NAME", help=f"(default: {model})")
+    key_help = f"environment variable with the service's key (default: {key})"
+    add("--moderation-key", default=key, metavar="VARIABLE", help=key_help)
 
 
-def chosen_filter(args: argparse.Namespace) -> Filter:
-    url = args.moderation_url or OPENAI
+def make_filter(args: argparse.Namespace) -> Filter:
+    url = args.moderation_url or MODERATION_URL
     endpoint = Endpoint(args.moderation_model, url, key_env=args.moderation_key)
-    asked_for = args.moderation_url or endpoint.api_key()
-    kind = args.filter or ("service" if asked_for else "rules")
+    wanted = args.moderation_url or endpoint.api_key()
+    kind = args.filter or ("service" if wanted else "rules")
     if kind == "service" and "//api.openai.com" in url.lower() and not endpoint.api_key():
-        raise UserError(f"OpenAI's filter takes a key: set {args.moderation_key}, or --filter")
+        raise UserError(f"OpenAI's moderation needs a key: set ${args.moderation_key}, or --filter")
     if kind == "off":
         return Filter()
-    return Service(endpoint) if kind == "service" else Rules(args.rules)
+    return ServiceFilter(endpoint) if kind == "service" else RuleFilter(args.rules)

@@ -1,19 +1,17 @@
-"""OpenAI's completions API from the server's side: a request checked, an answer shaped.
+"""OpenAI's completions API, the server's side: requests are validated, responses formatted.
 
-    asked = understood(body, path, model, tokenizer, most)     # or a Problem
-    whole(asked, sequences, texts, reasons)                    # the answer in one piece
-    piece(asked, index, text)                                  # or as server-sent events
+    request = parse_request(body, path, model, tokenizer, max_tokens)    # or an HTTPError
+    full_response(request, sequences, texts, reasons)                    # in one piece
+    chunk(request, index, text)                                          # or as events of a stream
 
-  - A chat goes into the form that training and `alpaca chat` use; a completion goes on
-    from its prompt as it is. Instead of a prompt it may have an `instruction` and an `input`, which
-    go into Alpaca's template: what the page sends.
-  - Beyond OpenAI's fields there are top_k and repetition_penalty. A field of theirs that would
-    change the answer and is not supported is refused, never ignored.
-  - `max_tokens` beyond what the server gives is cut to it; finish_reason "length" tells.
+  - A chat takes the form that training and `alpaca chat` use; a completion continues its
+    prompt as it is. Instead of a prompt it may have an `instruction` and an `input`, which go into
+    Alpaca's template: the page sends these.
+  - top_k and repetition_penalty go beyond OpenAI's fields. A field of theirs that would change the
+    answer and is not supported is refused, never ignored.
+  - `max_tokens` is cut to what the server allows; finish_reason is "length" then.
 
 platform.openai.com/docs/api-reference
-
-Shown by tests/test_demo.py: test_openai_chat.
 """
 
 import json
@@ -25,279 +23,283 @@ from typing import Any
 
 from alpaca.inference.engine import Sequence
 from alpaca.inference.sampling import SamplingParams
-from alpaca.serving.http import Problem
+from alpaca.serving.http import HTTPError
 from dataset import chat_prompt, format_prompt
 from tokenizer import SPACE, Tokenizer
 
-MOST_ANSWERS, MOST_STOPS = 8, 16
-LENGTHS = ("max_tokens", "max_completion_tokens")  # the older name and the newer
-NEVER = -9999.0  # a logprob of -inf is no JSON
-UNSUPPORTED: dict[str, tuple] = {  # and what means nothing
-    "audio": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
-    "function_call": ("none", "auto"),  # there are no functions, see below
-    "functions": ([],),
-    "logit_bias": ({},),
-    "modalities": (["text"],),
-    "prediction": (),
-    "presence_penalty": (0,),
-    "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
+MAX_CHOICES, MAX_STOPS, MAX_STOP_LENGTH = 8, 16, 200
+MIN_LOGPROB = -9999.0  # JSON has no -inf
+UNSUPPORTED = {  # field: the values that change nothing
+    "audio": (), "prediction": (), "web_search_options": (), "best_of": (1,), "echo": (False,),
+    "suffix": ("",), "logit_bias": ({},), "frequency_penalty": (0,), "presence_penalty": (0,),
+    "tools": ([],), "tool_choice": ("none", "auto"),
+    "functions": ([],), "function_call": ("none", "auto"),
+    "modalities": (["text"],), "response_format": ({"type": "text"},),
+    "reasoning_effort": ("none",), "verbosity": ("medium",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request for answers, checked."""
-
+class CompletionRequest:
     chat: bool
-    text: str  # what a person wrote, for the filter
+    text: str  # all that a person wrote, for the filter
     prompts: list[list[int]]
-    ways: list[SamplingParams]  # of the answers to each prompt
+    params: list[SamplingParams]  # of the choices for each prompt
     stream: bool
-    usage: bool  # also at the end of a stream
-    about: dict[str, Any]  # id, created and model, which every piece of the answer repeats
+    include_usage: bool  # at the end of a stream too
+    header: dict[str, Any]  # id, created and model, repeated in every chunk
 
     @property
-    def each(self) -> tuple[list[list[int]], list[SamplingParams]]:
-        """Prompt and way of every answer, the answers to one prompt together."""
-        return [ids for ids in self.prompts for _ in self.ways], self.ways * len(self.prompts)
+    def sequences(self) -> tuple[list[list[int]], list[SamplingParams]]:
+        """Prompt and parameters of every choice, those of one prompt in a row."""
+        prompts = [ids for ids in self.prompts for _ in self.params]
+        return prompts, self.params * len(self.prompts)
 
 
-# ---------------------------------------------------------------- a request
+# ---------------------------------------------------------------- requests
 
 
-def read_json(body: bytes) -> dict[str, Any]:
+def invalid(param: str, message: str, code: str | None = None) -> HTTPError:
+    return HTTPError(400, message, param=param, code=code)
+
+
+def parse_body(body: bytes) -> dict[str, Any]:
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
-        raise Problem(400, "the body is not JSON") from None
+        raise HTTPError(400, "the body is not JSON") from None
     if not isinstance(content, dict):
-        raise Problem(400, "the body is no JSON object")
+        raise HTTPError(400, "the body is not a JSON object")
     return content
 
 
-def text_of(body: dict, name: str, default: str | None = None) -> str:
-    """A field that holds a text; without a default it must be there."""
+def get_text(body: dict, name: str, default: str | None = None) -> str:
+    """A string field; without a default it is required."""
     value = body.get(name)
-    if value is None:
-        value = default
+    value = default if value is None else value
     if not isinstance(value, str):
-        raise Problem(400, f"{name} must be a text", param=name)
+        raise invalid(name, f"{name} must be a string")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise Problem(400, f"{name} holds half a surrogate pair", param=name) from None
+        raise invalid(name, f"{name} holds half a surrogate pair") from None
     return value
 
 
-def number(body: dict, name: str, default: Any, low: float, high: float, kind: type = float) -> Any:
+def get_number(body: dict, name: str, default: Any, low: float, high: float, kind=float) -> Any:
     value = body.get(name)
     if value is None:
         return default
     fits = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     if not fits or not low <= value <= high:
-        what = "a whole number" if kind is int else "a number"
-        raise Problem(400, f"{name} must be {what} from {low} to {high}", param=name)
+        what = "an integer" if kind is int else "a number"
+        raise invalid(name, f"{name} must be {what} from {low} to {high}")
     return kind(value)
 
 
-def yes_or_no(body: dict, name: str) -> bool:
+def get_bool(body: dict, name: str) -> bool:
     value = body.get(name)
     if not (value is None or isinstance(value, bool)):
-        raise Problem(400, f"{name} must be true or false", param=name)
+        raise invalid(name, f"{name} must be true or false")
     return bool(value)
 
 
-def understood(body: dict, path: str, model: str, tokenizer: Tokenizer, most: int) -> Asked:
-    """The request to /v1/completions or /v1/chat/completions, for a server of `model` that gives
-    `most` tokens."""
+def parse_request(
+    body: dict, path: str, model: str, tokenizer: Tokenizer, max_tokens: int
+) -> CompletionRequest:
+    """A request to /v1/completions or /v1/chat/completions. The server has this one `model` and
+    allows `max_tokens` in an answer."""
     chat = path.endswith("chat/completions")
     if body.get("model") not in (None, model):
-        said = f"there is no model {str(body['model'])[:100]!r} here: the one that is, is {model!r}"
-        raise Problem(404, said, param="model", code="model_not_found")
-    for name, nothing in UNSUPPORTED.items():
-        if body.get(name) not in (None, *nothing):
-            raise Problem(400, f"{name} is not supported", param=name, code="unsupported_parameter")
-    stream, n = yes_or_no(body, "stream"), number(body, "n", 1, 1, MOST_ANSWERS, int)
-    logprobs = number(body, "logprobs", None, 0, 5, int) if not chat else None
-    if chat and yes_or_no(body, "logprobs"):
-        logprobs = number(body, "top_logprobs", 0, 0, 20, int)
+        message = f"there is no model {str(body['model'])[:100]!r} here, only {model!r}"
+        raise HTTPError(404, message, param="model", code="model_not_found")
+    for name, harmless in UNSUPPORTED.items():
+        if body.get(name) not in (None, *harmless):
+            raise invalid(name, f"{name} is not supported", "unsupported_parameter")
+    stream, n = get_bool(body, "stream"), get_number(body, "n", 1, 1, MAX_CHOICES, int)
+    logprobs = get_number(body, "logprobs", None, 0, 5, int) if not chat else None
+    if chat and get_bool(body, "logprobs"):
+        logprobs = get_number(body, "top_logprobs", 0, 0, 20, int)
     elif body.get("top_logprobs") is not None:
-        raise Problem(400, "top_logprobs are told with logprobs only", param="top_logprobs")
+        raise invalid("top_logprobs", "top_logprobs needs logprobs")
     if stream and logprobs is not None:
-        raise Problem(400, "logprobs are told without stream only", param="logprobs")
+        raise invalid("logprobs", "logprobs are not available with stream")
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
-        raise Problem(400, "stream_options must be an object", param="stream_options")
-    text, prompts = conversation(body, tokenizer) if chat else texts(body, tokenizer)
-    if n * len(prompts) > MOST_ANSWERS:
-        raise Problem(400, f"at most {MOST_ANSWERS} answers to a request", param="n")
-    about = {"id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)}
-    about |= {"created": int(time.time()), "model": model}
-    way = sampling(body, most, logprobs)
-    ways = [replace(way, seed=way.seed + i) for i in range(n)]
-    return Asked(chat, text, prompts, ways, stream, yes_or_no(options, "include_usage"), about)
+        raise invalid("stream_options", "stream_options must be an object")
+    text, prompts = (parse_messages if chat else parse_prompts)(body, tokenizer)
+    if n * len(prompts) > MAX_CHOICES:
+        raise invalid("n", f"at most {MAX_CHOICES} answers to a request")
+    header = {"id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)}
+    header |= {"created": int(time.time()), "model": model}
+    first = parse_sampling(body, max_tokens, logprobs)
+    params = [replace(first, seed=first.seed + i) for i in range(n)]
+    include_usage = get_bool(options, "include_usage")
+    return CompletionRequest(chat, text, prompts, params, stream, include_usage, header)
 
 
-def sampling(body: dict, most: int, logprobs: int | None) -> SamplingParams:
+def parse_sampling(body: dict, max_tokens: int, logprobs: int | None) -> SamplingParams:
     stop = body.get("stop")
     stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
     if not isinstance(stops, list) or not all(s and isinstance(s, str) for s in stops):
-        raise Problem(400, "stop must be a text or a list of texts", param="stop")
-    if len(stops) > MOST_STOPS or max(map(len, stops), default=0) > 200:
-        raise Problem(400, f"at most {MOST_STOPS} stops of 200 characters", param="stop")
-    longest = [number(body, name, most, 1, 1 << 30, int) for name in LENGTHS]
-    seed = number(body, "seed", None, 0, (1 << 63) - 1, int)
+        raise invalid("stop", "stop must be a string or a list of strings")
+    if len(stops) > MAX_STOPS or max(map(len, stops), default=0) > MAX_STOP_LENGTH:
+        raise invalid("stop", f"at most {MAX_STOPS} stop strings of {MAX_STOP_LENGTH} characters")
+    names = ("max_tokens", "max_completion_tokens")  # the older name and the newer
+    limits = [get_number(body, name, max_tokens, 1, 1 << 30, int) for name in names]
+    seed = get_number(body, "seed", None, 0, (1 << 63) - 1, int)
     return SamplingParams(
-        temperature=number(body, "temperature", 1.0, 0, 2),
-        top_k=number(body, "top_k", 0, 0, 1 << 30, int),
-        top_p=max(1e-6, number(body, "top_p", 1.0, 0, 1)),  # 0: the likeliest alone
-        repetition_penalty=number(body, "repetition_penalty", 1.0, 0.1, 10),
+        temperature=get_number(body, "temperature", 1.0, 0, 2),
+        top_k=get_number(body, "top_k", 0, 0, 1 << 30, int),
+        top_p=max(1e-6, get_number(body, "top_p", 1.0, 0, 1)),  # 0: the likeliest token only
+        repetition_penalty=get_number(body, "repetition_penalty", 1.0, 0.1, 10),
         seed=secrets.randbits(31) if seed is None else seed,
-        max_new_tokens=min(most, *longest),
+        max_new_tokens=min(max_tokens, *limits),
         stop=tuple(stops),
         logprobs=logprobs,
     )
 
 
-def texts(body: dict, tokenizer: Tokenizer) -> tuple[str, list[list[int]]]:
-    """Of a completion: what was written, and the prompts' ids."""
+def parse_prompts(body: dict, tokenizer: Tokenizer) -> tuple[str, list[list[int]]]:
+    """What a person wrote in a completion request, and the ids of its prompts."""
     if "instruction" in body:
-        instruction, input = text_of(body, "instruction"), text_of(body, "input", "")
+        instruction, input = get_text(body, "instruction"), get_text(body, "input", "")
         if not instruction.strip():
-            raise Problem(400, "the instruction is empty: say what to do", param="instruction")
-        written, asked = f"{instruction}\n{input}".strip(), [format_prompt(instruction, input)]
+            raise invalid("instruction", "the instruction is empty")
+        written, prompts = f"{instruction}\n{input}".strip(), [format_prompt(instruction, input)]
     else:
         given = body.get("prompt")
-        asked = given if isinstance(given, list) else [given]
-        asked = [text_of({"prompt": one}, "prompt") for one in asked[: MOST_ANSWERS + 1]]
-        if not asked:
-            raise Problem(400, "prompt is an empty list", param="prompt")
-        written = "\n".join(asked)
-    return written, [tokenizer.encode(one, bos=True) for one in asked]
+        given = given if isinstance(given, list) else [given]
+        prompts = [get_text({"prompt": one}, "prompt") for one in given[: MAX_CHOICES + 1]]
+        if not prompts:
+            raise invalid("prompt", "prompt is an empty list")
+        written = "\n".join(prompts)
+    return written, [tokenizer.encode(one, bos=True) for one in prompts]
 
 
-def conversation(body: dict, tokenizer: Tokenizer) -> tuple[str, list[list[int]]]:
-    """The same of a chat: system, or not; then user and assistant by turns; the user last."""
+def parse_messages(body: dict, tokenizer: Tokenizer) -> tuple[str, list[list[int]]]:
+    """The same for a chat: an optional system message, then user and assistant in turns, the user
+    last."""
     given, messages, expected = body.get("messages"), [], "user"
     if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
-        raise Problem(400, "messages must be a list of objects", param="messages")
+        raise invalid("messages", "messages must be a list of objects")
     for place, message in enumerate(given):
         role = message.get("role")
         role = "system" if role == "developer" else role
         if role != expected and not (role == "system" and place == 0):
-            said = f"messages[{place}] is not the {expected}'s: they take turns"
-            raise Problem(400, said, param="messages")
+            raise invalid("messages", f"messages[{place}] must have the role {expected}")
         if role != "system":
             expected = "assistant" if role == "user" else "user"
-        content, named = message.get("content"), f"messages[{place}].content"
+        content, name = message.get("content"), f"messages[{place}].content"
         if isinstance(content, list) and all(isinstance(part, dict) for part in content):
             if any(part.get("type") != "text" for part in content):
-                raise Problem(400, "contents other than text are not supported", param="messages")
-            content = "".join(text_of({named: part.get("text")}, named) for part in content)
-        messages.append({"role": role, "content": text_of({named: content}, named)})
+                raise invalid("messages", "content other than text is not supported")
+            content = "".join(get_text({name: part.get("text")}, name) for part in content)
+        messages.append({"role": role, "content": get_text({name: content}, name)})
     if expected != "assistant" or not messages[-1]["content"].strip():
-        raise Problem(400, "the last message must be the user's", param="messages")
+        raise invalid("messages", "the last message must be the user's, and not empty")
     written = "\n".join(message["content"] for message in messages)
     return written, [chat_prompt(messages, tokenizer)]
 
 
-# ---------------------------------------------------------------- an answer
+# ---------------------------------------------------------------- responses
 
 
-def whole(asked: Asked, sequences: list[Sequence], texts: list[str], reasons: list[str]) -> dict:
-    """The answer in one piece. Of what the filter stopped nothing is told but that, and no token
-    that spells what a stop text cut off."""
+def full_response(
+    request: CompletionRequest, sequences: list[Sequence], texts: list[str], reasons: list[str]
+) -> dict:
+    """Without log-probabilities where the filter stopped an answer, and without those of tokens
+    behind a stop text."""
     choices = []
     for index, (s, text, reason) in enumerate(zip(sequences, texts, reasons, strict=True)):
-        said = {"message": {"role": "assistant", "content": text}} if asked.chat else {"text": text}
-        told = s.params.logprobs is not None and reason != "content_filter"
-        logprobs = (chat_logprobs if asked.chat else plain_logprobs)(s, text) if told else None
-        choices.append({"index": index, **said, "logprobs": logprobs, "finish_reason": reason})
-    kind = "chat.completion" if asked.chat else "text_completion"
-    return {**asked.about, "object": kind, "choices": choices, "usage": usage(asked, sequences)}
+        choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": reason}
+        if request.chat:
+            choice["message"] = {"role": "assistant", "content": text}
+        else:
+            choice["text"] = text
+        if s.params.logprobs is not None and reason != "content_filter":
+            choice["logprobs"] = (chat_logprobs if request.chat else completion_logprobs)(s, text)
+        choices.append(choice)
+    kind = "chat.completion" if request.chat else "text_completion"
+    tokens = usage(request, sequences)
+    return {**request.header, "object": kind, "choices": choices, "usage": tokens}
 
 
-def usage(asked: Asked, sequences: list[Sequence]) -> dict[str, int]:
-    read, written = sum(map(len, asked.prompts)), sum(len(s.ids) for s in sequences)
+def usage(request: CompletionRequest, sequences: list[Sequence]) -> dict[str, int]:
+    read, written = sum(map(len, request.prompts)), sum(len(s.ids) for s in sequences)
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
-def piece(asked: Asked, index: int, text: str, reason: str | None = None, note: str = "") -> bytes:
-    """More of an answer's text, or its end, as an event; `note`, ours, says why, for a person."""
-    if asked.chat:
-        said: dict[str, Any] = {"delta": {} if reason else {"content": text}}
-    else:
-        said = {"text": text}
-    choice = {"index": index, **said, "logprobs": None, "finish_reason": reason}
-    return piece_of(asked, [choice | ({"note": note} if note else {})])
+def chunk(
+    request: CompletionRequest, index: int, text: str, reason: str | None = None, note: str = ""
+) -> bytes:
+    """More of an answer's text, or its end. `note`, our own field, explains the end to a person."""
+    answer: dict[str, Any] = {"text": text}
+    if request.chat:
+        answer = {"delta": {} if reason else {"content": text}}
+    choice = {"index": index, **answer, "logprobs": None, "finish_reason": reason}
+    return chunk_event(request, [choice | ({"note": note} if note else {})])
 
 
-def first_pieces(asked: Asked) -> bytes:
-    """A chat's answers begin with who speaks."""
-    if not asked.chat:
-        return b""
-    said = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-    return b"".join(piece_of(asked, [{"index": i, **said}]) for i in range(len(asked.ways)))
+def first_chunks(request: CompletionRequest) -> bytes:
+    """A chat's answers begin with their role."""
+    choice = {
+        "delta": {"role": "assistant", "content": ""},
+        "logprobs": None,
+        "finish_reason": None,
+    }
+    choices = [{"index": i, **choice} for i in range(len(request.params))] if request.chat else []
+    return b"".join(chunk_event(request, [choice]) for choice in choices)
 
 
-def last_piece(asked: Asked, sequences: list[Sequence]) -> bytes:
-    return piece_of(asked, [], usage=usage(asked, sequences)) if asked.usage else b""
-
-
-def piece_of(asked: Asked, choices: list[dict], **more: Any) -> bytes:
-    kind = "chat.completion.chunk" if asked.chat else "text_completion"
-    return event({**asked.about, "object": kind, "choices": choices, **more})
+def chunk_event(request: CompletionRequest, choices: list[dict], **more: Any) -> bytes:
+    kind = "chat.completion.chunk" if request.chat else "text_completion"
+    return event({**request.header, "object": kind, "choices": choices, **more})
 
 
 def event(content: dict) -> bytes:
+    """A server-sent event."""
     return b"data: %b\n\n" % json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
 
 
-def spelled(tokenizer: Tokenizer, token: int) -> tuple[str, list[int]]:
-    """A token as text, and its bytes."""
-    return tokenizer.piece(token).replace(SPACE, " "), list(tokenizer.piece_bytes(token))
+# ---------------------------------------------------------------- log-probabilities
 
 
-def tokens_of(s: Sequence, text: str) -> Iterator[tuple[int, int, float, list]]:
-    """Where in the text each of its tokens begins, the token, its logprob and the likeliest, up to
-    the first that ends behind the text."""
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    return tokenizer.piece(token).replace(SPACE, " ")
+
+
+def visible_tokens(s: Sequence, text: str) -> Iterator[tuple[int, int, float, list]]:
+    """Offset in the text, token, log-probability and likeliest tokens, up to the first token that
+    ends behind the text."""
     stream, end = s.tokenizer.stream(after=s.prompt), 0
-    for token, logprob, likeliest in zip(s.ids, s.logprobs, s.top_logprobs, strict=True):
+    for token, logprob, top in zip(s.ids, s.logprobs, s.top_logprobs, strict=True):
         start, end = end, end + len(stream.push(token))
         if end > len(text):
             return
-        yield start, token, logprob, likeliest
+        yield start, token, logprob, top
 
 
 def chat_logprobs(s: Sequence, text: str) -> dict:
-    def told(token: int, logprob: float) -> dict:
-        text, spelling = spelled(s.tokenizer, token)
-        return {"token": text, "logprob": max(logprob, NEVER), "bytes": spelling}
+    def entry(token: int, logprob: float) -> dict:
+        name, in_bytes = token_text(s.tokenizer, token), list(s.tokenizer.piece_bytes(token))
+        return {"token": name, "logprob": max(logprob, MIN_LOGPROB), "bytes": in_bytes}
 
     content = [
-        {**told(token, logprob), "top_logprobs": [told(*pair) for pair in likeliest]}
-        for _, token, logprob, likeliest in tokens_of(s, text)
+        {**entry(token, logprob), "top_logprobs": [entry(*pair) for pair in top]}
+        for _, token, logprob, top in visible_tokens(s, text)
     ]
     return {"content": content, "refusal": None}
 
 
-def plain_logprobs(s: Sequence, text: str) -> dict:
-    tokens = list(tokens_of(s, text))
+def completion_logprobs(s: Sequence, text: str) -> dict:
+    def entry(token: int, logprob: float) -> tuple[str, float]:
+        return token_text(s.tokenizer, token), max(logprob, MIN_LOGPROB)
+
+    content = list(visible_tokens(s, text))
     return {
-        "tokens": [spelled(s.tokenizer, token)[0] for _, token, _, _ in tokens],
-        "token_logprobs": [max(logprob, NEVER) for _, _, logprob, _ in tokens],
-        "top_logprobs": [
-            {spelled(s.tokenizer, token)[0]: max(value, NEVER) for token, value in likeliest}
-            for *_, likeliest in tokens
-        ],
-        "text_offset": [start for start, *_ in tokens],
+        "tokens": [entry(token, logprob)[0] for _, token, logprob, _ in content],
+        "token_logprobs": [entry(token, logprob)[1] for _, token, logprob, _ in content],
+        "top_logprobs": [dict(entry(*pair) for pair in top) for *_, top in content],
+        "text_offset": [start for start, *_ in content],
     }

@@ -1,191 +1,192 @@
-"""One thread that decodes, for many askers that come and go.
+"""One thread that runs the engine, for many requests that come and go.
 
-    decoder = Decoder(engine, most=64)     # answers under way and waiting
-    answers = await decoder.submit([ids], [Sampling()])
-    while not answers.ended:
-        await answers.news()               # its sequences' texts have grown
-    decoder.cancel(answers)                # at any time; it frees their rows at the next token
+    worker = EngineThread(engine, max_sequences=64)      # decoded or waiting
+    request = await worker.submit([ids], [SamplingParams()])
+    while not request.ended:
+        await request.updated()            # the texts of its sequences have grown
+    worker.cancel(request)                 # at any time; its cache slots are free at the next token
 
-The engine belongs to this thread. Whoever asks lives in an asyncio loop: what they want is put into
-an inbox that the thread empties between two tokens, so a request joins, or leaves, at the next one.
+The engine belongs to this thread. Requests live in an asyncio loop and put jobs into an inbox. The
+thread empties it between two tokens: that is when sequences join and leave.
 
-  - News is told for all at once, one call into the loop, and to streams not at every token but
-    every 30 ms, to others every half second: waking tasks costs time that decoding wants too.
-  - `Sequence.finish_reason` is set after the text is whole: read the reason first, then the text.
-  - Beyond `most` answers a request is refused at once: a queue that nobody will wait out only
-    makes everybody late.
-  - If a step fails, those in it have failed, and decoding goes on with the others. A request that
-    fails to join, or to leave, harms no other either; `well` tells how the newest step went.
-
-Shown by tests/test_serving.py: test_answers_are_those_of_one_at_a_time_whatever_joins_or_leaves.
+  - Updates reach all requests in one call into the loop: streams every 30 ms, others every half
+    second. Waking a task for every token would take time from decoding.
+  - `Sequence.finish_reason` is set after the text is complete: read it first, then the text.
+  - Beyond `max_sequences` a request is refused at once: in a queue that nobody will wait out, all
+    requests are late.
+  - A step that fails ends the sequences in it, and later requests are decoded as before. A request
+    that cannot be added or cancelled harms no other. `healthy` is False while steps fail.
 """
 
 import asyncio
-import sys
 import threading
 import time
 import traceback
+from functools import partial
 from queue import Empty, SimpleQueue
 
+from alpaca.common.errors import UserError
 from alpaca.inference.engine import Engine, Sequence
 from alpaca.inference.sampling import SamplingParams
 
-EVERY, SELDOM = 0.03, 0.5  # s between two news of a stream; of another answer that goes on
+STREAM_INTERVAL, OTHER_INTERVAL = 0.03, 0.5  # s between two updates of a request
 
 
-class Busy(Exception):
-    """No more answers now; perhaps in `wait` seconds."""
+class BusyError(Exception):
+    """No room now; perhaps in `wait` seconds. `own`: this client has too many sequences itself."""
 
-    def __init__(self, said: str, wait: float, own: bool):
-        super().__init__(said)
-        self.wait, self.own = wait, own  # the asker's own answers are too many
+    def __init__(self, message: str, wait: float, own: bool):
+        super().__init__(message)
+        self.wait, self.own = wait, own
 
 
-class Answers:
-    """The answers to one request."""
+class PendingRequest:
+    """A request that is being answered, by one sequence or several."""
 
-    def __init__(self, stream: bool, asker: str):
-        self.stream, self.asker, self.sequences = stream, asker, []
-        self.told = time.monotonic()
-        self.changed, self.accepted = asyncio.Event(), asyncio.get_running_loop().create_future()
+    def __init__(self, stream: bool, client: str):
+        self.stream, self.client = stream, client
+        self.sequences: list[Sequence] = []
+        self.last_update, self.changed = time.monotonic(), asyncio.Event()
+        self.accepted = asyncio.get_running_loop().create_future()
 
     @property
     def ended(self) -> bool:
         return all(sequence.finish_reason for sequence in self.sequences)
 
-    async def news(self) -> None:
+    async def updated(self) -> None:
         await self.changed.wait()
         self.changed.clear()
 
+    def accept(self, error: Exception | None) -> None:
+        if self.accepted.done():  # its client has left
+            return
+        if error:
+            self.accepted.set_exception(error)
+        else:
+            self.accepted.set_result(None)
 
-class Decoder:
-    """To be made inside the loop that asks. `most` answers, `share` of them one asker's."""
 
-    def __init__(self, engine: Engine, most: int, share: int | None = None):
-        self.engine, self.most, self.share = engine, most, share or most
+class EngineThread:
+    """To be created in the asyncio loop of the requests."""
+
+    def __init__(self, engine: Engine, max_sequences: int, max_per_client: int | None = None):
+        self.engine, self.max_sequences = engine, max_sequences
+        self.max_per_client = max_per_client or max_sequences
         self.loop = asyncio.get_running_loop()
         self.inbox: SimpleQueue = SimpleQueue()
-        self.under_way: dict[Answers, int] = {}  # and how many; the loop's
-        self.told, self.pace = 0.0, 0.0  # of the newest news; tokens a second, all together
-        self.failed = False  # the newest step
-        self.thread = threading.Thread(target=self.run, name="decoder", daemon=True)
+        self.pending: dict[PendingRequest, int] = {}  # and its sequences; used by the loop only
+        self.last_notice, self.tokens_per_second, self.step_failed = 0.0, 0.0, False
+        self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self.thread.start()
 
     # ------------------------------------------------------------ in the loop
 
     @property
     def load(self) -> int:
-        return sum(self.under_way.values())
+        """Sequences that are decoded or waiting."""
+        return sum(self.pending.values())
 
     @property
-    def well(self) -> bool:
-        return self.thread.is_alive() and not self.failed
+    def healthy(self) -> bool:
+        return self.thread.is_alive() and not self.step_failed
 
-    def check(self, count: int, asker: str = "") -> None:
-        """Busy if there is no room for so many more."""
+    def check_room(self, count: int, client: str = "") -> None:
+        """A BusyError if there is no room for so many more sequences."""
         if not self.thread.is_alive():
-            raise RuntimeError("the thread that decodes has ended")
-        if self.load + count > self.most:
-            tokens = sum(s.params.max_new_tokens / 2 for a in self.under_way for s in a.sequences)
-            wait = min(60.0, tokens / self.pace / max(1, self.load)) if self.pace else 1.0
-            raise Busy("the server is busy: too many answers are waiting to be made", wait, False)
-        if sum(n for a, n in self.under_way.items() if a.asker == asker) + count > self.share:
-            said = "as many of your answers are being made as one client may have"
-            raise Busy(said, 1.0, True)
+            raise RuntimeError("the engine's thread has ended")
+        if self.load + count > self.max_sequences:
+            sequences = [s for request in self.pending for s in request.sequences]
+            tokens = sum(s.params.max_new_tokens / 2 for s in sequences)
+            wait = 1.0
+            if self.tokens_per_second:  # until the next of them ends
+                wait = min(60.0, tokens / self.tokens_per_second / max(1, self.load))
+            raise BusyError("the server is busy: too many answers are waiting", wait, False)
+        own = sum(n for request, n in self.pending.items() if request.client == client)
+        if own + count > self.max_per_client:
+            raise BusyError("too many answers for one client at the same time", 1.0, True)
 
     async def submit(
-        self,
-        prompts: list[list[int]],
-        ways: list[SamplingParams],
-        stream: bool = False,
-        asker: str = "",
-    ) -> Answers:
-        """Have these answered; a ValueError if the engine does not take a prompt."""
-        self.check(len(prompts), asker)
-        answers = Answers(stream, asker)
-        self.under_way[answers] = len(prompts)
+        self, prompts: list[list[int]], params: list[SamplingParams], stream=False, client=""
+    ) -> PendingRequest:
+        """Queue the prompts; a UserError if the engine does not take one."""
+        self.check_room(len(prompts), client)
+        request = PendingRequest(stream, client)
+        self.pending[request] = len(prompts)
         try:
-            self.inbox.put((answers, prompts, ways))
-            await answers.accepted
+            self.inbox.put(partial(self.add, request, prompts, params))
+            await request.accepted
         except BaseException:
-            self.cancel(answers)
+            self.cancel(request)
             raise
-        return answers
+        return request
 
-    def cancel(self, answers: Answers) -> None:
-        """Also of what has ended: the end of every request."""
-        if self.under_way.pop(answers, None) is not None:
-            self.stop(answers.sequences)
+    def cancel(self, request: PendingRequest) -> None:
+        """Every request ends with this, also if its sequences have ended."""
+        if self.pending.pop(request, None) is not None:
+            self.stop(request.sequences)
 
     def stop(self, sequences: list[Sequence]) -> None:
-        self.inbox.put(sequences)
+        self.inbox.put(lambda: [self.engine.cancel(sequence) for sequence in sequences])
 
     async def close(self) -> None:
-        """When nobody asks any more."""
+        """End the thread, when no request is left."""
         self.inbox.put(None)
         await asyncio.to_thread(self.thread.join)
 
-    def tell(self, accepted: list[tuple[Answers, Exception | None]], ended: bool) -> None:
-        for answers, mistake in accepted:
-            if not answers.accepted.done():  # or its asker has left
-                if mistake:
-                    answers.accepted.set_exception(mistake)
-                else:
-                    answers.accepted.set_result(None)
+    def notify(self, any_ended: bool) -> None:
         now = time.monotonic()
-        for answers in self.under_way:
-            if answers.stream or now - answers.told > SELDOM or (ended and answers.ended):
-                answers.told = now
-                answers.changed.set()
+        for request in self.pending:
+            late = now - request.last_update > OTHER_INTERVAL
+            if request.stream or late or (any_ended and request.ended):
+                request.last_update = now
+                request.changed.set()
 
     # ------------------------------------------------------------ in the thread
 
     def run(self) -> None:
-        while True:
-            accepted = self.empty_inbox()
-            if accepted is None:
-                return
-            ended = self.step() if self.engine.busy else False
+        while self.run_jobs():
+            any_ended = self.step() if self.engine.busy else False
             now = time.monotonic()
-            if accepted or ended or now - self.told > EVERY:
-                self.told = now
-                self.loop.call_soon_threadsafe(self.tell, accepted, ended)
+            if any_ended or now - self.last_notice > STREAM_INTERVAL:
+                self.last_notice = now
+                self.loop.call_soon_threadsafe(self.notify, any_ended)
+
+    def run_jobs(self) -> bool:
+        """Empty the inbox, and wait for a job if there is nothing to decode; False at the end."""
+        while True:
+            try:
+                job = self.inbox.get(block=not self.engine.busy)
+            except Empty:
+                return True
+            if job is None:
+                return False
+            try:
+                job()
+            except Exception:
+                traceback.print_exc()
+
+    def add(self, request: PendingRequest, prompts, params) -> None:
+        error = None
+        try:
+            for prompt, one in zip(prompts, params, strict=True):
+                request.sequences.append(self.engine.add(prompt, one))
+        except Exception as failure:
+            error = failure
+            if not isinstance(error, UserError):
+                traceback.print_exc()
+        self.loop.call_soon_threadsafe(request.accept, error)
 
     def step(self) -> bool:
-        """One token for everybody; has anybody's answer ended?"""
+        """One token for every active sequence; True if one of them ended."""
         start = time.monotonic()
         try:
-            stepped: list[Sequence] = self.engine.step()
+            sequences = self.engine.step()
         except Exception:
-            traceback.print_exc(file=sys.stderr)
-            self.failed = True
+            traceback.print_exc()
+            self.step_failed = True
             return True
-        self.failed = False
-        pace = len(stepped) / (time.monotonic() - start)
-        self.pace += 0.05 * (pace - self.pace) if self.pace else pace
-        return any(sequence.finish_reason for sequence in stepped)
-
-    def empty_inbox(self) -> list[tuple[Answers, Exception | None]] | None:
-        """Take what is there, and wait for something if there is nothing to decode."""
-        accepted = []
-        while True:
-            try:
-                found = self.inbox.get(block=not self.engine.busy and not accepted)
-            except Empty:
-                return accepted
-            if found is None:
-                return None
-            mistake = None
-            try:
-                if isinstance(found, list):
-                    for sequence in found:
-                        self.engine.cancel(sequence)
-                    continue
-                for prompt, way in zip(*found[1:], strict=True):
-                    found[0].sequences.append(self.engine.add(prompt, way))
-            except Exception as problem:
-                mistake = problem
-                if not isinstance(problem, ValueError):
-                    traceback.print_exc(file=sys.stderr)
-            if isinstance(found, tuple):
-                accepted.append((found[0], mistake))
+        self.step_failed = False
+        speed = len(sequences) / (time.monotonic() - start)
+        weight = 0.05 if self.tokens_per_second else 1.0
+        self.tokens_per_second += weight * (speed - self.tokens_per_second)  # a running mean
+        return any(sequence.finish_reason for sequence in sequences)

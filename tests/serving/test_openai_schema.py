@@ -1,4 +1,4 @@
-"""OpenAI's API from the server's side: what is understood, and what is refused by name."""
+"""OpenAI's schema on the server's side: what a request means, and what is refused by its name."""
 
 import json
 import math
@@ -9,8 +9,8 @@ from helpers.commands import ROOT
 from alpaca.inference.engine import Sequence
 from alpaca.inference.sampling import SamplingParams
 from alpaca.serving import openai_schema as api
-from alpaca.serving.http import Problem
-from dataset import chat_prompt, format_prompt
+from alpaca.serving.http import HTTPError
+from dataset import chat_prompt, encode_after_newline, format_prompt
 from tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(ROOT / "data/tokenizer.model")
@@ -18,60 +18,65 @@ CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 USER = [{"role": "user", "content": "Name a fruit."}]
 
 
-def understood(path: str = CHAT, **body) -> api.Asked:
+def parse(path: str = CHAT, **body) -> api.CompletionRequest:
     if path == CHAT:
         body = {"messages": USER, **body}
-    return api.understood(body, path, "tiny", TOKENIZER, 100)
+    return api.parse_request(body, path, "tiny", TOKENIZER, 100)
 
 
 def encoded(text: str) -> list[int]:
     return TOKENIZER.encode(text, bos=True)
 
 
-def test_one_template_for_chat_completion_and_training():
+def test_prompts_have_the_one_template():
     expected = [encoded(format_prompt("Name a fruit."))]
-    assert understood().prompts == expected
-    assert understood(PLAIN, instruction="Name a fruit.").prompts == expected
-    assert understood(PLAIN, prompt=format_prompt("Name a fruit.")).prompts == expected
-    with_input = understood(PLAIN, instruction="Sum.", input="1 2")
+    assert parse().prompts == expected
+    assert parse(PLAIN, instruction="Name a fruit.").prompts == expected
+    assert parse(PLAIN, prompt=format_prompt("Name a fruit.")).prompts == expected
+    with_input = parse(PLAIN, instruction="Sum.", input="1 2")
     assert with_input.prompts == [encoded(format_prompt("Sum.", "1 2"))]
     assert "Sum." in with_input.text and "1 2" in with_input.text  # both are filtered
 
 
-def test_a_conversation_with_a_system_message_and_parts():
+def test_messages_with_a_system_message_and_parts():
     parts = [{"type": "text", "text": "Name "}, {"type": "text", "text": "two."}]
-    said = [{"role": "developer", "content": "Be brief."}, *USER]
-    said += [{"role": "assistant", "content": "A pear."}, {"role": "user", "content": parts}]
-    same = [{"role": "system", "content": "Be brief."}, *USER]
-    same += [{"role": "assistant", "content": "A pear."}, {"role": "user", "content": "Name two."}]
-    asked = understood(messages=said)
-    assert asked.prompts == [chat_prompt(same, TOKENIZER)]
-    assert asked.text == "Be brief.\nName a fruit.\nA pear.\nName two."
+    answer = {"role": "assistant", "content": "A pear."}
+    sent = [{"role": "developer", "content": "Be brief."}, *USER, answer]
+    same = [{"role": "system", "content": "Be brief."}, *USER, answer]
+    request = parse(messages=[*sent, {"role": "user", "content": parts}])
+    expected = chat_prompt([*same, {"role": "user", "content": "Name two."}], TOKENIZER)
+    assert request.prompts == [expected]
+    assert request.text == "Be brief.\nName a fruit.\nA pear.\nName two."
 
 
-def test_options_arrive():
-    asked = understood(
+def test_sampling_fields_arrive():
+    request = parse(
         temperature=0.5, top_p=0.9, top_k=7, repetition_penalty=1.2, seed=11, n=3, stop="x",
         max_completion_tokens=9, logprobs=True, top_logprobs=2, user="me", metadata={},
     )  # fmt: skip
-    way = SamplingParams(0.5, 7, 0.9, 1.2, 11, 9, ("x",), 2)
-    assert asked.ways[0] == way and [w.seed for w in asked.ways] == [11, 12, 13]
-    assert understood(PLAIN, prompt="a", logprobs=0).ways[0].logprobs == 0
+    assert request.params[0] == SamplingParams(0.5, 7, 0.9, 1.2, 11, 9, ("x",), 2)
+    assert [params.seed for params in request.params] == [11, 12, 13]
+    assert parse(PLAIN, prompt="a", logprobs=0).params[0].logprobs == 0
+    assert 0 < parse(top_p=0).params[0].top_p < 0.001
 
 
-def test_what_is_left_out_is_as_in_openais_api():
-    way = understood().ways[0]
-    assert (way.temperature, way.top_p, way.stop, way.logprobs) == (1.0, 1.0, (), None)
-    assert way.max_new_tokens == 100 and understood(max_tokens=5000).ways[0].max_new_tokens == 100
-    assert understood().ways[0].seed != understood().ways[0].seed
-    assert understood(temperature=None, n=None, stop=None, seed=None).ways[0].temperature == 1.0
+def test_defaults_are_openais():
+    params = parse().params[0]
+    assert (params.temperature, params.top_p, params.stop, params.logprobs) == (1.0, 1.0, (), None)
+    assert params.max_new_tokens == 100 and params.seed != parse().params[0].seed
+    assert parse(max_tokens=5000).params[0].max_new_tokens == 100
+    assert parse(temperature=None, n=None, stop=None, seed=None).params[0].temperature == 1.0
+    parse(frequency_penalty=0, presence_penalty=0.0, logit_bias={}, tools=[], tool_choice=None)
+    parse(tool_choice="auto")
 
 
-def test_several_prompts_and_several_answers_each():
-    asked = understood(PLAIN, prompt=["a", "b"], n=2, seed=5)
-    prompts, ways = asked.each
-    assert prompts == [encoded("a")] * 2 + [encoded("b")] * 2
-    assert [way.seed for way in ways] == [5, 6, 5, 6]
+def test_several_prompts_with_several_answers_each():
+    request = parse(PLAIN, prompt=["a", "b c"], n=2, seed=5)
+    prompts, params = request.sequences
+    assert prompts == [encoded("a")] * 2 + [encoded("b c")] * 2
+    assert [one.seed for one in params] == [5, 6, 5, 6]
+    tokens = api.usage(request, [finished("x", one) for one in params])  # a prompt counts once
+    assert tokens["prompt_tokens"] == len(encoded("a")) + len(encoded("b c"))
 
 
 REFUSED = {
@@ -107,67 +112,34 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("field", REFUSED)
-def test_what_makes_no_sense_is_refused_by_its_name(field):
+def test_an_invalid_field_is_refused_by_its_name(field):
     for value in REFUSED[field]:
-        body = {field: value}
-        if field == "top_logprobs":
-            body["logprobs"] = True
-        with pytest.raises(Problem) as refused:
-            understood(**body)
-        problem = refused.value
-        assert problem.status == (404 if field == "model" else 400), value
-        assert field.split("_options")[0] in str(problem.error).lower(), (value, problem.error)
+        body = {field: value} | ({"logprobs": True} if field == "top_logprobs" else {})
+        with pytest.raises(HTTPError) as refused:
+            parse(**body)
+        error = refused.value
+        assert error.status == (404 if field == "model" else 400), value
+        assert field.split("_options")[0] in str(error.error).lower(), (value, error.error)
 
 
-def test_prompts_that_are_none():
-    for body in ({}, {"prompt": []}, {"prompt": [1, 2]}, {"prompt": ["a"] * 9}, {"prompt": 1}):
-        with pytest.raises(Problem):
-            understood(PLAIN, **body)
-    for body in ({"instruction": " "}, {"instruction": None}, {"instruction": "a", "input": 3}):
-        with pytest.raises(Problem):
-            understood(PLAIN, **body)
-    with pytest.raises(Problem):
-        understood(PLAIN, prompt=["a"] * 5, n=2)
+def test_invalid_combinations_are_refused():
+    bodies = [{}, {"prompt": []}, {"prompt": [1, 2]}, {"prompt": ["a"] * 9}, {"prompt": 1}]
+    bodies += [{"instruction": " "}, {"instruction": None}, {"instruction": "a", "input": 3}]
+    bodies += [{"prompt": ["a"] * 5, "n": 2}, {"prompt": "a", "logprobs": 1, "stream": True}]
+    for body in bodies:
+        with pytest.raises(HTTPError):
+            parse(PLAIN, **body)
+    with pytest.raises(HTTPError, match="top_logprobs"):
+        parse(top_logprobs=2)
 
 
-def test_what_means_nothing_is_let_pass():
-    understood(frequency_penalty=0, presence_penalty=0.0, logit_bias={}, tools=[], tool_choice=None)
-    understood(tool_choice="auto")
-    assert 0 < understood(top_p=0).ways[0].top_p < 0.001
+# ---------------------------------------------------------------- responses
 
 
-def test_top_logprobs_without_logprobs_are_refused():
-    with pytest.raises(Problem, match="top_logprobs"):
-        understood(top_logprobs=2)
-
-
-def test_a_chats_last_piece_adds_no_text():
-    last = json.loads(api.piece(understood(), 0, "", "stop")[6:])["choices"][0]
-    assert last["delta"] == {} and last["finish_reason"] == "stop"
-
-
-def test_a_prompt_is_counted_once():
-    asked = understood(PLAIN, prompt=["a", "b c"], n=2)
-    sequences = [finished("x", asked.ways[0]) for _ in range(4)]
-    read = len(encoded("a")) + len(encoded("b c"))
-    assert api.usage(asked, sequences)["prompt_tokens"] == read
-
-
-@pytest.mark.parametrize("path", [CHAT, PLAIN])
-def test_what_a_stop_cut_off_is_not_told_by_its_tokens(path):
-    how = {"logprobs": True} if path == CHAT else {"logprobs": 0, "prompt": "a"}
-    asked = understood(path, stop=["se"], **how)
-    s = finished("A pear is no secret", asked.ways[0])
-    assert s.text == "A pear is no " and s.finish_reason == "stop"
-    told = api.whole(asked, [s], [s.text], ["stop"])["choices"][0]["logprobs"]
-    tokens = told["tokens"] if path == PLAIN else [one["token"] for one in told["content"]]
-    assert "pear" in "".join(tokens) and "A pear is no secret".startswith("".join(tokens).strip())
-    assert "s" not in "".join(tokens).replace("is", "")
-
-
-def finished(text: str, way: SamplingParams) -> Sequence:
-    s = Sequence(encoded("a\n"), way, TOKENIZER, 100)
-    for token in [*TOKENIZER.encode("\n" + text)[len(TOKENIZER.newline_ids) :], TOKENIZER.eos_id]:
+def finished(text: str, params: SamplingParams) -> Sequence:
+    """A sequence with the tokens of `text`, or up to a stop string."""
+    s = Sequence(encoded("a\n"), params, TOKENIZER, 100)
+    for token in [*encode_after_newline(text, TOKENIZER), TOKENIZER.eos_id]:
         s.logprobs.append(-math.inf)
         s.top_logprobs.append([(token, -0.5)])
         s.append(token)
@@ -176,20 +148,40 @@ def finished(text: str, way: SamplingParams) -> Sequence:
     return s
 
 
-def test_logprobs_are_json_and_their_offsets_point_into_the_text():
-    asked = understood(PLAIN, prompt="a\n", logprobs=1)
-    s = finished("Ä pear 中", asked.ways[0])
-    choice = api.whole(asked, [s], [s.text], ["stop"])["choices"][0]
-    told = choice["logprobs"]
-    assert choice["text"] == "Ä pear 中" and min(told["token_logprobs"]) == api.NEVER
-    assert len(told["tokens"]) == len(told["text_offset"]) == len(s.ids)
-    for token, at in zip(told["tokens"], told["text_offset"], strict=True):
+def test_last_chunk_of_a_chat_adds_no_text():
+    last = json.loads(api.chunk(parse(), 0, "", "stop")[6:])["choices"][0]
+    assert last["delta"] == {} and last["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("path", [CHAT, PLAIN])
+def test_logprobs_end_before_a_stop_string(path):
+    fields = {"logprobs": True} if path == CHAT else {"logprobs": 0, "prompt": "a"}
+    request = parse(path, stop=["se"], **fields)
+    s = finished("A pear is no secret", request.params[0])
+    assert s.text == "A pear is no " and s.finish_reason == "stop"
+    logprobs = api.full_response(request, [s], [s.text], ["stop"])["choices"][0]["logprobs"]
+    if path == PLAIN:
+        tokens = "".join(logprobs["tokens"])
+    else:
+        tokens = "".join(entry["token"] for entry in logprobs["content"])
+    assert "pear" in tokens and "A pear is no secret".startswith(tokens.strip())
+    assert "s" not in tokens.replace("is", "")
+
+
+def test_logprobs_are_json_and_offsets_point_into_the_text():
+    request = parse(PLAIN, prompt="a\n", logprobs=1)
+    s = finished("Ä pear 中", request.params[0])
+    choice = api.full_response(request, [s], [s.text], ["stop"])["choices"][0]
+    logprobs = choice["logprobs"]
+    assert choice["text"] == "Ä pear 中" and min(logprobs["token_logprobs"]) == api.MIN_LOGPROB
+    assert len(logprobs["tokens"]) == len(logprobs["text_offset"]) == len(s.ids)
+    for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
         if not token.startswith("<"):
-            assert choice["text"][at:].startswith(token), (token, at)
+            assert choice["text"][offset:].startswith(token), (token, offset)
 
 
-def test_a_filtered_answers_tokens_are_not_told():
-    asked = understood(logprobs=True)
-    s = finished("secret", asked.ways[0])
-    whole = api.whole(asked, [s], [""], ["content_filter"])
-    assert "secret" not in str(whole) and whole["choices"][0]["logprobs"] is None
+def test_a_filtered_answer_has_no_logprobs():
+    request = parse(logprobs=True)
+    s = finished("secret", request.params[0])
+    response = api.full_response(request, [s], [""], ["content_filter"])
+    assert "secret" not in str(response) and response["choices"][0]["logprobs"] is None

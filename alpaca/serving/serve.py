@@ -1,0 +1,178 @@
+"""Serve one model: a page to try it on, filtered and watermarked, and OpenAI's API.
+
+    alpaca serve                                             # the model of `make train`
+    alpaca serve --model-dir alpaca-7b --bits 4              # at http://127.0.0.1:7860
+    curl http://127.0.0.1:7860/v1/completions -H 'Content-Type: application/json' \\
+        -d '{"instruction": "Name three primary colors.", "max_tokens": 40}'
+
+Alpaca's demo was withdrawn after a week, because of its cost and of its filter's limits. Here:
+
+  - Requests are decoded together (scheduler.py). The queue is bounded, and each client has a rate
+    and a share of the queue; beyond them the response is 503 or 429 with Retry-After, at once.
+  - Prompt and answer pass a filter (moderation.py): with $OPENAI_API_KEY set OpenAI's moderation
+    service, to which texts are sent, else a small list of rules.
+  - Every answer is watermarked (watermark.py) unless --no-watermark is given, and the page detects
+    it. The default key is public: set your own in $ALPACA_WATERMARK_KEY.
+  - It listens to this machine only, unless --host says otherwise.
+
+The trained model can be its own teacher (but not that of `make train`, with its 512 tokens):
+
+    alpaca serve --model-dir alpaca-7b --rate 0 --max-new-tokens 700 &
+    OPENAI_API_KEY= python selfinstruct.py generate --out runs/own --teacher alpaca-7b \\
+        --base-url http://127.0.0.1:7860/v1
+
+SIGTERM and Ctrl-C let running answers finish; a second one does not wait.
+"""
+
+import argparse
+import asyncio
+import ipaddress
+import math
+import os
+import signal
+import socket
+import threading
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from alpaca import CHECKOUT
+from alpaca.common.cli import positive
+from alpaca.common.errors import UserError, notice
+from alpaca.inference.engine import Engine
+from alpaca.inference.watermark import KEY, Watermark
+from alpaca.serving.app import App, create_private
+from alpaca.serving.http import LOOPBACK, Limits, Server, parse_host
+from alpaca.serving.moderation import Filter, add_filter_arguments, make_filter
+from alpaca.serving.openai_schema import MAX_CHOICES
+from alpaca.serving.scheduler import EngineThread
+from alpaca.weights.loading import add_model_arguments, load_from_args
+
+KEY_VARIABLE = "ALPACA_WATERMARK_KEY"
+
+
+def bind_socket(host: str, port: int) -> socket.socket:
+    """Take the address before anything slow begins; early clients wait until the server starts."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+        bound.listen()  # only bound, another process could bind it too
+    except (OSError, OverflowError) as error:
+        bound.close()
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot listen at {host}, port {port}: {reason}") from None
+    return bound
+
+
+def make_engine(args: argparse.Namespace) -> tuple[Engine, Watermark]:
+    """The engine, and the watermark that the page detects."""
+    model, tokenizer = load_from_args(args)
+    watermark = Watermark(model.config.vocab_size, key=args.watermark_key)
+    max_length = args.max_length or min(2048, model.config.max_position_embeddings)
+    applied = None if args.no_watermark else watermark
+    engine = Engine(model, tokenizer, args.max_batch_size, max_length, args.compile, applied)
+    return engine, watermark
+
+
+def fill_green_lists(watermark: Watermark, stop: threading.Event) -> None:
+    """Compute every green list once, in the background; a cached one costs next to nothing."""
+    for token in range(watermark.vocab_size):
+        if stop.is_set():
+            return
+        watermark.green_list(token)
+
+
+@asynccontextmanager
+async def running_server(args, bound: socket.socket, engine: Engine, filter: Filter, watermark):
+    """The server and its app; at the end running answers may finish."""
+    stop = threading.Event()
+    filler = threading.Thread(target=fill_green_lists, args=(watermark, stop))
+    async with filter:
+        limit = engine.max_batch_size + args.queue
+        share = max(limit // 4, MAX_CHOICES) if args.rate else limit
+        worker = EngineThread(engine, limit, share)
+        app = App(args, worker, filter, watermark)
+        address, _, _ = bound.getsockname()[0].partition("%")
+        local = ipaddress.ip_address(address).is_loopback
+        hosts = {*LOOPBACK, address, *args.allow_host} if local or args.allow_host else None
+        if not local:
+            notice(f"other machines can send requests: it listens at {address}")
+        server = Server(app.handle, Limits(), hosts)
+        await server.start(bound)
+        if engine.watermark:
+            filler.start()
+        try:
+            yield server, app
+        finally:
+            stop.set()
+            await server.drain(args.drain)
+            await worker.close()
+
+
+async def serve_until_signal(args, bound: socket.socket, *parts) -> None:
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    async with running_server(args, bound, *parts) as (_, app):
+        host, port = bound.getsockname()[:2]
+        notice(f"{args.name} at http://{f'[{host}]' if ':' in host else host}:{port}")
+        watermark = "on" if app.engine.watermark else "off"
+        notice(f"filter: {app.filter.name}; watermark: {watermark}")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await stop.wait()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)  # a second signal has its usual effect
+        if load := app.worker.load:
+            notice(f"{load} running answers have {args.drain:g} s to finish")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    count, above_0 = positive(int), positive(float)
+    add_model_arguments(parser)
+    add = parser.add_argument_group("answers").add_argument
+    add("--name", help="of the model, in the API (default: its folder's)")
+    add("--max-batch-size", type=count, default=16, help="answers decoded at once (default: 16)")
+    add("--max-length", type=count, help="of prompt and answer (default: the model's, up to 2048)")
+    add("--max-new-tokens", type=count, default=512, help="of an answer, at most (default: 512)")
+    add("--no-watermark", action="store_true", help="answer without a watermark")
+    key = os.environ.get(KEY_VARIABLE, KEY)
+    key_help = f"secret (default: ${KEY_VARIABLE}, which `ps` does not show, else {KEY})"
+    add("--watermark-key", type=int, default=key, metavar="N", help=key_help)
+    add_filter_arguments(parser)
+    add = parser.add_argument_group("clients").add_argument
+    add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
+    add("--port", type=int, default=7860, help="0: any free port (default: 7860)")
+    allow_help = "another name of this server, such as its proxy's; repeatable"
+    add("--allow-host", action="append", default=[], metavar="NAME", help=allow_help)
+    add("--client-header", metavar="NAME", help="header in which your proxy names the client")
+    rate_help = "answers per minute and client, who also gets a quarter of the queue at most; "
+    add("--rate", type=float, default=60, help=rate_help + "0: unlimited (default: 60)")
+    add("--queue", type=count, default=48, help="answers that may wait (default: 48)")
+    add("--timeout", type=above_0, default=120, help="seconds for an answer (default: 120)")
+    drain_help = "seconds that running answers get at the end (default: 30)"
+    add("--drain", type=above_0, default=30, help=drain_help)
+    add = parser.add_argument_group("page").add_argument
+    add("--examples", type=Path, help="JSON or JSONL of instructions (default: the project's)")
+    add("--notice", help="about the model and its terms (default: its size, a caution)")
+    reports = CHECKOUT / "runs/demo/reports.jsonl"
+    add("--reports", type=Path, default=reports, help=f"file for reports (default: {reports})")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what makes no sense, and fill in the defaults that depend on other arguments."""
+    if not 0 <= args.rate < math.inf:
+        raise UserError("--rate must be 0 or above")
+    for name in args.allow_host:
+        if not parse_host(name):
+            raise UserError(f"--allow-host {name!r} is not a host name")
+    args.allow_host = [parse_host(name) for name in args.allow_host]
+    folder = args.model_dir.absolute()
+    args.name = args.name or (folder.parent if folder.name == "model" else folder).name
+
+
+def run(args: argparse.Namespace) -> None:
+    check_arguments(args)
+    filter = make_filter(args)
+    with bind_socket(args.host, args.port) as bound:
+        engine, watermark = make_engine(args)
+        create_private(args.reports)
+        asyncio.run(serve_until_signal(args, bound, engine, filter, watermark))

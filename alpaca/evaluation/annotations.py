@@ -58,11 +58,11 @@ class Comparison:
     def names(self) -> tuple[str, str, str]:
         return self.model, self.baseline, self.annotator
 
-    def subset(self, instructions: set[str]) -> "Comparison":
-        keep = [i for i, text in enumerate(self.instructions) if text in instructions]
-        texts = [self.instructions[i] for i in keep]
+    def select(self, instructions: list[str]) -> "Comparison":
+        place = {text: i for i, text in enumerate(self.instructions)}
+        keep = [place[text] for text in instructions]
         arrays = self.scores[keep], self.lengths[:, keep], self.flips[keep]
-        return Comparison(self.source, *self.names, texts, *arrays)
+        return Comparison(self.source, *self.names, instructions, *arrays)
 
 
 class Annotation(NamedTuple):

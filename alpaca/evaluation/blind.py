@@ -24,7 +24,6 @@ import random
 import re
 import secrets
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -42,7 +41,6 @@ CHOICES = {"a": "a", "b": "b", "t": "tie", "s": "skip"}
 MENU = "a, b: that answer is better   t: tie   s: skip   u: undo   q: stop > "
 SCORES = {"model": 1.0, "baseline": 0.0, "tie": 0.5}
 ITEMS = "items.jsonl"
-Votes = dict[str, str]  # instruction → model, baseline, tie, skip or left
 
 
 # ---------------------------------------------------------------- start
@@ -184,24 +182,25 @@ def run_unblind(args: argparse.Namespace) -> None:
         copies = [RaterCopy(folder) for folder in folders]
         check_copies(copies, pairs, args.early)
         votes = {copy.settings["rater"]: find_votes(copy, pairs) for copy in copies}
-        scored = {
-            rater: {text: vote for text, vote in by_text.items() if vote in SCORES}
+        rated = {
+            rater: {text: SCORES[vote] for text, vote in by_text.items() if vote in SCORES}
             for rater, by_text in votes.items()
         }
-        if not any(scored.values()):
+        if not any(rated.values()):
             raise UserError(f"{args.folder}: nobody has preferred anything yet")
-        for rater in votes:
-            if scored[rater]:  # who has rated nothing has not found any pair equal either
-                votes[rater] |= dict.fromkeys(copies[0].settings["alike"], "tie")
-        rows = make_rows(list(make_comparisons(args.folder, pairs, votes)))
-        save_json(args.folder / ANNOTATIONS, list(make_annotations(pairs, votes)))
+        # Identical answers are ties; not for a rater who has rated nothing.
+        ties = dict.fromkeys(copies[0].settings["alike"], 0.5)
+        scores = {rater: by_text | ties for rater, by_text in rated.items() if by_text}
+        rows = make_rows(make_comparisons(args.folder, pairs, scores))
+        save_json(args.folder / ANNOTATIONS, make_annotations(pairs, votes, scores))
     count = Counter(vote for by_text in votes.values() for vote in by_text.values())
     print(
         f"{pairs.model} {count['model']} vs {count['baseline']} {pairs.baseline}: votes; "
-        f"{count['tie']} ties, {count['skip']} skipped, {count['left']} not rated"
+        f"{count['tie'] + len(ties) * len(scores)} ties, {count['skip']} skipped, "
+        f"{count['left']} not rated"
     )
     print(format_table(rows))
-    found = agreement(scored.values())
+    found = agreement(rated.values())
     if found.items:
         alpha = "" if found.alpha is None else f", Krippendorff's alpha {found.alpha:.2f}"
         print(f"raters agree in {found.percent:.1f} % of pairs{alpha} ({found.items} instructions)")
@@ -225,8 +224,8 @@ def check_copies(copies: list[RaterCopy], pairs: Pairs, early: bool) -> None:
             )
 
 
-def find_votes(copy: RaterCopy, pairs: Pairs) -> Votes:
-    """The texts of a pair show which side was whose."""
+def find_votes(copy: RaterCopy, pairs: Pairs) -> dict[str, str]:
+    """Instruction → model, baseline, tie, skip or left. The texts show which side was whose."""
     by_text = {pair.instruction: pair for pair in pairs.all}
     votes = {}
     for place, item in enumerate(copy.items):
@@ -240,30 +239,32 @@ def find_votes(copy: RaterCopy, pairs: Pairs) -> Votes:
     return votes
 
 
-def make_comparisons(folder: Path, pairs: Pairs, votes: dict[str, Votes]) -> Iterator[Comparison]:
-    """The mean of all raters, then each rater with any preference, on what anybody has scored."""
-    asked = [p for p in pairs.all if any(v.get(p.instruction) in SCORES for v in votes.values())]
+def make_comparisons(folder: Path, pairs: Pairs, scores: dict[str, dict]) -> list[Comparison]:
+    """Each rater's, on the instructions that anybody has scored; of several, first their mean."""
+    asked = [p for p in pairs.all if any(p.instruction in s for s in scores.values())]
     texts = [pair.instruction for pair in asked]
     lengths = np.array([[len(p.output_1), len(p.output_2)] for p in asked], float).T
-    scores = {
-        rater: np.array([SCORES.get(by_text.get(text, ""), math.nan) for text in texts])
-        for rater, by_text in votes.items()
-    }
-    if len(scores) > 1:
-        scores = {"all raters": np.nanmean(list(scores.values()), 0), **scores}
-    for rater, row in scores.items():
-        if not np.isnan(row).all():
-            names, flips = (pairs.model, pairs.baseline, rater), np.full(len(texts), math.nan)
-            yield Comparison(folder, *names, texts, row, lengths, flips)
+    rows = {r: np.array([s.get(text, math.nan) for text in texts]) for r, s in scores.items()}
+    if len(rows) > 1:
+        rows = {"all raters": np.nanmean(list(rows.values()), 0), **rows}
+    flips = np.full(len(texts), math.nan)
+    return [
+        Comparison(folder, pairs.model, pairs.baseline, rater, texts, row, lengths, flips)
+        for rater, row in rows.items()
+    ]
 
 
-def make_annotations(pairs: Pairs, votes: dict[str, Votes]) -> Iterator[dict]:
-    """A skipped pair has no preference."""
+def make_annotations(pairs: Pairs, votes: dict[str, dict], scores: dict[str, dict]) -> list[dict]:
+    """A skipped pair, or one that was not rated, has no preference."""
+    annotations = []
     for rater, by_text in votes.items():
+        scored = scores.get(rater, {})
         for pair in pairs.all:
-            if vote := by_text.get(pair.instruction):
-                preference = 1 + SCORES[vote] if vote in SCORES else None
-                yield make_annotation(pairs, pair, rater, preference)
+            if pair.instruction in by_text or pair.instruction in scored:
+                score = scored.get(pair.instruction)
+                preference = None if score is None else 1 + score
+                annotations.append(make_annotation(pairs, pair, rater, preference))
+    return annotations
 
 
 # ---------------------------------------------------------------- command

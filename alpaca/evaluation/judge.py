@@ -142,9 +142,8 @@ def parse_verdict(reply: Reply) -> Verdict | None:
 
 
 def weigh_letter(reply: Reply, letter: str) -> float | None:
-    """y from the log-probabilities at the token that is the verdict; None if the reply has none
-    that can be used. It comes from a server, so any part of it may be missing or of another type.
-    """
+    """y from the log-probabilities of the token that states the verdict. None if they cannot be
+    used: a server may leave out any part of them, or send other types."""
     try:
         logprobs = json.loads(reply.body)["choices"][0]["logprobs"]
         if "content" in logprobs:  # of the chat API
@@ -173,7 +172,7 @@ def weigh_letter(reply: Reply, letter: str) -> float | None:
 def run_judge(
     plan: dict[str, tuple[Pair, bool]], endpoint: Endpoint, args: argparse.Namespace, log: Path
 ) -> tuple[dict[str, Verdict], bool]:
-    """id → verdict, asking for those not in the log; and whether the budget was large enough."""
+    """id → verdict, asking for those not in the log; and whether the budget was enough."""
     requests, options, mark = RequestLog(log), request_options(args), read_mark(log.parent)
     questions = {
         id: make_question(pair, swapped, args.explain, mark)

@@ -46,12 +46,9 @@ def read_items(path: Path, answered: bool = False) -> list[Item]:
                 first = items.setdefault(item.question, item)
                 if answered and item.output != first.output:
                     raise UserError(f"a second answer to {item.question[:60]!r}: keep one")
-                generator = next(iter(items.values())).generator
-                if answered and item.generator != generator:
-                    raise UserError(
-                        f"an answer of {item.generator!r} among those of {generator!r}: "
-                        "keep one model per file"
-                    )
+                names = next(iter(items.values())).generator, item.generator
+                if answered and names[0] != names[1]:
+                    raise UserError(f"answers of {names[0]!r} and of {names[1]!r}: keep one model")
                 repeats += item is not first
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
@@ -66,13 +63,11 @@ def parse_items(record: Any, file_name: str, answered: bool) -> list[Item]:
     """A record may hold several inputs for its instruction, as Self-Instruct's do."""
     if isinstance(record, dict) and not answered and "instances" not in record:
         record = {**record, "output": ""}  # a set needs no reference answers
-    items = []
-    for case in normalize_record(record):
-        if "instruction" not in case:
-            raise UserError("no instruction in it")
-        names = (string_field(record, name, file_name) for name in ("generator", "dataset"))
-        items.append(Item(*case.values(), *names))
-    return items
+    cases = normalize_record(record)
+    if "instruction" not in cases[0]:
+        raise UserError("no instruction in it")
+    names = [string_field(record, name, file_name) for name in ("generator", "dataset")]
+    return [Item(*case.values(), *names) for case in cases]
 
 
 class Pair(NamedTuple):

@@ -84,27 +84,24 @@ def restrict_to_common(comparisons: list[Comparison]) -> list[Comparison]:
         raise UserError("--common: no instruction is in all of the files")
     if others := len(set.union(*all_texts) - common):
         notice(f"{others} instructions that are not in all of the files are left out")
-    return [comparison.subset(common) for comparison in comparisons]
+    return [c.select([text for text in c.instructions if text in common]) for c in comparisons]
 
 
 def make_rows(comparisons: list[Comparison]) -> list[dict[str, Any]]:
     """Models with the same annotator and baseline share one fit of the length control."""
     check_comparable(comparisons)
-    column = {text: i for i, text in enumerate(comparisons[0].instructions)}
     groups: dict[tuple[str, str], list[Comparison]] = defaultdict(list)
     for comparison in comparisons:
         groups[comparison.baseline, comparison.annotator].append(comparison)
-    rows: dict[int, dict[str, Any]] = {}
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
     for group in groups.values():
-        scores, longer = np.zeros((2, len(group), len(column)))  # each (M, N)
-        for i, comparison in enumerate(group):
-            columns = [column[text] for text in comparison.instructions]
-            scores[i, columns] = comparison.scores
-            longer[i, columns] = comparison.lengths[1] - comparison.lengths[0]
+        aligned = [comparison.select(comparisons[0].instructions) for comparison in group]
+        scores = np.array([comparison.scores for comparison in aligned])  # (M, N)
+        longer = np.array([c.lengths[1] - c.lengths[0] for c in aligned])  # (M, N)
         rates, errors, f = length_controlled(scores, longer)
         for comparison, rate, error in zip(group, rates.tolist(), errors.tolist(), strict=True):
-            rows[id(comparison)] = make_row(comparison, rate, error, f)
-    return [rows[id(comparison)] for comparison in comparisons]
+            rows[comparison.names] = make_row(comparison, rate, error, f)
+    return [rows[comparison.names] for comparison in comparisons]
 
 
 def check_comparable(comparisons: list[Comparison]) -> None:

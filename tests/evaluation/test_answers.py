@@ -80,7 +80,7 @@ def test_read_items_skips_repeats_and_refuses_two_answers(tmp_path, capsys):
     with pytest.raises(UserError, match=r"s.json, record 3: a second answer to 'a'"):
         read_items(file, answered=True)
     mixed = [{"instruction": n, "output": n, "generator": n} for n in "ab"]
-    with pytest.raises(UserError, match="'b' among those of 'a'"):
+    with pytest.raises(UserError, match="answers of 'a' and of 'b'"):
         read_items(write(tmp_path / "m.json", mixed), answered=True)
 
 

@@ -3,7 +3,6 @@
 import json
 import re
 import unicodedata
-from itertools import product
 
 from helpers.commands import ROOT
 
@@ -20,31 +19,25 @@ def answer(opening: str) -> tuple[str, str]:
     return task["instances"][0]["input"], task["instances"][0]["output"]
 
 
-def test_evaluation_instructions_have_the_published_schema():
-    assert len(TASKS) >= 120
+def test_eval_set_has_the_published_schema_and_clean_text():
+    assert len(TASKS) >= 120 and len({task["motivation_app"] for task in TASKS}) >= 50
     for number, task in enumerate(TASKS):
         assert list(task) == ["id", "motivation_app", "instruction", "instances"]
-        assert task["id"] == f"user_oriented_task_{number}"
-        assert task["instances"] and all(set(i) == {"input", "output"} for i in task["instances"])
-        assert task["motivation_app"] and task["instruction"]
-        assert all(one["output"] for one in task["instances"])
+        assert task["id"] == f"user_oriented_task_{number}" and task["instances"]
         assert normalize_record(task)[0]["instruction"] == task["instruction"]
+        for one in task["instances"]:
+            assert set(one) == {"input", "output"}
+            assert task["motivation_app"] and task["instruction"] and one["output"]
+            for text in (task["motivation_app"], task["instruction"], one["input"], one["output"]):
+                assert text == text.strip() == unicodedata.normalize("NFC", text)
+                assert all(c.isascii() or c in "áèßóú¿" for c in text), text
+                assert all(c.isprintable() or c == "\n" for c in text.replace("\t", "?"))
+                assert not re.search(r"https?:|www\.", text)
     given = sum(bool(one["input"]) for task in TASKS for one in task["instances"])
     assert 50 <= given <= len(TASKS) - 50
-    assert len({task["motivation_app"] for task in TASKS}) >= 50
 
 
-def test_evaluation_instructions_are_clean_text():
-    for task in TASKS:
-        for one in task["instances"]:
-            for part in (task["motivation_app"], task["instruction"], one["input"], one["output"]):
-                assert part == part.strip() == unicodedata.normalize("NFC", part)
-                assert all(c.isascii() or c in "áèßóú¿" for c in part), part
-                assert all(c.isprintable() or c == "\n" for c in part.replace("\t", "?"))
-                assert not re.search(r"https?:|www\.", part)
-
-
-def test_evaluation_instructions_are_all_different_and_none_is_a_seed():
+def test_eval_set_has_no_duplicates_seeds_or_defects():
     asked = [task["instruction"] for task in TASKS]
     pool, seeds = Pool(asked), Pool([seed["instruction"] for seed in SEEDS])
     for number, text in enumerate(asked):
@@ -52,15 +45,12 @@ def test_evaluation_instructions_are_all_different_and_none_is_a_seed():
         scores[number] = 0
         assert scores.max() < 0.6, (text, asked[scores.argmax()])
         assert seeds.scores(text).max() < 0.7, text
-
-
-def test_evaluation_instructions_have_no_known_defect():
     earlier: set = set()
-    flagged = {task["id"]: lint.find_defects(normalize_record(task), earlier) for task in TASKS}
-    assert not {name: flags for name, flags in flagged.items() if flags}
+    found = {task["id"]: lint.find_defects(normalize_record(task), earlier) for task in TASKS}
+    assert not {name: defects for name, defects in found.items() if defects}
 
 
-def test_references_keep_to_the_length_asked_for():
+def test_reference_answers_keep_to_the_length_asked_for():
     limit = re.compile(r"(?:at most|no more than|fewer than) (\d+) words|(\d+) words at most")
     checked = 0
     for task in TASKS:
@@ -73,7 +63,7 @@ def test_references_keep_to_the_length_asked_for():
     assert len(answer("Summarise the change as a commit")[1].splitlines()[0]) <= 50
 
 
-def test_code_in_references_does_what_was_asked(capsys):
+def test_code_in_reference_answers_does_what_was_asked(capsys):
     def run(opening: str, part: int = 1, upto: str = "\n\n\n") -> dict:
         names: dict = {}
         exec(answer(opening)[part].split(upto)[0], names)  # our own file
@@ -100,20 +90,12 @@ def test_code_in_references_does_what_was_asked(capsys):
         assert not re.search(version, text)
 
 
-def test_sums_in_references():
+def test_sums_in_reference_answers_are_right():
     payment = 12_000 * 0.005 / (1 - 1.005**-36)
     assert f"{payment:.2f}" in answer("How much do I pay a month for a loan")[1]
     monthly = 10_000 * (1 + 0.031 / 12) ** 12
     assert f"{monthly:,.2f}" in answer("Which account pays more")[1]
     assert f"{monthly - 10_312:.2f} more" in answer("Which account pays more")[1]
-    tasks = {"A": (90, 6), "B": (60, 5), "C": (120, 9), "D": (45, 3), "E": (75, 4)}
-    fits = []
-    for taken in product([0, 1], repeat=5):
-        chosen = [name for name, yes in zip(tasks, taken, strict=True) if yes]
-        minutes, value = (sum(tasks[name][k] for name in chosen) for k in (0, 1))
-        fits += [(value, chosen, minutes)] if minutes <= 240 else []
-    best = sorted(fits)[-2:]
-    assert best[1] == (17, ["B", "C", "D"], 225) and best[0][0] < 17
     codes = []
     for number in range(1000, 10_000):
         a, b, c, d = map(int, str(number))

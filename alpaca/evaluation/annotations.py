@@ -66,16 +66,16 @@ class Comparison:
 
 
 class Annotation(NamedTuple):
-    names: tuple[str, ...]  # model, baseline, annotator
+    names: tuple[str, str, str]  # model, baseline, annotator
     instruction: str
-    outputs: tuple[str, str]  # the baseline's, the model's
+    outputs: tuple[str, ...]  # the baseline's, the model's
     swapped: bool
     score: float
 
 
 def read_annotations(path: str | Path) -> list[Comparison]:
     """The comparisons in a file, a JSON list or JSONL: one for each model, baseline, annotator."""
-    found: dict[tuple[str, ...], dict[str, dict[bool, Annotation]]] = {}
+    found: dict[tuple[str, str, str], dict[str, dict[bool, Annotation]]] = {}
     for place, record in json_records(path):
         try:
             one = parse_annotation(record)
@@ -102,9 +102,10 @@ def parse_annotation(record: Any) -> Annotation:
         raise UserError(f"{bad[0]}: a string was expected")
     if not isinstance(record["swapped"], bool):
         raise UserError(f"swapped {record['swapped']!r}: true or false was expected")
-    *names, instruction, output_1, output_2 = (record[name] for name in FIELDS)
+    model, baseline, annotator, instruction, *outputs = (record[name] for name in FIELDS)
     score = parse_preference(record["preference"])
-    return Annotation(tuple(names), instruction, (output_1, output_2), record["swapped"], score)
+    names = model, baseline, annotator
+    return Annotation(names, instruction, tuple(outputs), record["swapped"], score)
 
 
 def parse_preference(preference: Any) -> float:
@@ -119,7 +120,7 @@ def parse_preference(preference: Any) -> float:
 
 
 def merge_orders(
-    path: Path, names: tuple[str, ...], annotations: dict[str, dict[bool, Annotation]]
+    path: Path, names: tuple[str, str, str], annotations: dict[str, dict[bool, Annotation]]
 ) -> Comparison:
     """One score per instruction. If any instruction was judged in both orders, all must be."""
     orders = max(map(len, annotations.values()))

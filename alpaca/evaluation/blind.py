@@ -35,7 +35,7 @@ from alpaca.common.files import append_jsonl, atomic_folder, claim_run_folder, r
 from alpaca.evaluation.annotations import ANNOTATIONS, Comparison, make_annotation
 from alpaca.evaluation.outputs import Pairs, add_pair_arguments, digest, pair_outputs, save_json
 from alpaca.evaluation.score import format_table
-from alpaca.evaluation.win_rate import agreement, make_rows
+from alpaca.evaluation.win_rate import agreement, comparison_rows
 
 CHOICES = {"a": "a", "b": "b", "t": "tie", "s": "skip"}
 MENU = "a, b: that answer is better   t: tie   s: skip   u: undo   q: stop > "
@@ -54,7 +54,7 @@ def run_start(args: argparse.Namespace) -> None:
     if len({name.lower() for name in args.raters}) < len(args.raters):
         raise UserError("--raters: two have the same name")
     seed = secrets.token_hex() if args.seed is None else args.seed
-    count = min(args.num or math.inf, len(pairs.all))
+    count = min(args.num or len(pairs.all), len(pairs.all))
     chosen = random.Random(f"{seed} which").sample(pairs.all, count)
     shown = [pair for pair in chosen if pair.output_1 != pair.output_2]
     identical = sorted({pair.instruction for pair in chosen} - {pair.instruction for pair in shown})
@@ -113,7 +113,7 @@ class RaterCopy:
         """Rate the next pair, or take the last rating back (None). False if it does not fit."""
         if choice is None and place == len(self.choices) - 1 >= 0:
             self.choices.pop()
-        elif choice in CHOICES.values() and place == len(self.choices) < len(self.items):
+        elif choice and choice in CHOICES.values() and place == len(self.choices) < len(self.items):
             self.choices.append(choice)
         else:
             return False
@@ -191,7 +191,7 @@ def run_unblind(args: argparse.Namespace) -> None:
         # Identical answers are ties; not for a rater who has rated nothing.
         ties = dict.fromkeys(copies[0].settings["alike"], 0.5)
         scores = {rater: by_text | ties for rater, by_text in rated.items() if by_text}
-        rows = make_rows(make_comparisons(args.folder, pairs, scores))
+        rows = comparison_rows(make_comparisons(args.folder, pairs, scores))
         save_json(args.folder / ANNOTATIONS, make_annotations(pairs, votes, scores))
     count = Counter(vote for by_text in votes.values() for vote in by_text.values())
     print(

@@ -27,7 +27,7 @@ import os
 import random
 import re
 import secrets
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,7 +158,7 @@ def weigh_letter(reply: Reply, letter: str) -> float | None:
         place = max(i for i, token in enumerate(tokens) if token.strip() == letter)
         if "".join(tokens[: place + 1]).strip(DECORATION) != reply.text.strip(DECORATION):
             return None  # an "A" in the reasons: that of the verdict is part of a larger token
-        shares = Counter()
+        shares = defaultdict(float)
         for token, logprob in tops[place]:
             if token.strip() in LETTERS and logprob <= 1e-3:  # false for NaN
                 shares[token.strip()] += math.exp(logprob)
@@ -166,7 +166,7 @@ def weigh_letter(reply: Reply, letter: str) -> float | None:
         return None
     if not shares[letter]:
         return None
-    return sum(LETTERS[name] * share for name, share in shares.items()) / shares.total()
+    return sum(LETTERS[name] * share for name, share in shares.items()) / sum(shares.values())
 
 
 def run_judge(
@@ -190,11 +190,13 @@ def run_judge(
             verdicts[id] = found
 
     enough = asyncio.run(request_log.ask_all(requests, endpoint, args, questions, ask, "verdicts"))
-    report(questions, verdicts, requests, endpoint)
+    report_verdicts(questions, verdicts, requests, endpoint)
     return verdicts, enough
 
 
-def report(questions: dict, verdicts: dict, requests: RequestLog, endpoint: Endpoint) -> None:
+def report_verdicts(
+    questions: dict, verdicts: dict, requests: RequestLog, endpoint: Endpoint
+) -> None:
     """How many verdicts there are, why others are missing, what it has cost."""
     replies: dict[str, list[dict]] = {}
     for id, entry in requests.entries.items():
@@ -246,7 +248,8 @@ def run(args: argparse.Namespace) -> None:
     pairs = pair_outputs(args.model, args.baseline, args.common)
     endpoint = endpoint_from_args(args, args.judge)
     name = args.name or endpoint.model + (", explained" if args.explain else "")
-    settings = {"answers": digest(pairs), "judge": endpoint.model, "url": endpoint.base_url}
+    settings: dict[str, Any] = {"answers": digest(pairs), "judge": endpoint.model}
+    settings["url"] = endpoint.base_url
     for argument in ("kind", "request", "single_order", "explain", "no_logprobs"):
         settings[argument] = getattr(args, argument)
     settings["seed"] = args.seed if args.single_order else None

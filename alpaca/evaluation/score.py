@@ -21,7 +21,7 @@ from alpaca.evaluation.win_rate import Z, leaderboard
 
 
 def format_table(rows: list[dict]) -> str:
-    """The best by length-controlled rate first. What is the same in all rows is said below."""
+    """The best by length-controlled rate first. A footer names what is the same in all rows."""
     rows = sorted(rows, key=lambda row: -row["length_controlled_win_rate"])
     lines = [format_cells(row) for row in rows]
     columns = {name: [line[name] for line in lines] for name in lines[0]}

@@ -15,7 +15,7 @@ With a score y from 0 (lost) to 1 (won) for each of n instructions:
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -74,7 +74,7 @@ def leaderboard(paths: Iterable[str | Path], common: bool = False) -> list[dict[
     for comparison in found:
         if scored and np.isnan(comparison.scores).all():
             notice(f"{comparison.source}: {comparison.annotator} has no preferences: left out")
-    return make_rows(restrict_to_common(scored or found) if common else scored or found)
+    return comparison_rows(restrict_to_common(scored or found) if common else scored or found)
 
 
 def restrict_to_common(comparisons: list[Comparison]) -> list[Comparison]:
@@ -87,7 +87,7 @@ def restrict_to_common(comparisons: list[Comparison]) -> list[Comparison]:
     return [c.select([text for text in c.instructions if text in common]) for c in comparisons]
 
 
-def make_rows(comparisons: list[Comparison]) -> list[dict[str, Any]]:
+def comparison_rows(comparisons: list[Comparison]) -> list[dict[str, Any]]:
     """Models with the same annotator and baseline share one fit of the length control."""
     check_comparable(comparisons)
     groups: dict[tuple[str, str], list[Comparison]] = defaultdict(list)
@@ -100,7 +100,7 @@ def make_rows(comparisons: list[Comparison]) -> list[dict[str, Any]]:
         longer = np.array([c.lengths[1] - c.lengths[0] for c in aligned])  # (M, N)
         rates, errors, f = length_controlled(scores, longer)
         for comparison, rate, error in zip(group, rates.tolist(), errors.tolist(), strict=True):
-            rows[comparison.names] = make_row(comparison, rate, error, f)
+            rows[comparison.names] = comparison_row(comparison, rate, error, f)
     return [rows[comparison.names] for comparison in comparisons]
 
 
@@ -123,7 +123,7 @@ def check_comparable(comparisons: list[Comparison]) -> None:
             raise UserError(f"{where}: no preference in it is a number: judge it again")
 
 
-def make_row(comparison: Comparison, rate: float, error: float, f: float) -> dict[str, Any]:
+def comparison_row(comparison: Comparison, rate: float, error: float, f: float) -> dict[str, Any]:
     """Rates, errors and bounds are percentages; flip_rate is a proportion. None is unknown: the
     error of a single observation, flips where there was one order."""
     scores = comparison.scores[~np.isnan(comparison.scores)]
@@ -167,12 +167,12 @@ class Agreement(NamedTuple):
     items: int  # that two raters or more have labelled
 
 
-def agreement(raters: Iterable[Mapping[Hashable, Hashable]]) -> Agreement:
+def agreement(raters: Iterable[Mapping[Any, Any]]) -> Agreement:
     """From each rater's labels, {item: label}; not everyone need label everything.
 
     alpha is Krippendorff's, 1 - observed / expected disagreement, where labels are expected to be
     drawn from the pool of all labels: agreeing on "tie" means little if nearly all are ties."""
-    labels: dict[Hashable, Counter] = defaultdict(Counter)
+    labels: dict[Any, Counter] = defaultdict(Counter)
     for rater in raters:
         for item, label in rater.items():
             labels[item][label] += 1

@@ -45,7 +45,7 @@ def write_records(file: Path, count: int) -> None:
 def trained(model: Path, records: Path, out: Path, steps: int, way: list[str]) -> list[dict]:
     """The figures of a run's steps."""
     command = [sys.executable, ROOT / "fsdp_train.py", "--model-dir", model, "--data", records]
-    command += ["--tokenizer", ROOT / "data/tokenizer.model", "--out", out, "--answers", "0"]
+    command += ["--tokenizer", ROOT / "data/tokenizer.model", "--out", out, "--sample-answers", "0"]
     command += ["--max-steps", str(steps), "--save-every", "0", *way]
     subprocess.run(list(map(str, command)), check=True, cwd=ROOT, stdout=sys.stderr)
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
@@ -53,7 +53,7 @@ def trained(model: Path, records: Path, out: Path, steps: int, way: list[str]) -
 
 
 def measured(steps: int, model: Path | None) -> str:
-    heads = "| what | tokens/s | MFU | peak memory, GB | Alpaca's 3 epochs, h |"
+    heads = "| what | tokens/s | MFU | peak memory, GiB | Alpaca's 3 epochs, h |"
     lines = [f"### {TITLE}", "", heads, "|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -64,7 +64,7 @@ def measured(steps: int, model: Path | None) -> str:
             found = trained(model, folder / "records.json", folder / str(number), steps, way)
             rate, memory = (
                 statistics.median(line[name] for line in found)
-                for name in ("tokens_per_s", "memory_GB")
+                for name in ("tokens_per_s", "memory_GiB")
             )
             mfu = statistics.median(line.get("mfu", math.nan) for line in found)
             hours = TOKENS / rate / 3600

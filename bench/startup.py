@@ -17,17 +17,18 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-PARTS = ["prepare", "build", "adamw", "train_step"]
+PARTS = ["prepare", "build_model", "build_optimizer", "train_step"]
 LABELS = {
     "prepare": "reading config, data, tokenizer",
-    "build": "model built, sharded, weights read",
-    "adamw": "moments",
+    "build_model": "model built, sharded, weights read",
+    "build_optimizer": "moments",
     "train_step": "first step",
 }
 CLOCKED = """
 import json, sys, time
 start = float(sys.argv.pop(1))
-import console, fsdp_train
+import fsdp_train
+from alpaca.training.process import hard_exit
 marks = [("python and imports", time.time() - start)]
 
 def clocked(name, work):
@@ -38,7 +39,7 @@ def clocked(name, work):
         if name == "train_step":
             marks.append(("launch to the end of the first step", time.time() - start))
             print(json.dumps(marks), flush=True)
-            fsdp_train.leave(0)
+            hard_exit(0)
         return result
     return run
 

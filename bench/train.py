@@ -52,8 +52,11 @@ def examples(count: int) -> list[tuple[list[int], list[int]]]:
 def ours(dtype: str, steps: int, lora: bool = False) -> list[float]:
     """Useful tokens a second, step by step; of the whole model or of an adapter (bench/lora.py)."""
     import fsdp_train
-    from alpaca.training.parallel import keep_freed_memory, process_group
-    from alpaca.training.run_dir import RunFolder
+    from alpaca.training.config import TrainConfig
+    from alpaca.training.parallel import process_group
+    from alpaca.training.process import StopSignal, keep_freed_memory
+    from alpaca.training.run_dir import RunDir
+    from alpaca.weights.lora import LoraConfig
     from alpaca.weights.writer import save_model
     from dataset import Examples
     from model import Llama, LlamaConfig
@@ -68,19 +71,24 @@ def ours(dtype: str, steps: int, lora: bool = False) -> list[float]:
     data = Examples(ids, labels, starts, [""] * len(pairs), {})
     tokenizer = ROOT / "data/tokenizer.model"
     with tempfile.TemporaryDirectory() as scratch:
-        config, base = LlamaConfig(**SHAPE), ["--preset", "tiny"]
+        model_config, start = LlamaConfig(**SHAPE), {"preset": "tiny"}
         if lora:
-            save_model(Llama(config), config, f"{scratch}/base")
-            base = ["--lora", "--model-dir", f"{scratch}/base"]
-        flags = [*base, "--tokenizer", tokenizer, "--data", "none", "--epochs", 1]
-        flags += ["--dtype", dtype, "--checkpointing", "none", "--batch-size", BATCH]
-        flags += ["--save-every", 0, "--device", "cpu", "--out", f"{scratch}/run"]
-        sys.argv[1:] = map(str, flags)
-        args = fsdp_train.parse_args()
-        job = fsdp_train.Job(config, Tokenizer(tokenizer), data, None, [], steps)
-        with process_group("cpu", 1) as (mesh, device):
-            run = RunFolder(args.out, {}, False, False)
-            fsdp_train.train(args, job, run, mesh, device)
+            save_model(Llama(model_config), model_config, f"{scratch}/base")
+            start = {"lora": LoraConfig(), "model_dir": Path(scratch) / "base"}
+        config = TrainConfig(
+            **start,
+            tokenizer=tokenizer,
+            out=Path(scratch) / "run",
+            epochs=1,
+            batch_size=BATCH,
+            dtype=dtype,
+            checkpointing="none",
+            save_every=0,
+        )
+        job = fsdp_train.Job(config, model_config, Tokenizer(tokenizer), data, None, [], steps)
+        with process_group("cpu", 1) as (mesh, device), StopSignal() as stop:
+            run = RunDir(config.out, {}, False, False)
+            fsdp_train.train(job, run, mesh, device, stop)
         return [record["tokens_per_s"] for record in run.records]
 
 

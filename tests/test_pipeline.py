@@ -114,7 +114,7 @@ def take(tour: Tour) -> dict:
         seen["trained"] = tour.run(
             "A base is trained on them, and on the sample data",
             "python fsdp_train.py --out {}/tiny --data data/sample_train.json {}/taught.json "
-            f"--max-steps {60 if short else 675} --answers {10 if short else 240}",
+            f"--max-steps {60 if short else 675} --sample-answers {10 if short else 240}",
             "answered exactly.*",
         )
         for name, model in (("tuned", "{}/tiny/model"), ("base", "data/tiny-llama")):
@@ -128,7 +128,7 @@ def take(tour: Tour) -> dict:
             "An adapter learns on top of it",
             "python fsdp_train.py --lora --model-dir {}/tiny/model --out {}/lora --data "
             "data/sample_train.json --eval-data {}/questions.json --dtype fp32 --batch-size 16 "
-            f"--max-steps {10 if short else 200} --checkpointing none --answers 10",
+            f"--max-steps {10 if short else 200} --checkpointing none --sample-answers 10",
             "answered exactly.*",
         )
         tour.run(

@@ -12,6 +12,9 @@ from alpaca.common.errors import notice
 
 RENAMED = {  # flags, or flags that are a verb now: the error names the new one
     "--lr": "--learning-rate",
+    "--warmup": "--warmup-ratio",
+    "--keep": "--save-total-limit",
+    "--answers": "--sample-answers",
     "--save": "--out",
     "--in-flight": "--concurrency",
     "--attempts": "--max-retries",

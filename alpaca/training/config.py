@@ -1,29 +1,234 @@
-"""The settings of a training run."""
+"""The settings of a training run: a frozen dataclass, made once from the command line.
+
+Every field of `TrainConfig` is a flag of fsdp_train.py; its default is Alpaca's recipe for 7B. TINY
+replaces some defaults where no model to start from is given, LORA does with `--lora`. A flag on the
+command line replaces any default.
+"""
 
 import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
+import torch
+
+from alpaca import CHECKOUT
 from alpaca.common.cli import positive
-from alpaca.weights.lora import ATTENTION, TARGETS, LoraConfig
+from alpaca.common.errors import UserError
+from alpaca.training.throughput import CHIPS
+from alpaca.weights.lora import TARGETS, LoraConfig
+from model import SIZES
 
-FLAGS = {  # of fsdp_train.py, and what they mean if they are left out
-    "bits": 16,
-    "lora_rank": LoraConfig().rank,
-    "lora_alpha": LoraConfig().alpha,
-    "lora_dropout": LoraConfig().dropout,
-    "lora_targets": list(ATTENTION),
+TINY = {  # the embedded model; paths of defaults are relative to the checkout
+    "model_dir": Path("data/tiny-llama"),
+    "data": ("data/sample_train.json",),
+    "eval_data": Path("data/sample_heldout.json"),
+    "out": Path("runs/tiny"),
+    "epochs": 2,
+    "batch_size": 16,
+    "learning_rate": 3e-4,
+    "checkpointing": "none",
+    "dtype": "fp32",
+    "save_every": 200,
+    "sample_answers": 1000,
 }
+LORA = {
+    "learning_rate": 3e-4,
+    "checkpointing": "full",
+}  # alpaca-lora's; more in LoraConfig's defaults
+GROUPS = {  # titles of --help, by the first flag below them
+    "model_dir": "model and data",
+    "epochs": "recipe",
+    "lora": "LoRA (alpaca/weights/lora.py)",
+    "row_tokens": "memory and speed",
+    "save_every": "saving",
+    "plan": "plan",
+}
+DTYPE_NAMES = ("bf16", "fp32")
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    flag = parser.add_argument_group("an adapter instead (see lora.py)").add_argument
-    flag("--lora", action="store_true", help="freeze the base and learn an adapter")
-    flag("--bits", type=int, choices=(16, 8, 4), help="of the frozen blocks; 16: as --dtype says")
-    flag("--lora-rank", type=positive(int), help="of what is added to a weight")
-    flag("--lora-alpha", type=positive(float), help="alpha / rank scales it")
-    flag("--lora-dropout", type=float, help="share of its inputs that is dropped")
-    flag("--lora-targets", nargs="+", choices=TARGETS, metavar="NAME", help=f"{', '.join(TARGETS)}")
+def not_negative(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return int(text)
 
 
-def lora_of(args: argparse.Namespace) -> LoraConfig:
-    targets = tuple(dict.fromkeys(args.lora_targets))
-    return LoraConfig(args.lora_rank, args.lora_alpha, args.lora_dropout, targets).check()
+def flag(default: Any, help: str, type: Callable | None = None, **options: Any) -> Any:
+    """A field that add_arguments turns into a flag."""
+    if default is False:
+        options = {"action": "store_true", **options}
+    elif "action" not in options:
+        options["type"] = type
+    if default not in (None, False, ()):
+        help += f" (default: {default})"
+    return field(default=default, metadata={**options, "help": help})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    model_dir: Path | None = flag(None, "base model, a Hugging Face or Meta folder", Path)
+    preset: str | None = flag(None, "or random weights of this size", choices=("tiny", *SIZES))
+    tokenizer: Path | None = flag(None, "a tokenizer.model (default: the base model's)", Path)
+    data: tuple[str, ...] = flag(
+        (), "JSON or JSONL; FILE:2 counts twice", nargs="+", metavar="FILE[:WEIGHT]"
+    )
+    eval_data: Path | None = flag(None, "held-out records, measured before and after", Path)
+    out: Path = flag(Path("runs/alpaca"), "folder of the run", Path)
+
+    epochs: float = flag(3, "passes over the examples", positive(float))
+    batch_size: int = flag(128, "examples in a step, over all ranks", positive(int))
+    learning_rate: float = flag(2e-5, "highest learning rate", positive(float))
+    warmup_ratio: float = flag(0.03, "share of the steps with a rising learning rate", float)
+    max_length: int = flag(512, "tokens that an example is cut to", positive(int))
+    max_steps: int | None = flag(None, "end after so many steps", positive(int))
+    seed: int = flag(42, "of the shuffle, random weights and dropout", not_negative)
+
+    lora: LoraConfig | None = flag(
+        None, "freeze the base and train an adapter", action="store_true"
+    )
+    bits: int = flag(16, "of the frozen blocks; 16: as --dtype", int, choices=(16, 8, 4))
+
+    row_tokens: int = flag(4096, "tokens that a rank computes at once", positive(int))
+    checkpointing: str = flag(
+        "selective", "what the backward pass recomputes", choices=("full", "selective", "none")
+    )
+    dtype: str = flag("bf16", "that blocks compute in", choices=DTYPE_NAMES)
+    compile: bool | None = flag(
+        None, "compile the blocks (default: on a GPU)", action=argparse.BooleanOptionalAction
+    )
+    offload: bool = flag(False, "keep weights and moments in host memory")
+    replicas: int = flag(1, "copies of the sharded model", positive(int))
+    device: str = flag("auto", "to train on", choices=("auto", "cpu", "cuda"))
+
+    save_every: int = flag(100, "steps between snapshots; 0: none", not_negative)
+    save_total_limit: int = flag(2, "snapshots kept on disk", positive(int))
+    resume: bool = flag(False, "resume a run, do not start one")
+    save_dtype: str = flag("bf16", "of model/", choices=DTYPE_NAMES)
+    sample_answers: int = flag(4, "held-out instructions to answer at the end", not_negative)
+
+    plan: bool = flag(False, "print memory, steps and hours; do not train")
+    gpus: int = flag(1, "ranks to plan for", positive(int))
+    chip: str | None = flag(None, "GPU to plan for (default: this machine's)", choices=CHIPS)
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "TrainConfig":
+        """Alpaca's defaults, replaced by a recipe's, replaced by the flags given."""
+        given = dict(vars(args))
+        adapter = {n: given.pop(f"lora_{n}") for n in LoraConfig._fields if f"lora_{n}" in given}
+        defaults = {each.name: each.default for each in fields(cls)}
+        if not given.keys() & {"model_dir", "preset"}:
+            defaults |= TINY
+        if "targets" in adapter:
+            adapter["targets"] = tuple(dict.fromkeys(adapter["targets"]))
+        if given.pop("lora", False):
+            out = defaults["out"]
+            defaults |= {**LORA, "out": out.with_name(f"{out.name}-lora")}
+            defaults["lora"] = LoraConfig(**adapter).check()
+        elif adapter or "bits" in given:
+            name = f"lora-{next(iter(adapter))}" if adapter else "bits"
+            raise UserError(f"--{name} goes with --lora")
+        for name, value in defaults.items():
+            if isinstance(value, Path):
+                defaults[name] = in_checkout(value)
+        defaults["data"] = [in_checkout(Path(spec)) for spec in defaults["data"]]
+        values = {**defaults, **given}
+        config = cls(**{**values, "data": tuple(map(str, values["data"]))})
+        config.check()
+        return config
+
+    def check(self) -> None:
+        """What can be wrong with flags before any file is read."""
+        if self.preset and self.model_dir:
+            raise UserError("--preset is random weights, --model-dir a base model: give one")
+        if self.preset and self.lora:
+            raise UserError("--lora adapts a base model: give --model-dir instead of --preset")
+        if self.preset and self.tokenizer is None:
+            raise UserError("--preset needs a --tokenizer")
+        if not self.data:
+            raise UserError("--data is needed: the records to train on")
+        if not 0 <= self.warmup_ratio < 1:
+            raise UserError(f"--warmup-ratio {self.warmup_ratio} is not from 0 to below 1")
+        if self.row_tokens < self.max_length:
+            raise UserError(f"--row-tokens {self.row_tokens} cannot hold --max-length examples")
+
+    @property
+    def base(self) -> Path:
+        """The model that training starts from; with --preset there is none."""
+        assert self.model_dir is not None
+        return self.model_dir
+
+    @property
+    def result(self) -> Path:
+        """The folder that training ends with."""
+        return self.out / ("adapter" if self.lora else "model")
+
+    @property
+    def snapshots(self) -> Path:
+        return self.out / "checkpoints"
+
+    def compiles(self, device: torch.device) -> bool:
+        if self.compile is None:  # in fp32, packed attention is a loop over documents
+            return device.type == "cuda" and self.dtype == "bf16"
+        return self.compile
+
+    def saves_after(self, step: int, steps: int) -> bool:
+        """Is a snapshot due after this step, counted from 1?"""
+        return self.save_every > 0 and (step == steps or step % self.save_every == 0)
+
+    def settings(self, digest: str) -> dict[str, Any]:
+        """What decides the trained weights; a run resumes with equal settings only. `digest` is
+        that of the tokenized training set."""
+        names = ("preset", "epochs", "batch_size", "learning_rate", "warmup_ratio", "max_length")
+        return {
+            "model_dir": self.model_dir and settings_path(self.model_dir),
+            **{name: getattr(self, name) for name in (*names, "max_steps", "seed", "dtype")},
+            "data": f"{' '.join(Path(spec).name for spec in self.data)}, as ids {digest}",
+            # None as well: a run of all weights must not resume in an adapter's folder
+            "lora": f"{self.lora}, base of {self.bits} bits" if self.lora else None,
+        }
+
+
+def in_checkout(path: Path) -> Path:
+    """A default path, relative to the current folder if that is shorter."""
+    absolute = CHECKOUT / path
+    return min(Path(os.path.relpath(absolute)), absolute, key=lambda each: len(str(each)))
+
+
+def settings_path(path: Path) -> str:
+    """The same text for a folder, wherever the command was started."""
+    absolute = Path(os.path.abspath(path))
+    inside = absolute.is_relative_to(CHECKOUT)
+    return str(absolute.relative_to(CHECKOUT) if inside else absolute)
+
+
+def describe_recipe(recipe: dict[str, Any]) -> str:
+    texts = {name: " ".join(v) if isinstance(v, tuple) else v for name, v in recipe.items()}
+    return "\n".join(f"  --{name.replace('_', '-')} {text}" for name, text in texts.items())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Every flag of fsdp_train.py; one that is not given is absent from the parsed arguments."""
+    parser.argument_default = argparse.SUPPRESS
+    parser.epilog = f"""defaults without --model-dir and --preset (paths in the checkout):
+{describe_recipe(TINY)}
+defaults with --lora (and --out ends in -lora):
+{describe_recipe(LORA)}"""
+    group = parser
+    for each in fields(TrainConfig):
+        if each.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[each.name])
+        group.add_argument(f"--{each.name.replace('_', '-')}", **each.metadata)
+        if each.name == "lora":
+            add_lora_arguments(group)
+
+
+def add_lora_arguments(group: argparse._ArgumentGroup) -> None:
+    rank, alpha, dropout, targets = LoraConfig()
+    add, real = group.add_argument, positive(float)
+    add("--lora-rank", type=positive(int), help=f"of the update (default: {rank})")
+    add("--lora-alpha", type=real, help=f"alpha / rank scales the update (default: {alpha})")
+    add("--lora-dropout", type=float, help=f"of the adapter's inputs (default: {dropout})")
+    names = f"of {', '.join(TARGETS)} (default: {' '.join(targets)})"
+    add("--lora-targets", nargs="+", choices=TARGETS, metavar="NAME", help=f"matrices, {names}")

@@ -1,339 +1,237 @@
-"""Where the memory and the hours go, before they are spent.
+"""Estimates the memory and the hours of a run before it starts.
 
     python fsdp_train.py --model-dir llama-7b --data alpaca_data.json --plan --gpus 8 --chip H100
 
 Weights, gradients and Adam's two moments are 16 bytes a parameter in fp32, divided among the ranks.
-Beside them a step has its tides, and the highest decides:
+With an adapter they are those of its few parameters; the frozen base is in the dtype that blocks
+compute in, or in integers: whole on every rank, one matrix at a time dequantized. The peak of a
+step lies in one of three phases:
 
-    forward      activations have risen layer by layer, and the loss holds a chunk of logits
-    recompute    a block under checkpointing is computed again on top of what was kept
-    reduce       activations are gone, but the embedding's and the head's gradients, the largest,
-                 are there whole, and once more in fp32 on their way to the other ranks
+    forward      at its end: every block's activations and a chunk of logits
+    recompute    the same activations, and one block computed again (--checkpointing)
+    reduce       no activations; the gradients of embedding and head whole, and a copy in fp32
 
-With an adapter (lora.py) the 16 bytes are for its few parameters; the base is held in what it
-computes in, or as integers, whole on every rank, of which one matrix at a time is dequantized.
-
-What is kept between forward and backward pass is the choice `--checkpointing` makes: everything
-(none), a block's input and the results of matrix products (selective), a block's input (full).
-
-Counted are the tensors that model.py and FSDP make in eager mode, held to 10 % by
-tests/test_plan.py; compiled blocks keep fewer, and an allocator adds some of its own. Arithmetic is
-simpler: six operations a weight and token, recomputation not counted.
-
-Kaplan et al. arXiv:2001.08361; Korthikanti et al., on activations, 2205.05198.
-
-Shown by tests/test_plan.py: test_a_real_step_takes_the_memory_planned.
+The tensors that model.py and FSDP make in eager mode are counted, to 10 % of a real step's peak;
+compiled blocks need less, an allocator adds some. Activations: arXiv:2205.05198.
 """
 
-import os
-from argparse import Namespace
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
-
-import numpy as np
-import torch
 
 from alpaca.common.errors import UserError
 from alpaca.common.progress import short_number
+from alpaca.training.config import TrainConfig
+from alpaca.training.throughput import (
+    CHIPS,
+    GIB,
+    adapter_parameters,
+    block_parameters,
+    find_device,
+    flops_per_token,
+    matrix_parameters,
+    mean_length,
+    model_parameters,
+    projection_shapes,
+    root_parameters,
+)
 from alpaca.weights.checkpoint import DTYPES
-from alpaca.weights.lora import LoraConfig
-from dataset import pack_rows, step_examples
+from dataset import Examples, pack_rows, step_examples
 from model import LOGITS_CHUNK, LlamaConfig
 
-GIB = 2**30  # what makers of memory call a GB
-MFU = 0.45  # the share of a chip's peak that is reached: an assumption
+ASSUMED_MFU = 0.45  # the share of a GPU's peak that the hours assume
+USABLE = 0.95  # of a GPU's memory: the rest is the allocator's and the driver's
+IN_HOST_MEMORY = ("weights", "moments", "gradients")  # with --offload
+INTEGER_BYTES = {8: 1.0, 4: 0.625}  # of a quantized weight, see quantize.py
+DEQUANTIZED_BYTES = {8: 8, 4: 12}  # of a weight on its way to fp32
+# projections that read the same input
+SAME_INPUT = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
 
 
-class Chip(NamedTuple):
-    flops: float  # bf16 with fp32 accumulation, dense, a second
-    memory: float  # bytes
+@dataclass(frozen=True)
+class Workload:
+    """What memory and time depend on."""
 
-
-CHIPS = {
-    "A100 40GB": Chip(312e12, 40 * GIB),
-    "A100 80GB": Chip(312e12, 80 * GIB),
-    "H100 PCIe": Chip(756e12, 80 * GIB),
-    "H100": Chip(989e12, 80 * GIB),
-    "H200": Chip(989e12, 140 * GIB),
-    "B200": Chip(2250e12, 180 * GIB),
-    "L40S": Chip(362e12, 48 * GIB),
-    "A10": Chip(125e12, 24 * GIB),
-    "RTX 4090": Chip(165e12, 24 * GIB),
-    "RTX 3090": Chip(71e12, 24 * GIB),
-    "RTX 4070": Chip(58e12, 12 * GIB),
-}
-
-
-def find_chip(device_name: str) -> Chip | None:
-    """The chip that torch.cuda.get_device_name() speaks of: "NVIDIA A100-SXM4-80GB"."""
-    words = device_name.replace("-", " ").split()
-    known = [name for name in CHIPS if all(word in words for word in name.split())]
-    return CHIPS[max(known, key=len)] if known else None
-
-
-@dataclass
-class Run:
-    config: LlamaConfig
-    world: int  # ranks
-    replicas: int
+    config: TrainConfig
+    model: LlamaConfig
     row_tokens: int  # of the longest packed row
-    supervised: float  # share of tokens the head computes
-    checkpointing: str
-    compute: torch.dtype
-    offload: bool = False
-    rows: int = 1  # of a rank in a step: from the second on there are gradients all the time
-    lora: LoraConfig | None = None  # what is learned, if not all
-    bits: int = 16  # of the frozen blocks' matrices
+    supervised: float  # share of the tokens
+    rows: int = 1  # of a rank in a step: from the second on, gradients are there in every phase
+    steps: int = 1
+    tokens: int = 1  # of all steps
+    length: float = 0  # mean over tokens of the length of their document
 
     @property
     def shards(self) -> int:
-        return self.world // self.replicas
+        return self.config.gpus // self.config.replicas
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.config.dtype].itemsize
 
 
-def projections(config: LlamaConfig) -> dict[str, tuple[int, int]]:
-    """The shapes (N, K) of a block's matrices."""
-    width, inner = config.hidden_size, config.intermediate_size
-    query = config.num_attention_heads * config.head_dim
-    key = config.num_key_value_heads * config.head_dim
-    attention = {"q_proj": (query, width), "k_proj": (key, width), "v_proj": (key, width)}
-    mlp = {"gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner)}
-    return {**attention, "o_proj": (width, query), **mlp}
-
-
-def matrix_parameters(config: LlamaConfig) -> int:
-    """Of a block."""
-    return sum(N * K for N, K in projections(config).values())
-
-
-def block_parameters(config: LlamaConfig) -> int:
-    return matrix_parameters(config) + 2 * config.hidden_size  # two norms
-
-
-def root_parameters(config: LlamaConfig) -> int:
-    tables = 1 if config.tie_word_embeddings else 2
-    return tables * config.vocab_size * config.hidden_size + config.hidden_size
-
-
-def parameters(config: LlamaConfig) -> int:
-    return config.num_hidden_layers * block_parameters(config) + root_parameters(config)
-
-
-def adapter_parameters(config: LlamaConfig, lora: LoraConfig) -> int:
-    shapes = projections(config)
-    return config.num_hidden_layers * sum(lora.rank * sum(shapes[name]) for name in lora.targets)
-
-
-def flops_per_token(
-    config: LlamaConfig, length: float, supervised: float = 1.0, lora: LoraConfig | None = None
-) -> float:
-    """Useful operations a token, forward and backward, in documents of that mean length.
-
-    A weight costs a multiplication and an addition in the forward pass and twice that backward.
-    A token attends to half its document on average. Only supervised tokens reach the head; the
-    embedding is a look-up. What checkpointing computes again is work, but not useful work. A
-    frozen weight has no gradient, which saves the last two of its six operations."""
-    layers, width = config.num_hidden_layers, config.num_attention_heads * config.head_dim
-    body = layers * matrix_parameters(config)
-    head = config.vocab_size * config.hidden_size * supervised
-    attention = layers * 2 * width * length / 2
-    if lora is None:
-        return 6 * (body + head + attention)
-    return 4 * (body + head) + 6 * (adapter_parameters(config, lora) + attention)
-
-
-def mean_length(lengths: np.ndarray) -> float:
-    """Of the document that a token finds itself in: long ones hold more tokens."""
-    return float((lengths.astype(float) ** 2).sum() / lengths.sum())
-
-
-def hours(flops: float, chip: Chip, world: int) -> float:
-    return flops / (chip.flops * world * MFU) / 3600
-
-
-# ---------------------------------------------------------------- memory
-
-# projections that read the same input
-SIDE_BY_SIDE = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
-
-
-def whole_block(run: Run) -> float:
-    """Bytes a token that autograd keeps of one block, when nothing is recomputed."""
-    config, size, shapes = run.config, run.compute.itemsize, projections(run.config)
+def block_activations(work: Workload) -> float:
+    """Bytes a token that autograd stores in one block, if nothing is recomputed."""
+    config, size, shapes = work.model, work.itemsize, projection_shapes(work.model)
     width, inner, query = config.hidden_size, config.intermediate_size, shapes["q_proj"][0]
     qkv_and_result = size * (2 * query + 2 * shapes["k_proj"][0])
-    attention = qkv_and_result + 4 * config.num_attention_heads  # what its softmax divided by
-    if not run.lora:
-        norm = 4 * width + 2 * size * width  # fp32 copy, normalised, and times the weight
+    attention = qkv_and_result + 4 * config.num_attention_heads  # the softmax's log-sum-exp
+    lora = work.config.lora
+    if not lora:
+        norm = 4 * width + 2 * size * width  # fp32 copy, normalized, and times the weight
         joined = size * query  # documents' results as one row
         return 2 * norm + attention + joined + 4 * size * inner
-    # frozen: no weight but A and B asks for its input
-    if run.lora.dropout:  # each projection's own, and what was dropped
-        inputs = (size + 1) * sum(shapes[name][1] for name in run.lora.targets)
-    else:  # one for all that read it
-        read = [names[0] for names in SIDE_BY_SIDE if {*names} & {*run.lora.targets}]
+    # a frozen weight does not need its input: only A and B do
+    if lora.dropout:  # each projection's own input, and its mask
+        inputs = (size + 1) * sum(shapes[name][1] for name in lora.targets)
+    else:
+        read = [names[0] for names in SAME_INPUT if {*names} & {*lora.targets}]
         inputs = size * sum(shapes[name][1] for name in read)
-    adapter = inputs + size * run.lora.rank * len(run.lora.targets)
+    adapter = inputs + size * lora.rank * len(lora.targets)
     return 2 * 4 * width + attention + 3 * size * inner + adapter
 
 
-def kept(run: Run) -> float:
-    """Bytes of one row's activations at the end of the forward pass."""
-    config, size, width = run.config, run.compute.itemsize, run.config.hidden_size
-    block = size * width
-    if run.checkpointing == "none":
-        block = whole_block(run)
-    elif run.checkpointing == "selective":  # what matrices and attention make
-        shapes = projections(config)
+def activations(work: Workload) -> float:
+    """Bytes that autograd stores of one row, at the end of the forward pass."""
+    config, size, width, lora = work.model, work.itemsize, work.model.hidden_size, work.config.lora
+    block = size * width  # its input
+    if work.config.checkpointing == "none":
+        block = block_activations(work)
+    elif work.config.checkpointing == "selective":  # results of matrix products and attention
+        shapes = projection_shapes(config)
         results = sum(N for N, _ in shapes.values()) + shapes["q_proj"][0]
         block += size * results + 4 * config.num_attention_heads
-        if run.lora:  # and A and B
-            block += size * sum(run.lora.rank + shapes[name][0] for name in run.lora.targets)
-    last = 4 * width + 2 * size * width + 2 * size * width * run.supervised  # norm; head's rows
-    if run.lora:
-        last = 4 * width + size * width * run.supervised
-    return run.row_tokens * (config.num_hidden_layers * block + last)
+        if lora:
+            block += size * sum(lora.rank + shapes[name][0] for name in lora.targets)
+    last = 4 * width + 2 * size * width + 2 * size * width * work.supervised  # norm; head's input
+    if lora:
+        last = 4 * width + size * width * work.supervised
+    return work.row_tokens * (config.num_hidden_layers * block + last)
 
 
-def chunk_of_logits(run: Run) -> float:
-    """Bytes, of logits and their fp32 copy."""
-    rows = min(run.row_tokens * run.supervised, max(1, LOGITS_CHUNK // run.config.vocab_size))
-    return rows * run.config.vocab_size * (run.compute.itemsize + 4)
+def frozen_base(work: Workload) -> tuple[float, float]:
+    """Bytes of an adapter's base: those a rank always has, and those gathered for a block."""
+    config, size, bits = work.model, work.itemsize, work.config.bits
+    layers, root = config.num_hidden_layers, root_parameters(config)
+    matrices = matrix_parameters(config)
+    plain = block_parameters(config) - (matrices if bits < 16 else 0)  # not quantized
+    always = size * (layers * plain + root) / work.shards
+    sharded = work.shards > 1 or work.config.offload
+    gathered = size * (root + 2 * plain) if sharded else 0
+    if bits < 16:
+        always += layers * matrices * INTEGER_BYTES[bits]
+        largest = max(N * K for N, K in projection_shapes(config).values())
+        gathered += largest * DEQUANTIZED_BYTES[bits]
+    return always, gathered
 
 
-BYTES = {8: 1.0, 4: 0.625}  # of a rounded weight, see quantize.py
-DEQUANTIZED = {8: 8, 4: 12}  # of a weight on its way to fp32
-
-
-def frozen_base(run: Run) -> tuple[float, float]:
-    """Bytes of a base that is not learned: on a rank all the time, and to compute a block with."""
-    config, size, layers = run.config, run.compute.itemsize, run.config.num_hidden_layers
-    root, matrices = root_parameters(config), matrix_parameters(config)
-    plain = block_parameters(config) - (matrices if run.bits < 16 else 0)  # in what it computes in
-    held = size * (layers * plain + root) / run.shards
-    gathered = size * (root + 2 * plain) if run.shards > 1 or run.offload else 0
-    if run.bits < 16:
-        held += layers * matrices * BYTES[run.bits]
-        gathered += max(N * K for N, K in projections(config).values()) * DEQUANTIZED[run.bits]
-    return held, gathered
-
-
-def tides(run: Run) -> dict[str, dict[str, float]]:
-    """Bytes of a rank by what they are for, at each of the moments that could be the highest."""
-    config, size = run.config, run.compute.itemsize
-    if run.lora:
-        learned, (held, gathered) = adapter_parameters(config, run.lora), frozen_base(run)
-        block, table = learned / config.num_hidden_layers, 0  # the head has no gradient
-        passing = 3 * size * config.intermediate_size  # gradients of the MLP's, on their way
+def memory_by_phase(work: Workload) -> dict[str, dict[str, float]]:
+    """Bytes of a rank by category, in each phase of a step."""
+    config, size, lora = work.model, work.itemsize, work.config.lora
+    if lora:
+        trained, (base, gathered) = adapter_parameters(config, lora), frozen_base(work)
+        block, table = trained / config.num_hidden_layers, 0  # the head has no gradient
+        passing = 3 * size * config.intermediate_size  # gradients of the MLP's activations
     else:
-        learned, held, gathered = parameters(config), 0, size * root_parameters(config)
+        trained, base, gathered = model_parameters(config), 0, size * root_parameters(config)
         block, table = block_parameters(config), config.vocab_size * config.hidden_size
         passing = 0
-    shard = learned / run.shards
-    always = {"weights": held + 4 * shard, "optimizer": 8 * shard}
-    early = {**always, "gradients": 4 * shard * (run.rows > 1 or run.lora is not None)}
+    shard = trained / work.shards
+    in_chunk = min(work.row_tokens * work.supervised, max(1, LOGITS_CHUNK // config.vocab_size))
+    logits = in_chunk * config.vocab_size * (size + 4)  # and their fp32 copy
+    always = {"weights": base + 4 * shard, "moments": 8 * shard}
+    early = {**always, "gradients": 4 * shard * (work.rows > 1 or lora is not None)}
     gathered += size * 2 * block
-    moments = {
+    phases = {
         "forward": {
             **early,
-            "activations": kept(run),
+            "activations": activations(work),
             "gathered": gathered,
-            "loss": chunk_of_logits(run) + table * (4 + size),
+            "logits": logits + table * (4 + size),  # and the head's gradient
         }
     }
-    if run.checkpointing != "none":
-        moments["recompute"] = {
+    if work.config.checkpointing != "none":
+        phases["recompute"] = {
             **early,
-            "activations": kept(run) + run.row_tokens * (whole_block(run) + passing),
+            "activations": activations(work)
+            + work.row_tokens * (block_activations(work) + passing),
             "gathered": gathered + (size + 4) * block,
-            "loss": size * table,
+            "logits": size * table,
         }
-    if run.lora is None:  # an adapter's gradients are too few to make a moment of their own
+    if lora is None:  # an adapter's gradients are small
         whole = (2 * size + 4) * root_parameters(config)
-        moments["reduce"] = {**always, "gradients": 4 * shard, "gathered": whole}
-    return moments
+        phases["reduce"] = {**always, "gradients": 4 * shard, "gathered": whole}
+    return phases
 
 
-HOST = ("weights", "gradients", "optimizer")  # what --offload keeps in host memory
+def peak_categories(work: Workload) -> dict[str, float]:
+    """Bytes on a rank's device by category, in the phase that needs most."""
+    phases = [*memory_by_phase(work).values()]
+    if work.config.offload:  # weights, gradients and moments are in host memory
+        phases = [{k: v for k, v in p.items() if k not in IN_HOST_MEMORY} for p in phases]
+    return max(phases, key=lambda phase: sum(phase.values()))
 
 
-def peak(run: Run) -> float:
-    """Bytes of a rank's device at the highest moment."""
-    aside = HOST if run.offload else ()
-    return max(sum(n for k, n in parts.items() if k not in aside) for parts in tides(run).values())
+def peak_bytes(work: Workload) -> float:
+    """The most that a rank needs on its device."""
+    return sum(peak_categories(work).values())
 
 
-def remedies(run: Run, limit: float) -> list[str]:
-    """Changes after which it fits, the cheapest first."""
-    full, rows = replace(run, checkpointing="full"), run.row_tokens // 2
-    modes = ("selective", "full")
-    found = {f"--checkpointing {mode}": replace(run, checkpointing=mode) for mode in modes}
-    if run.lora and run.bits > 4:
-        found["--checkpointing full --bits 4"] = replace(full, bits=4)
-    found[f"--checkpointing full --row-tokens {rows}"] = replace(full, row_tokens=rows)
-    if run.bits == 16:
-        found["--checkpointing full --offload (slow)"] = replace(full, offload=True)
-    fitting = [change for change, changed in found.items() if peak(changed) <= limit]
-    for world in (2, 4, 8, 16, 32, 64, 128):
-        if world > run.world and peak(replace(full, world=world, replicas=1)) <= limit:
-            return [*fitting, f"--checkpointing full on {world} GPUs"]
-    return fitting
+def suggest(work: Workload, limit: float) -> str:
+    """The first of a few changes after which it fits."""
+    full = {"checkpointing": "full"}
+    changes = {"--checkpointing full": full}
+    if work.config.lora:
+        changes["--checkpointing full --bits 4"] = {**full, "bits": 4}
+    for gpus in (n for n in (2, 4, 8, 16, 32, 64, 128) if n > work.config.gpus):
+        changes[f"--checkpointing full on {gpus} GPUs"] = {**full, "gpus": gpus, "replicas": 1}
+    for text, change in changes.items():
+        if peak_bytes(replace(work, config=replace(work.config, **change))) <= limit:
+            return f"It would fit with {text}."
+    return "Choose a smaller model, a smaller --row-tokens, or GPUs with more memory."
 
 
-def planned(args: Namespace, job: Any) -> str:
-    """What the trainer's run would take on `--gpus` of the chip, by the rows it would have."""
-    if args.gpus % args.replicas:
-        raise UserError(f"--replicas {args.replicas} does not divide the {args.gpus} --gpus")
-    lengths, supervised = job.train.lengths, job.train.supervised
+def measure_workload(
+    config: TrainConfig, model: LlamaConfig, examples: Examples, steps: int
+) -> Workload:
+    """By the packed rows that the run would have."""
+    if config.gpus % config.replicas:
+        raise UserError(f"--replicas {config.replicas} does not divide the {config.gpus} --gpus")
+    lengths = examples.lengths
     longest = rows = tokens = 0
-    for step in range(job.steps):
-        which = step_examples(len(job.train), args.batch_size, args.epochs, args.seed, step)
-        ranks = pack_rows(lengths[which], args.gpus, args.row_tokens)
-        longest = max(longest, *(int(lengths[which[row]].sum()) for mine in ranks for row in mine))
-        rows, tokens = max(rows, len(ranks[0])), tokens + int(lengths[which].sum())
-    share = supervised.sum() / lengths.sum()
-    how = args.checkpointing, DTYPES[args.dtype], args.offload, rows, args.lora, args.bits or 16
-    run = Run(job.config, args.gpus, args.replicas, longest, share, *how)
-    chip = CHIPS.get(args.chip)
-    if chip is None and torch.cuda.is_available():
-        chip = find_chip(torch.cuda.get_device_name())
-    return report(run, tokens, job.steps, mean_length(lengths), chip)
+    for step in range(steps):
+        batch = step_examples(len(examples), config.batch_size, config.epochs, config.seed, step)
+        ranks = pack_rows(lengths[batch], config.gpus, config.row_tokens)
+        longest = max(longest, *(int(lengths[batch[row]].sum()) for own in ranks for row in own))
+        rows, tokens = max(rows, len(ranks[0])), tokens + int(lengths[batch].sum())
+    share = float(examples.supervised.sum() / lengths.sum())
+    return Workload(config, model, longest, share, rows, steps, tokens, mean_length(lengths))
 
 
-def report(run: Run, tokens: int, steps: int, length: float, chip: Chip | None) -> str:
+def report_plan(work: Workload) -> str:
     """What `--plan` prints."""
-    config, moments = run.config, tides(run)
-    names = [name for name, known in CHIPS.items() if known == chip]
-    limit, where = (chip.memory, names[0]) if chip else (memory_here(), "this machine")
-    dtype = str(run.compute).removeprefix("torch.")
-    copies = f" as {run.replicas} whole copies" if run.replicas > 1 else ""
-    what = f"{short_number(parameters(config))} parameters on {run.world} x {where}{copies}"
-    if run.lora:
-        learned = short_number(adapter_parameters(config, run.lora))
-        base = f"int{run.bits}" if run.bits < 16 else dtype
-        what = f"an adapter of {learned} parameters, beside {base} of {what}"
-    how = f"{dtype}, checkpointing {run.checkpointing}, rows of up to {run.row_tokens} tokens"
-    lines = [f"{what}, {how}", "", f"{'GiB a rank':<12}" + "".join(f"{m:>10}" for m in moments)]
-    for part in ("weights", "optimizer", "gradients", "gathered", "activations", "loss"):
-        row = "".join(f"{parts.get(part, 0) / GIB:10.2f}" for parts in moments.values())
-        host = "  in host memory" if run.offload and part in HOST else ""
-        lines.append(f"{part:<12}{row}{host}")
-    lines.append(f"at most {peak(run) / GIB:.1f} GiB of {limit / GIB:.0f} GiB")
-    lines += ["", f"{steps} steps of {tokens / steps:,.0f} tokens, {tokens / 1e6:.1f}M in all"]
-    flops = flops_per_token(config, length, run.supervised, run.lora) * tokens
+    config, model, (chip, memory) = work.config, work.model, find_device(work.config.chip)
+    trained = f"{short_number(model_parameters(model))} parameters"
+    if config.lora:
+        base = f"int{config.bits}" if config.bits < 16 else config.dtype
+        adapter = short_number(adapter_parameters(model, config.lora))
+        trained = f"an adapter of {adapter} parameters on {trained} in {base}"
+    lines = [
+        f"{trained}, {config.gpus} x {chip or 'this machine'}, checkpointing "
+        f"{config.checkpointing}, rows of up to {work.row_tokens} {config.dtype} tokens",
+        "",
+    ]
+    for name, size in {**peak_categories(work), "peak": peak_bytes(work)}.items():
+        lines.append(f"{name:<12}{size / GIB:8.2f} GiB a rank")
+    lines[-1] += f", of {memory / GIB:.0f} GiB"
+    if config.offload:
+        phases = memory_by_phase(work).values()
+        host = max(sum(phase.get(name, 0) for name in IN_HOST_MEMORY) for phase in phases)
+        lines.append(f"{'host memory':<12}{host / GIB:8.2f} GiB a rank")
+    lines += ["", f"{work.steps} steps of {work.tokens / work.steps:,.0f} tokens"]
     if chip:
-        time, speed = hours(flops, chip, run.world), run.world * chip.flops / 1e12
-        lines.append(
-            f"{flops:.2e} useful operations: {time:.2f} hours if {MFU:.0%} "
-            f"of the chips' {speed:,.0f} TFLOP/s is reached (an assumption)"
-        )
-    if peak(run) <= 0.95 * limit:
-        return "\n".join([*lines, "It fits."])
-    changes = remedies(run, 0.95 * limit)
-    told = "; or ".join(changes) if changes else "a smaller model, or chips with more memory"
-    return "\n".join([*lines, f"It does not fit. What would: {told}."])
-
-
-def memory_here() -> int:
-    if torch.cuda.is_available():  # a chip that is not in the table
-        return torch.cuda.get_device_properties(0).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        flops = flops_per_token(model, work.length, work.supervised, config.lora) * work.tokens
+        hours = flops / (config.gpus * CHIPS[chip].flops * ASSUMED_MFU) / 3600
+        lines[-1] += f", {flops:.2e} operations: {hours:.2f} hours at an MFU of {ASSUMED_MFU:.0%}"
+    fits = peak_bytes(work) <= USABLE * memory
+    return "\n".join(
+        [*lines, "It fits." if fits else f"It does not fit. {suggest(work, USABLE * memory)}"]
+    )

@@ -1,35 +1,33 @@
-"""What stands beside a trained model: data/MODEL_CARD.md, filled in.
+"""The card of a trained model: data/MODEL_CARD.md, filled in for the run.
 
-A model travels without the folder it was trained in. Its card answers, for every run alike, what it
-was made of (files by their SHA-256, so that anyone can tell whether theirs are the same), how, what
-came of it, and what it should not be used for. The trainer writes it as README.md, which is where
-Hugging Face looks for it.
+A model travels without the folder it was trained in. Its card says what it was made of (files by
+SHA-256, so that anyone can compare theirs), how it was trained, how well it does, and what it
+should not be used for. It is written as README.md, where Hugging Face looks for it.
 
 Model cards: arXiv:1810.03993; datasheets: 1803.09010.
-
-Shown by tests/test_modelcard.py: test_the_trainer_writes_it_beside_the_weights.
 """
 
 import hashlib
 import platform
 import subprocess
 import time
-from argparse import Namespace
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from alpaca import CHECKOUT
-from alpaca.common.files import json_records
+from alpaca.common.errors import UserError
+from alpaca.common.files import atomic_file, json_records
 from alpaca.datagen.formats import parse_weight
-from alpaca.training import memory_plan
+from alpaca.training.config import TrainConfig
+from alpaca.training.throughput import adapter_parameters, model_parameters
 from dataset import Examples, format_prompt
 from model import LlamaConfig
 
-HERE = CHECKOUT  # whose commit the card names
-TEMPLATE = HERE / "data" / "MODEL_CARD.md"
+TEMPLATE = CHECKOUT / "data/MODEL_CARD.md"
 
 
 def sha256(file: Path) -> str:
@@ -37,75 +35,81 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def code() -> str:
-    """Which state of this project is running."""
+def describe_code(checkout: Path = CHECKOUT) -> str:
+    """The commit of this project that is running."""
 
     def git(*words: str) -> str:
-        asked = {"cwd": HERE, "capture_output": True, "text": True, "check": False}
-        return subprocess.run(["git", *words], **asked).stdout.strip()
+        options = {"cwd": checkout, "capture_output": True, "text": True, "check": False}
+        return subprocess.run(["git", *words], **options).stdout.strip()
 
     try:
-        top = git("rev-parse", "--show-toplevel")  # might be another project's, around a copy
-        commit = git("rev-parse", "-q", "--verify", "HEAD")  # nothing before the first commit
+        top = git("rev-parse", "--show-toplevel")  # of another project, if this is a copy inside it
+        commit = git("rev-parse", "-q", "--verify", "HEAD")  # empty before the first commit
         changed = git("status", "--porcelain", "-uno")
-    except OSError:
+    except OSError:  # no git here
         top = commit = ""
-    if not commit or Path(top) != HERE.resolve():
-        return "of a copy without its history"
-    return f"commit {commit}{', with changes that are in no commit' if changed else ''}"
+    if not commit or Path(top) != checkout.resolve():
+        return "a copy without version history"
+    return f"commit {commit}{' with uncommitted changes' if changed else ''}"
 
 
-def weights(folder: Path) -> str:
-    found = [file for kind in ("safetensors", "bin", "pth") for file in folder.glob(f"*.{kind}")]
-    return "\n".join(f"- `{file.name}`, SHA-256 `{sha256(file)}`" for file in sorted(found))
+def describe_weights(folder: Path) -> str:
+    files = [file for kind in ("safetensors", "bin", "pth") for file in folder.glob(f"*.{kind}")]
+    return "\n".join(f"- `{file.name}`, SHA-256 `{sha256(file)}`" for file in sorted(files))
 
 
-def dataset(spec: str) -> str:
-    """How much is in it, and who wrote that, by what the records say of themselves. The model is
-    trained by now: what has become of a file since is told, not an error."""
+def describe_data(spec: str) -> str:
+    """How many records a file has, and who wrote them according to their `provenance`. Hours of
+    training are over: a file that has changed since is not an error any more."""
     file, weight = parse_weight(spec)
     try:
         records = [record for _, record in json_records(file)]
-    except (OSError, ValueError):
-        return f"`{file.name}`: it could be read when training began, and no longer afterwards"
+    except (OSError, UserError):
+        return f"`{file.name}`: not readable any more when this card was written"
     sources = [record.get("provenance") for record in records if isinstance(record, dict)]
-    named = Counter(source.get("teacher") for source in sources if isinstance(source, dict))
-    told = ", ".join(f"{count:,} by {teacher}" for teacher, count in named.most_common())
-    told = told or "they do not say who wrote them"
-    taken = "" if weight == 1 else f", taken {weight:g} times"
-    return f"`{file.name}`: {len(records):,} records{taken}, {told}; SHA-256 `{sha256(file)}`"
+    teachers = Counter(source.get("teacher") for source in sources if isinstance(source, dict))
+    authors = ", ".join(f"{count:,} by {teacher}" for teacher, count in teachers.most_common())
+    authors = authors or "of unknown authors"
+    times = "" if weight == 1 else f", taken {weight:g} times"
+    return f"`{file.name}`: {len(records):,} records{times}, {authors}; SHA-256 `{sha256(file)}`"
 
 
-def model_card(
-    args: Namespace, config: LlamaConfig, train: Examples, recipe: dict, results: str
+def fill_in_card(
+    config: TrainConfig, model: LlamaConfig, train: Examples, recipe: dict[str, Any], results: str
 ) -> str:
-    """The card of a run: the trainer's flags, what it learned from, and what came of it."""
-    gpu = torch.cuda.is_available()
-    whole = learned = memory_plan.parameters(config)
-    if args.lora:
-        learned = memory_plan.adapter_parameters(config, args.lora)
-    above = ("model_dir", "preset", "data")  # in the card's first part
-    told = {k: v for k, v in recipe.items() if k not in above and v is not None}
+    total = trained = model_parameters(model)
+    if config.lora:
+        trained = adapter_parameters(model, config.lora)
+    cuda = torch.cuda.is_available()
+    above = ("model_dir", "preset", "data")  # the card's first part describes them
+    rows = [(k, v) for k, v in recipe.items() if k not in above and v is not None]
+    base, files = "none: training started from random weights", ""
+    if config.model_dir:
+        base, files = f"`{config.model_dir.name}`", describe_weights(config.model_dir)
     facts = {
-        "name": args.out.name,
+        "name": config.out.name,
         "date": time.strftime("%Y-%m-%d"),
-        "code": code(),
+        "code": describe_code(),
         "versions": f"torch {version('torch')}, Python {platform.python_version()}",
-        "base": f"`{args.model_dir.name}`"
-        if args.model_dir
-        else "none; it began with random weights",
-        "base_files": weights(args.model_dir) if args.model_dir else "",
-        "data_files": "\n".join(f"- {dataset(spec)}" for spec in args.data),
-        "held_out_file": dataset(str(args.eval_data)) if args.eval_data else "none",
-        "how": "--model-dir BASE --adapter FOLDER" if args.lora else "--model-dir FOLDER",
-        "device": torch.cuda.get_device_name() if gpu else f"CPU, {platform.machine()}",
-        "recipe": "\n".join(f"| {field} | {value} |" for field, value in told.items()),
+        "base": base,
+        "base_files": files,
+        "data_files": "\n".join(f"- {describe_data(spec)}" for spec in config.data),
+        "held_out_file": describe_data(str(config.eval_data)) if config.eval_data else "none",
+        "flags": "--model-dir BASE --adapter FOLDER" if config.lora else "--model-dir FOLDER",
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {platform.machine()}",
+        "recipe": "\n".join(f"| {name} | {value} |" for name, value in rows),
         "results": results,
         "prompt": format_prompt("(the instruction)"),
-        "parameters": f"{whole:,}",
-        "learned": f"{learned:,}",
-        "positions": f"{config.max_position_embeddings:,}",
+        "parameters": f"{total:,}",
+        "trained": f"{trained:,}",
+        "positions": f"{model.max_position_embeddings:,}",
         "examples": f"{len(train):,}",
         "supervised": f"{train.supervised.sum():,}",
     }
     return TEMPLATE.read_text(encoding="utf-8").format_map(facts)
+
+
+def write_card(config: TrainConfig, *facts: Any) -> None:
+    """Beside the trained weights; hashing the base takes a while, so no rank should wait for it."""
+    with atomic_file(config.result / "README.md", "w") as file:
+        file.write(fill_in_card(config, *facts))

@@ -1,12 +1,10 @@
-"""The folder of a training run: what it was started with, how it goes, whose turn it is.
+"""The folder of a training run: its settings, its log, and a lock.
 
-    settings.json    what decides the outcome: the same command goes on, another is refused
+    settings.json    what decides the outcome: a run resumes with equal settings only
     metrics.jsonl    every step once, however often the run was interrupted
-    loss.svg         the picture of it
+    loss.svg         the losses, plotted
 
-A lock on the folder keeps a second process out; it dies with the process that holds it.
-
-Shown by tests/test_train.py: test_a_run_is_not_mixed_with_another.
+The lock keeps a second process out; it ends with the process that holds it.
 """
 
 import json
@@ -22,41 +20,42 @@ from alpaca.common.errors import UserError
 from alpaca.common.files import append_jsonl, atomic_file, claim_run_folder, read_jsonl
 from alpaca.common.progress import Progress, duration
 
-LINE = "loss {loss:.3f}  lr {lr:.2e}  norm {grad_norm:.2f}  {tokens_per_s:,.0f} tokens/s"
-LATELY = 20  # steps that the line's tokens/s and MFU are the mean of
+STEP_FORMAT = "loss {loss:.3f}  lr {lr:.2e}  grad norm {grad_norm:.2f}  {tokens_per_s:,.0f} tok/s"
+RECENT = 20  # steps that the progress line averages tok/s and MFU over
 
 
-def seconds(step: dict[str, Any]) -> float:
-    """How long a step took."""
+def step_seconds(step: dict[str, Any]) -> float:
     return step["tokens"] / max(1, step["tokens_per_s"])
 
 
-class RunFolder:
-    """Opened by the first rank; on the others (`quiet`) nothing is read, written or shown."""
+class RunDir:
+    """Opened by rank 0; on other ranks (`quiet`) it neither reads, writes nor prints."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], resume: bool, quiet: bool):
         self.folder, self.quiet = folder, quiet
         self.metrics, self.chart = folder / "metrics.jsonl", folder / "loss.svg"
         self.records: list[dict[str, Any]] = []
+        self.lock: int | None = None
         if quiet:
             return
         if resume and not (folder / "settings.json").exists():
             raise UserError(f"--resume: there is no run in {folder}")
         self.lock = claim_run_folder(folder, settings, "training")
-        for leftover in folder.glob("*.json*.partial"):  # of a kill while a file was written
+        for leftover in folder.glob("*.json*.partial"):  # of a kill during a write
             leftover.unlink()
 
     def finished(self) -> bool:
-        if not (self.folder / "settings.json").exists():  # which the first rank wrote
+        if not (self.folder / "settings.json").exists():  # which rank 0 wrote
             raise UserError(f"--out {self.folder} must be one folder that all machines see")
         return any((self.folder / name).exists() for name in ("model", "adapter"))
 
     def close(self) -> None:
-        if not self.quiet:
+        if self.lock is not None:
             os.close(self.lock)
+            self.lock = None
 
-    def begin(self, done: int, steps: int) -> None:
-        """Go on after `done` steps: what was logged of later ones will come again."""
+    def start_log(self, done: int, steps: int) -> None:
+        """Continue the log after `done` steps; drop later ones, which will run again."""
         if self.quiet:
             return
         self.records = []
@@ -69,44 +68,46 @@ class RunFolder:
             file.writelines(json.dumps(record) + "\n" for record in self.records)
         self.progress = Progress(steps, "steps", done=done)
 
-    def add(self, record: dict[str, Any]) -> None:
+    def log(self, record: dict[str, Any]) -> None:
         if not self.quiet:
             self.records.append(record)
             append_jsonl(self.metrics, record)
 
-    def step(self, record: dict[str, Any]) -> None:
+    def log_step(self, record: dict[str, Any]) -> None:
+        """Log a step and print the progress line."""
         if self.quiet:
             return
-        self.add(record)
-        recent = [r for r in self.records[-LATELY:] if "loss" in r]
+        self.log(record)
+        recent = [r for r in self.records[-RECENT:] if "loss" in r]
         for figure in ("tokens_per_s", "mfu"):
             if figure in record:
-                mean = np.average([r[figure] for r in recent], weights=[*map(seconds, recent)])
+                mean = np.average([r[figure] for r in recent], weights=[*map(step_seconds, recent)])
                 record = {**record, figure: mean}
         mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
-        memory = f"  {record['memory_GB'] * 1e9 / 2**30:.1f} GiB"
-        self.progress.step(extra=LINE.format_map(record) + mfu + memory)
+        line = STEP_FORMAT.format_map(record) + mfu
+        self.progress.step(extra=f"{line}  peak memory {record['memory_GiB']:.1f} GiB")
 
-    def points(self, figure: str) -> list[tuple[int, float]]:
+    def series(self, figure: str) -> list[tuple[int, float]]:
         return [(r["step"], r[figure]) for r in self.records if figure in r]
 
     def summary(self) -> str:
-        """What came of it and what was spent, in a line."""
+        """The run in one line."""
         steps = [record for record in self.records if "loss" in record]
         if not steps:
-            return "its log was lost"
-        tokens, took = sum(record["tokens"] for record in steps), sum(map(seconds, steps))
-        held_out = [loss for _, loss in self.points("held_out_loss")]
+            return "the log of this run is lost"
+        tokens, seconds = sum(r["tokens"] for r in steps), sum(map(step_seconds, steps))
+        held_out = [loss for _, loss in self.series("held_out_loss")]
         return (
-            f"{len(steps)} steps of {tokens:,} tokens in {duration(took)}; "
+            f"{len(steps)} steps of {tokens:,} tokens in {duration(seconds)}; "
             f"training loss {steps[0]['loss']:.3f} → {steps[-1]['loss']:.3f}"
             + (f"; held out {held_out[0]:.3f} → {held_out[-1]:.3f}" if held_out else "")
         )
 
-    def end(self) -> None:
+    def end_log(self) -> None:
+        """Print the last progress line and plot the losses."""
         if not self.quiet:
             self.progress.close()
-            lines = {"training": self.points("loss"), "held out": self.points("held_out_loss")}
+            lines = {"training": self.series("loss"), "held out": self.series("held_out_loss")}
             chart = charts.line_chart("Loss", "step", {k: v for k, v in lines.items() if v})
             with atomic_file(self.chart, "w") as file:
                 file.write(chart)

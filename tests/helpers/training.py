@@ -1,44 +1,72 @@
-"""fsdp_train.py in processes of its own, and what it leaves behind."""
+"""fsdp_train.py in this process or in others, and what it leaves in its folder."""
 
+import io
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from unittest import mock
 
+import pytest
+import torch
+
+import fsdp_train
+from alpaca.common.errors import run_command
+from alpaca.training.run_dir import RunDir
+from alpaca.weights.checkpoint import read_tensors
+from alpaca.weights.writer import save_model
 from helpers.commands import ROOT
+from helpers.models import small_config
+from model import Llama
 
-LINE = "the red fox and a small dog went home over the old bridge in the evening rain"
-WORDS = LINE.split()
+TOKENIZER = ROOT / "data/tokenizer.model"
+WORDS = "the red fox and a small dog went home over the old bridge in the evening rain".split()  # noqa: SIM905
 EXACT = ("step", "loss", "lr", "grad_norm", "tokens", "held_out_loss")
+LONG = {"epochs": 12, "save_every": 3}  # 30 steps
 
 
 def write_records(path, count: int, seed: int = 0):
     """Ragged examples: from a word to a few dozen."""
-    draw = random.Random(seed)
+    rng = random.Random(seed)
 
     def words(most: int) -> str:
-        return " ".join(draw.choices(WORDS, k=draw.randint(1, most)))
+        return " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
 
     records = [
-        {"instruction": words(8), "input": draw.choice(["", words(20)]), "output": words(40)}
+        {"instruction": words(8), "input": rng.choice(["", words(20)]), "output": words(40)}
         for _ in range(count)
     ]
     path.write_text(json.dumps(records))
     return path
 
 
+def write_base(folder):
+    """A small random model with a tokenizer, and 40 records."""
+    torch.manual_seed(0)
+    model = Llama(small_config(vocab_size=1024, max_position_embeddings=256, num_hidden_layers=3))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.uniform_(0.5, 1.5)
+    save_model(model, model.config, folder / "model", tokenizer=TOKENIZER)
+    write_records(folder / "records.json", 40)
+    return folder
+
+
 def flags(base, out, **changes) -> list[str]:
     """A run of 5 steps of 16 in fp32; `flag=None` leaves a flag out, True sets it bare."""
-    chosen = {
+    values = {
         "model_dir": base / "model",
         "data": base / "records.json",
         "out": out,
         "device": "cpu",
         "epochs": 2,
         "batch_size": 16,
-        "lr": 1e-3,
+        "learning_rate": 1e-3,
         "max_length": 128,
         "row_tokens": 4096,
         "checkpointing": "none",
@@ -47,39 +75,117 @@ def flags(base, out, **changes) -> list[str]:
         "save_every": 0,
     }
     words = []
-    for name, value in {**chosen, **changes}.items():
+    for name, value in {**values, **changes}.items():
         flag = "--" + name.replace("_", "-")
         words += [] if value is None else [flag] if value is True else [flag, str(value)]
     return words
 
 
-def environment(threads: int = 1) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+def train(words: list[str]) -> tuple[int, str, str]:
+    """The command in this process, as one rank: (exit code, stdout, stderr)."""
+    code, out, err, opened = 0, io.StringIO(), io.StringIO(), []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+
+    def open_run(*args):
+        opened.append(RunDir(*args))
+        return opened[-1]
+
+    torch.set_num_threads(1)  # as `launch` has it
+    try:
+        with (
+            mock.patch.object(sys, "argv", ["fsdp_train.py", *map(str, words)]),
+            mock.patch.object(fsdp_train, "keep_freed_memory"),
+            mock.patch.object(fsdp_train, "RunDir", open_run),
+            redirect_stdout(out),
+            redirect_stderr(err),
+        ):
+            run_command(fsdp_train.main)
+    except SystemExit as exit_:
+        code = exit_.code
+    finally:
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        for run in opened:
+            run.close()
+    return code, out.getvalue(), err.getvalue()
 
 
-def launch(words: list[str], ranks: int = 1, **how) -> subprocess.Popen:
-    """The command as people type it; `ranks` > 1 goes through torchrun."""
+def launch(words: list[str], ranks: int = 1, torchrun=("--standalone",), **options):
+    """The command in processes of its own; more than one rank goes through torchrun."""
     start = [sys.executable, ROOT / "fsdp_train.py"]
-    if ranks > 1:
-        run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    if ranks > 1 or "--nnodes" in torchrun:
+        run = [sys.executable, "-m", "torch.distributed.run", *torchrun]
         start = [*run, "--nproc-per-node", str(ranks), ROOT / "fsdp_train.py"]
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment(), **how}
-    return subprocess.Popen([*start, *words], cwd=ROOT, text=True, start_new_session=True, **how)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment}
+    return subprocess.Popen(
+        [*start, *words], cwd=ROOT, text=True, start_new_session=True, **options
+    )
 
 
 def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str, str]:
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill(process)
         raise
     return process.returncode, out, err
+
+
+def succeeded(result: tuple[int, str, str]) -> tuple[int, str, str]:
+    assert result[0] == 0, result[2]
+    return result
+
+
+def wait_for(condition, process, seconds: float = 60) -> bool:
+    """True when the condition holds, False when the process ended before it did."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        if process.poll() is not None:
+            return False
+        time.sleep(0.002)
+    raise AssertionError("the condition does not hold and the process has not ended")
+
+
+def kill(process) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 def metrics(out) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def logged_steps(out) -> int:
+    file = out / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
 def figures(out) -> list[dict]:
     """What does not depend on how fast the machine was."""
     return [{k: r[k] for k in EXACT if k in r} for r in metrics(out)]
+
+
+def assert_same_run(out, other, loss=1e-6, norm=1e-6, weight=1e-5) -> None:
+    """Equal but for rounding."""
+    ours, theirs = figures(out), figures(other)
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=loss), a["step"]
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=norm), a["step"]
+    theirs = dict(read_tensors(other / "model"))
+    for name, tensor in read_tensors(out / "model"):
+        distance = (tensor - theirs[name]).norm() / theirs[name].norm()
+        assert distance <= weight, (name, distance.item())
+
+
+def assert_identical(out, other) -> None:
+    assert figures(out) == figures(other)
+    ours, theirs = ((run / "model/model.safetensors").read_bytes() for run in (out, other))
+    assert ours == theirs

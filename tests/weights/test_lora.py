@@ -21,7 +21,7 @@ from alpaca.datagen.formats import load_records
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
 from alpaca.training import parallel
-from alpaca.training.run_dir import RunFolder
+from alpaca.training.run_dir import RunDir
 from alpaca.weights import lora
 from alpaca.weights.adapter import load_adapter, read_adapter, read_lora_config, save_adapter
 from alpaca.weights.checkpoint import parameter_shapes, read_tensors
@@ -619,7 +619,8 @@ def test_a_file_of_answers_is_not_gone_on_with_by_another_adapter(base, adapter,
 
 def lora_flags(base, out, **changes) -> list[str]:
     """test_train's run of 5 steps, of an adapter."""
-    chosen = {"lora": True, "lora_dropout": 0.05, "lora_rank": 4, "lr": 1e-2, "save_dtype": None}
+    chosen = {"lora": True, "lora_dropout": 0.05, "lora_rank": 4, "save_dtype": None}
+    chosen["learning_rate"] = 1e-2
     return flags(base, out, **{**chosen, **changes})
 
 
@@ -676,8 +677,8 @@ def test_only_the_adapter_changes(base, here, tmp_path, monkeypatch, number):
             seen[name] = own.clone()
         return export(model, *given)
 
-    export = fsdp_train.export
-    monkeypatch.setattr(fsdp_train, "export", watched)
+    export = fsdp_train.save_result
+    monkeypatch.setattr(fsdp_train, "save_result", watched)
     train(here, lora_flags(base, tmp_path / "run", bits=number))
     ours = learned_in(tmp_path / "run")
     assert len(ours) == 2 * 2 * 4 and len(seen) >= 2 * 9 + 3 + len(ours)
@@ -759,7 +760,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(base, here, tmp_path
     step, done, opened = fsdp_train.train_step, [], []
 
     def open_run(*given):
-        opened.append(RunFolder(*given))
+        opened.append(RunDir(*given))
         return opened[-1]
 
     def interrupted(*given):
@@ -767,7 +768,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(base, here, tmp_path
         given[-1].number = signal.SIGTERM if len(done) == 4 else 0
         return step(*given)
 
-    monkeypatch.setattr(fsdp_train, "RunFolder", open_run)
+    monkeypatch.setattr(fsdp_train, "RunDir", open_run)
     for out in ("run", "other"):
         done.clear()
         monkeypatch.setattr(fsdp_train, "train_step", interrupted)
@@ -873,7 +874,7 @@ def test_a_rounded_folder_is_a_base_too(base, here, tmp_path):
     other = lora_flags(base, tmp_path / "no run", model_dir=tmp_path / "int4", bits=8)
     assert_refused(here(other), "quantized already")
     moved = lora_flags(base, tmp_path / "no run", model_dir=tmp_path / "int4", offload=True)
-    assert_refused(here(moved), "--offload cannot move rounded weights")
+    assert_refused(here(moved), "--offload cannot move quantized weights")
 
 
 def test_the_held_out_loss_is_that_of_the_adapter_without_dropout(base, here, tmp_path):
@@ -903,12 +904,13 @@ def test_an_adapter_learns_by_heart_and_answers(base, here, command, tmp_path):
     record = {"instruction": "Name the fox's colour.", "output": "the old red fox"}
     (tmp_path / "one.jsonl").write_text(json.dumps(record) + "\n")
     out = tmp_path / "run"
-    changes = {"data": tmp_path / "one.jsonl", "eval_data": tmp_path / "one.jsonl", "answers": 5}
-    changes |= {"batch_size": 4, "epochs": 160, "lr": 3e-2, "bits": 8, "lora_targets": None}
+    changes = {"data": tmp_path / "one.jsonl", "eval_data": tmp_path / "one.jsonl", "bits": 8}
+    changes |= {"batch_size": 4, "epochs": 160, "learning_rate": 3e-2, "sample_answers": 5}
+    changes["lora_targets"] = None
     words = lora_flags(base, out, **changes)
     shown = train(here, words)
     assert "as expected: 1 of 1" in shown and "→ the old red fox" in shown
-    assert f"{out / 'adapter'} is the adapter" in shown
+    assert f"wrote {out / 'adapter'}" in shown
     ask = "--model-dir", base / "model", "--adapter", out / "adapter", record["instruction"]
     assert command("generate", *ask)[1].strip() == "the old red fox"
     code, again, err = here(words)
@@ -942,7 +944,7 @@ def test_a_run_of_another_adapter_or_of_the_whole_model_is_not_gone_on_with(base
     train(here, lora_flags(base, tmp_path / "run"))
     assert_refused(here(lora_flags(base, tmp_path / "run", lora_rank=5)), "another run", "rank=4")
     assert_refused(here(lora_flags(base, tmp_path / "run", bits=8)), "another run", "16 bits")
-    words = flags(base, tmp_path / "run", lr=1e-2)
+    words = flags(base, tmp_path / "run", learning_rate=1e-2)
     assert_refused(here(words), "another run", "now it is None")
 
 

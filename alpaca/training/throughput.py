@@ -1,0 +1,156 @@
+"""How fast training goes: operations a token, the peaks of GPUs, and the share of a peak reached.
+
+A weight costs a multiplication and an addition in the forward pass, twice that in the backward
+pass: six operations a weight and token. The model FLOPs utilization (MFU) is the useful operations
+of a step divided by what the GPUs could have computed in its time. What activation checkpointing
+computes again is work, but not useful work.
+
+Kaplan et al. arXiv:2001.08361; MFU: PaLM, 2204.02311.
+"""
+
+import os
+import resource
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from alpaca.weights.lora import LoraConfig
+from model import LlamaConfig
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    flops: float  # a second: bf16 with fp32 accumulation, dense
+    memory: float  # bytes
+
+
+CHIPS = {
+    "A100 40GB": Chip(312e12, 40 * GIB),
+    "A100 80GB": Chip(312e12, 80 * GIB),
+    "H100 PCIe": Chip(756e12, 80 * GIB),
+    "H100": Chip(989e12, 80 * GIB),
+    "H200": Chip(989e12, 140 * GIB),
+    "B200": Chip(2250e12, 180 * GIB),
+    "L40S": Chip(362e12, 48 * GIB),
+    "A10": Chip(125e12, 24 * GIB),
+    "RTX 4090": Chip(165e12, 24 * GIB),
+    "RTX 3090": Chip(71e12, 24 * GIB),
+    "RTX 4070": Chip(58e12, 12 * GIB),
+}
+
+
+def find_chip(device_name: str) -> str | None:
+    """The entry of CHIPS for torch.cuda.get_device_name(), such as "NVIDIA A100-SXM4-80GB"."""
+    words = device_name.replace("-", " ").split()
+    matches = [name for name in CHIPS if all(word in words for word in name.split())]
+    return max(matches, key=len) if matches else None
+
+
+def find_device(chip: str | None) -> tuple[str | None, int]:
+    """The name, if it is in the table, and the memory of a chip, or else of this machine."""
+    if chip is None and torch.cuda.is_available():
+        chip = find_chip(torch.cuda.get_device_name())
+        if chip is None:
+            return None, torch.cuda.get_device_properties(0).total_memory
+    if chip:
+        return chip, CHIPS[chip].memory
+    return None, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# ---------------------------------------------------------------- parameters and operations
+
+
+def projection_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """The shapes (N, K) of a block's matrices."""
+    width, inner = config.hidden_size, config.intermediate_size
+    query = config.num_attention_heads * config.head_dim
+    key = config.num_key_value_heads * config.head_dim
+    attention = {"q_proj": (query, width), "k_proj": (key, width), "v_proj": (key, width)}
+    mlp = {"gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner)}
+    return {**attention, "o_proj": (width, query), **mlp}
+
+
+def matrix_parameters(config: LlamaConfig) -> int:
+    """Of one block."""
+    return sum(N * K for N, K in projection_shapes(config).values())
+
+
+def block_parameters(config: LlamaConfig) -> int:
+    return matrix_parameters(config) + 2 * config.hidden_size  # two norms
+
+
+def root_parameters(config: LlamaConfig) -> int:
+    """Outside the blocks: embedding, last norm, head."""
+    tables = 1 if config.tie_word_embeddings else 2
+    return tables * config.vocab_size * config.hidden_size + config.hidden_size
+
+
+def model_parameters(config: LlamaConfig) -> int:
+    return config.num_hidden_layers * block_parameters(config) + root_parameters(config)
+
+
+def adapter_parameters(config: LlamaConfig, lora: LoraConfig) -> int:
+    shapes = projection_shapes(config)
+    return config.num_hidden_layers * sum(lora.rank * sum(shapes[name]) for name in lora.targets)
+
+
+def flops_per_token(
+    config: LlamaConfig, length: float, supervised: float = 1.0, lora: LoraConfig | None = None
+) -> float:
+    """Useful operations a token, forward and backward, in documents of that mean length.
+
+    A token attends to half its document on average. Only supervised tokens reach the head; the
+    embedding is a look-up. A frozen weight has no gradient, which saves two of six operations."""
+    layers, width = config.num_hidden_layers, config.num_attention_heads * config.head_dim
+    body = layers * matrix_parameters(config)
+    head = config.vocab_size * config.hidden_size * supervised
+    attention = layers * 2 * width * length / 2
+    if lora is None:
+        return 6 * (body + head + attention)
+    return 4 * (body + head) + 6 * (adapter_parameters(config, lora) + attention)
+
+
+def mean_length(lengths: np.ndarray) -> float:
+    """The mean over tokens of the length of their document: long documents hold more tokens."""
+    return float((lengths.astype(float) ** 2).sum() / lengths.sum())
+
+
+# ---------------------------------------------------------------- a run's figures
+
+
+class Throughput:
+    """Measures each step from the end of the one before."""
+
+    def __init__(self, config: LlamaConfig, lora: LoraConfig | None, device: torch.device):
+        self.config, self.lora, self.device = config, lora, device
+        name = find_chip(torch.cuda.get_device_name()) if device.type == "cuda" else None
+        self.peak_flops = CHIPS[name].flops * dist.get_world_size() if name else None
+        self.last = time.perf_counter()
+
+    def step(self, lengths: np.ndarray, supervised: int) -> dict[str, float]:
+        """The figures of a step, over all ranks, by the lengths of its examples."""
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        tokens = int(lengths.sum())
+        figures = {
+            "tokens": tokens,
+            "tokens_per_s": round(tokens / seconds),
+            "supervised_per_s": round(supervised / seconds),
+            "memory_GiB": peak_memory(self.device) / GIB,
+        }
+        if self.peak_flops:
+            share = supervised / tokens
+            flops = flops_per_token(self.config, mean_length(lengths), share, self.lora) * tokens
+            figures["mfu"] = flops / seconds / self.peak_flops
+        return figures
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held: on its GPU, or else in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,292 @@
+"""The trainer in processes of its own: several ranks, kills, signals, a full disk."""
+
+import os
+import random
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers.commands import ROOT, assert_refused
+from helpers.models import small_config
+from helpers.training import (
+    LONG,
+    TOKENIZER,
+    assert_identical,
+    assert_same_run,
+    finish,
+    flags,
+    kill,
+    launch,
+    logged_steps,
+    succeeded,
+    train,
+    wait_for,
+    write_base,
+)
+
+from alpaca.weights.checkpoint import read_tensors
+from alpaca.weights.writer import save_model
+from model import Llama
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def reference(base, tmp_path_factory):
+    out = tmp_path_factory.mktemp("reference") / "run"
+    succeeded(train(flags(base, out)))
+    return out
+
+
+@pytest.fixture(scope="module")
+def long_reference(base, tmp_path_factory):
+    out = tmp_path_factory.mktemp("long") / "run"
+    succeeded(train(flags(base, out, **LONG)))
+    return out
+
+
+def snapshots(out) -> list:
+    return list(out.glob("checkpoints/step-??????"))
+
+
+# ---------------------------------------------------------------- several ranks
+
+
+@pytest.mark.parametrize(
+    ("ranks", "replicas"),
+    [
+        (2, 2),
+        pytest.param(3, 1, marks=pytest.mark.slow, id="uneven shards"),
+        pytest.param(8, 1, marks=pytest.mark.slow),
+        pytest.param(4, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_more_ranks_equal_one(base, reference, tmp_path, ranks, replicas):
+    words = flags(base, tmp_path / "run", replicas=replicas, checkpointing="full")
+    succeeded(finish(launch(words, ranks)))
+    assert_same_run(tmp_path / "run", reference)
+
+
+def test_tied_weights_do_not_depend_on_the_ranks(base, tmp_path):
+    torch.manual_seed(1)
+    tied = Llama(
+        small_config(vocab_size=1024, max_position_embeddings=256, tie_word_embeddings=True)
+    )
+    save_model(tied, tied.config, tmp_path / "tied", tokenizer=TOKENIZER)
+    succeeded(train(flags(base, tmp_path / "one", model_dir=tmp_path / "tied")))
+    succeeded(finish(launch(flags(base, tmp_path / "two", model_dir=tmp_path / "tied"), ranks=2)))
+    # Norms of tensors this large are summed in fp32, in another order when they are divided.
+    assert_same_run(tmp_path / "two", tmp_path / "one", norm=5e-6)
+    assert "lm_head.weight" not in dict(read_tensors(tmp_path / "two" / "model"))
+
+
+def test_random_weights_and_a_rank_without_examples(base, tmp_path):
+    """In a batch of one example on two ranks, one rank has nothing to compute."""
+    fresh = {"model_dir": None, "preset": "tiny", "tokenizer": TOKENIZER}
+    fresh |= {"batch_size": 1, "max_steps": 3}
+    succeeded(train(flags(base, tmp_path / "one", **fresh)))
+    succeeded(finish(launch(flags(base, tmp_path / "two", **fresh), ranks=2)))
+    assert_same_run(tmp_path / "two", tmp_path / "one", norm=5e-6)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_equal_plain_ones(base, reference, tmp_path):
+    succeeded(train(flags(base, tmp_path / "run", compile=True)))
+    assert_same_run(tmp_path / "run", reference, loss=1e-5, norm=1e-4, weight=1e-4)
+
+
+@pytest.mark.slow
+def test_two_machines_equal_one(base, reference, tmp_path):
+    """Two torchrun agents that meet over the network, here the loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = ("--master-addr", "127.0.0.1", "--master-port", str(free.getsockname()[1]))
+    words = flags(base, tmp_path / "run")
+    nodes = [("--nnodes", "2", "--node-rank", str(node), *where) for node in range(2)]
+    for agent in [launch(words, torchrun=node) for node in nodes]:
+        succeeded(finish(agent))
+    assert_same_run(tmp_path / "run", reference)
+
+
+def test_user_error_under_torchrun_is_printed_once(base, tmp_path):
+    (tmp_path / "bad.json").write_text('[{"instruction": "Do", "output": 5}]')
+    words = flags(base, tmp_path / "run", data=tmp_path / "bad.json")
+    code, _, err = finish(launch(words, ranks=2), timeout=60)
+    assert code == 1 and err.count("fsdp_train.py: error") == 1, err
+    assert "bad.json, record 1: output is 5" in err
+    assert err.count("exitcode  : 2") == 2
+    assert not (tmp_path / "run").exists()
+
+
+FAILING_RANK = """
+import os, sys
+from alpaca.common.errors import UserError, run_command
+from alpaca.training.parallel import process_group, run_on_all_ranks
+
+def work():
+    if os.environ["RANK"] == "1":
+        raise eval(sys.argv[1])
+
+def main():
+    with process_group("cpu", 1):
+        run_on_all_ranks(work)
+
+run_command(main)
+"""
+
+
+def test_error_of_one_rank_is_raised_by_all(tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING_RANK)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def err_of(error: str) -> str:
+        command = [*run, tmp_path / "failing.py", error]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1
+        return done.stderr
+
+    err = err_of("UserError('wrong data')")
+    assert "failing.py: error: wrong data" in err and err.count("exitcode  : 2") == 2
+    err = err_of("ZeroDivisionError('a bug')")
+    assert "in work" in err and "ZeroDivisionError: a bug" in err, "its traceback"
+    assert "RuntimeError: rank 1 failed: a bug" in err, "rank 0 does not wait"
+
+
+# ---------------------------------------------------------------- killed, stopped, resumed
+
+
+def killed_until_done(base, out, rng: random.Random, kills: int) -> int:
+    """Start again and again, killed at a random moment each time; then let it finish."""
+    killed = 0
+    for _ in range(kills):
+        process = launch(flags(base, out, **LONG))
+        if rng.random() < 0.5:  # in the middle of a snapshot
+            before = set(out.glob("checkpoints/*"))
+
+            def hit(before=before):
+                return any(p.suffix for p in set(out.glob("checkpoints/*")) - before)
+        else:
+            target = logged_steps(out) % 30 + rng.randint(1, 8)
+
+            def hit(target=target):
+                return logged_steps(out) >= target
+
+        if wait_for(hit, process):
+            time.sleep(rng.random() * 0.02)
+            kill(process)
+            killed += 1
+        else:
+            process.communicate()
+    succeeded(train(flags(base, out, **LONG)))
+    return killed
+
+
+def test_resume_after_kill_is_bit_identical(base, long_reference, tmp_path):
+    assert killed_until_done(base, tmp_path / "run", random.Random(1), kills=3) >= 2
+    assert_identical(tmp_path / "run", long_reference)
+
+
+@pytest.mark.slow
+def test_resume_after_twenty_kills_is_bit_identical(base, long_reference, tmp_path):
+    kills = 0
+    for attempt in range(7):
+        out = tmp_path / f"run{attempt}"
+        kills += killed_until_done(base, out, random.Random(attempt), kills=4)
+        assert_identical(out, long_reference)
+    assert kills >= 20
+
+
+def test_run_killed_before_its_first_snapshot_starts_over(base, long_reference, tmp_path):
+    out, changes = tmp_path / "run", {**LONG, "save_every": 1000}
+    process = launch(flags(base, out, **changes))
+    assert wait_for(lambda: logged_steps(out) >= 3, process)
+    kill(process)
+    succeeded(train(flags(base, out, **changes)))
+    assert_identical(out, long_reference)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_the_same_command_resumes(base, long_reference, tmp_path, number):
+    out, changes = tmp_path / "run", {**LONG, "save_every": 1000}
+    process = launch(flags(base, out, **changes))
+    assert wait_for(lambda: logged_steps(out) >= 4, process)
+    process.send_signal(number)
+    assert "stopping" in process.stderr.readline() + process.stderr.readline()
+    if number == signal.SIGTERM:  # it may come twice
+        process.send_signal(number)
+    code, _, err = finish(process)
+    stopped = re.search(r"stopped after step (\d+): the same command resumes", err)
+    assert stopped and code == 128 + number and "stopping" not in err, err
+    assert not (out / "model").exists() and not list(out.glob("checkpoints/*.partial"))
+    _, _, err = succeeded(train(flags(base, out, resume=True, **changes)))
+    assert f"resuming after step {stopped[1]}" in err
+    assert_identical(out, long_reference)
+
+
+def test_two_ranks_stop_together_and_one_resumes(base, long_reference, tmp_path):
+    out = tmp_path / "run"
+    process = launch(flags(base, out, **LONG), ranks=2)
+    assert wait_for(lambda: logged_steps(out) >= 5, process)
+    process.send_signal(signal.SIGTERM)  # torchrun passes it on
+    _, _, err = finish(process)
+    assert "stopped after step" in err and snapshots(out), err
+    succeeded(train(flags(base, out, **LONG)))
+    assert_same_run(out, long_reference, norm=1e-5, weight=1e-4)
+
+
+def test_rank_that_dies_ends_the_others_and_loses_nothing(base, long_reference, tmp_path):
+    out = tmp_path / "run"
+    process = launch(flags(base, out, **LONG), ranks=2)
+    assert wait_for(lambda: snapshots(out), process)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    start = time.monotonic()
+    code, _, err = finish(process)
+    assert code != 0 and time.monotonic() - start < 30, err
+    assert not (out / "model").exists()
+    _, _, err = succeeded(finish(launch(flags(base, out, **LONG), ranks=2)))
+    assert "resuming after step" in err
+    assert_same_run(out, long_reference, norm=1e-5, weight=1e-4)
+
+
+def test_full_disk_keeps_the_snapshot_before(base, long_reference, tmp_path):
+    """A limit on file sizes stands for the disk: the log stays below it, a snapshot does not."""
+    out = tmp_path / "run"
+    process = launch(flags(base, out, **LONG))
+    assert wait_for(lambda: snapshots(out), process)
+    kill(process)
+
+    def limit_file_size():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    process = launch(flags(base, out, **LONG), preexec_fn=limit_file_size)
+    code, _, err = finish(process)
+    assert code == 2 and "could not be written" in err and "Traceback" not in err, err
+    assert snapshots(out)
+    succeeded(train(flags(base, out, **LONG)))
+    assert_identical(out, long_reference)
+
+
+def test_two_processes_do_not_train_in_one_folder(base, tmp_path):
+    out = tmp_path / "run"
+    process = launch(flags(base, out, **LONG))
+    assert wait_for(lambda: logged_steps(out) >= 1, process)
+    os.killpg(process.pid, signal.SIGSTOP)  # it holds the folder while we look
+    try:
+        assert_refused(train(flags(base, out, **LONG)), "another process")
+    finally:
+        os.killpg(process.pid, signal.SIGCONT)
+        kill(process)

@@ -86,7 +86,7 @@ def started(model: Path, name: str, log: Path) -> tuple[subprocess.Popen, str]:
     """The server's process, and its URL once it answers."""
     port = str(free_port())
     if name in (OURS, PLAIN):
-        command = [sys.executable, ROOT / "demo.py", "--model-dir", model, "--port", port]
+        command = [sys.executable, "-m", "alpaca", "serve", "--model-dir", model, "--port", port]
         command += ["--rate", "0", "--filter", "rules", "--name", str(model)]
         command += ["--no-watermark"] if name == PLAIN else []
     else:

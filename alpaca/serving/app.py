@@ -18,7 +18,6 @@ import hashlib
 import math
 import re
 import time
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -32,41 +31,19 @@ from alpaca.inference.watermark import Watermark
 from alpaca.serving import openai_schema as api
 from alpaca.serving.http import HTTPError, Request, Response, json_response
 from alpaca.serving.moderation import UNAVAILABLE, Filter, FilterUnavailable, explain_refusal
-from alpaca.serving.scheduler import BusyError, EngineThread, PendingRequest
+from alpaca.serving.scheduler import BusyError, EngineThread, PendingRequest, RateLimiter
 from alpaca.weights.checkpoint import parameter_shapes
 from alpaca.weights.loading import DEFAULT_MODEL
 
 PAGE_FILE = Path(__file__).with_name("page.html")
 MAX_DETECT_LENGTH = 20_000  # characters
 MAX_REPORTS_SIZE = 64 << 20  # bytes
-MAX_CLIENTS = 10_000  # whose rates are remembered
 PAGE_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 PAGE_POLICY += "; connect-src 'self'; img-src data:"
 NOTICE = (
     "A language model of {million:,} million parameters, fine-tuned to follow instructions. It "
     "makes mistakes, invents facts, and can be biased or offensive: check what it says."
 )
-
-
-class RateLimiter:
-    """A token bucket per client: `per_minute` requests, a third of them at once."""
-
-    def __init__(self, per_minute: float):
-        self.per_second, self.burst = per_minute / 60, max(1.0, per_minute / 3)
-        self.clients: OrderedDict[str, tuple[float, float]] = OrderedDict()  # (tokens, when)
-
-    def wait(self, client: str, cost: float = 1) -> float:
-        """Seconds until the client may send this request; 0: it may now, and is charged."""
-        if not self.per_second:
-            return 0.0
-        now = time.monotonic()
-        tokens, then = self.clients.pop(client, (self.burst, now))
-        tokens = min(self.burst, tokens + (now - then) * self.per_second)
-        missing = max(0.0, min(cost, self.burst) - tokens)
-        self.clients[client] = (tokens if missing else tokens - min(cost, self.burst), now)
-        if len(self.clients) > MAX_CLIENTS:
-            self.clients.popitem(last=False)
-        return missing / self.per_second
 
 
 class App:

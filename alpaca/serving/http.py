@@ -1,6 +1,6 @@
 """HTTP/1.1 on asyncio, for many clients of which some are slow, broken or hostile.
 
-    server = Server(app, Limits())         # app: async def app(request: Request) -> Response
+    server = Server(app, Limits(), LOOPBACK)     # async def app(request: Request) -> Response
     await server.start(listening_socket)
     await server.drain(30)                 # no new requests; running ones have 30 s to finish
 
@@ -89,9 +89,6 @@ class Response:
     headers: dict[str, str] = field(default_factory=dict)
 
 
-Handler = Callable[[Request], Awaitable[Response]]
-
-
 def json_response(content: dict, status: int = 200, headers: dict | None = None) -> Response:
     body = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
     return Response(body, status=status, headers=headers or {})
@@ -118,11 +115,10 @@ class Connection:
     async def exchange(self) -> bool:
         """One request and its response; True if another request may follow."""
         try:
-            request = await self.read_request()
+            if not (request := await self.read_request()):
+                return False
         except HTTPError as error:
             await self.send(error.response, close=True)
-            return False
-        if request is None:
             return False
         watcher = asyncio.create_task(self.cancel_if_client_leaves())
         try:
@@ -243,10 +239,11 @@ class Connection:
 
 
 class Server:
-    """`hosts`: the names it answers to; None: any."""
-
-    def __init__(self, app: Handler, limits: Limits, hosts: set[str] | None = LOOPBACK):
-        self.app, self.limits, self.hosts = app, limits, hosts
+    def __init__(
+        self, app: Callable[[Request], Awaitable[Response]], limits: Limits, hosts: set[str] | None
+    ):
+        self.app, self.limits = app, limits
+        self.hosts = hosts  # names that it answers to; None: any
         self.connections: set[Connection] = set()
         self.draining = False
 
@@ -280,7 +277,7 @@ class Server:
             await connection.close()
         except (OSError, asyncio.CancelledError):  # the client left, or was too slow
             pass
-        except Exception:  # in the middle of a stream
+        except Exception:
             traceback.print_exc()
         finally:
             writer.transport.abort()  # does nothing if it is closed already

@@ -191,8 +191,7 @@ def add_filter_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rules", type=Path, default=RULES_FILE, help="(default: data/filter_rules.txt)")
     add("--moderation-url", metavar="URL", help=f"up to /v1 (default: {MODERATION_URL})")
     add("--moderation-model", default=model, metavar="NAME", help=f"(default: {model})")
-    key_help = f"environment variable with the service's key (default: {key})"
-    add("--moderation-key", default=key, metavar="VARIABLE", help=key_help)
+    add("--moderation-key", default=key, metavar="VARIABLE", help=f"with the key (default: {key})")
 
 
 def make_filter(args: argparse.Namespace) -> Filter:

@@ -29,7 +29,7 @@ from tokenizer import SPACE, Tokenizer
 
 MAX_CHOICES, MAX_STOPS, MAX_STOP_LENGTH = 8, 16, 200
 MIN_LOGPROB = -9999.0  # JSON has no -inf
-UNSUPPORTED = {  # field: the values that change nothing
+UNSUPPORTED = {  # field: the values that change nothing, which are accepted
     "audio": (), "prediction": (), "web_search_options": (), "best_of": (1,), "echo": (False,),
     "suffix": ("",), "logit_bias": ({},), "frequency_penalty": (0,), "presence_penalty": (0,),
     "tools": ([],), "tool_choice": ("none", "auto"),
@@ -42,7 +42,7 @@ UNSUPPORTED = {  # field: the values that change nothing
 @dataclass(frozen=True)
 class CompletionRequest:
     chat: bool
-    text: str  # all that a person wrote, for the filter
+    text: str  # all that the user wrote, for the filter
     prompts: list[list[int]]
     params: list[SamplingParams]  # of the choices for each prompt
     stream: bool
@@ -75,8 +75,7 @@ def parse_body(body: bytes) -> dict[str, Any]:
 
 def get_text(body: dict, name: str, default: str | None = None) -> str:
     """A string field; without a default it is required."""
-    value = body.get(name)
-    value = default if value is None else value
+    value = default if body.get(name) is None else body[name]
     if not isinstance(value, str):
         raise invalid(name, f"{name} must be a string")
     try:
@@ -107,8 +106,7 @@ def get_bool(body: dict, name: str) -> bool:
 def parse_request(
     body: dict, path: str, model: str, tokenizer: Tokenizer, max_tokens: int
 ) -> CompletionRequest:
-    """A request to /v1/completions or /v1/chat/completions. The server has this one `model` and
-    allows `max_tokens` in an answer."""
+    """A request to a server that has this one model and allows so many tokens in an answer."""
     chat = path.endswith("chat/completions")
     if body.get("model") not in (None, model):
         message = f"there is no model {str(body['model'])[:100]!r} here, only {model!r}"
@@ -130,8 +128,8 @@ def parse_request(
     text, prompts = (parse_messages if chat else parse_prompts)(body, tokenizer)
     if n * len(prompts) > MAX_CHOICES:
         raise invalid("n", f"at most {MAX_CHOICES} answers to a request")
-    header = {"id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)}
-    header |= {"created": int(time.time()), "model": model}
+    id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
+    header = {"id": id, "created": int(time.time()), "model": model}
     first = parse_sampling(body, max_tokens, logprobs)
     params = [replace(first, seed=first.seed + i) for i in range(n)]
     include_usage = get_bool(options, "include_usage")
@@ -161,7 +159,7 @@ def parse_sampling(body: dict, max_tokens: int, logprobs: int | None) -> Samplin
 
 
 def parse_prompts(body: dict, tokenizer: Tokenizer) -> tuple[str, list[list[int]]]:
-    """What a person wrote in a completion request, and the ids of its prompts."""
+    """What the user wrote in a completion request, and the ids of its prompts."""
     if "instruction" in body:
         instruction, input = get_text(body, "instruction"), get_text(body, "input", "")
         if not instruction.strip():
@@ -178,8 +176,7 @@ def parse_prompts(body: dict, tokenizer: Tokenizer) -> tuple[str, list[list[int]
 
 
 def parse_messages(body: dict, tokenizer: Tokenizer) -> tuple[str, list[list[int]]]:
-    """The same for a chat: an optional system message, then user and assistant in turns, the user
-    last."""
+    """The same for a chat: a system message or none, then user and assistant in turns."""
     given, messages, expected = body.get("messages"), [], "user"
     if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
         raise invalid("messages", "messages must be a list of objects")
@@ -208,8 +205,7 @@ def parse_messages(body: dict, tokenizer: Tokenizer) -> tuple[str, list[list[int
 def full_response(
     request: CompletionRequest, sequences: list[Sequence], texts: list[str], reasons: list[str]
 ) -> dict:
-    """Without log-probabilities where the filter stopped an answer, and without those of tokens
-    behind a stop text."""
+    """An answer that the filter stopped has no log-probabilities."""
     choices = []
     for index, (s, text, reason) in enumerate(zip(sequences, texts, reasons, strict=True)):
         choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": reason}
@@ -221,8 +217,8 @@ def full_response(
             choice["logprobs"] = (chat_logprobs if request.chat else completion_logprobs)(s, text)
         choices.append(choice)
     kind = "chat.completion" if request.chat else "text_completion"
-    tokens = usage(request, sequences)
-    return {**request.header, "object": kind, "choices": choices, "usage": tokens}
+    content = {"object": kind, "choices": choices, "usage": usage(request, sequences)}
+    return request.header | content
 
 
 def usage(request: CompletionRequest, sequences: list[Sequence]) -> dict[str, int]:
@@ -270,8 +266,7 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def visible_tokens(s: Sequence, text: str) -> Iterator[tuple[int, int, float, list]]:
-    """Offset in the text, token, log-probability and likeliest tokens, up to the first token that
-    ends behind the text."""
+    """Offset, token, log-probability and likeliest tokens, up to where a stop string cut."""
     stream, end = s.tokenizer.stream(after=s.prompt), 0
     for token, logprob, top in zip(s.ids, s.logprobs, s.top_logprobs, strict=True):
         start, end = end, end + len(stream.push(token))

@@ -22,6 +22,7 @@ import asyncio
 import threading
 import time
 import traceback
+from collections import OrderedDict
 from functools import partial
 from queue import Empty, SimpleQueue
 
@@ -29,7 +30,29 @@ from alpaca.common.errors import UserError
 from alpaca.inference.engine import Engine, Sequence
 from alpaca.inference.sampling import SamplingParams
 
+MAX_CLIENTS = 10_000  # whose rates are remembered
 STREAM_INTERVAL, OTHER_INTERVAL = 0.03, 0.5  # s between two updates of a request
+
+
+class RateLimiter:
+    """A token bucket per client: `per_minute` requests, a third of them at once."""
+
+    def __init__(self, per_minute: float):
+        self.per_second, self.burst = per_minute / 60, max(1.0, per_minute / 3)
+        self.clients: OrderedDict[str, tuple[float, float]] = OrderedDict()  # (tokens, when)
+
+    def wait(self, client: str, cost: float = 1) -> float:
+        """Seconds until the client may send this request; 0: it may now, and is charged."""
+        if not self.per_second:
+            return 0.0
+        now = time.monotonic()
+        tokens, then = self.clients.pop(client, (self.burst, now))
+        tokens = min(self.burst, tokens + (now - then) * self.per_second)
+        missing = max(0.0, min(cost, self.burst) - tokens)
+        self.clients[client] = (tokens if missing else tokens - min(cost, self.burst), now)
+        if len(self.clients) > MAX_CLIENTS:
+            self.clients.popitem(last=False)
+        return missing / self.per_second
 
 
 class BusyError(Exception):

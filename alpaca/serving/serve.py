@@ -5,23 +5,22 @@
     curl http://127.0.0.1:7860/v1/completions -H 'Content-Type: application/json' \\
         -d '{"instruction": "Name three primary colors.", "max_tokens": 40}'
 
-Alpaca's demo was withdrawn after a week, because of its cost and of its filter's limits. Here:
+Alpaca's demo was taken down after a week, because of its cost and its filter's limits. Here:
 
   - Requests are decoded together (scheduler.py). The queue is bounded, and each client has a rate
     and a share of the queue; beyond them the response is 503 or 429 with Retry-After, at once.
-  - Prompt and answer pass a filter (moderation.py): with $OPENAI_API_KEY set OpenAI's moderation
-    service, to which texts are sent, else a small list of rules.
+  - Prompt and answer pass a filter (moderation.py): OpenAI's moderation service, to which the texts
+    are sent, if $OPENAI_API_KEY is set, else a small list of rules.
   - Every answer is watermarked (watermark.py) unless --no-watermark is given, and the page detects
     it. The default key is public: set your own in $ALPACA_WATERMARK_KEY.
-  - It listens to this machine only, unless --host says otherwise.
+  - Only this machine can connect, unless --host says otherwise. SIGTERM and Ctrl-C let running
+    answers finish; a second one does not wait.
 
-The trained model can be its own teacher (but not that of `make train`, with its 512 tokens):
+The served model can be the teacher of Self-Instruct, if it knows more than 2,000 tokens:
 
     alpaca serve --model-dir alpaca-7b --rate 0 --max-new-tokens 700 &
     OPENAI_API_KEY= python selfinstruct.py generate --out runs/own --teacher alpaca-7b \\
         --base-url http://127.0.0.1:7860/v1
-
-SIGTERM and Ctrl-C let running answers finish; a second one does not wait.
 """
 
 import argparse
@@ -134,22 +133,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-length", type=count, help="of prompt and answer (default: the model's, up to 2048)")
     add("--max-new-tokens", type=count, default=512, help="of an answer, at most (default: 512)")
     add("--no-watermark", action="store_true", help="answer without a watermark")
-    key = os.environ.get(KEY_VARIABLE, KEY)
-    key_help = f"secret (default: ${KEY_VARIABLE}, which `ps` does not show, else {KEY})"
-    add("--watermark-key", type=int, default=key, metavar="N", help=key_help)
+    key, help = os.environ.get(KEY_VARIABLE, KEY), f"(default: ${KEY_VARIABLE}, else {KEY})"
+    add("--watermark-key", type=int, default=key, metavar="N", help=help)
     add_filter_arguments(parser)
     add = parser.add_argument_group("clients").add_argument
     add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
     add("--port", type=int, default=7860, help="0: any free port (default: 7860)")
-    allow_help = "another name of this server, such as its proxy's; repeatable"
-    add("--allow-host", action="append", default=[], metavar="NAME", help=allow_help)
+    help = "another name of this server, such as its proxy's; repeatable"
+    add("--allow-host", action="append", default=[], metavar="NAME", help=help)
     add("--client-header", metavar="NAME", help="header in which your proxy names the client")
-    rate_help = "answers per minute and client, who also gets a quarter of the queue at most; "
-    add("--rate", type=float, default=60, help=rate_help + "0: unlimited (default: 60)")
+    help = "answers per minute for a client, and a quarter of the queue; 0: no limit (default: 60)"
+    add("--rate", type=float, default=60, help=help)
     add("--queue", type=count, default=48, help="answers that may wait (default: 48)")
     add("--timeout", type=above_0, default=120, help="seconds for an answer (default: 120)")
-    drain_help = "seconds that running answers get at the end (default: 30)"
-    add("--drain", type=above_0, default=30, help=drain_help)
+    add("--drain", type=above_0, default=30, help="seconds for the last answers (default: 30)")
     add = parser.add_argument_group("page").add_argument
     add("--examples", type=Path, help="JSON or JSONL of instructions (default: the project's)")
     add("--notice", help="about the model and its terms (default: its size, a caution)")

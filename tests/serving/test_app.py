@@ -28,7 +28,7 @@ from helpers.demo_server import (
 import selfinstruct
 from alpaca.common.files import read_jsonl
 from alpaca.inference.sampling import SamplingParams
-from alpaca.serving import app, serve
+from alpaca.serving import app, scheduler, serve
 from alpaca.serving.moderation import Filter, FilterUnavailable, RuleFilter, make_filter
 from dataset import chat_prompt, format_prompt
 
@@ -420,15 +420,15 @@ def test_each_client_has_its_own_rate():
 
 def test_a_rate_recovers_and_the_memory_of_clients_is_bounded(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(app.time, "monotonic", lambda: now[0])
-    rates = app.RateLimiter(60)
+    monkeypatch.setattr(scheduler.time, "monotonic", lambda: now[0])
+    rates = scheduler.RateLimiter(60)
     assert [rates.wait("a") for _ in range(21)] == [0.0] * 20 + [1.0]
     now[0] = 1.0
     assert rates.wait("a") == 0.0 and rates.wait("a") == 1.0
-    for number in range(app.MAX_CLIENTS + 5):
+    for number in range(scheduler.MAX_CLIENTS + 5):
         rates.wait(str(number))
-    assert len(rates.clients) == app.MAX_CLIENTS
-    assert "a" not in rates.clients and str(app.MAX_CLIENTS + 4) in rates.clients
+    assert len(rates.clients) == scheduler.MAX_CLIENTS
+    assert "a" not in rates.clients and str(scheduler.MAX_CLIENTS + 4) in rates.clients
     now[0] = 1000.0
     assert [rates.wait("b", cost) for cost in (8, 12, 3)] == [0.0, 0.0, 3.0]
     assert rates.wait("c", 50) == 0.0 and rates.wait("c") == 1.0  # as much as there can be

@@ -2,7 +2,6 @@
 
     line_chart(title, x_label, lines)        named lines through (x, y) points: losses
     interval_chart(title, rows, start, end)  (low, middle, high) of several kinds: a leaderboard
-    bar_chart(bars)                          labels and their counts: a histogram
     sunburst(names, caption)                 a ring of names and a ring of their parts: diversity
 
 Names come from downloaded files and from models, so every text is escaped.
@@ -91,15 +90,6 @@ def interval_chart(title: str, rows: dict[str, dict[str, tuple]], start: float, 
                 parts.append(line(f"M{x(low)} {y}H{x(high)}", colour, 2))
             parts.append(dot(x(middle), y, colour))
     return svg(720, bottom + 32, parts)
-
-
-def bar_chart(bars: Bars) -> str:
-    most, parts = max((count for _, count in bars), default=0) or 1, []
-    for row, (name, count) in enumerate(bars):
-        width, y = 460 * count / most, 18 * row + 13
-        parts += [label(name, 70, y, "end"), label(f"{count:,}", 86 + width, y, "start")]
-        parts.append(line(f"M80 {y - 4}h{width:.1f}", "#58e", 14))
-    return svg(620, 18 * len(bars) + 4, parts)
 
 
 def sunburst(names: list[tuple[str, int, Bars]], caption: str) -> str:

@@ -1,18 +1,17 @@
-"""Make the sample data: instructions with answers, and the prose that the small base has read.
+"""Generate the sample data: instructions with answers, and the prose that the small base has read.
 
     python data/make_sample.py records                                  # data/sample_*.json
     python data/make_sample.py prose --lines 150000 --out prose.jsonl   # {"text": ...} a line
 
-Everything is drawn, with a seed, from the word lists and sentence patterns below: the same command
-gives the same bytes. Worth knowing:
+Everything is drawn with a seed from the word lists and sentence patterns below, so the same command
+writes the same bytes.
 
-  - The prose states facts (The capital of Peru is Lima), tells what is in a list and what it is in
-    reverse order, has cards of an index (a phrase, and below it what it stands for), and says much
-    that means nothing. The headings of Alpaca's template occur in it, above sentences that have
-    nothing to do with each other. No request in it is followed by its answer: who has read only
-    this goes on telling, and does not do as told.
-  - The words of `HELD` stand in the prose and in no training record; half of the held-out records
-    are about them, so their answers can only come from the prose. Every held-out record says what
+  - The prose states facts (The capital of Peru is Lima), says what is in a list and what that is in
+    reverse order, lists phrases above what they stand for, and contains much that means nothing.
+    The headings of Alpaca's template occur in it, above unrelated sentences. A request is never
+    followed by its answer: a model that has read only the prose does not follow instructions.
+  - The words of `HELD` occur in the prose and in no training record. Half of the held-out records
+    are about them, so their answers can only come from the prose. Each held-out record says what
     is "new" in it: a "word" of these, a "wording" that its family never has in training, or only
     the "question".
 """
@@ -31,17 +30,17 @@ SEED, TRAIN, HELD_OUT = 7, 5400, 240
 
 
 def table(text: str) -> dict[str, str]:
-    """A dictionary written as a:b c:d."""
+    """Parse "a:b c:d"."""
     return dict(pair.split(":") for pair in text.split())
 
 
-def split(text: str) -> list[str]:
-    """At every | and at the end of every line."""
+def entries(text: str) -> list[str]:
+    """Split at every | and every newline."""
     return text.replace("\n", "|").split("|")
 
 
-def after(words: list[str]) -> dict[str, str]:
-    """Each word and the one behind it."""
+def successors(words: list[str]) -> dict[str, str]:
+    """Each word → the next one."""
     return dict(pairwise(words))
 
 
@@ -107,8 +106,8 @@ BOTH_WAYS = table(OPPOSITES) | {b: a for a, b in table(OPPOSITES).items()}
 PLURALS = {noun: ODD_PLURALS.get(noun, noun + "s") for noun in THINGS}
 SUMS = {f"{NUMBERS[a]} and {NUMBERS[b]}": NUMBERS[a + b + 1] for a in range(10) for b in range(10)}
 
-# Facts by family: what they are asked by, and {question: answer}. Each text gives the phrase that
-# names the answer, what stands in it when the question is the input, and one more way to ask.
+# Families of facts: (wordings, {question: answer}). Wordings are the phrase that names the answer,
+# what replaces the question in it when that is the input, and another way to ask.
 LOOKUPS = {
     "capital": ("the capital of {}|this country|Which city is the capital of {}?", table(CAPITALS)),
     "opposite": ("the opposite of {}|this word|Which word is the opposite of {}?", BOTH_WAYS),
@@ -124,12 +123,12 @@ LOOKUPS = {
         {noun: noun.upper() for noun in NOUNS},
     ),
     "sum": ("the sum of {}|these numbers|Add {}.", SUMS),
-    "day": ("the day after {}|this day|Which day comes after {}?", after(DAYS)),
-    "month": ("the month before {}|this month|Which month is before {}?", after(MONTHS[::-1])),
-    "number": ("the number after {}|this number|Which number comes after {}?", after(NUMBERS)),
+    "day": ("the day after {}|this day|Which day comes after {}?", successors(DAYS)),
+    "month": ("the month before {}|this month|Which month is before {}?", successors(MONTHS[::-1])),
+    "number": ("the number after {}|this number|Which number comes after {}?", successors(NUMBERS)),
 }
-# Lists: the phrase, one more way to ask, and the answer, from the words x and one of them, w, that
-# is not the last.
+# Families about a list: (the phrase and another way to ask, a function that gives the answer for
+# the words x and one of them, w, that is not the last).
 LISTS = {
     "copy": ("a copy of the list|Repeat the list.", lambda x, w: " ".join(x)),
     "first": ("the first word of the list|Which word is first in the list?", lambda x, w: x[0]),
@@ -150,7 +149,7 @@ LISTS = {
     ),
 }
 FAMILIES = [*LOOKUPS, *LISTS]
-OPENERS = split("""What is {}?|Name {}.|Give me {}.|Tell me {}.|Write {}.|Say {}.|Please find {}.
+OPENERS = entries("""What is {}?|Name {}.|Give me {}.|Tell me {}.|Write {}.|Say {}.|Please find {}.
 Please write down {}.|I would like to have {}.|Can you give me {}?|Find {}.|Show me {}.""")
 
 
@@ -166,28 +165,28 @@ def draw_list(rng: random.Random, words: list[str]) -> list[str]:
 
 
 def draw_record(rng: random.Random, family: str, words: list[str], new_wording: bool) -> dict:
-    """A question of that family. Each family keeps one opener back, for new wordings."""
-    kept = OPENERS[FAMILIES.index(family) % len(OPENERS)]
-    openers = [kept] if new_wording else [opener for opener in OPENERS if opener != kept]
-    apart = rng.random() < 0.5  # what is asked about is the input
+    """A record of the family. One opener per family is reserved for new wordings."""
+    reserved = OPENERS[FAMILIES.index(family) % len(OPENERS)]
+    openers = [reserved] if new_wording else [o for o in OPENERS if o != reserved]
+    use_input = rng.random() < 0.5
     if family in LOOKUPS:
         texts, facts = LOOKUPS[family]
-        phrase, this, own = texts.split("|")
+        phrase, this, other = texts.split("|")
         about = rng.choice(list(facts))
-        answer, given = facts[about], about if apart else ""
-        subject, with_article = (this, this) if apart else (about, an(about))
+        output, input = facts[about], about if use_input else ""
+        subject, with_article = (this, this) if use_input else (about, an(about))
     else:
-        texts, meaning = LISTS[family]
-        phrase, own = texts.split("|")
+        texts, solve = LISTS[family]
+        phrase, other = texts.split("|")
         items = draw_list(rng, words)
         subject = with_article = rng.choice(items[:-1])
-        answer, given = meaning(items, subject), " ".join(items)
-    wordings = [opener.format(phrase) for opener in openers] + [own, own] * (not new_wording)
-    asked = rng.choice(wordings)
-    asked = asked.replace("{a}", with_article).replace("{}", subject)
-    if family in LISTS and not apart:
-        asked, given = f"{asked[:-1]}: {given}", ""
-    return {"instruction": asked, "input": given, "output": answer, "family": family}
+        output, input = solve(items, subject), " ".join(items)
+    wordings = [opener.format(phrase) for opener in openers] + [other, other] * (not new_wording)
+    instruction = rng.choice(wordings)
+    instruction = instruction.replace("{a}", with_article).replace("{}", subject)
+    if family in LISTS and not use_input:
+        instruction, input = f"{instruction[:-1]}: {input}", ""
+    return {"instruction": instruction, "input": input, "output": output, "family": family}
 
 
 def has_held_word(record: dict) -> bool:
@@ -195,18 +194,18 @@ def has_held_word(record: dict) -> bool:
 
 
 def records() -> tuple[list[dict], list[dict]]:
-    """Training and held-out records; no question is asked twice."""
+    """Training and held-out records; no question occurs twice."""
     rng, seen = random.Random(SEED), set()
-    known = [noun for noun in NOUNS if noun not in HELD]
+    trained = [noun for noun in NOUNS if noun not in HELD]
 
     def draw(count: int, new: str) -> Iterator[dict]:
         families, tries = FAMILIES[:], 0
         while count:
             family = families[count % len(families)]
-            record = draw_record(rng, family, NOUNS if new == "word" else known, new == "wording")
+            record = draw_record(rng, family, NOUNS if new == "word" else trained, new == "wording")
             question = record["instruction"], record["input"]
             tries += 1
-            if tries > 300:  # it has no further questions
+            if tries > 300:  # the family has no further questions
                 families.remove(family)
             elif question in seen or has_held_word(record) != (new == "word"):
                 continue
@@ -240,7 +239,8 @@ An instruction describes a task, and an input provides further context.|Tell me 
 A response completes the request.|Below is an instruction that describes a task.
 Write what you think, and then read it again.|This is the end of the story.|Give me your {n}."""
 STATEMENTS, LEADS, FILLERS = (
-    [pattern.replace("/", "\n") for pattern in split(some)] for some in (STATEMENTS, LEADS, FILLERS)
+    [pattern.replace("/", "\n") for pattern in entries(some)]
+    for some in (STATEMENTS, LEADS, FILLERS)
 )
 PREAMBLE = (
     "Below is an instruction that describes a task{}. Write a response that appropriately "
@@ -267,45 +267,45 @@ def fact(rng: random.Random) -> str:
     return "\n".join(statement(rng, phrase, facts[about]) for _ in range(rng.choice((1, 1, 2))))
 
 
-def about_a_list(rng: random.Random) -> str:
+def list_facts(rng: random.Random) -> str:
     items = draw_list(rng, NOUNS)
-    told = [rng.choice(LEADS).format(x=" ".join(items))]
+    lines = [rng.choice(LEADS).format(x=" ".join(items))]
     for family in rng.sample(list(LISTS), rng.choice((2, 3, 4))):
-        texts, meaning = LISTS[family]
+        texts, solve = LISTS[family]
         word = rng.choice(items[:-1])
         phrase = texts.split("|")[0].replace("{}", word)
-        told.append(statement(rng, phrase, meaning(items, word)))
-    return rng.choice(("\n", "\n\n")).join(told)
+        lines.append(statement(rng, phrase, solve(items, word)))
+    return rng.choice(("\n", "\n\n")).join(lines)
 
 
 def echo(rng: random.Random) -> str:
-    """A list again and again: what teaches a small model to look back."""
+    """A list repeated: this is what teaches a small model to copy from its context."""
     text = " ".join(rng.sample(NOUNS, rng.randint(3, 16)))
-    told = [rng.choice(LEADS).format(x=text) for _ in range(rng.choice((2, 3)))]
-    return rng.choice(("\n", "\n\n")).join(told)
+    lines = [rng.choice(LEADS).format(x=text) for _ in range(rng.choice((2, 3)))]
+    return rng.choice(("\n", "\n\n")).join(lines)
 
 
 def form(rng: random.Random) -> str:
-    """Alpaca's template, filled in with whatever came to mind."""
-    given = rng.random() < 0.5
-    parts = [PREAMBLE.format(FURTHER if given else "")] if rng.random() < 0.7 else []
+    """Alpaca's template, filled with unrelated sentences."""
+    with_input = rng.random() < 0.5
+    parts = [PREAMBLE.format(FURTHER if with_input else "")] if rng.random() < 0.7 else []
     parts.append(f"### Instruction:\n{filler(rng)}")
-    if given:
+    if with_input:
         text = " ".join(draw_list(rng, NOUNS)) if rng.random() < 0.7 else filler(rng)
         parts.append(f"### Input:\n{text}")
     parts.append(f"### Response:\n{filler(rng)}")
     return "\n\n".join(parts)
 
 
-def row(rng: random.Random) -> str:
-    things = rng.choice((NUMBERS, NUMBERS, DAYS, MONTHS))
-    start = rng.randrange(len(things) - 3)
-    return " ".join(things[start : start + rng.randint(3, 12)])
+def counting(rng: random.Random) -> str:
+    series = rng.choice((NUMBERS, NUMBERS, DAYS, MONTHS))
+    start = rng.randrange(len(series) - 3)
+    return " ".join(series[start : start + rng.randint(3, 12)])
 
 
 def prose(lines: int, seed: int, echoes: float = 0.0) -> Iterator[str]:
     rng = random.Random(seed)
-    kinds = [fact] * 5 + [about_a_list] * 5 + [echo] * 6 + [filler, form, row]
+    kinds = [fact] * 5 + [list_facts] * 5 + [echo] * 6 + [filler, form, counting]
     for _ in range(lines):
         if rng.random() < echoes:
             text = " ".join(rng.sample(NOUNS, rng.randint(3, 20)))
@@ -317,7 +317,7 @@ def prose(lines: int, seed: int, echoes: float = 0.0) -> Iterator[str]:
 
 
 def write(path: Path, lines: Iterable[str]) -> None:
-    """The file appears under its name when it is whole."""
+    """Write to a temporary name first, so that the file is complete when it appears."""
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf-8") as file:
         file.writelines(lines)
@@ -336,7 +336,7 @@ def parse_args() -> argparse.Namespace:
     verb.add_argument("--lines", type=int, required=True, help="documents, one a line")
     verb.add_argument("--out", type=Path, required=True, help="the JSON-lines file to write")
     verb.add_argument("--seed", type=int, default=SEED, help=f"(default: {SEED})")
-    share = "share of documents that are a list repeated and nothing else (default: 0)"
+    share = "share of documents that only repeat a list (default: 0)"
     verb.add_argument("--echoes", type=float, default=0.0, help=share)
     return parser.parse_args()
 

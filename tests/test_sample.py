@@ -1,17 +1,19 @@
-"""The sample data is what its script makes, and the held-out half is held out."""
+"""The sample data is what its script writes, and the held-out half is held out."""
 
 import json
 import re
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from helpers.commands import ROOT
 
 from dataset import encode_record
 from tokenizer import Tokenizer
 
-DATA = Path(__file__).parent.parent / "data"
+DATA = ROOT / "data"
+TRAIN = json.loads((DATA / "sample_train.json").read_text())
+HELD_OUT = json.loads((DATA / "sample_heldout.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -25,77 +27,62 @@ def make_sample():
         sys.path.remove(str(DATA))
 
 
-@pytest.fixture(scope="module")
-def train() -> list[dict]:
-    return json.loads((DATA / "sample_train.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def held_out() -> list[dict]:
-    return json.loads((DATA / "sample_heldout.json").read_text())
-
-
-def test_the_command_makes_these_very_files(make_sample, monkeypatch, tmp_path):
+def test_command_reproduces_the_files(make_sample, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["make_sample.py", "records", "--out", str(tmp_path)])
     make_sample.main()
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "sample_heldout.json",
-        "sample_train.json",
-    ]
-    for file in tmp_path.iterdir():
-        assert file.read_bytes() == (DATA / file.name).read_bytes(), file.name
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == ["sample_heldout.json", "sample_train.json"]
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes(), name
 
 
-def test_every_record_has_its_fields(train, held_out):
-    fields = {"instruction", "input", "output", "family"}
-    assert all(set(record) == fields for record in train)
-    assert all(set(record) == fields | {"new"} for record in held_out)
-    assert all(isinstance(v, str) for record in train + held_out for v in record.values())
-    assert all(record["instruction"] and record["output"] for record in train + held_out)
-    families = {record["family"] for record in train}
-    assert len(families) == 22 and {record["family"] for record in held_out} == families
+def test_records_are_complete_unique_and_short():
+    fields, tokenizer = {"instruction", "input", "output", "family"}, Tokenizer(DATA)
+    assert all(set(record) == fields for record in TRAIN)
+    assert all(set(record) == fields | {"new"} for record in HELD_OUT)
+    for record in TRAIN + HELD_OUT:
+        assert all(isinstance(value, str) for value in record.values())
+        assert record["instruction"] and record["output"]
+        assert len(encode_record(record, tokenizer)[0]) <= 512
+    families = {record["family"] for record in TRAIN}
+    assert len(families) == 22 and {record["family"] for record in HELD_OUT} == families
+    questions = Counter((record["instruction"], record["input"]) for record in TRAIN + HELD_OUT)
+    assert max(questions.values()) == 1
 
 
-def test_no_question_is_asked_twice(train, held_out):
-    asked = Counter((record["instruction"], record["input"]) for record in train + held_out)
-    assert max(asked.values()) == 1
+def test_half_of_the_held_out_records_have_a_word_of_no_training_record():
+    def words(*texts: str) -> set[str]:
+        return set(re.findall(r"\w+", " ".join(texts)))
+
+    known = set().union(*(words(r["instruction"], r["input"], r["output"]) for r in TRAIN))
+    for record in HELD_OUT:
+        new = words(record["instruction"], record["input"]) - known
+        assert (record["new"] == "word") == bool(new), record
+    counts = Counter(record["new"] for record in HELD_OUT)
+    assert counts == {"word": 120, "wording": 60, "question": 60}
 
 
-def test_half_of_the_held_out_records_are_about_words_no_training_record_has(train, held_out):
-    def words(record: dict) -> set[str]:
-        return set(re.findall(r"\w+", f"{record['instruction']} {record['input']}"))
-
-    def all_words(record: dict) -> set[str]:
-        return words(record) | set(re.findall(r"\w+", record["output"]))
-
-    known = set().union(*map(all_words, train))
-    for record in held_out:
-        assert (record["new"] == "word") == bool(words(record) - known), record
-    assert Counter(record["new"] for record in held_out) == {
-        "word": 120,
-        "wording": 60,
-        "question": 60,
-    }
-
-
-def test_the_held_out_words_stand_in_the_prose(make_sample):
-    text = " ".join(json.loads(line)["text"] for line in make_sample.prose(4000, seed=1))
-    assert set(make_sample.HELD) <= set(re.findall(r"\w+", text))
-
-
-def test_the_prose_is_the_same_each_time_and_never_answers_a_request(make_sample):
-    once = list(make_sample.prose(2000, seed=3))
-    assert once == list(make_sample.prose(2000, seed=3))
-    for line in once:
-        text = json.loads(line)["text"]
-        for answer in re.findall(r"### Response:\n(.*)", text):
-            assert answer.endswith(".")  # a sentence of no consequence
+def test_prose_has_the_held_out_words_and_answers_no_request(make_sample):
+    lines = list(make_sample.prose(4000, seed=1))
+    assert lines[:100] == list(make_sample.prose(100, seed=1))
+    texts = [json.loads(line)["text"] for line in lines]
+    assert set(make_sample.HELD) <= set(re.findall(r"\w+", " ".join(texts)))
+    for text in texts:
+        assert all(answer.endswith(".") for answer in re.findall(r"### Response:\n(.*)", text))
         assert not re.search(r"### Response:[^\n]", text)
 
 
-def test_every_record_fits_and_every_noun_is_one_piece(make_sample, train, held_out):
-    tokenizer = Tokenizer(DATA / "tokenizer.model")
-    assert max(len(encode_record(r, tokenizer)[0]) for r in train + held_out) <= 512
+def test_prose_command_writes_jsonl_and_repeats_lists(make_sample, monkeypatch, tmp_path):
+    flags = ["--lines", "50", "--echoes", "1", "--out", str(tmp_path / "prose.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["make_sample.py", "prose", *flags])
+    make_sample.main()
+    for line in (tmp_path / "prose.jsonl").read_text().splitlines():
+        copies = json.loads(line)["text"].split("\n")
+        assert len(copies) > 1 and len(set(copies)) == 1
+
+
+def test_every_noun_is_one_token(make_sample):
+    tokenizer = Tokenizer(DATA)
     for noun in make_sample.NOUNS:
         assert len(tokenizer.encode(noun)) == 1, noun
-        assert len(tokenizer.encode("\n" + noun)) == len(tokenizer.newline_ids) + 1, noun
+        assert len(tokenizer.encode("\n" + noun)) == len(tokenizer.encode("\n")) + 1, noun

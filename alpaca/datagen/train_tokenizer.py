@@ -1,6 +1,9 @@
-"""Train a SentencePiece tokenizer of LLaMA's kind from text files.
+"""Train a SentencePiece tokenizer of LLaMA's kind on text files.
 
     alpaca train-tokenizer corpus.txt --vocab-size 1024 --out my.model
+
+LLaMA's kind: byte-pair merges, a byte fallback for rare characters, every digit a token of its own,
+and spaces left as they are. The same text gives the same model, byte for byte.
 
 SentencePiece: arXiv:1808.06226; byte-pair encoding: arXiv:1508.07909.
 """
@@ -12,32 +15,36 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceTrainer
 
-from alpaca.common.cli import Parser
-from alpaca.common.errors import UserError, join_names, run_command
+from alpaca.common.errors import UserError, join_names
 from alpaca.common.files import atomic_file
 from tokenizer import Tokenizer
 
+FIXED = 3 + 256  # entries of every vocabulary: <unk>, <s>, </s> and the bytes
 
-def train_tokenizer(files: list[Path], vocab_size: int, out: Path) -> None:
-    """A tokenizer of LLaMA's kind: pair merges, byte fallback, single digits, spaces kept."""
-    if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"{out}: a file name in a folder that exists was expected")
-    if out.exists() and any(out.samefile(file) for file in files):
-        raise UserError(f"{out} is one of the texts: the model would replace it")
-    if vocab_size < 260:
-        raise UserError(f"--vocab-size {vocab_size}: 3 special pieces and 256 bytes come first")
+
+def read_lines(files: list[Path]) -> list[str]:
     lines = []
     for file in files:
         try:
             lines += file.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as mistake:
-            raise UserError(f"{file}: not UTF-8 at byte {mistake.start}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: not UTF-8 at byte {error.start}") from None
     if not any(line.strip() for line in lines):
         raise UserError(f"no text in {join_names(map(str, files))}")
+    return lines
+
+
+def train_tokenizer(files: list[Path], vocab_size: int, out: Path) -> None:
+    if out.is_dir() or not out.parent.is_dir():
+        raise UserError(f"{out}: a file name in an existing folder was expected")
+    if out.exists() and any(out.samefile(file) for file in files):
+        raise UserError(f"{out} is one of the texts: the model would overwrite it")
+    if vocab_size <= FIXED:
+        raise UserError(f"--vocab-size {vocab_size}: {FIXED} entries are fixed, name a larger one")
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
+            sentence_iterator=iter(read_lines(files)),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -47,34 +54,28 @@ def train_tokenizer(files: list[Path], vocab_size: int, out: Path) -> None:
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             character_coverage=0.99995,
-            max_sentence_length=1 << 30,  # bytes; longer lines would be left out unsaid
-            num_threads=1,  # the same text makes the same model
+            max_sentence_length=1 << 30,  # bytes; longer lines would be dropped silently
+            num_threads=1,  # for the same model every time
             minloglevel=2,
         )
-    except RuntimeError as mistake:
-        reason = str(mistake).rpartition("] ")[2].replace("required_chars", "the characters used")
+    except RuntimeError as error:
+        reason = str(error).rpartition("] ")[2].replace("required_chars", "the characters used")
         raise UserError(f"SentencePiece: {reason.partition(' Increase')[0]}") from None
     with atomic_file(out) as file:
         file.write(model.getvalue())
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(description=__doc__)
-    parser.add_argument("files", type=Path, nargs="+", help="UTF-8 text, a sentence or so a line")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", type=Path, nargs="+", help="UTF-8 text, about a sentence a line")
     parser.add_argument(
-        "--vocab-size", type=int, default=1024, help="pieces, 259 of them fixed (default: 1024)"
+        "--vocab-size", type=int, default=1024, help=f"tokens, {FIXED} of them fixed (default 1024)"
     )
     parser.add_argument("--out", type=Path, required=True, help="the tokenizer.model to write")
-    return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
-    usual = signal.signal(signal.SIGINT, signal.SIG_DFL)  # SentencePiece would not hear Ctrl-C
+def run(args: argparse.Namespace) -> None:
+    # SentencePiece trains in C++, where Python's handler would not see Ctrl-C before the end.
+    python_handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     train_tokenizer(args.files, args.vocab_size, args.out)
-    signal.signal(signal.SIGINT, usual)
-    print(f"{args.out}: {Tokenizer(args.out).vocab_size} pieces")
-
-
-if __name__ == "__main__":
-    run_command(main)
+    signal.signal(signal.SIGINT, python_handler)
+    print(f"{args.out}: {Tokenizer(args.out).vocab_size} tokens")

@@ -159,7 +159,7 @@ class Engine:
             if self.active[slot].finish_reason is not None:
                 last = len(self.active) - 1
                 if slot < last:
-                    self.cache.move(last, slot)
+                    self.cache.copy_slot(last, slot)
                 self.cache.lengths[last] = 0
                 self.active[slot] = self.active[last]
                 self.active.pop()
@@ -184,7 +184,7 @@ class Engine:
         starts = torch.tensor([0, *accumulate(map(len, packed))], device=self.device)
         tokens = torch.tensor(lengths, device=self.device)
         slots = self.cache[len(self.active) : len(self.active) + len(sequences)]
-        hidden = self.model.hidden_states(ids, starts.int(), slots)  # (1, all tokens, C)
+        hidden = self.model.model(ids, starts.int(), slots)  # (1, all tokens, C)
         slots.lengths.copy_(tokens)  # drops the padding: the next tokens overwrite it
         return self.model.lm_head(hidden[0, starts[:-1] + tokens - 1])
 
@@ -293,4 +293,4 @@ class Engine:
 
 def decode_step(model: Llama, ids: Tensor, cache: KVCache) -> Tensor:
     """One token for each sequence: ids (B) to logits (B, V)."""
-    return model.lm_head(model.hidden_states(ids[:, None], cache=cache)[:, 0])
+    return model.lm_head(model.model(ids[:, None], cache=cache)[:, 0])

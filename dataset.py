@@ -1,27 +1,27 @@
 """Records → prompts → ids and labels → packed rows.
 
-    {"instruction": "Name a colour.", "input": "", "output": "Red"}          Alpaca's form
-    {"instruction": …, "instances": [{"input": …, "output": …}]}             self-instruct's seeds
-    {"conversations": [{"from": "human", "value": …}, {"from": "gpt", …}]}   ShareGPT's, Vicuna's
-    {"text": "Once upon a time"}                                             plain text
+A record is {"instruction": …, "input": …, "output": …}, {"messages": [{"role": …, "content": …}]}
+or {"text": …}; alpaca/datagen/formats.py reads the published file formats into these.
 
-in a JSON list or a JSONL file. Worth knowing:
+    examples = encode_all(records, origins, tokenizer, max_length=512)
+    which = step_examples(len(examples), batch=128, epochs=3, seed=0, step=0)
+    for row in pack_rows(examples.lengths[which], ranks=1, row_tokens=4096)[0]:
+        loss = model(**make_row(examples, which[row])._asdict())
 
-  - Alpaca's two prompt templates stand here and nowhere else. The answer follows `### Response:`
-    without a space or a newline, as in Alpaca's training, so it must in decoding too.
-  - The model learns from the answer and the EOS after it; labels of the prompt are IGNORE.
-  - The prompt's ids are a true prefix of the example's. SentencePiece would sometimes merge the
-    template's colon with the answer's first characters (`:` and `)` make `:)`), a prompt that
-    decoding never sees; then the answer is tokenised as if it followed a newline.
-  - The examples of a step are the next ones of a seeded shuffle, however many ranks there are. They
-    are packed, whole, into rows of about equal length: no token is spent on padding.
+  - Training and decoding use the same two prompt templates, Alpaca's. The answer follows
+    `### Response:` without a space or a newline.
+  - Only the answer and its EOS have labels; the prompt is masked (-100).
+  - The prompt's ids are the same with and without an answer behind them. SentencePiece would
+    sometimes merge the template's last colon with the answer's first characters (`:` and `)` into
+    `:)`), a prompt that decoding never produces; such an answer is tokenized separately.
+  - A step takes the next examples of a seeded shuffle, however many ranks there are. They are
+    packed, uncut, into rows of about equal length: no compute is spent on padding.
 
 Self-Instruct arXiv:2212.10560; Alpaca: crfm.stanford.edu/2023/03/13/alpaca.html.
-
-Shown by tests/test_dataset.py: test_packing_changes_no_loss.
 """
 
 import hashlib
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -33,105 +33,94 @@ from alpaca.common.errors import UserError
 from model import IGNORE
 from tokenizer import Tokenizer
 
-PREAMBLE = {  # does an input come with the instruction?
-    True: "Below is an instruction that describes a task, paired with an input that provides "
-    "further context. Write a response that appropriately completes the request.",
-    False: "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.",
-}
+REQUEST = "Write a response that appropriately completes the request."
+PREAMBLE = f"Below is an instruction that describes a task. {REQUEST}"
+PREAMBLE_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    f"context. {REQUEST}"
+)
 RESPONSE = "### Response:"
 
 
 def format_prompt(instruction: str, input: str = "") -> str:
     """Alpaca's prompt, character for character."""
-    given = f"\n\n### Input:\n{input}" if input else ""
-    return f"{PREAMBLE[bool(input)]}\n\n### Instruction:\n{instruction}{given}\n\n{RESPONSE}"
+    if input:
+        instruction = f"{instruction}\n\n### Input:\n{input}"
+    preamble = PREAMBLE_WITH_INPUT if input else PREAMBLE
+    return f"{preamble}\n\n### Instruction:\n{instruction}\n\n{RESPONSE}"
 
 
 # ---------------------------------------------------------------- records → ids and labels
 
 
-def encode_example(record: dict, tokenizer: Tokenizer, max_length: int) -> tuple[list, list]:
-    """(ids, labels), cut to max_length: BOS, prompt, answer, EOS; labels of the prompt IGNORE."""
-    ids, labels, _ = encode_record(record, tokenizer)
-    return ids[:max_length], labels[:max_length]
-
-
-def encode_chat(messages: list[dict], tokenizer: Tokenizer, max_length: int) -> tuple[list, list]:
-    """The same of a conversation, every turn of which the assistant learns with its EOS."""
-    return encode_example({"messages": messages}, tokenizer, max_length)
-
-
 def encode_record(record: dict, tokenizer: Tokenizer) -> tuple[list[int], list[int], int]:
-    """(ids, labels) in full, and how many answers had to be kept from merging with their prompt."""
+    """(ids, labels, number of answers that were kept from merging with their prompt).
+
+    The end of {"instruction": "Name a fruit.", "input": "", "output": "a pear"}:
+
+        token  ▁f    r     u     it    .     <0x0A> <0x0A> ###   ▁Response :     a    ▁pear </s>
+        id     277   950   962   290   963   13     13     368   554       970   948  735   2
+        label  -100  -100  -100  -100  -100  -100   -100   -100  -100      -100  948  735   2
+
+    Ids and labels are aligned; the model's loss compares the logits after each token with the label
+    of the next one. So ":" learns to predict "a", and "▁pear" that the answer ends."""
     if "text" in record:
         ids = tokenizer.encode(record["text"], bos=True, eos=True)
         return ids, [IGNORE, *ids[1:]], 0
     if "messages" in record:
         return encode_conversation(record["messages"], tokenizer)
-    asked = tokenizer.encode(format_prompt(record["instruction"], record["input"]), bos=True)
-    answer, unmerged = encode_answer(record["output"], tokenizer)
-    return asked + answer, [IGNORE] * len(asked) + answer, unmerged
+    prompt = format_prompt(record["instruction"], record["input"])
+    prompt_ids = tokenizer.encode(prompt, bos=True)
+    answer_ids, unmerged = encode_answer(record["output"], tokenizer)
+    return prompt_ids + answer_ids, [IGNORE] * len(prompt_ids) + answer_ids, unmerged
 
 
 def encode_answer(output: str, tokenizer: Tokenizer) -> tuple[list[int], bool]:
-    """The ids of an answer after `### Response:`, EOS last, and whether a merge was undone.
+    """The ids of an answer after `### Response:`, EOS last, and whether a merge was prevented.
 
-    No piece reaches across a newline, so the template's last line alone tells how it goes on."""
-    marker = encode_after_newline(RESPONSE, tokenizer)
-    ids = encode_after_newline(RESPONSE + output, tokenizer)
-    if ids[: len(marker)] == marker:
-        return [*ids[len(marker) :], tokenizer.eos_id], False
-    return [*encode_after_newline(output, tokenizer), tokenizer.eos_id], True
-
-
-def encode_after_newline(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of text that goes on after a newline, without the space SentencePiece puts before all."""
-    ids = tokenizer.encode("\n" + text)
-    if ids[: len(tokenizer.newline_ids)] != tokenizer.newline_ids:
-        raise UserError(
-            f"{tokenizer.path} has pieces that reach across a newline: the prompt's ids would "
-            "depend on the answer. LLaMA's tokenizer has none"
-        )
-    return ids[len(tokenizer.newline_ids) :]
+    No token spans a newline, so the template's last line is enough context."""
+    response_ids = tokenizer.encode_after_newline(RESPONSE)
+    ids = tokenizer.encode_after_newline(RESPONSE + output)
+    if ids[: len(response_ids)] == response_ids:
+        return [*ids[len(response_ids) :], tokenizer.eos_id], False
+    return [*tokenizer.encode_after_newline(output), tokenizer.eos_id], True
 
 
-def encode_conversation(
-    messages: list[dict], tokenizer: Tokenizer
-) -> tuple[list[int], list[int], int]:
-    """A conversation; every turn of the assistant is learned, with its EOS."""
+def encode_conversation(messages: list[dict], tokenizer: Tokenizer) -> tuple[list, list, int]:
+    """`encode_record` of a conversation: each turn of the assistant has labels, EOS included."""
     ids, labels, unmerged = [], [], 0
-    preamble = PREAMBLE[False]
+    preamble = PREAMBLE
     if messages[0]["role"] == "system":
         preamble, messages = messages[0]["content"], messages[1:]
     for message in messages:
         if message["role"] == "assistant":
-            new, undone = encode_answer(message["content"], tokenizer)
+            new, prevented = encode_answer(message["content"], tokenizer)
             labels += new
-            unmerged += undone
+            unmerged += prevented
         else:
-            asked = f"\n\n### Instruction:\n{message['content']}\n\n{RESPONSE}"
+            turn = f"\n### Instruction:\n{message['content']}\n\n{RESPONSE}"
             if ids:
-                new = tokenizer.newline_ids[-1:] + encode_after_newline(asked[1:], tokenizer)
+                new = tokenizer.newline_ids[-1:] + tokenizer.encode_after_newline(turn)
             else:
-                new = tokenizer.encode(preamble + asked, bos=True)
+                new = tokenizer.encode(f"{preamble}\n{turn}", bos=True)
             labels += [IGNORE] * len(new)
         ids += new
     return ids, labels, unmerged
 
 
 def chat_prompt(messages: list[dict], tokenizer: Tokenizer) -> list[int]:
-    """The ids after which the assistant speaks. A single user message gives `prompt()`'s."""
+    """The ids after which the assistant answers. For one user message: `format_prompt`'s."""
     return encode_conversation(messages, tokenizer)[0]
 
 
-class Examples(NamedTuple):
-    """Tokenised records end to end in two arrays; example i is tokens starts[i] … starts[i + 1]."""
+@dataclass(frozen=True)
+class Examples:
+    """Tokenized records end to end: example i is tokens starts[i] … starts[i + 1]."""
 
     ids: np.ndarray  # int32
     labels: np.ndarray  # int32
     starts: np.ndarray  # int64
-    origins: list[str]  # where each comes from, for a person
+    origins: list[str]  # the file and record each comes from
     report: dict[str, int]  # how many were kept, truncated, dropped, kept from merging
 
     def __len__(self) -> int:
@@ -143,12 +132,12 @@ class Examples(NamedTuple):
 
     @property
     def supervised(self) -> np.ndarray:
-        """Labels learned from, example by example."""
-        learned = np.concatenate([[0], np.cumsum(self.labels != IGNORE)])
-        return np.diff(learned[self.starts])
+        """The number of labels that are not masked, for each example."""
+        before = np.concatenate([[0], np.cumsum(self.labels != IGNORE)])
+        return np.diff(before[self.starts])
 
     def digest(self) -> str:
-        """Tells one training set from another."""
+        """Equal for equal training sets only."""
         parts = (self.ids.tobytes(), self.labels.tobytes(), self.starts.tobytes())
         return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
@@ -156,29 +145,28 @@ class Examples(NamedTuple):
 def encode_all(
     records: list[dict], origins: list[str], tokenizer: Tokenizer, max_length: int
 ) -> Examples:
-    """Tokenise everything; what truncation leaves without anything to learn is dropped."""
-    ids, labels, starts, kept = [], [], [0], []
+    """Tokenize and truncate all records; one that truncation leaves without a label is dropped."""
+    all_ids, all_labels, starts, kept_origins = [], [], [0], []
     report = {"kept": 0, "truncated": 0, "dropped": 0, "merges undone": 0}
     for record, origin in zip(records, origins, strict=True):
-        some_ids, some_labels, unmerged = encode_record(record, tokenizer)
-        report["truncated"] += len(some_ids) > max_length
-        if all(label == IGNORE for label in some_labels[:max_length]):
+        ids, labels, unmerged = encode_record(record, tokenizer)
+        report["truncated"] += len(ids) > max_length
+        if all(label == IGNORE for label in labels[:max_length]):
             report["dropped"] += 1
             continue
+        report["kept"] += 1
         report["merges undone"] += unmerged
-        ids += some_ids[:max_length]
-        labels += some_labels[:max_length]
-        starts.append(len(ids))
-        kept.append(origin)
-    report["kept"] = len(kept)
-    if not kept:
+        all_ids += ids[:max_length]
+        all_labels += labels[:max_length]
+        starts.append(len(all_ids))
+        kept_origins.append(origin)
+    if not kept_origins:
         raise UserError(
             f"after truncation to {max_length} tokens no answer is left in any of the "
             f"{len(records)} records: raise --max-length"
         )
-    return Examples(
-        np.array(ids, np.int32), np.array(labels, np.int32), np.array(starts), kept, report
-    )
+    ids, labels = np.array(all_ids, np.int32), np.array(all_labels, np.int32)
+    return Examples(ids, labels, np.array(starts), kept_origins, report)
 
 
 # ---------------------------------------------------------------- examples → packed rows
@@ -196,21 +184,21 @@ def shuffle_epoch(examples: int, seed: int, epoch: int) -> np.ndarray:
 def step_examples(examples: int, batch: int, epochs: float, seed: int, step: int) -> np.ndarray:
     """The examples of a step, counted from 0: the next `batch` of one shuffle after another."""
     stop = min((step + 1) * batch, round(examples * epochs))
-    wanted = np.arange(step * batch, stop)
-    epochs_of = wanted // examples
-    parts = [
-        shuffle_epoch(examples, seed, int(epoch))[wanted[epochs_of == epoch] % examples]
-        for epoch in np.unique(epochs_of)
-    ]
+    epoch, position = np.divmod(np.arange(step * batch, stop), examples)
+    parts = [shuffle_epoch(examples, seed, int(e))[position[epoch == e]] for e in np.unique(epoch)]
     return np.concatenate(parts)
 
 
 def pack_rows(lengths: np.ndarray, ranks: int, row_tokens: int) -> list[list[list[int]]]:
     """Divide documents among ranks and rows: rank → rows → documents (indices into `lengths`).
 
-    Every rank gets as many rows as the others, for they reduce gradients together. Longest first,
-    each document goes to the row that is shortest so far, which levels them to about a document's
-    length; if one comes out above row_tokens, everybody gets a row more."""
+    Longest first, each document goes to the row that is shortest so far. Row lengths then differ by
+    at most about one document. Every rank gets as many rows as the others, because they reduce
+    gradients together; if a row exceeds row_tokens, every rank gets one more.
+
+    >>> pack_rows(np.array([5, 3, 2, 4]), ranks=1, row_tokens=8)
+    [[[0, 2], [3, 1]]]
+    """
     assert lengths.max(initial=0) <= row_tokens, "no row can hold the longest document"
     longest_first = np.argsort(-lengths, kind="stable")
     per_rank = max(1, -(-int(lengths.sum()) // (ranks * row_tokens)))
@@ -226,24 +214,39 @@ def pack_rows(lengths: np.ndarray, ranks: int, row_tokens: int) -> list[list[lis
 
 
 class Row(NamedTuple):
+    """The arguments of `Llama.forward`: document i is tokens cu_seqlens[i] … cu_seqlens[i + 1]."""
+
     ids: Tensor  # (1, T) int64
     labels: Tensor  # (1, T) int64
-    cu_seqlens: Tensor  # int32, 0 … T
+    cu_seqlens: Tensor  # int32, from 0 to T
 
 
-def make_row(examples: Examples, which: np.ndarray, multiple: int, bounds: int) -> Row:
-    """The examples `which` as one packed row. For kernels that are compiled for a shape it is
-    filled up to a multiple of `multiple` tokens, with a document nothing is learned from, and
-    cu_seqlens to `bounds` entries (0: as many as there are documents)."""
+def make_row(examples: Examples, which: np.ndarray, multiple: int = 1, bounds: int = 0) -> Row:
+    """The examples `which` packed into one row. Kernels that are compiled for a shape need few
+    shapes: a masked document pads the row to a multiple of `multiple` tokens, and empty documents
+    pad cu_seqlens to `bounds` entries.
+
+    Rows of the 4 documents above, of 5, 3, 2 and 4 tokens. Each document's first label is masked:
+    the model would predict it from the last token of the document before.
+
+    >>> tokens = np.array([10, 11, 12, 13, 14, 20, 21, 22, 30, 31, 40, 41, 42, 43])
+    >>> examples = Examples(tokens, tokens, np.array([0, 5, 8, 10, 14]), [], {})
+    >>> row = make_row(examples, np.array([0, 2]))
+    >>> row.ids.tolist(), row.cu_seqlens.tolist()
+    ([[10, 11, 12, 13, 14, 30, 31]], [0, 5, 7])
+    >>> row.labels.tolist()
+    [[-100, 11, 12, 13, 14, -100, 31]]
+    """
     spans = [slice(examples.starts[i], examples.starts[i + 1]) for i in which]
-    lengths = [span.stop - span.start for span in spans]
-    # A rank left without documents still takes part in the collectives: one token at least.
+    lengths = examples.lengths[which].tolist()
+    # A rank left without documents still takes part in the collectives: at least one token.
     fill = -max(sum(lengths), 1) % multiple + (not spans)
     lengths += [fill] if fill else []
-    padding = np.full(fill, IGNORE, np.int32)
-    ids = np.concatenate([*(examples.ids[span] for span in spans), np.zeros_like(padding)])
-    labels = np.concatenate([*(examples.labels[span] for span in spans), padding])
+    padding = np.zeros(fill, np.int32)
+    ids = np.concatenate([*(examples.ids[span] for span in spans), padding])
+    labels = np.concatenate([*(examples.labels[span] for span in spans), padding + IGNORE])
     ends = np.concatenate([[0], np.cumsum(lengths)])
+    labels[ends[:-1]] = IGNORE
     ends = np.pad(ends, (0, max(0, bounds - len(ends))), mode="edge")
     return Row(
         torch.from_numpy(ids.astype(np.int64))[None],

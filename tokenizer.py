@@ -1,31 +1,34 @@
-"""Text ↔ ids: SentencePiece, wrapped thinly.
+"""Text ↔ token ids, with SentencePiece.
 
-  - `encode` gives SentencePiece's own ids. BOS and EOS are added as ids, never parsed out of text:
-    a user who types `</s>` gets a few ordinary tokens, and ends nothing.
-  - LLaMA's vocabulary holds all 256 bytes as pieces, so any text can be written, if need be byte by
-    byte, and decoding gives it back. Only U+2581, SentencePiece's own mark for a space, does not
-    survive: it returns as a space.
-  - A character can be spread over several tokens. `stream` holds its bytes back until it is whole;
-    what it returns, joined, is what `decode` makes of all the ids at once.
+    tokenizer = Tokenizer("data")                     # a tokenizer.model, or its folder
+    ids = tokenizer.encode("Name a fruit.", bos=True)
+    stream = tokenizer.stream()                       # decodes ids as they arrive
+    text = "".join(stream.push(id) for id in ids) + stream.flush()
+
+  - `encode` gives SentencePiece's own ids. BOS and EOS are added as ids and never parsed from text:
+    a user who types `</s>` gets a few ordinary tokens.
+  - LLaMA's vocabulary contains all 256 bytes as tokens, so any text can be encoded and decoding
+    restores it. Only U+2581, SentencePiece's own sign for a space, comes back as a space.
+  - A character may span several tokens. `stream` holds its bytes until it is complete; the strings
+    it returns, joined, are `decode` of all ids.
 
 SentencePiece: arXiv:1808.06226; byte-pair encoding: arXiv:1508.07909.
-
-Shown by tests/test_tokenizer.py: test_ids_equal_hugging_faces_where_it_agrees_with_sentencepiece.
 """
 
 import codecs
+from collections.abc import Sequence
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
 from alpaca.common.errors import UserError, notice
 
-SPACE = "\u2581"
+SPACE = "\u2581"  # how SentencePiece writes a space
 
 
 class Tokenizer:
     def __init__(self, path: str | Path):
-        """`path` is a tokenizer.model, or a folder that holds one."""
+        """`path` is a tokenizer.model, or a folder that contains one."""
         path = Path(path)
         file = path / "tokenizer.model" if path.is_dir() else path
         if not file.is_file():
@@ -43,49 +46,58 @@ class Tokenizer:
         self.eos_id = self.sentencepiece.eos_id()
         for name, token in (("unk", self.unk_id), ("bos", self.bos_id), ("eos", self.eos_id)):
             if token < 0:
-                raise UserError(f"{file}: it has no {name} piece, so no LLaMA was trained with it")
-        self.newline_ids = self.encode("\n")  # what a text that goes on after a newline begins with
+                raise UserError(f"{file}: no {name} token, so no LLaMA was trained with it")
+        self.newline_ids = self.encode("\n")  # a space, which SentencePiece puts first, and "\n"
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         try:
-            text.encode()  # JSON can smuggle in what no file may hold
-        except UnicodeEncodeError as mistake:
-            at = f"{text[mistake.start]!r} at character {mistake.start}"
-            raise UserError(f"half a surrogate pair is not text: {at}") from None
+            text.encode()  # JSON can contain half a surrogate pair, which UTF-8 cannot
+        except UnicodeEncodeError as error:
+            place = f"{text[error.start]!r} at character {error.start}"
+            raise UserError(f"half a surrogate pair is not text: {place}") from None
         return [self.bos_id] * bos + self.sentencepiece.encode(text) + [self.eos_id] * eos
+
+    def encode_after_newline(self, text: str) -> list[int]:
+        """The ids of a text that follows a newline: without the space SentencePiece puts first."""
+        ids, count = self.encode("\n" + text), len(self.newline_ids)
+        if ids[:count] != self.newline_ids:
+            raise UserError(
+                f"{self.path} has tokens that span a newline, so a prompt's ids would depend on "
+                "the answer. LLaMA's tokenizer has none"
+            )
+        return ids[count:]
 
     def decode(self, ids: list[int]) -> str:
         return self.sentencepiece.decode(ids)
 
-    def piece(self, token: int) -> str:
-        """The vocabulary's entry: "▁the", "</s>", or "<0xE4>" for a single byte."""
-        return self.sentencepiece.id_to_piece(token)
-
-    def piece_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for."""
-        piece = self.piece(token)
-        if self.sentencepiece.is_byte(token):
-            return bytes([int(piece[3:5], 16)])  # <0xE4>
-        return piece.replace(SPACE, " ").encode()
-
-    def stream(self, after: list[int] = ()) -> "TextStream":
-        """A decoder fed one id at a time; `after` are the ids its text goes on from."""
+    def stream(self, after: Sequence[int] = ()) -> "TextStream":
+        """A decoder that takes one id at a time; its text continues that of the ids `after`."""
         stream = TextStream(self)
         for token in after:
             stream.push(token)
         return stream
 
+    def piece(self, token: int) -> str:
+        """A token as the vocabulary has it: "▁the", "</s>", or "<0xE4>" for a byte."""
+        return self.sentencepiece.id_to_piece(token)
+
+    def piece_bytes(self, token: int) -> bytes:
+        """The bytes of a token's text."""
+        if self.sentencepiece.is_byte(token):
+            return bytes([int(self.piece(token)[3:5], 16)])  # <0xE4>
+        return self.piece(token).replace(SPACE, " ").encode()
+
     def check(self, config) -> None:
-        """Does it fit the model with that LlamaConfig? Call it wherever both are loaded."""
-        rows = config.vocab_size
-        if self.vocab_size > rows:
+        """Refuse a model, given its LlamaConfig, that this tokenizer does not fit."""
+        size = config.vocab_size
+        if self.vocab_size > size:
             raise UserError(
-                f"{self.path} has {self.vocab_size} pieces, the model only {rows} embedding rows: "
+                f"{self.path} has {self.vocab_size} tokens, the model only {size} embeddings: "
                 "they do not belong together"
             )
-        if self.vocab_size < rows:
-            extra = f"rows {self.vocab_size} to {rows - 1} have no piece and are never sampled"
-            notice(f"the model has {rows} embedding rows: {extra}")
+        if self.vocab_size < size:
+            extra = f"{self.vocab_size} to {size - 1} have no token and are never sampled"
+            notice(f"the model has {size} embeddings: {extra}")
         theirs = config.bos_token_id, config.eos_token_id
         if theirs != (self.bos_id, self.eos_id):
             ours = f"the tokenizer's bos {self.bos_id} and eos {self.eos_id} are used"
@@ -93,52 +105,53 @@ class Tokenizer:
 
 
 class TextStream:
-    """Ids to text as they come, whole characters only.
+    """Ids → text, one id at a time, complete characters only.
 
-    It follows SentencePiece's decoder: pieces are text, byte pieces in a row are UTF-8 together,
-    each byte of theirs that fits no character is U+FFFD, control pieces are nothing, and the space
-    that encoding put before the first word is taken off again."""
+    The result is that of SentencePiece's decoder: consecutive byte tokens are UTF-8, a byte that is
+    part of no character becomes U+FFFD, control tokens give no text, and the space that encoding
+    put before the first word is removed."""
 
     def __init__(self, tokenizer: Tokenizer):
-        pieces = tokenizer.sentencepiece
-        self.sentencepiece, self.bytes, self.started = pieces, b"", False
-        space = pieces.piece_to_id(SPACE)
-        # How many spaces does the model drop at the start? Of two, LLaMA's drops 1; others drop
-        # none (0: no space was put before the first word) or all (2: one from each piece).
-        self.dropped = 2 - len(pieces.decode([space, space])) if space != pieces.unk_id() else 1
+        self.tokenizer, self.sentencepiece = tokenizer, tokenizer.sentencepiece
+        self.bytes, self.at_start = b"", True
+        # How many leading spaces does the decoder remove? Of two, LLaMA's removes 1; others remove
+        # none (0: encoding puts no space first) or all (2: one from each token).
+        space, unknown = self.sentencepiece.piece_to_id(SPACE), tokenizer.unk_id
+        self.removed = 2 - len(tokenizer.decode([space, space])) if space != unknown else 1
 
     def push(self, token: int) -> str:
+        """The text that became complete with this token; often empty."""
         if self.sentencepiece.is_byte(token):
-            self.bytes += bytes([int(self.sentencepiece.id_to_piece(token)[3:5], 16)])  # <0xE4>
-            return self._characters(final=False)
-        before = self._characters(final=True)
+            self.bytes += self.tokenizer.piece_bytes(token)
+            return self._pop_characters(final=False)
+        before = self._pop_characters(final=True)
         if self.sentencepiece.is_control(token):
             return before
         if self.sentencepiece.is_unknown(token):
-            piece = self.sentencepiece.decode([token])
+            text = self.tokenizer.decode([token])
         else:
-            piece = self.sentencepiece.id_to_piece(token)
-            if self.dropped and not self.started and piece.startswith(SPACE):
-                piece = piece[1:]
-                self.started = self.dropped == 1  # nothing more to drop
-        self.started = self.started or piece != ""
-        return before + piece.replace(SPACE, " ")
+            text = self.tokenizer.piece(token).replace(SPACE, " ")
+            if self.at_start and self.removed and text.startswith(" "):
+                text = text[1:]
+                self.at_start = self.removed > 1
+        self.at_start = self.at_start and text == ""
+        return before + text
 
     def flush(self) -> str:
-        """What is left when no more ids come: bytes of a character that never became whole."""
-        return self._characters(final=True)
+        """The rest when no more ids follow: the bytes of an incomplete character, as U+FFFD."""
+        return self._pop_characters(final=True)
 
-    def _characters(self, final: bool) -> str:
-        """The whole characters at the head of the waiting bytes. E4 B8 AD is one, "中". E4 waits;
-        E4 41 is U+FFFD and "A", since no character goes on like that; at the end E4 is U+FFFD."""
+    def _pop_characters(self, final: bool) -> str:
+        """The complete characters at the head of the pending bytes. E4 B8 AD is one, "中". E4 alone
+        waits, or is U+FFFD if `final`. E4 41 is U+FFFD and "A": no character begins with E4 41."""
         text = ""
         while self.bytes:
             try:
                 whole, used = codecs.utf_8_decode(self.bytes, "strict", final)
-            except UnicodeDecodeError as bad:
-                whole, used = self.bytes[: bad.start].decode() + "\ufffd", bad.start + 1
+            except UnicodeDecodeError as error:
+                whole, used = self.bytes[: error.start].decode() + "\ufffd", error.start + 1
             text, self.bytes = text + whole, self.bytes[used:]
             if not used:
                 break
-        self.started = self.started or text != ""
+        self.at_start = self.at_start and text == ""
         return text

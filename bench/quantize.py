@@ -26,7 +26,7 @@ from alpaca.inference.sampling import SamplingParams  # noqa: E402
 from alpaca.weights.loading import load_model, optimize_layout  # noqa: E402
 from alpaca.weights.quantize import WeightSource  # noqa: E402
 from alpaca.weights.writer import tensor_bytes  # noqa: E402
-from dataset import encode_example, format_prompt  # noqa: E402
+from dataset import encode_record, format_prompt  # noqa: E402
 from model import IGNORE  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
@@ -55,7 +55,7 @@ def main() -> None:
     if not folder.exists():
         raise SystemExit(f"no model at {folder}: `make train` makes it")
     records, tokenizer = load_records(ROOT / "data/sample_heldout.json"), Tokenizer(folder)
-    examples = [encode_example(record, tokenizer, 512) for record in records]
+    examples = [encode_record(record, tokenizer)[:2] for record in records]
     prompts = [
         tokenizer.encode(format_prompt(record["instruction"], record["input"]), bos=True)
         for record in records

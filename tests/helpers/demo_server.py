@@ -19,7 +19,6 @@ from alpaca.serving import serve
 from alpaca.serving.http import Limits
 from alpaca.serving.moderation import Filter
 from alpaca.weights.loading import load_model
-from dataset import encode_after_newline
 from helpers.commands import ROOT
 from helpers.models import small_config
 from model import Llama
@@ -45,7 +44,7 @@ class ScriptedEngine(Engine):
             if s.finish_reason is None:
                 if not hasattr(s, "plan"):
                     text = self.script(self.tokenizer.decode(s.prompt))
-                    s.plan = [*encode_after_newline(text, self.tokenizer), self.tokenizer.eos_id]
+                    s.plan = [*self.tokenizer.encode_after_newline(text), self.tokenizer.eos_id]
                 s.append(s.plan[len(s.ids)])
 
 

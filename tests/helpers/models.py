@@ -4,13 +4,18 @@
 layout moves a tiny model's logits by 0.003, with 0.2 by several units.
 """
 
+import os
+
 import torch
 
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
 from dataset import format_prompt
+from helpers.commands import ROOT
 from model import Llama, LlamaConfig
 
+TOKENIZERS = [str(ROOT / "data/tokenizer.model")]
+TOKENIZERS += filter(None, [os.environ.get("LLAMA_TOKENIZER")])  # LLaMA's own, if it is there
 SMALL = {
     "vocab_size": 128,
     "hidden_size": 64,

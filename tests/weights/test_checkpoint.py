@@ -328,7 +328,7 @@ def test_damaged_config_is_refused(command, folder):
         ({"hidden_size": "remove"}, "hidden_size is missing"),
         ({"hidden_size": "64"}, "hidden_size is '64', where int was expected"),
         ({"rms_norm_eps": True}, "rms_norm_eps is True, where float was expected"),
-        ({"num_key_value_heads": 3}, "num_attention_heads 4 does not divide"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not divisible"),
     ],
     ids=str,
 )
@@ -410,7 +410,7 @@ def test_a_wrong_number_of_layers_is_refused_at_once(command, folder):
 def test_a_tokenizer_of_another_model_is_refused(command, folder, tmp_path):
     small = small_model()
     save_model(small, small.config, tmp_path / "small", tokenizer=EMBEDDED)
-    refuse_convert(command, tmp_path / "small", "1024 pieces, the model only 128 embedding rows")
+    refuse_convert(command, tmp_path / "small", "1024 tokens, the model only 128 embeddings")
     (tmp_path / "tokenizer.json").write_text("{}")
     arguments = ["--tokenizer", tmp_path / "tokenizer.json"]
     refuse_convert(command, folder, "tokenizer.json: not a SentencePiece model", args=arguments)

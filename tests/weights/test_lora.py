@@ -29,7 +29,7 @@ from alpaca.weights.loading import load_model, optimize_layout
 from alpaca.weights.lora import ATTENTION, TARGETS, FrozenLinear, LoraConfig, ThinLinear, add_lora
 from alpaca.weights.quantize import WeightSource, linear_class, save_quantized
 from alpaca.weights.writer import save_model
-from dataset import encode_example
+from dataset import encode_record
 from model import Llama
 from tokenizer import Tokenizer
 
@@ -688,7 +688,7 @@ def test_only_the_adapter_changes(base, here, tmp_path, monkeypatch, number):
 
 def test_a_run_equals_a_plain_loop_with_peft(base, here, tmp_path):
     """Packed, sharded and clipped, against one example at a time."""
-    from dataset import encode_example, step_examples
+    from dataset import encode_record, step_examples
 
     train(here, lora_flags(base, tmp_path / "run", lora_dropout=0, epochs=4))
     model = peft_model(hf_of(base), lora_alpha=16)
@@ -700,7 +700,7 @@ def test_a_run_equals_a_plain_loop_with_peft(base, here, tmp_path):
     own = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(own, weight_decay=0.0)
     tokenizer, records = Tokenizer(TOKENIZER), load_records(base / "records.json")
-    examples = [encode_example(record, tokenizer, 128) for record in records]
+    examples = [encode_record(record, tokenizer)[:2] for record in records]
     for step, logged in enumerate(metrics(tmp_path / "run")):
         chosen = [examples[i] for i in step_examples(40, 16, 4, 42, step)]
         count = sum(label != -100 for _, labels in chosen for label in labels)
@@ -885,7 +885,7 @@ def test_the_held_out_loss_is_that_of_the_adapter_without_dropout(base, here, tm
     model = load_model(base / "model")
     load_adapter(model, out / "adapter")
     examples = [
-        encode_example(record, Tokenizer(TOKENIZER), 128)
+        encode_record(record, Tokenizer(TOKENIZER))[:2]
         for record in load_records(base / "records.json")
     ]
     with torch.no_grad():

@@ -70,11 +70,8 @@ class LlamaConfig:
             number = type(value) in (int, float) and not name.endswith("token_id")
             if number and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be above 0, not {value}")
-        if heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {heads} is not divisible by num_key_value_heads "
-                f"{self.num_key_value_heads}: each key head serves equally many query heads"
-            )
+        if heads % (kv_heads := self.num_key_value_heads):
+            raise ValueError(f"{heads} heads are not divisible by num_key_value_heads {kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding rotates pairs")
 
@@ -151,7 +148,7 @@ def packed_context(ids: Tensor, config: LlamaConfig, cu_seqlens: Tensor) -> Atte
     valid = (lengths >= 0).all() & (lengths <= config.max_position_embeddings).all()
     valid &= (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T)
     message = "cu_seqlens must rise from 0 to T, by at most the model's positions"
-    torch._assert_async(valid, message)  # type: ignore  # on the device, without waiting for it
+    torch._assert_async(valid, message)  # type: ignore  # checked on the device, without waiting
     token, start = torch.arange(T, device=ids.device), cu_seqlens.long()
     document = torch.searchsorted(start, token, right=True) - 1  # (T): the last start ≤ token
     positions = (token - start[document])[None]
@@ -214,9 +211,7 @@ class KVCache:
         mask = torch.zeros_like(later, dtype=self.k.dtype).masked_fill_(later, -torch.inf)
         return AttentionContext(config, positions, slots, mask=mask)
 
-    def update(
-        self, layer: int, k: Tensor, v: Tensor, context: AttentionContext
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, layer: int, k: Tensor, v: Tensor, context) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values, (B, T, K, D); return those that attention reads."""
         for new, stored in ((k, self.k[layer]), (v, self.v[layer])):  # stored: (slots, K, L, D)
             # Index tensors on both sides of a slice put their own axes, (B, T), first.
@@ -247,7 +242,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longes
 
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
         bounds = (cu_seqlens, cu_seqlens, longest, longest)  # of the queries and of the keys
-        causal = (-1, 0)  # a window of all earlier tokens and no later one
+        causal = (-1, 0)  # a window over all earlier tokens and no later one
         return varlen_attn(q[0], k[0], v[0], *bounds, window_size=causal)[None]  # type: ignore
     lengths = cu_seqlens.diff().tolist()  # split, not slices: its backward is a single cat
     documents = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), lengths, strict=True)
@@ -272,12 +267,13 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.layer = config.head_dim, layer
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.layer, self.head_dim = layer, config.head_dim
+        C, D = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(C, H * D, bias=False)
+        self.k_proj = nn.Linear(C, K * D, bias=False)
+        self.v_proj = nn.Linear(C, K * D, bias=False)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -294,7 +290,7 @@ class Attention(nn.Module):
             out = cached_attention(q, k, v, context.mask)
         else:
             out = causal_attention(q, k, v)
-        return self.o_proj(out.reshape(B, T, self.heads * self.head_dim))
+        return self.o_proj(out.flatten(2))  # (B, T, H · D) → (B, T, C)
 
 
 class MLP(nn.Module):
@@ -302,9 +298,10 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.gate_proj(x), self.up_proj(x)

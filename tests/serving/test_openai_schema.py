@@ -10,7 +10,7 @@ from alpaca.inference.engine import Sequence
 from alpaca.inference.sampling import SamplingParams
 from alpaca.serving import openai_schema as api
 from alpaca.serving.http import HTTPError
-from dataset import chat_prompt, encode_after_newline, format_prompt
+from dataset import chat_prompt, format_prompt
 from tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(ROOT / "data/tokenizer.model")
@@ -139,7 +139,7 @@ def test_invalid_combinations_are_refused():
 def finished(text: str, params: SamplingParams) -> Sequence:
     """A sequence with the tokens of `text`, or up to a stop string."""
     s = Sequence(encoded("a\n"), params, TOKENIZER, 100)
-    for token in [*encode_after_newline(text, TOKENIZER), TOKENIZER.eos_id]:
+    for token in [*TOKENIZER.encode_after_newline(text), TOKENIZER.eos_id]:
         s.logprobs.append(-math.inf)
         s.top_logprobs.append([(token, -0.5)])
         s.append(token)

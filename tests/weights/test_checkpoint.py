@@ -328,7 +328,7 @@ def test_damaged_config_is_refused(command, folder):
         ({"hidden_size": "remove"}, "hidden_size is missing"),
         ({"hidden_size": "64"}, "hidden_size is '64', where int was expected"),
         ({"rms_norm_eps": True}, "rms_norm_eps is True, where float was expected"),
-        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not divisible"),
+        ({"num_key_value_heads": 3}, "4 heads are not divisible by num_key_value_heads"),
     ],
     ids=str,
 )

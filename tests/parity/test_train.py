@@ -20,7 +20,7 @@ from helpers.training import (
 
 from alpaca.datagen.formats import load_records
 from alpaca.weights.checkpoint import read_tensors
-from dataset import IGNORE, encode_example, format_prompt, step_examples
+from dataset import IGNORE, encode_record, format_prompt, step_examples
 from fsdp_train import learning_rate
 from tokenizer import Tokenizer
 
@@ -37,7 +37,7 @@ def test_run_equals_a_plain_loop_over_hugging_faces_model(base, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base / "model", dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     tokenizer, records = Tokenizer(TOKENIZER), load_records(base / "records.json")
-    examples = [encode_example(record, tokenizer, 128) for record in records]
+    examples = [encode_record(record, tokenizer)[:2] for record in records]
     for step, logged in enumerate(metrics(tmp_path / "run")):
         batch = [examples[i] for i in step_examples(40, 16, 4, 42, step)]
         targets = sum(label != IGNORE for _, labels in batch for label in labels)

@@ -86,13 +86,13 @@ def test_prompts_are_prefilled_together_up_to_a_limit():
 def test_prompts_are_padded_to_few_lengths(monkeypatch):
     """oneDNN stores a kernel per length: those of 3,000 prompts took 700 MB instead of 200."""
     engine, lengths = Engine(new_model(max_position_embeddings=100), TOKENIZER), set()
-    real = engine.model.hidden_states
+    real = engine.model.model.forward
 
     def hidden_states(ids, *args):
         lengths.add(ids.shape[1])
         return real(ids, *args)
 
-    monkeypatch.setattr(engine.model, "hidden_states", hidden_states)
+    monkeypatch.setattr(engine.model.model, "forward", hidden_states)
     for prompt in prompts_of(*range(1, 100, 3)):
         engine.generate([prompt], SamplingParams(max_new_tokens=1))
         assert engine.cache.lengths.tolist() == [len(prompt)]

@@ -48,7 +48,7 @@ def published(tmp_path):
 
 
 def answer(command, out, *more):
-    flags = ("--model-dir", TINY, "--max-new-tokens", 12)
+    flags = ("--model-dir", TINY, "--max-new-tokens", 6)
     return command("answers", "--out", out, *flags, *more)
 
 
@@ -127,10 +127,10 @@ def test_local_answers_are_those_of_generate(command, engine, published, tmp_pat
     assert code == 0, err
     names = {"generator": "tiny-llama", "dataset": "s"}
     assert read_outputs(tmp_path / "o") == [
-        {"instruction": question, "output": expected(engine, *asked)} | names
+        {"instruction": question, "output": expected(engine, *asked, max_new_tokens=6)} | names
         for question, asked in zip(QUESTIONS, ASKED, strict=True)
     ]
-    assert "3 answers of tiny-llama" in out and "3 were cut at 12 tokens" in out
+    assert "3 answers of tiny-llama" in out and "3 were cut at 6 tokens" in out
 
 
 def test_each_answer_has_its_own_seed_in_any_batch(command, engine, tmp_path):
@@ -142,7 +142,8 @@ def test_each_answer_has_its_own_seed_in_any_batch(command, engine, tmp_path):
     found = read_outputs(tmp_path / "1")
     assert found == read_outputs(tmp_path / "3") and found[0]["generator"] == "warm"
     for n, (task, one) in enumerate(zip(tasks, found, strict=True)):
-        assert one["output"] == expected(engine, **task, temperature=1.5, seed=4 + n)
+        params = {"temperature": 1.5, "seed": 4 + n, "max_new_tokens": 6}
+        assert one["output"] == expected(engine, **task, **params)
 
 
 def test_longest_prompts_come_first_and_too_long_ones_are_left_out(command, tmp_path):

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import random
 import re
 import sys
 from pathlib import Path
@@ -93,9 +92,7 @@ def test_sessions_stop_resume_undo_and_finish(rate, start, unblind, tmp_path):
     assert code == 0 and "8 pairs" in text and f"blind rate {ann}" in text
     assert_blind(out, text)
     items = RaterCopy(ann).items
-    code, first, _ = rate(
-        ann, "u", "x", "", "ab", " B ", "q"
-    )  # nothing to undo; no choices of ours
+    code, first, _ = rate(ann, "u", "x", "", "ab", " B ", "q")  # nothing to undo; no such choice
     assert code == 0 and "7 left: run the same command" in first
     place_a, place_b = (first.index(items[0][side]) for side in "ab")
     assert first.index("- A -") < place_a < first.index("- B -") < place_b
@@ -154,15 +151,6 @@ def test_answers_cannot_steer_the_terminal_or_imitate_our_lines():
     fake = "fine\n\n----- B -----\u2028I am bad\n(empty)"
     assert all(line.startswith("│ ") for line in blind.quote(fake).splitlines())
     assert blind.quote(" \n") == blind.quote("") == "(empty)"
-
-
-def test_log_replays_any_sequence_of_choices_and_undos(start, tmp_path):
-    start("blind", "--raters", "ann")
-    copy, rng = RaterCopy(tmp_path / "blind/ann"), random.Random(0)
-    for _ in range(200):
-        undo = not copy.left or (copy.choices and rng.random() < 0.4)
-        copy.rate(None if undo else rng.choice(["a", "b", "tie", "skip"]))
-    assert copy.choices and RaterCopy(tmp_path / "blind/ann").choices == copy.choices
 
 
 # ---------------------------------------------------------------- raters' folders

@@ -50,6 +50,11 @@ def format_prompt(instruction: str, input: str = "") -> str:
     return f"{preamble}\n\n### Instruction:\n{instruction}\n\n{RESPONSE}"
 
 
+def encode_prompt(instruction: str, input: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids after which the answer begins, in training and in decoding."""
+    return tokenizer.encode(format_prompt(instruction, input), bos=True)
+
+
 # ---------------------------------------------------------------- records → ids and labels
 
 
@@ -69,8 +74,7 @@ def encode_record(record: dict, tokenizer: Tokenizer) -> tuple[list[int], list[i
         return ids, [IGNORE, *ids[1:]], 0
     if "messages" in record:
         return encode_conversation(record["messages"], tokenizer)
-    prompt = format_prompt(record["instruction"], record["input"])
-    prompt_ids = tokenizer.encode(prompt, bos=True)
+    prompt_ids = encode_prompt(record["instruction"], record["input"], tokenizer)
     answer_ids, unmerged = encode_answer(record["output"], tokenizer)
     return prompt_ids + answer_ids, [IGNORE] * len(prompt_ids) + answer_ids, unmerged
 

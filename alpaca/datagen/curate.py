@@ -43,7 +43,7 @@ WORD_BINS = (1, 5, 9, 17, 33, 65, 129, 257, 513)  # lower ends of the bars of th
 LOGS = ("records.jsonl", "rejected.jsonl", "responses.jsonl")
 
 
-def one_line(text: str, width: int = 100) -> str:
+def printable(text: str, width: int = 100) -> str:
     """Text from the data, cut and escaped for the terminal."""
     text = " ".join(text[: 4 * width].split())
     return escape_control(text if len(text) <= width else text[: width - 1] + "…")
@@ -85,7 +85,7 @@ LEAD_IN = re.compile(
     r"|(?!apply|comply|fly|multiply|rely|reply|supply)[a-z]+ly)\b[\s,:]*"
 )
 ADVERB = re.compile("(?<!fami)(?<!assemb)ly$")
-WORD = re.compile(r"\d[\w.,%-]*|[^\W\d_]+(?:['’-][^\W\d_]+)*|\S")
+TOKEN = re.compile(r"\d[\w.,%-]*|[^\W\d_]+(?:['’-][^\W\d_]+)*|\S")
 
 
 def opening(instruction: str) -> tuple[str, str]:
@@ -93,7 +93,7 @@ def opening(instruction: str) -> tuple[str, str]:
     text = instruction[:500].lower().lstrip("\"'“*#- \n")
     while lead_in := LEAD_IN.match(text):
         text = text[lead_in.end() :]
-    verb, *rest = WORD.findall(text) or ["…"]
+    verb, *rest = TOKEN.findall(text) or ["…"]
     if verb in QUESTION_WORDS or (verb in NO_VERBS and "?" in text):
         return "(question)", verb
     if verb in NO_VERBS or not verb[0].isalpha():
@@ -131,7 +131,7 @@ def openings(instructions: Iterable[str]) -> list[tuple[str, int, Bars]]:
 # ---------------------------------------------------------------- report
 
 
-def histogram(values: np.ndarray, edges: Iterable[float], labels: Iterable[str]) -> Bars:
+def histogram(values: np.ndarray, edges: list[float], labels: Iterable[str]) -> Bars:
     """How many values lie between each edge and the next; without empty bars at both ends."""
     counts = np.histogram(values, edges)[0]
     filled = np.flatnonzero(counts)
@@ -155,7 +155,7 @@ def seed_similarity(instructions: list[str], folder: Path) -> tuple[str, Bars]:
     highest = np.zeros(len(pool))
     for seed in seeds:  # ROUGE-L is symmetric, and there are fewer seeds than instructions
         highest = np.maximum(highest, pool.scores(seed))
-    edges = np.linspace(0, 1, 11)
+    edges = np.linspace(0, 1, 11).tolist()
     labels = (f"{a:.1f}-{b:.1f}" for a, b in pairwise(edges))
     stats = f"mean {highest.mean():.3f}" if instructions else "none"
     title = f"Highest ROUGE-L with one of {len(seeds)} seeds ({stats})"
@@ -174,9 +174,9 @@ def generation_lines(folder: Path, kept: int, wanted: int) -> Iterator[str]:
     grouped = Counter({reason: n for reason, n in reasons.items() if reason not in unable})
     grouped["asks for …"] = sum(unable.values())
     for reason, n in (+grouped).most_common():
-        yield f"{n:9,} {n / total:6.1%}  {one_line(reason)}"
+        yield f"{n:9,} {n / total:6.1%}  {printable(reason)}"
         if reason == "asks for …":
-            yield from (f"{n:20,}  {one_line(r)}" for r, n in Counter(unable).most_common())
+            yield from (f"{n:20,}  {printable(r)}" for r, n in Counter(unable).most_common())
     cost, left = sum(entry.get("cost", 0) for entry in log), max(wanted - kept, 0)
     line = f"Cost so far ${cost:.4f}"
     if kept:
@@ -198,7 +198,7 @@ def run_report(args: argparse.Namespace) -> None:
     inputs = [instance["input"] for instance in instances if instance["input"]]
     more = f" with {len(instances):,} instances" if len(instances) > len(tasks) else ""
     head = f"{len(tasks):,} records{more}, {len(inputs):,} with input"
-    lines = [f"{one_line(str(args.source), 200)}: {head}"]
+    lines = [f"{printable(str(args.source), 200)}: {head}"]
     for field, kind in (("messages", "conversations"), ("text", "plain texts")):
         if count := sum(field in record[0] for record in records):
             lines.append(f"{count:,} {kind} left out")
@@ -217,8 +217,8 @@ def run_report(args: argparse.Namespace) -> None:
     verbs = openings(instructions)
     lines.append("\nOpening verbs and their objects")
     for verb, n, objects in verbs[:TOP_VERBS]:
-        nouns = ", ".join(f"{one_line(noun, 24)} {count:,}" for noun, count in objects)
-        lines.append(f"{n:9,}  {one_line(verb, 24):<12} {nouns}".rstrip())
+        nouns = ", ".join(f"{printable(noun, 24)} {count:,}" for noun, count in objects)
+        lines.append(f"{n:9,}  {printable(verb, 24):<12} {nouns}".rstrip())
     text = "\n".join(lines)
     if args.out:
         named = [entry for entry in verbs if entry[0][0] != "("][:TOP_VERBS]
@@ -260,12 +260,12 @@ def run_lint(args: argparse.Namespace) -> None:
     if outputs:
         split_records(args, [raw for raw, _ in records], defects)
     share = f"{len(defects):,} of {len(records):,} records flagged"
-    print(f"{one_line(str(args.source), 200)}: {share} ({len(defects) / len(records):.1%})")
+    print(f"{printable(str(args.source), 200)}: {share} ({len(defects) / len(records):.1%})")
     for name, (meaning, _) in RULES.items():
         broken = [(number, found[name]) for number, found in defects.items() if name in found]
         print(f"{len(broken):9,}  {name}: {meaning}")
         for number, text in broken[: args.examples]:
-            print(f"{'':11}record {number:,}: {one_line(text)}")
+            print(f"{'':11}record {number:,}: {printable(text)}")
 
 
 def split_records(args: argparse.Namespace, records: list[dict], defects: dict[int, dict]) -> None:

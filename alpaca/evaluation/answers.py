@@ -30,11 +30,11 @@ from alpaca.datagen import request_log
 from alpaca.datagen.endpoints import add_server_arguments, endpoint_from_args
 from alpaca.datagen.request_log import RequestLog, Teachers
 from alpaca.evaluation.outputs import OUTPUTS, Item, digest, read_items, save_json
-from alpaca.inference.answer import encode_question, engine_from_args
+from alpaca.inference.answer import engine_from_args
 from alpaca.inference.engine import Sequence
 from alpaca.inference.sampling import add_sampling_arguments, sampling_from_args
 from alpaca.weights.loading import add_model_arguments, model_folders
-from dataset import format_prompt
+from dataset import encode_prompt, format_prompt
 
 EVAL_SET = CHECKOUT / "data/eval_instructions.jsonl"
 LOCAL_ARGUMENTS = (add_model_arguments, add_sampling_arguments)
@@ -60,7 +60,7 @@ def generate_local(items: dict[str, Item], args: argparse.Namespace, log: Path) 
         return answers
     engine = engine_from_args(args, args.max_batch_size)
     prompts = {
-        id: encode_question(item.instruction, item.input, engine.tokenizer)
+        id: encode_prompt(item.instruction, item.input, engine.tokenizer)
         for id, item in todo.items()
     }
     pending: dict[Sequence, str] = {}

@@ -18,13 +18,7 @@ from alpaca.common.files import json_records, read_log
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
 from alpaca.weights.loading import load_from_args
-from dataset import format_prompt
-from tokenizer import Tokenizer
-
-
-def encode_question(instruction: str, input: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids after which the answer begins."""
-    return tokenizer.encode(format_prompt(instruction, input), bos=True)
+from dataset import encode_prompt
 
 
 def engine_from_args(args: argparse.Namespace, max_batch_size: int) -> Engine:
@@ -68,7 +62,7 @@ def answer_questions(
     """The answers to questions[done:]."""
     sequences = []
     for i, question in enumerate(questions[done:], done):
-        ids = encode_question(**question, tokenizer=engine.tokenizer)
+        ids = encode_prompt(**question, tokenizer=engine.tokenizer)
         try:
             sequences.append(engine.add(ids, replace(params, seed=params.seed + i)))
         except UserError as error:

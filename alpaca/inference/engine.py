@@ -120,9 +120,8 @@ class Engine:
         self.cache.static = compile or weight.is_cuda
         self.waiting: deque[Sequence] = deque()
         self.active: list[Sequence] = []  # sequence i is in slot i of the cache
-        self.batch_sizes = [1]  # of static shapes: powers of two, and the largest
-        while self.batch_sizes[-1] < max_batch_size:
-            self.batch_sizes.append(min(2 * self.batch_sizes[-1], max_batch_size))
+        powers = {min(2**i, max_batch_size) for i in range(max_batch_size.bit_length() + 1)}
+        self.batch_sizes = sorted(powers)  # of static shapes
         self.decode_step = decode_step
         if compile:  # once for each batch size of each engine
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)

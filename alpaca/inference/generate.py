@@ -26,13 +26,13 @@ from alpaca.common.progress import Progress
 from alpaca.inference.answer import (
     answer_questions,
     count_answered,
-    encode_question,
     engine_from_args,
     read_questions,
 )
 from alpaca.inference.engine import Sequence
 from alpaca.inference.sampling import SamplingParams, add_sampling_arguments, sampling_from_args
 from alpaca.weights.loading import add_model_arguments
+from dataset import encode_prompt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
 def generate_one(args: argparse.Namespace, params: SamplingParams) -> None:
     instruction = sys.stdin.read().strip("\n") if args.instruction == "-" else args.instruction
     engine = engine_from_args(args, min(args.n, args.max_batch_size))
-    ids = encode_question(instruction, args.input, engine.tokenizer)
+    ids = encode_prompt(instruction, args.input, engine.tokenizer)
     params = replace(params, logprobs=0 if args.json else None)
     start = time.perf_counter()
     sequences = [engine.add(ids, replace(params, seed=params.seed + i)) for i in range(args.n)]

@@ -113,7 +113,7 @@ class Watermark:
         p = math.erfc(z / math.sqrt(2)) / 2
         return {"z": z, "p": p, "green": green, "scored": scored, "fraction": green / scored}
 
-    def expected_z(self, scored: int, spike_entropy: float = 1.0) -> float:
+    def expected_z(self, scored: float, spike_entropy: float = 1.0) -> float:
         """The mean z of watermarked text; a lower bound on it if the spike entropy is below 1."""
         share = self.gamma / (self.gamma + (1 - self.gamma) * math.exp(-self.delta))
         excess = max(0.0, spike_entropy * share - self.gamma)
@@ -196,7 +196,7 @@ def read_text(file: str) -> str:
 def run_power(args: argparse.Namespace) -> None:
     """Plot the expected z of watermarked text against its length."""
     watermark, lengths = Watermark(32000, args.gamma, args.delta), range(201)
-    lines = {
+    lines: dict[str, list[tuple[float, float]]] = {
         f"S = {S:g}": [(T, watermark.expected_z(T, S)) for T in lengths] for S in (1.0, 0.8, 0.6)
     }
     lines["z = 4"] = [(T, 4.0) for T in lengths]

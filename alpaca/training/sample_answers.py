@@ -4,12 +4,12 @@ import gc
 
 import torch
 
-from alpaca.inference.answer import encode_question
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
 from alpaca.training.config import TrainConfig
 from alpaca.weights.checkpoint import DTYPES
 from alpaca.weights.loading import load_model, optimize_layout
+from dataset import encode_prompt
 from model import Llama
 from tokenizer import Tokenizer
 
@@ -31,7 +31,7 @@ def print_sample_answers(
     half = config.max_length // 2  # for the prompt, and as much for the answer
     asked = []
     for record in (record for record in records if "output" in record):
-        ids = encode_question(record["instruction"], record["input"], tokenizer)
+        ids = encode_prompt(record["instruction"], record["input"], tokenizer)
         if len(ids) <= half and len(asked) < config.sample_answers:
             asked.append((record, ids))
     if not asked:

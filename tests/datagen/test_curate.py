@@ -11,7 +11,7 @@ from helpers.commands import assert_refused
 
 from alpaca.common.files import read_jsonl
 from alpaca.datagen import curate
-from alpaca.datagen.curate import one_line, opening
+from alpaca.datagen.curate import opening, printable
 from alpaca.datagen.lint import RULES, find_defects
 
 HOSTILE = "<script>alert(1)</script>"
@@ -344,7 +344,7 @@ def test_lint_examples_cannot_control_the_terminal(command, tmp_path):
         assert out.count("    record ") == examples
     assert not any(c for c in out if not c.isprintable() and c != "\n")
     assert r"record 1: http://a.b\x1b]0;owned\x07\u202e\x9b2J x0" in out
-    assert one_line("a" * 10**6) == "a" * 99 + "…"
+    assert printable("a" * 10**6) == "a" * 99 + "…"
 
 
 MIXED = [

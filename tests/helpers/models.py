@@ -10,7 +10,7 @@ import torch
 
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
-from dataset import format_prompt
+from dataset import encode_prompt
 from helpers.commands import ROOT
 from model import Llama, LlamaConfig
 
@@ -59,6 +59,6 @@ def hf_model(config: LlamaConfig, dtype: torch.dtype = torch.float32):
 
 def expected(engine: Engine, instruction: str, input: str = "", **way) -> str:
     """The answer that an engine gives to a question in Alpaca's template."""
-    ids = engine.tokenizer.encode(format_prompt(instruction, input), bos=True)
+    ids = encode_prompt(instruction, input, engine.tokenizer)
     (answer,) = engine.generate([ids], SamplingParams(**{"max_new_tokens": 12, **way}))
     return answer.text

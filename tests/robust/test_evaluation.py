@@ -97,7 +97,8 @@ def test_rating_killed_has_stored_every_choice(command, tmp_path):
     with subprocess.Popen(words, cwd=ROOT, **pipes) as process:
         process.stdin.write("a\nb\nu\nt\n")
         process.stdin.flush()
-        while count(log) < 4:
+        give_up = time.monotonic() + 60
+        while count(log) < 4 and time.monotonic() < give_up:
             time.sleep(0.005)
         process.kill()
         screen = process.stdout.read()

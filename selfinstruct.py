@@ -36,7 +36,7 @@ from alpaca.common.cli import Parser, positive
 from alpaca.common.errors import UserError, join_names, run_command
 from alpaca.common.files import atomic_file, claim_run_folder, json_records, read_log
 from alpaca.datagen.batch import belongs_to, pending_batches
-from alpaca.datagen.client import Client, Reply, parse_reply
+from alpaca.datagen.client import Reply, parse_reply
 from alpaca.datagen.endpoints import (
     Endpoint,
     add_server_arguments,
@@ -45,7 +45,7 @@ from alpaca.datagen.endpoints import (
 )
 from alpaca.datagen.formats import normalize_record
 from alpaca.datagen.four_stage import SelfInstruct
-from alpaca.datagen.generation import Recipe, RecordStore, Scheduler
+from alpaca.datagen.generation import RecordStore, Scheduler
 from alpaca.datagen.prompts import Task, alpaca_prompt, parse_tasks, reject_reason
 from alpaca.datagen.request_log import RequestLog, Teachers
 from rougel import Pool, most_similar, tokenize, tokenize_unicode
@@ -57,9 +57,11 @@ OPTIONS = {"max_tokens": 3072, "temperature": 1.0, "top_p": 1.0, "stop": ["\n20"
 
 
 class Alpaca:
-    """Alpaca's recipe: one request brings whole tasks."""
+    """Alpaca's recipe: one request brings whole tasks. (four_stage.py has the paper's.)"""
 
-    window, expected_tasks, whole_answers = 256, 16, False
+    window = 256  # at most so many requests between the next to be judged and the newest
+    expected_tasks = 16  # in the first answer
+    whole_answers = False  # whether all tasks of the last answer are used
 
     def __init__(self, seeds: list[dict], header: str, language: str, seed: int, request: dict):
         self.seeds, self.seed = seeds, seed
@@ -91,7 +93,7 @@ def filter_task(task: Task, pool: Pool, any_script: bool) -> dict:
     return line | {"most_similar_instructions": nearest, "avg_similarity_score": average}
 
 
-def judge_answer(entry: dict, recipe: Recipe, store: RecordStore, limit: float) -> list[dict]:
+def judge_answer(entry: dict, recipe, store: RecordStore, limit: float) -> list[dict]:
     """Parse an answer and filter its tasks; at most `limit` are kept, and join the pool."""
     tasks = recipe.parse(parse_reply(entry["response"])) if "response" in entry else []
     lines = []
@@ -110,7 +112,7 @@ def judge_answer(entry: dict, recipe: Recipe, store: RecordStore, limit: float) 
     return lines
 
 
-async def run_recipe(recipe: Recipe, store: RecordStore, scheduler: Scheduler) -> None:
+async def generate(recipe, store: RecordStore, scheduler: Scheduler) -> None:
     """Alpaca's loop: seeds → prompt → teacher → parse → filters → ROUGE-L → keep."""
     async with aclosing(scheduler.answers()) as answers:  # the teachers', in order
         async for entry in answers:
@@ -144,7 +146,7 @@ def read_seeds(path: Path) -> list[dict]:
 
 
 @contextmanager
-def open_run(args: argparse.Namespace) -> Iterator[tuple[Recipe, RecordStore]]:
+def open_run(args: argparse.Namespace) -> Iterator[tuple[Alpaca | SelfInstruct, RecordStore]]:
     """The recipe, and --out locked; refused if that was started with other settings."""
     seeds = read_seeds(args.seeds)
     try:
@@ -168,16 +170,14 @@ def open_run(args: argparse.Namespace) -> Iterator[tuple[Recipe, RecordStore]]:
         os.close(lock)
 
 
-async def generate(
-    args: argparse.Namespace, recipe: Recipe, store: RecordStore, endpoints: list[Endpoint]
-) -> float:
-    """Run the loop until there are enough records or the budget is spent; returns its dollars."""
-    log = RequestLog(args.out / "responses.jsonl")
-    async with Client(args.timeout, args.max_retries, args.retry_wait) as client:
-        teachers = Teachers(log, endpoints, client, args.seed, args.budget, args.concurrency)
-        poll = args.poll if args.batch else None
-        await run_recipe(recipe, store, Scheduler(recipe, store, teachers, args.num, poll))
-    return log.spent
+async def run_generation(args: argparse.Namespace, endpoints: list[Endpoint]) -> tuple[int, float]:
+    """Generate into --out; returns the number of its records, and the dollars spent."""
+    with open_run(args) as (recipe, store):
+        log = RequestLog(args.out / "responses.jsonl")
+        teachers = Teachers(log, endpoints, args)
+        poll = args.poll if args.batch else 0
+        await generate(recipe, store, Scheduler(recipe, store, teachers, args.num, poll))
+        return store.count, log.spent
 
 
 def generate_command(args: argparse.Namespace) -> None:
@@ -193,10 +193,9 @@ def generate_command(args: argparse.Namespace) -> None:
                 f"{args.out} has an unfinished batch of {batch['model']} at {batch['url']}, which "
                 "is paid for: resume with --batch and that teacher"
             )
-    with open_run(args) as (recipe, store):
-        spent = asyncio.run(generate(args, recipe, store, endpoints))
-    print(f"{store.count:,} records in {store.records}, ${spent:.2f} spent")
-    if store.count < args.num:
+    count, spent = asyncio.run(run_generation(args, endpoints))
+    print(f"{count:,} records in {args.out / 'records.jsonl'}, ${spent:.2f} spent")
+    if count < args.num:
         print(f"The budget of ${args.budget:g} does not allow another request: raise it to resume.")
 
 

@@ -28,7 +28,7 @@ from alpaca.datagen.client import (
     parse_reply,
 )
 from alpaca.datagen.endpoints import API_PATHS, Endpoint
-from alpaca.datagen.request_log import BudgetExceeded, Teachers, log_entry
+from alpaca.datagen.request_log import BudgetExceeded, Result, Teachers, log_entry
 
 PRICE = 0.5  # of what single requests cost
 MAX_REQUESTS = 20_000  # in a batch; the server's own limits are 50,000 and 200 MB
@@ -87,7 +87,7 @@ async def run_batch(
             state = await client.call(endpoint, "GET", f"batches/{state['id']}", parse_batch)
         except RequestFailedError as error:  # the server works on it all the same
             notice(str(error))
-    replies: dict[str, Reply | RequestFailedError] = {}
+    replies: dict[str, Result] = {}
     for field in ("output_file_id", "error_file_id"):
         if state.get(field):
             path = f"files/{state[field]}/content"
@@ -111,13 +111,17 @@ async def find_or_create(
     lines = [json.dumps(request | {"custom_id": id, "body": body}) for id, body in bodies.items()]
     upload = {"file": (f"{name}.jsonl", "\n".join(lines).encode(), "application/jsonl")}
     order = {"endpoint": request["url"], "completion_window": "24h", "metadata": {"name": name}}
+
+    def no_retry() -> bool:
+        return False
+
     for failures in itertools.count(1):
         if found := await find_batch(client, endpoint, name):
             return found
         form = {"data": {"purpose": "batch"}, "files": upload}
         order["input_file_id"] = await client.call(endpoint, "POST", "files", parse_id, **form)
         try:
-            return await client.call(endpoint, "POST", "batches", parse_batch, never, json=order)
+            return await client.call(endpoint, "POST", "batches", parse_batch, no_retry, json=order)
         except RequestFailedError:
             if failures == client.attempts:
                 raise
@@ -151,10 +155,6 @@ def belongs_to(endpoint: Endpoint, batch: dict) -> bool:
     return source == (batch["url"], batch["model"], batch["kind"])
 
 
-def never() -> bool:
-    return False
-
-
 def parse_id(text: str) -> str:
     return json.loads(text)["id"]
 
@@ -169,9 +169,9 @@ def parse_page(text: str) -> tuple[list[dict], bool]:
     return page["data"], page.get("has_more", False)
 
 
-def parse_results(text: str) -> dict[str, Reply | RequestFailedError]:
+def parse_results(text: str) -> dict[str, Result]:
     """The lines of an output or error file, by request."""
-    replies: dict[str, Reply | RequestFailedError] = {}
+    replies: dict[str, Result] = {}
     for line in filter(str.strip, text.split("\n")):
         result = json.loads(line)
         response = result.get("response") or {}

@@ -23,7 +23,7 @@ import httpx
 from alpaca.common.errors import UserError, replace_surrogates
 from alpaca.datagen.endpoints import API_PATHS, Endpoint, Usage
 
-MayRetry = Callable[[], bool]
+MayRetry = Callable[[], bool] | None
 MAX_WAIT = 60.0  # seconds between two attempts, unless the server asks for more
 MAX_RETRY_AFTER = 600.0
 MAX_USAGE = 10_000_000  # tokens: more cannot be what one response used
@@ -62,47 +62,38 @@ class Reply(NamedTuple):
     attempts: int = 1
 
 
-def always() -> bool:
-    return True
-
-
 class Client:
     def __init__(self, timeout: float = 300, max_retries: int = 7, retry_wait: float = 1.0):
         """`timeout`: seconds for a whole response. `retry_wait`: seconds before the first retry."""
-        self.timeout, self.attempts, self.retry_wait = timeout, max_retries + 1, retry_wait
+        self.timeout, self.retry_wait = timeout, retry_wait
+        self.attempts = max(max_retries, 0) + 1
         self.not_before: dict[str, float] = {}  # server -> when it wants the next request
         self.answered: set[Endpoint] = set()
         self.retries = 0
         self.closing = False  # no further attempt is started
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
+        connect = httpx.Timeout(timeout, connect=min(20, timeout))
+        self.http = httpx.AsyncClient(timeout=connect, limits=limits)
 
     async def __aenter__(self) -> "Client":
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
-        timeout = httpx.Timeout(self.timeout, connect=min(20, self.timeout))
-        self.http = httpx.AsyncClient(timeout=timeout, limits=limits)
         return self
 
     async def __aexit__(self, *exception) -> None:
         await self.http.aclose()
 
-    async def ask(self, endpoint: Endpoint, body: dict, may_retry: MayRetry = always) -> Reply:
-        """The reply to a prompt. `may_retry` is called before every retry: is there money?"""
+    async def ask(self, endpoint: Endpoint, body: dict, may_retry: MayRetry = None) -> Reply:
         path = API_PATHS[endpoint.kind]
         return await self.call(endpoint, "POST", path, parse_reply, may_retry, json=body)
 
     async def call(
-        self,
-        endpoint: Endpoint,
-        method: str,
-        path: str,
-        parse: Callable[[str], Any],
-        may_retry: MayRetry = always,
-        **request: Any,
+        self, endpoint: Endpoint, method: str, path: str, parse: Callable, may_retry=None, **request
     ) -> Any:
-        """What `parse` makes of the response; retried until it can use one."""
+        """What `parse` makes of the response; retried until it can use one. `may_retry` is called
+        before every retry: is there money for it?"""
         wasted, attempt, error, unreachable = FREE, 0, "none was made", False
         while attempt < self.attempts and not (unreachable and attempt == 3):
             await self._wait(endpoint, attempt)
-            if self.closing or (attempt and not may_retry()):
+            if self.closing or (attempt and may_retry and not may_retry()):
                 break
             attempt += 1
             try:

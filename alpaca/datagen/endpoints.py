@@ -63,7 +63,13 @@ class Endpoint:
     def __post_init__(self):
         if not self.model:
             raise UserError("the model has no name")
-        check_url(self.base_url)
+        try:
+            url = httpx.URL(self.base_url)
+        except httpx.InvalidURL:
+            url = httpx.URL()
+        secret = url.userinfo or url.query or url.fragment
+        if secret or url.scheme not in ("http", "https") or not re.fullmatch(r"[^%]+", url.host):
+            raise UserError("--base-url is http(s)://HOST[:PORT]/v1; --key-env names the key")
         if self.kind not in API_PATHS:
             raise UserError(f"{self.kind!r} is no kind of endpoint: one of {', '.join(API_PATHS)}")
         for name in ("weight", "price_in", "price_out"):
@@ -71,8 +77,8 @@ class Endpoint:
                 raise UserError(f"{self.model}: {name} {getattr(self, name)} makes no sense")
         if not re.fullmatch(r"[A-Za-z_]\w*", self.key_env):  # perhaps a key: do not print it
             raise UserError("--key-env takes the name of an environment variable, not a key")
-        url = self.base_url.rstrip("/").removesuffix("/" + API_PATHS[self.kind])
-        object.__setattr__(self, "base_url", url)
+        base_url = self.base_url.rstrip("/").removesuffix("/" + API_PATHS[self.kind])
+        object.__setattr__(self, "base_url", base_url)
 
     def api_key(self) -> str:
         """The key, or "" if the variable is not set."""
@@ -115,23 +121,6 @@ class Endpoint:
 def key_pattern(key: str) -> re.Pattern:
     """Matches the key as it is and as JSON may spell it: / as \\/, = as \\u003d."""
     return re.compile("".join(rf"(?:\\?{re.escape(c)}|\\u(?i:{ord(c):04x}))" for c in key))
-
-
-def check_url(text: str) -> None:
-    """Refuse a URL that names no server or contains a secret, which the error does not repeat."""
-    try:
-        url = httpx.URL(text)
-    except httpx.InvalidURL:
-        url = httpx.URL()
-    named = url.scheme in ("http", "https") and re.fullmatch(r"[^%]+", url.host)
-    if not named or re.search(r"\s", text):
-        shown = re.sub(r"[^/@]*@", "***@", text).split("?")[0]  # no password, no query
-        raise UserError(f"{shown!r} is no server: http(s)://HOST[:PORT]/v1")
-    if url.userinfo or url.query or url.fragment:
-        raise UserError(
-            f"{url.scheme}://{url.host}…: keep keys out of the URL; --key-env names the "
-            "environment variable that holds it"
-        )
 
 
 # ---------------------------------------------------------------- flags

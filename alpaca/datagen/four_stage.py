@@ -61,12 +61,12 @@ EXAMPLE = re.compile(r"^[ \t*#]*(?:example|instance)[ \t]*\d{0,3}[ \t]*[.:)]?[ \
 FIELD = re.compile(r"^[ \t*#]*((?:class )?label|input|output)[ \t*]*:[ \t*]*", re.I | re.M)
 
 
-def one_line(text: str) -> str:
+def single_line(text: str) -> str:
     return " ".join(text.split())
 
 
 def task_line(task: dict) -> str:
-    return f"Task: {one_line(task['instruction'])}\n"
+    return f"Task: {single_line(task['instruction'])}\n"
 
 
 def with_examples(seed: dict, layout: str) -> str:
@@ -141,7 +141,7 @@ class SelfInstruct:
         machine = [text for request, text in kept if request <= number - self.window]
         machine = rng.sample(machine, min(MACHINE, len(machine)))
         human = rng.sample(self.seeds, HUMAN + MACHINE - len(machine))
-        shown = [one_line(seed["instruction"]) for seed in human] + list(map(one_line, machine))
+        shown = [single_line(text) for text in [*(s["instruction"] for s in human), *machine]]
         rng.shuffle(shown)
         listed = "".join(f"{n}. {text}\n" for n, text in enumerate(shown, 1))
         prompt = f"{self.header}{listed}{len(shown) + 1}."

@@ -14,35 +14,19 @@ import asyncio
 import itertools
 import math
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
 from alpaca.common.files import append_jsonl, read_log
 from alpaca.common.progress import Progress
 from alpaca.datagen.batch import ask_in_batches
-from alpaca.datagen.client import RefusedError, Reply
+from alpaca.datagen.client import RefusedError
 from alpaca.datagen.four_stage import DROPPED_LATER
-from alpaca.datagen.prompts import Task
 from alpaca.datagen.request_log import BudgetExceeded, Teachers
 from rougel import Pool
 
 MAX_USELESS = 50  # answers in a row without a new instruction, after which a run stops
-
-
-class Recipe(Protocol):
-    """What a pipeline brings to the loop: Alpaca's, or four_stage.SelfInstruct."""
-
-    window: int  # at most so many requests between the next to be judged and the newest
-    expected_tasks: int  # in an answer, until some have been seen
-    whole_answers: bool  # judge all tasks of an answer, even if fewer are missing
-
-    def prompt(
-        self, number: int, kept: list[tuple[int, str]]
-    ) -> tuple[str, dict, list[str]]: ...  # the prompt, the request's options, the seeds' ids
-    def parse(self, reply: Reply) -> list[Task]: ...
-    async def complete(self, lines: list[dict], ask: Callable) -> list[dict | None]: ...
 
 
 class RecordStore:
@@ -79,15 +63,9 @@ class RecordStore:
 class Scheduler:
     """Keeps requests in flight, hands out their answers in order, writes what came of them."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        store: RecordStore,
-        teachers: Teachers,
-        num: int,
-        poll: float | None = None,
-    ):
-        """`poll`: use the Batch API, and look for results after so many seconds."""
+    def __init__(self, recipe, store: RecordStore, teachers: Teachers, num: int, poll: float = 0):
+        """`recipe`: selfinstruct.Alpaca or four_stage.SelfInstruct. `poll`: seconds between looks
+        at a batch; 0 asks without the Batch API."""
         self.recipe, self.store, self.teachers = recipe, store, teachers
         self.num, self.poll = num, poll
         self.in_flight: deque[asyncio.Task] = deque()

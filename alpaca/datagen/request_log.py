@@ -1,6 +1,6 @@
 """Asks teachers each question once: every response is on disk before it is used.
 
-    teachers = Teachers(RequestLog(file), endpoints, client, budget=100)
+    teachers = Teachers(RequestLog(file), endpoints, args)
     entry = await teachers.ask("7", prompt, options)        # read from the log, or asked and stored
     value = await teachers.ask_until("7", parse, 3, prompt, options)   # until `parse` can use one
     done = await ask_all(log, endpoint, args, work, one, "answers")    # many items concurrently
@@ -17,17 +17,16 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from alpaca.common.errors import UserError, notice
 from alpaca.common.files import append_jsonl, read_log
 from alpaca.common.progress import Progress
 from alpaca.datagen.client import (
     Client,
-    MayRetry,
     RefusedError,
     Reply,
     RequestFailedError,
@@ -35,8 +34,7 @@ from alpaca.datagen.client import (
 )
 from alpaca.datagen.endpoints import Endpoint
 
-WorkT = TypeVar("WorkT")
-ParsedT = TypeVar("ParsedT")
+Result = Reply | RequestFailedError
 MAX_FAILURES = 10  # requests in a row without a response, after which a run stops
 
 
@@ -68,24 +66,18 @@ class RequestLog:
 class Teachers:
     """Sends each request once: what the log has is not asked, nor paid, again."""
 
-    def __init__(
-        self,
-        log: RequestLog,
-        endpoints: list[Endpoint],
-        client: Client,
-        seed: int = 0,
-        budget: float | None = None,
-        concurrency: int = 32,
-    ):
-        self.log, self.endpoints, self.client, self.seed = log, endpoints, client, seed
-        self.budget = math.inf if budget is None else budget
-        self.slots = asyncio.Semaphore(concurrency)
+    def __init__(self, log: RequestLog, endpoints: list[Endpoint], args: argparse.Namespace):
+        """`args`: the flags of `add_server_arguments`, and --seed."""
+        self.log, self.endpoints, self.seed = log, endpoints, args.seed
+        self.client = Client(args.timeout, args.max_retries, args.retry_wait)
+        self.budget = math.inf if args.budget is None else args.budget
+        self.slots = asyncio.Semaphore(args.concurrency)
         self.reserved: dict[str, float] = {}  # id of a request in flight -> dollars
         self.failures = 0  # in a row
         self.stopped: Exception | None = None  # why nothing more is sent
         sources = [e["provenance"] for e in log.entries.values() if "response" in e]
         known = {(source["teacher"], source["url"]) for source in sources}
-        client.answered |= {e for e in endpoints if (e.model, e.base_url) in known}
+        self.client.answered = {e for e in endpoints if (e.model, e.base_url) in known}
 
     def endpoint_of(self, id: str) -> Endpoint:
         number = id.split(".")[0]  # an instruction and its instances come from the same teacher
@@ -114,8 +106,7 @@ class Teachers:
             if self.stopped:
                 raise self.stopped
             try:
-                may_retry = partial(self.reserve, id, max_cost)  # every attempt may be billed
-                result = await self._send(endpoint, body, may_retry)
+                result = await self._send(id, endpoint, body, max_cost)
                 entry = log_entry(id, endpoint, seeds, result, max_cost)
                 await asyncio.to_thread(self.log.store, entry)
                 if "failed" in entry and self.failures >= MAX_FAILURES:
@@ -128,9 +119,8 @@ class Teachers:
                 del self.reserved[id]
         return entry
 
-    async def _send(
-        self, endpoint: Endpoint, body: dict, may_retry: MayRetry
-    ) -> Reply | RequestFailedError:
+    async def _send(self, id: str, endpoint: Endpoint, body: dict, max_cost: float) -> Result:
+        may_retry = partial(self.reserve, id, max_cost)  # every attempt may be billed
         try:
             reply = await self.client.ask(endpoint, body, may_retry)
         except RequestFailedError as error:
@@ -141,14 +131,7 @@ class Teachers:
         self.failures = 0
         return reply
 
-    async def ask_until(
-        self,
-        id: str,
-        parse: Callable[[Reply], ParsedT | None],
-        tries: int,
-        prompt: str,
-        options: dict,
-    ) -> ParsedT | None:
+    async def ask_until(self, id: str, parse: Callable, tries: int, prompt: str, options: dict):
         """The first result of `parse` that is not None, over at most `tries` responses: those of
         the log first. A failure of an earlier run does not count as one of them: the server may
         have recovered."""
@@ -164,7 +147,7 @@ class Teachers:
             tries -= "response" in entry or entry["id"] in self.log.new
 
     async def stop(self, tasks: list[asyncio.Task]) -> None:
-        """Send nothing more, but wait for what is in flight: it is paid for."""
+        """Send nothing more, wait for what is in flight (it is paid for), and disconnect."""
         self.stopped = self.stopped or BudgetExceeded()
         self.client.closing = True
         if self.reserved and tasks:
@@ -173,6 +156,7 @@ class Teachers:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.client.http.aclose()
 
     def status(self) -> str:
         retries = f"  {self.client.retries} retries" if self.client.retries else ""
@@ -180,12 +164,7 @@ class Teachers:
 
 
 def log_entry(
-    id: str,
-    endpoint: Endpoint,
-    seeds: Sequence[str],
-    result: Reply | RequestFailedError,
-    max_cost: float,
-    price: float = 1,
+    id: str, endpoint: Endpoint, seeds: Sequence[str], result: Result, max_cost: float, price=1.0
 ) -> dict[str, Any]:
     """What responses.jsonl has of a request. A response without a token count counts as the most
     that it can have cost."""
@@ -207,35 +186,29 @@ def log_entry(
 
 
 async def ask_all(
-    log: RequestLog,
-    endpoint: Endpoint,
-    args: argparse.Namespace,
-    work: Mapping[str, WorkT],
-    one: Callable[[Teachers, str, WorkT], Awaitable[None]],
-    unit: str,
+    log: RequestLog, endpoint: Endpoint, args, work: Mapping[str, Any], one: Callable, unit: str
 ) -> bool:
     """Run `one(teachers, id, item)` for all items concurrently. False if the budget ended first."""
     if not work:
         return True
     complete, known = True, {id for id in work if f"{id}.0" in log.entries}
     progress = Progress(len(work), unit, done=len(known))
-    async with Client(args.timeout, args.max_retries, args.retry_wait) as client:
-        teachers = Teachers(log, [endpoint], client, args.seed, args.budget, args.concurrency)
+    teachers = Teachers(log, [endpoint], args)
 
-        async def run(id: str, item: WorkT) -> None:
-            nonlocal complete
-            try:
-                await one(teachers, id, item)
-                progress.step(id not in known, teachers.status())
-            except BudgetExceeded:  # others may cost less
-                complete = False
-
-        tasks = [asyncio.create_task(run(id, item)) for id, item in work.items()]
+    async def run(id: str, item: Any) -> None:
+        nonlocal complete
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-            for task in done:
-                task.result()
-        finally:
-            await teachers.stop(tasks)
-            progress.close(teachers.status())
+            await one(teachers, id, item)
+            progress.step(id not in known, teachers.status())
+        except BudgetExceeded:  # others may cost less
+            complete = False
+
+    tasks = [asyncio.create_task(run(id, item)) for id, item in work.items()]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+    finally:
+        await teachers.stop(tasks)
+        progress.close(teachers.status())
     return complete

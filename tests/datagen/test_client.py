@@ -12,7 +12,7 @@ from alpaca.datagen.client import Client, RefusedError, RequestFailedError, Retr
 from alpaca.datagen.endpoints import Endpoint, Usage
 
 
-def ask(url: str, kind: str = "chat", model: str = "m", may_retry=client.always, **settings):
+def ask(url: str, kind: str = "chat", model: str = "m", may_retry=None, **settings):
     """One question, with short waits."""
     settings = {"retry_wait": 0.01, "timeout": 0.8, "max_retries": 3} | settings
     endpoint = Endpoint(model, url, kind)

@@ -21,18 +21,15 @@ def flags(*given) -> argparse.Namespace:
 
 
 @pytest.mark.parametrize(
-    "url, message",
+    "url",
     [
-        *((url, "is no server") for url in (
-            "localhost:8000/v1", "ftp://x/v1", "http://", "http://[", "http://x:port/v1",
-            "http://x y/v1", "", "http://x\x01/v1", "http://é..x/v1", "me:sk-secret@x/v1",
-        )),
-        ("https://me:sk-secret@x/v1", "keep keys out of the URL"),
-        ("https://x/v1?api-key=sk-secret", "keep keys out of the URL"),
+        "localhost:8000/v1", "ftp://x/v1", "http://", "http://[", "http://x:port/v1", "",
+        "http://x y/v1", "http://x\x01/v1", "http://é..x/v1", "me:sk-secret@x/v1",
+        "https://me:sk-secret@x/v1", "https://x/v1?api-key=sk-secret", "http://x/v1#sk-secret",
     ],
 )  # fmt: skip
-def test_bad_url_is_refused_without_its_secret(url, message):
-    with pytest.raises(UserError, match=message) as error:
+def test_bad_url_is_refused_and_not_repeated(url):
+    with pytest.raises(UserError, match="--base-url is http") as error:
         Endpoint("m", url)
     assert "sk-secret" not in str(error.value)
 

@@ -13,20 +13,14 @@ from pathlib import Path
 
 import pytest
 from helpers.commands import ROOT, assert_refused
-from helpers.generation import (
-    FOUR_STAGES,
-    SEEDS,
-    arguments,
-    check_whole,
-    comparable,
-    read,
-)
+from helpers.generation import FOUR_STAGES, SEEDS, arguments, check_whole, comparable, read
 from helpers.teacher_server import ODD, THINGS, Server, answer
 
 import selfinstruct
+from alpaca.common.files import read_log
 from alpaca.datagen.four_stage import SelfInstruct
 
-EVERY_FAULT = ["429", "500", "503", "reset", "half", *ODD]
+EVERY_FAULT = ["429", "500", "503", "reset", "half", "stall", *ODD]
 
 
 def start(out: Path, server: Server, num: int, *more, before="", **how) -> subprocess.Popen:
@@ -156,6 +150,7 @@ def test_full_disk_is_one_line_and_loses_nothing(tmp_path, command):
         _, err = process.communicate()
         assert process.returncode == 2
         assert err.count("error:") == 1 and "File too large" in err and "Traceback" not in err
+        assert len(server.bodies) <= len([*read_log(tmp_path / "r/responses.jsonl")]) + 32
         assert command(selfinstruct, *arguments(tmp_path / "r", server, 300, *few))[0] == 0
         assert command(selfinstruct, *arguments(tmp_path / "s", server, 300, *few))[0] == 0
     check_whole(tmp_path / "r", 300)
@@ -166,21 +161,14 @@ def test_full_disk_is_one_line_and_loses_nothing(tmp_path, command):
 def test_storm_of_faults_ends_complete_and_bounded(tmp_path, command, seed):
     faults = random.Random(seed).sample(EVERY_FAULT, 5) if seed else EVERY_FAULT
     with Server({name: 0.55 / len(faults) for name in faults}, seed=seed) as server:
-        args = arguments(tmp_path / "r", server, 120, "--timeout", 2)
+        began = time.monotonic()
+        args = arguments(tmp_path / "r", server, 120, "--timeout", 0.7)
         result = command(selfinstruct, *args)
-        assert result[0] == 0, result
+        assert result[0] == 0 and time.monotonic() - began < 25, result
         assert len(server.bodies) <= 8 * len(read(tmp_path / "r", "responses"))
         per_prompt = Counter(json.dumps(body) for body in server.bodies)
         assert max(per_prompt.values()) <= 8 and server.most <= 32
     assert len(read(tmp_path / "r", "records")) == 120
-
-
-def test_stalls_take_no_longer_than_the_timeout(tmp_path, command):
-    with Server({"stall": 0.3}) as server:
-        began = time.monotonic()
-        args = arguments(tmp_path / "r", server, 100, "--timeout", 0.5)
-        assert command(selfinstruct, *args)[0] == 0
-        assert time.monotonic() - began < 15
 
 
 def test_pool_of_fifty_thousand_keeps_up_with_32_requests(tmp_path):

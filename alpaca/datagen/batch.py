@@ -8,7 +8,6 @@ the server's list is searched for that name. Another line follows when its resul
 """
 
 import asyncio
-import itertools
 import json
 import secrets
 import time
@@ -111,22 +110,20 @@ async def find_or_create(
     lines = [json.dumps(request | {"custom_id": id, "body": body}) for id, body in bodies.items()]
     upload = {"file": (f"{name}.jsonl", "\n".join(lines).encode(), "application/jsonl")}
     order = {"endpoint": request["url"], "completion_window": "24h", "metadata": {"name": name}}
-
-    def no_retry() -> bool:
-        return False
-
-    for failures in itertools.count(1):
+    last: RequestFailedError | None = None
+    for failures in range(1, client.attempts + 1):
         if found := await find_batch(client, endpoint, name):
             return found
         form = {"data": {"purpose": "batch"}, "files": upload}
         order["input_file_id"] = await client.call(endpoint, "POST", "files", parse_id, **form)
         try:
-            return await client.call(endpoint, "POST", "batches", parse_batch, no_retry, json=order)
-        except RequestFailedError:
-            if failures == client.attempts:
-                raise
-        await asyncio.sleep(client.backoff(failures))
-    raise AssertionError("unreachable")
+            return await client.call(
+                endpoint, "POST", "batches", parse_batch, lambda: False, json=order
+            )
+        except RequestFailedError as error:
+            last = error
+            await asyncio.sleep(client.backoff(failures))
+    raise RequestFailedError(f"no batch created in {client.attempts} attempts, the last: {last}")
 
 
 async def find_batch(client: Client, endpoint: Endpoint, name: str) -> dict[str, Any] | None:

@@ -65,8 +65,9 @@ def test_records_do_not_depend_on_the_order_of_answers(run_folder, tmp_path, com
 def test_failed_instances_leave_the_same_records_after_resuming(tmp_path, command):
     def choosy(prompt: str) -> str:
         time.sleep((len(prompt) % 7) / 1000)
-        bad = prompt.endswith(("Input:", "label:")) and len(prompt) % 3 == 0
-        return " x\nOutput: x" if bad else answer(prompt)
+        if prompt.endswith(("Input:", "label:")) and len(prompt) % 3 == 0:
+            return " x\nOutput: x"
+        return answer(prompt) + "\n16. Draw it for me now" * prompt.endswith("9.")
 
     for name, numbers in (("a", [45]), ("b", [15, 45])):
         with Server(answer=choosy) as server:
@@ -77,17 +78,19 @@ def test_failed_instances_leave_the_same_records_after_resuming(tmp_path, comman
     assert comparable(tmp_path / "a") == comparable(tmp_path / "b")
     reasons = Counter(line["why"] for line in read(tmp_path / "a", "rejected"))
     assert reasons["instances: none usable"] > 5 and reasons["instances: no answer"] > 0
+    assert reasons["asks for draw"] > 5
 
 
-def test_budget_leaves_out_what_is_incomplete(tmp_path, command):
+def test_budget_leaves_out_what_is_incomplete(run_folder, tmp_path, command):
     more = ("--price-in", 1000, "--price-out", 9000)
     with Server() as server:
         args = [*arguments(tmp_path / "r", server, 100, *FOUR_STAGES, *more), "--budget"]
         code, out, err = command(selfinstruct, *args, "40")
         assert code == 0 and "The budget of $40 does not allow" in out, err
+        assert 0 < len(read(tmp_path / "r", "records")) < 100
         code, _, err = command(selfinstruct, *args, "4000")
         assert code == 0 and max(server.prompts.values()) == 1, err
-    assert len(read(tmp_path / "r", "records")) >= 100
+    assert comparable(tmp_path / "r") == comparable(run_folder)
 
 
 def test_prompts_show_seeds_in_the_order_of_the_stage():

@@ -181,7 +181,7 @@ def test_numbers_too_large_for_fp16_are_named_whatever_lies_beside_them(
 
 
 def test_a_meta_base(tmp_path, command):
-    from test_checkpoint import write_meta
+    from helpers.checkpoints import write_meta
 
     config = small_config(num_key_value_heads=4)
     torch.manual_seed(0)
@@ -199,14 +199,14 @@ def test_a_meta_base(tmp_path, command):
 
 @pytest.mark.parametrize("place", ["one up", "beside", None])
 def test_a_tuned_model_of_meta_s_becomes_a_hugging_face_folder(tmp_path, command, place):
-    from test_checkpoint import EMBEDDED, write_meta
+    from helpers.checkpoints import TOKENIZER, write_meta
 
     model = small_model(vocab_size=1024, num_key_value_heads=4)
     base = write(tmp_path / "base", model)
     tuned = tmp_path / "llama" / "7B"
     write_meta(model, tuned, 2)
     if place:
-        shutil.copy(EMBEDDED, tuned.parent if place == "one up" else tuned)
+        shutil.copy(TOKENIZER, tuned.parent if place == "one up" else tuned)
     for how in ((), ("--format", "alpaca")):
         diff, out = (tmp_path / f"{name}{len(how)}" for name in ("diff", "out"))
         args = ("--base", base, "--diff", diff, "--tuned")
@@ -222,7 +222,7 @@ def test_a_tuned_model_of_meta_s_becomes_a_hugging_face_folder(tmp_path, command
         )
         files |= {"tokenizer.model", "tokenizer_config.json"} if place else set()
         assert contents(out).keys() == files
-        assert not place or (out / "tokenizer.model").read_bytes() == EMBEDDED.read_bytes()
+        assert not place or (out / "tokenizer.model").read_bytes() == TOKENIZER.read_bytes()
 
 
 def test_a_tuned_model_without_a_tokenizer_is_said_to_have_none(tmp_path, command):

@@ -147,13 +147,9 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
         stored = {name: StoredTensor(*entry) for name, entry in entries.items()}
     else:
         for file, indexed in weight_files(folder).items():
-            table = {n: StoredTensor(t.shape, t.dtype, lambda t=t: t) for n, t in open_file(file)}
-            odd = sorted(indexed ^ table.keys()) if indexed is not None else []
-            if odd := [name for name in odd if not OBSOLETE.search(name)]:
-                raise UserError(
-                    f"{file}: holds other tensors than its index says: {join_names(odd)}"
-                )
-            stored |= table
+            for name, tensor in open_file(file):
+                if indexed is None or name in indexed:
+                    stored[name] = StoredTensor(tensor.shape, tensor.dtype, lambda t=tensor: t)
     return {name: tensor for name, tensor in stored.items() if not OBSOLETE.search(name)}
 
 

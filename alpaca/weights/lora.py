@@ -20,7 +20,7 @@ adapter.py reads and writes adapters as PEFT does. Papers: LoRA arXiv:2106.09685
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -132,15 +132,9 @@ class FrozenLinear(nn.Module):
 # ---------------------------------------------------------------- a whole model
 
 
-def add_lora(
-    model: Llama,
-    rank: int = 16,
-    alpha: float = 16,
-    dropout: float = 0.05,
-    targets: Iterable[str] = ATTENTION,
-) -> None:
-    """Freeze a model and add A and B to the named projections, for training."""
-    lora = LoraConfig(rank, alpha, dropout, tuple(targets)).check()
+def add_lora(model: Llama, lora: LoraConfig) -> None:
+    """Freeze a model and add A and B to the target projections, for training."""
+    lora.check()
     model.requires_grad_(False)
     for path, module in list(model.named_modules()):
         if type(module) in LINEAR.values():
@@ -172,7 +166,7 @@ def build_lora_model(source: WeightSource, dtype: torch.dtype, lora: LoraConfig)
                 shapes = kind.buffer_shapes(shape).items()
                 buffers = {buffer: torch.empty(size, dtype=d) for buffer, (size, d) in shapes}
                 model.set_submodule(name.removesuffix(".weight"), kind(**buffers))
-        add_lora(model, *lora)
+        add_lora(model, lora)
     return model
 
 

@@ -1,10 +1,36 @@
-"""Checkpoint folders, made and changed."""
+"""Checkpoint folders: compared, edited, and written as Meta wrote them."""
 
+import hashlib
 import json
 
 import torch
 
+from helpers.commands import ROOT
 from model import Llama
+
+TOKENIZER = ROOT / "data/tokenizer.model"
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().view(torch.uint8)
+
+
+def same_tensors(a, b) -> bool:
+    """Whether two sets of (name, tensor) are equal in names, dtypes and every bit."""
+    a, b = dict(a), dict(b)
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and torch.equal(bits(a[name]), bits(b[name])) for name in a
+    )
+
+
+def digests(folder) -> dict[str, str]:
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
+
+
+def edit_json(path, **changes) -> None:
+    """Change fields of a JSON file; the value "remove" removes one."""
+    fields = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({n: value for n, value in fields.items() if value != "remove"}))
 
 
 def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -18,19 +44,9 @@ def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return rows
 
 
-def bits(tensor):
-    return tensor.detach().contiguous().view(torch.uint8)
-
-
-def edit_json(path, **changes) -> None:
-    fields = json.loads(path.read_text()) | changes
-    kept = {name: value for name, value in fields.items() if value != "remove"}
-    path.write_text(json.dumps(kept))
-
-
 def write_meta(model: Llama, folder, shards: int) -> None:
-    """The model as Meta would have released it, by a table written out anew."""
-    config, folder = model.config, folder
+    """The model as Meta would have released it, by a table independent of meta_format.py's."""
+    config = model.config
     folder.mkdir(parents=True)
     params = {"dim": 64, "n_layers": 2, "multiple_of": 16, "vocab_size": -1, "norm_eps": 1e-6}
     params["n_heads"] = config.num_attention_heads

@@ -34,7 +34,7 @@ def bytes_saved_for_backward(model_config: LlamaConfig, config: TrainConfig) -> 
     """What autograd holds after a forward pass, parameters apart."""
     model = Llama(model_config).to(DTYPES[config.dtype])
     if config.lora:
-        add_lora(model, *config.lora)
+        add_lora(model, config.lora)
         model.to(DTYPES[config.dtype])  # as FSDP gathers A and B
     apply_activation_checkpointing(model, config.checkpointing)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -175,7 +175,7 @@ def test_parameters_are_counted(changes):
 def test_adapter_parameters_are_counted(targets):
     config = LlamaConfig(500, 64, 176, 3, 4, 2)
     model = Llama(config)
-    add_lora(model, 5, 5, 0.0, targets)
+    add_lora(model, LoraConfig(5, 5, 0.0, targets))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert throughput.adapter_parameters(config, LoraConfig(5, 5, 0.0, targets)) == trained
 
@@ -188,7 +188,7 @@ def test_operations_are_those_of_the_matrix_products(lora, tolerance):
     config, T = LlamaConfig(500, 64, 176, 24, 4, 2), 48
     model, ids = Llama(config), random_ids(1, T, vocab_size=500)
     if lora:
-        add_lora(model, *lora)  # the first block's input needs no gradient: hence 24 blocks
+        add_lora(model, lora)  # the first block's input needs no gradient: hence 24 blocks
     with FlopCounterMode(display=False) as counter:
         model(ids, labels=ids).backward()
     counted = {str(k): v for k, v in counter.get_flop_counts()["Global"].items()}

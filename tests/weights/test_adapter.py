@@ -1,0 +1,311 @@
+"""Adapters in PEFT's files: what is read and refused, decoding with one, and merging it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers.checkpoints import TOKENIZER, bits, edit_json, write_meta
+from helpers.commands import assert_refused
+from helpers.lora import (
+    WEIGHTS,
+    dequantize_layers,
+    distance,
+    randomize,
+    write_adapter,
+    write_lora_base,
+)
+from helpers.models import random_ids, small_config
+from safetensors.torch import load_file, save_file
+
+from alpaca.inference.engine import Engine
+from alpaca.inference.sampling import SamplingParams
+from alpaca.weights.adapter import load_adapter, read_adapter, read_lora_config, save_adapter
+from alpaca.weights.checkpoint import read_config, read_tensors
+from alpaca.weights.loading import load_model, optimize_layout
+from alpaca.weights.lora import LoraConfig, ThinLinear, add_lora
+from alpaca.weights.quantize import WeightSource
+from alpaca.weights.writer import save_model
+from model import Llama
+from tokenizer import Tokenizer
+
+PREFIX = "base_model.model."
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_lora_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    return write_adapter(base, tmp_path_factory.mktemp("adapter") / "adapter")
+
+
+@pytest.fixture(scope="module")
+def merged_folder(base, adapter, tmp_path_factory):
+    """base and adapter as one model, by the same sum as alpaca merge."""
+    out = tmp_path_factory.mktemp("merged") / "model"
+    thin, pairs = load_file(adapter / WEIGHTS), dict(read_tensors(base / "model"))
+    for name in pairs:
+        stem = PREFIX + name.removesuffix(".weight")
+        if f"{stem}.lora_A.weight" in thin:
+            A, B = (thin[f"{stem}.lora_{side}.weight"] for side in "AB")
+            pairs[name] = pairs[name] + B @ A * 2
+    save_model(pairs.items(), read_config(base / "model"), out, tokenizer=TOKENIZER)
+    return out
+
+
+def merge(command, base, adapter, out, *flags) -> str:
+    code, printed, err = command(
+        "merge", "--base", base, "--adapter", adapter, "--out", out, *flags
+    )
+    assert code == 0, err
+    return printed
+
+
+def base_in(base, folder, dtype: torch.dtype):
+    model = load_model(base / "model")
+    save_model(model, model.config, folder, dtype, TOKENIZER)
+    return folder
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_adapter_of_any_dtype_is_read_as_fp32(base, adapter, tmp_path, dtype):
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    stored = {name: own.to(dtype) for name, own in load_file(adapter / WEIGHTS).items()}
+    save_file(stored, folder / WEIGHTS)
+    _, found = read_adapter(folder, read_config(base / "model"))
+    for name, own in found.items():
+        assert own.dtype == torch.float32
+        assert torch.equal(own, stored[PREFIX + name].float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loaded_adapter_has_the_models_dtype(base, adapter, dtype):
+    model = load_model(base / "model", adapter, dtype=dtype)
+    assert {m.weight.dtype for m in model.modules() if type(m) is ThinLinear} == {dtype}
+
+
+def test_alpaca_loras_published_settings_are_read(tmp_path):
+    """adapter_config.json as it was written in 2023, with the fields of that time."""
+    fields = {"base_model_name_or_path": "decapoda-research/llama-7b-hf", "bias": "none"}
+    fields |= {"enable_lora": None, "fan_in_fan_out": False, "inference_mode": True}
+    fields |= {"lora_alpha": 16, "lora_dropout": 0.05, "merge_weights": False}
+    fields |= {"modules_to_save": None, "peft_type": "LORA", "r": 16, "task_type": "CAUSAL_LM"}
+    fields["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    assert read_lora_config(tmp_path / "adapter_config.json") == LoraConfig()
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"exclude_modules": ["layers.0"]}, "exclude_modules"),
+        ({"target_parameters": ["q_proj.weight"]}, "target_parameters"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
+        ({"task_type": "SEQ_CLS"}, "task_type"),
+        ({"peft_type": "PREFIX_TUNING"}, "peft_type"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"layers_to_transform": [0]}, "layers_to_transform"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"use_next_idea": 1}, "use_next_idea"),
+        ({"target_modules": ".*_proj"}, "target_modules"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "targets"),
+        ({"target_modules": []}, "targets"),
+        ({"r": "remove"}, "r is"),
+        ({"r": 0}, "rank"),
+        ({"r": "many"}, "r is"),
+        ({"lora_alpha": 0}, "alpha"),
+    ],
+    ids=str,
+)
+def test_other_methods_than_plain_lora_are_refused(base, adapter, command, tmp_path, changes, word):
+    shutil.copytree(adapter, tmp_path / "adapter")
+    edit_json(tmp_path / "adapter/adapter_config.json", **changes)
+    words = "--base", base / "model", "--adapter", tmp_path / "adapter", "--out", tmp_path / "out"
+    assert_refused(command("merge", *words), "adapter_config.json", word)
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def wrong_shape(weights):
+    name = next(name for name in weights if "layers.1.mlp.up_proj.lora_A" in name)
+    weights[name] = weights[name][:, 1:].contiguous()
+    return "layers.1.mlp.up_proj.lora_A.weight is [4, 63]", "[4, 64]"
+
+
+def missing_tensor(weights):
+    del weights[f"{PREFIX}{Q_PROJ}.lora_B.weight"]
+    return (f"missing {Q_PROJ}.lora_B.weight",)
+
+
+def unexpected_tensor(weights):
+    name = Q_PROJ.replace("layers.0", "layers.2") + ".lora_B.weight"
+    weights[PREFIX + name] = torch.ones(64, 4)
+    return (f"unexpected {name}",)
+
+
+def not_finite(weights):
+    weights[f"{PREFIX}{Q_PROJ}.lora_B.weight"][3] = torch.nan
+    return (f"{Q_PROJ}.lora_B.weight", "not finite")
+
+
+def two_names(weights):
+    name = next(iter(weights))
+    weights[name.removeprefix(PREFIX)] = weights[name] + 1
+    return ("twice",)
+
+
+def wrong_dtype(weights):
+    name = next(iter(weights))
+    weights[name] = weights[name].to(torch.float8_e4m3fn)
+    return ("float8", "not supported")
+
+
+@pytest.mark.parametrize(
+    "change", [wrong_shape, missing_tensor, unexpected_tensor, not_finite, two_names, wrong_dtype]
+)
+def test_tensors_that_do_not_fit_are_refused(base, adapter, command, tmp_path, change):
+    file = shutil.copytree(adapter, tmp_path / "adapter") / WEIGHTS
+    weights = load_file(file)
+    words = change(weights)
+    save_file(weights, file)
+    flags = "--model-dir", base / "model", "--adapter", tmp_path / "adapter"
+    assert_refused(command("generate", *flags, "Hello"), WEIGHTS, *words)
+
+
+def test_folders_that_cannot_be_combined_are_refused(base, adapter, command, tmp_path):
+    flags = "--model-dir", base / "model", "--adapter"
+    assert_refused(command("generate", *flags, tmp_path / "nowhere", "Hello"), "no such folder")
+    (shutil.copytree(adapter, tmp_path / "half") / WEIGHTS).unlink()
+    assert_refused(command("generate", *flags, tmp_path / "half", "Hello"), "adapter_model.bin")
+    assert_refused(command("generate", "--adapter", adapter, "Hello"), "needs --model-dir")
+    assert_refused(command("generate", "--model-dir", adapter, "Hello"), "is an adapter")
+
+
+# ---------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize("number", [16, 8, 4])
+@torch.no_grad()
+def test_adapter_works_on_a_quantized_base(base, adapter, number):
+    """Against plain fp32 matrices of the same values; the integers' kernels compute in less."""
+    ids, plain = random_ids(1, 24, vocab_size=1024), load_model(base / "model")
+    dequantize_layers(plain, WeightSource(base / "model", number))
+    without = plain(ids)
+    load_adapter(plain, adapter)
+    expected = plain(ids)
+    found = optimize_layout(load_model(base / "model", adapter, number))(ids)
+    near = {16: 1e-5, 8: 1e-3, 4: 0.03}[number] * expected.abs().max()
+    assert distance(found, expected) <= near
+    assert distance(without, expected) > 5 * near
+
+
+def test_adapted_model_decodes_as_the_merged_one(base, adapter, merged_folder):
+    tokenizer, params = Tokenizer(TOKENIZER), SamplingParams(max_new_tokens=12)
+    prompts = [[1, 5, 6], [1, 400, 401, 402, 403]]
+
+    def answers(*folders, dtype=torch.float32) -> list[list[int]]:
+        engine = Engine(optimize_layout(load_model(*folders, dtype=dtype)), tokenizer, 2)
+        return [s.ids for s in engine.generate(prompts, params)]
+
+    adapted = answers(base / "model", adapter)
+    assert adapted == answers(merged_folder) != answers(base / "model")
+    assert len(answers(base / "model", adapter, dtype=torch.bfloat16)) == 2
+
+
+def test_generate_answers_with_an_adapter(base, adapter, merged_folder, command, tmp_path):
+    ask = ("--max-new-tokens", 12, "Name a fruit.", "--model-dir")
+    code, out, err = command("generate", *ask, base / "model", "--adapter", adapter)
+    assert code == 0, err
+    assert out == command("generate", *ask, merged_folder)[1]
+    assert out != command("generate", *ask, base / "model")[1]
+    (tmp_path / "asked.jsonl").write_text('{"instruction": "Go"}\n')
+    words = ("--model-dir", base / "model", "--file", tmp_path / "asked.jsonl")
+    words += ("--out", tmp_path / "answers.jsonl", "--max-new-tokens", 3)
+    assert command("generate", *words, "--adapter", adapter)[0] == 0
+    assert_refused(command("generate", *words), "answers.jsonl", "another")
+
+
+# ---------------------------------------------------------------- alpaca merge
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_merge_rounds_once_and_changes_nothing_else(base, adapter, command, tmp_path, dtype):
+    folder = base_in(base, tmp_path / "base", dtype)
+    printed = merge(command, folder, adapter, tmp_path / "out")
+    assert f"14 of 14 adapted matrices have changed, rounded once to {str(dtype)[6:]}" in printed
+    before, thin, changed = dict(read_tensors(folder)), load_file(adapter / WEIGHTS), 0
+    for name, weight in read_tensors(tmp_path / "out"):
+        expected, stem = before[name], PREFIX + name.removesuffix(".weight")
+        if f"{stem}.lora_A.weight" in thin:
+            A, B = (thin[f"{stem}.lora_{side}.weight"] for side in "AB")
+            twice = expected + (B @ A * 2).to(dtype)
+            expected = (expected.float() + B @ A * 2).to(dtype)
+            changed += 1
+            if dtype != torch.float32:
+                assert not torch.equal(twice, weight), "rounding twice would show"
+        assert torch.equal(bits(weight), bits(expected)), name
+    assert changed == 14 and (tmp_path / "out/tokenizer.model").exists()
+
+
+def test_merge_has_the_dtype_of_the_embedding_or_of_the_flag(base, adapter, command, tmp_path):
+    folder = base_in(base, tmp_path / "base", torch.bfloat16)
+    mixed = {n: t.float() if "norm" in n else t.clone() for n, t in read_tensors(folder)}
+    save_file(mixed, folder / "model.safetensors", {"format": "pt"})
+    merge(command, folder, adapter, tmp_path / "out")
+    assert {own.dtype for _, own in read_tensors(tmp_path / "out")} == {torch.bfloat16}
+    merge(command, folder, adapter, tmp_path / "wide", "--dtype", "fp32")
+    assert {own.dtype for _, own in read_tensors(tmp_path / "wide")} == {torch.float32}
+
+
+def test_merge_reads_a_meta_folder(command, tmp_path):
+    torch.manual_seed(0)
+    model = Llama(small_config(vocab_size=1024, intermediate_size=192, num_key_value_heads=4))
+    lora = LoraConfig(2, 3, 0.0, ("q_proj", "down_proj"))
+    write_meta(model, tmp_path / "llama/7B", 2)
+    shutil.copy(TOKENIZER, tmp_path / "llama")
+    add_lora(model, lora)
+    randomize(model)
+    save_adapter(model, lora, tmp_path / "adapter")
+    merge(command, tmp_path / "llama/7B", tmp_path / "adapter", tmp_path / "out")
+    ids = random_ids(2, 24, vocab_size=1024)
+    expected = model(ids)
+    assert distance(load_model(tmp_path / "out")(ids), expected) <= 1e-5 * expected.abs().max()
+    assert (tmp_path / "out/tokenizer.model").exists()
+
+
+def test_merge_that_changes_nothing_is_refused(base, adapter, command, tmp_path):
+    weights = load_file(adapter / WEIGHTS)
+    for name, factor in (("zero", 0.0), ("small", 1e-4)):
+        folder = shutil.copytree(adapter, tmp_path / name)
+        save_file({n: t * factor for n, t in weights.items()}, folder / WEIGHTS)
+    words = "--out", tmp_path / "out", "--base"
+    zero = command("merge", *words, base / "model", "--adapter", tmp_path / "zero")
+    assert_refused(zero, "zero changes nothing")
+    folder = base_in(base, tmp_path / "bf16", torch.bfloat16)
+    small = command("merge", *words, folder, "--adapter", tmp_path / "small")
+    assert_refused(small, "nothing", "bfloat16")
+    assert not list(tmp_path.glob("out*"))
+    merge(command, base / "model", tmp_path / "small", tmp_path / "fp32")
+
+
+def test_merge_refuses_bases_it_cannot_use(base, adapter, command, tmp_path):
+    words = "--adapter", adapter, "--out", tmp_path / "out", "--base"
+    assert_refused(command("merge", *words, tmp_path / "nowhere"), "nowhere")
+    flags = "--bits", 8, "--model-dir", base / "model", "--out", tmp_path / "int8"
+    assert command("quantize", *flags)[0] == 0
+    assert_refused(command("merge", *words, tmp_path / "int8"), "is quantized")
+    bare = shutil.copytree(base / "model", tmp_path / "bare")
+    (bare / "tokenizer.model").unlink()
+    assert_refused(command("merge", *words, bare), "no tokenizer", "--tokenizer")
+    merge(command, bare, adapter, tmp_path / "out", "--tokenizer", TOKENIZER)
+    assert_refused(command("merge", *words, base / "model"), "exists already")

@@ -176,6 +176,16 @@ def test_pipelined_requests_are_answered_in_order(server):
     assert order == [False, True, False, True, False]
 
 
+def test_a_response_does_not_wait_for_an_acknowledgement(server):
+    with server.connect() as one:
+        one.sendall(GET + b"\r\n")
+        one.recv(100)
+        (connection,) = server.http.connections
+        sock = connection.writer.get_extra_info("socket")
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    server.wait_until_left()
+
+
 def test_other_connections_get_a_turn_between_pipelined_requests(server, monkeypatch):
     turns, seen, app, done = [0], [], server.http.app, threading.Event()
 

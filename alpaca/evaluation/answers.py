@@ -125,7 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     items = {str(number): item for number, item in enumerate(read_items(args.set))}
-    check_arguments(args)
+    refuse_unused_arguments(args)
     folders = model_folders(args) if args.model is None else []
     name = args.name or args.model or "+".join(map(folder_name, folders))
     settings = settings_of(args, items, folders, name)
@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"  {count} {what}")
 
 
-def check_arguments(args: argparse.Namespace) -> None:
+def refuse_unused_arguments(args: argparse.Namespace) -> None:
     """Arguments for a server do not go with a local model, nor the other way round."""
     sampling_from_args(args)
     unused = defaults(add_server_arguments)

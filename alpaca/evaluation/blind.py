@@ -278,7 +278,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="new folder, for the raters' folders")
     add("--raters", nargs="+", default=["rater"], help="names (default: rater)")
     add("--num", type=positive(int), help="number of pairs, chosen at random (default: all)")
-    add("--seed", help="repeats a shuffle; whoever knows it can unblind (default: a secret one)")
+    add("--seed", help="repeats a shuffle; who knows it can unblind (default: a secret one)")
     rate = steps.add_parser("rate", help="rate pairs, from where the last session stopped")
     rate.add_argument("copy", type=Path, help="the rater's folder")
     unblind = steps.add_parser("unblind", help="count the votes, test them, close the ratings")

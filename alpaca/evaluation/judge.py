@@ -81,7 +81,7 @@ EXPLAIN = (
 
 
 def read_mark(folder: Path) -> str:
-    """Drawn once for a folder, so that a resumed run asks the same questions."""
+    """Chosen at random once for a folder, so that a resumed run asks the same questions."""
     file = folder / "mark"
     if not file.exists():
         with atomic_file(file, "w") as opened:
@@ -133,7 +133,7 @@ def parse_letter(text: str) -> str | None:
     return None
 
 
-def parse_verdict(reply: Reply) -> Verdict | None:
+def verdict_from_reply(reply: Reply) -> Verdict | None:
     letter = None if reply.truncated else parse_letter(reply.text)
     if letter is None:
         return None
@@ -186,7 +186,9 @@ def run_judge(
         notice(f"{len(new)} questions for at most ${most:.2f}, if none is asked twice")
 
     async def ask(teachers: Teachers, id: str, text: str) -> None:
-        if found := await teachers.ask_until(id, parse_verdict, args.max_replies, text, options):
+        if found := await teachers.ask_until(
+            id, verdict_from_reply, args.max_replies, text, options
+        ):
             verdicts[id] = found
 
     enough = asyncio.run(request_log.ask_all(requests, endpoint, args, questions, ask, "verdicts"))

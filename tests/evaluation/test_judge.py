@@ -61,7 +61,7 @@ def ends_in(kind: str, letter: str, top: dict) -> dict:
 
 
 def parse_choice(choice: dict) -> module.Verdict | None:
-    return module.parse_verdict(parse_reply(json.dumps({"choices": [choice]})))
+    return module.verdict_from_reply(parse_reply(json.dumps({"choices": [choice]})))
 
 
 # ---------------------------------------------------------------- judges whose truth is known

@@ -182,12 +182,12 @@ def test_prompt_that_cannot_be_answered_is_refused():
     assert not engine.busy
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_model_of_nan_is_reported(temperature):
+@pytest.mark.parametrize("params", [(0.0,), (1.0,), (1.0, 5), (1.0, 0, 0.9)], ids=str)
+def test_model_of_nan_is_reported(params):
     model = new_model()
     model.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="not numbers"):
-        Engine(model, TOKENIZER).generate(prompts_of(3), SamplingParams(temperature))
+        Engine(model, TOKENIZER).generate(prompts_of(3), SamplingParams(*params))
 
 
 def test_sequence_with_nan_fails_alone():

@@ -6,8 +6,17 @@ import random
 import pytest
 import torch
 
+from alpaca.common.cli import Parser
 from alpaca.common.errors import UserError
-from alpaca.inference.sampling import GREEDY, SamplingParams, draw, penalize_repetition, sample
+from alpaca.inference.sampling import (
+    GREEDY,
+    SamplingParams,
+    add_sampling_arguments,
+    draw,
+    penalize_repetition,
+    sample,
+    sampling_from_args,
+)
 
 LOGITS = torch.tensor([2.0, 0.5, 1.2, -1.0, 0.0, 1.9, -3.0, 0.4])
 DRAWS = 20_000
@@ -68,8 +77,8 @@ def test_temperature_0_is_greedy_and_a_small_one_nearly():
     logits = torch.randn(50, 1000) * 10
     greedy = sample(logits, [GREEDY] * 50, [0.999] * 50)
     assert torch.equal(greedy, logits.argmax(-1))
-    assert torch.equal(sample(logits, [SamplingParams(1e-6)] * 50, [0.999] * 50), greedy)
-    assert torch.equal(sample(logits * 1e4, [SamplingParams(1e-4)] * 50, [0.5] * 50), greedy)
+    for small in (1e-6, 1e-308):
+        assert torch.equal(sample(logits, [SamplingParams(small)] * 50, [0.999] * 50), greedy)
 
 
 def test_smallest_and_largest_uniform_give_a_token():
@@ -101,11 +110,12 @@ def test_sequences_do_not_depend_on_each_other():
 
 
 @pytest.mark.parametrize(
-    ("k", "top_p"), [(0, 0.9), (2000, 0.87), (3000, 0.85), (1024, 0.5), (5999, 0.9)]
+    ("scale", "k", "top_p"),
+    [(1, 0, 0.9), (9, 0, 0.7), (9, 2000, 0.87), (9, 3000, 0.85), (9, 1024, 0.5), (9, 5999, 0.9)],
 )
-def test_nucleus_wider_than_the_candidates_is_exact(k, top_p):
+def test_nucleus_of_a_large_vocabulary_is_exact(scale, k, top_p):
     """All of the nucleus and nothing else, though only 1,024 candidates are looked at first."""
-    logits = torch.linspace(0, 9 if k else 1, 6000)[None]  # rising: 5,999 is the likeliest token
+    logits = torch.linspace(0, scale, 6000)[None]  # rising: 5,999 is the likeliest token
     p = logits[0].double().softmax(-1).flip(0)[: k or 6000]
     size = int((p.cumsum(-1) < top_p * p.sum()).sum()) + 1
     params = [SamplingParams(1.0, top_k=k, top_p=top_p), SamplingParams(1.0, top_p=0.99)]
@@ -119,6 +129,16 @@ def test_repetition_penalty_is_the_papers():
     logits, seen = torch.tensor([2.0, -1.0, 0.5, -0.25]), torch.tensor([0, 1])
     assert penalize_repetition(logits, 2.0, seen).tolist() == [1.0, -2.0, 0.5, -0.25]
     assert logits.tolist() == [2.0, -1.0, 0.5, -0.25]
+
+
+def test_sampling_arguments_become_params():
+    parser = Parser()
+    add_sampling_arguments(parser)
+    assert sampling_from_args(parser.parse_args([])) == SamplingParams()
+    flags = "--temperature 0.9 --top-k 50 --top-p 0.8 --repetition-penalty 1.3 --seed 3"
+    flags += " --max-new-tokens 7 --stop a --stop b"
+    expected = SamplingParams(0.9, 50, 0.8, 1.3, 3, 7, ("a", "b"))
+    assert sampling_from_args(parser.parse_args(flags.split())) == expected
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ import itertools
 import math
 from collections import deque
 from collections.abc import AsyncGenerator
-from contextlib import suppress
 from pathlib import Path
 
 from alpaca.common.files import append_jsonl, read_log
@@ -84,14 +83,14 @@ class Scheduler:
                     yield entry
                     self._check_progress(entry)
                     await asyncio.sleep(0)  # a recipe without further requests completes in this
-                else:
-                    await self._write()
+                elif not await self._write():
+                    return
                 while self.completing and self.completing[0][1].done():
-                    await self._write()
-        except BudgetExceeded:
-            with suppress(BudgetExceeded):
-                while self.completing:
-                    await self._write()
+                    if not await self._write():
+                        return
+        except BudgetExceeded:  # no further answer comes
+            while self.completing and await self._write():
+                pass
         finally:
             tasks = [*self.in_flight, *(task for _, task in self.completing)]
             await self.teachers.stop(tasks)
@@ -142,8 +141,9 @@ class Scheduler:
                 "Other seeds, another prompt or another teacher may bring more"
             )
 
-    async def _write(self) -> None:
-        """Write what came of the oldest answer, as far as the budget allowed to complete it."""
+    async def _write(self) -> bool:
+        """Write what came of the oldest answer. False if the budget ended before it was complete:
+        then nothing later may be written, since its records would come first."""
         lines, task = self.completing[0]
         results = await asyncio.shield(task)
         complete = [*itertools.takewhile(lambda line: line is not None, results)]
@@ -151,5 +151,4 @@ class Scheduler:
         await asyncio.to_thread(self.store.write, complete)
         self.completing.popleft()
         self.progress.step(self.store.count - before, self.teachers.status())
-        if len(complete) < len(lines):
-            raise BudgetExceeded
+        return len(complete) == len(lines)

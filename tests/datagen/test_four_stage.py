@@ -87,7 +87,6 @@ def test_budget_leaves_out_what_is_incomplete(run_folder, tmp_path, command):
         args = [*arguments(tmp_path / "r", server, 100, *FOUR_STAGES, *more), "--budget"]
         code, out, err = command(selfinstruct, *args, "100")
         assert code == 0 and "The budget of $100 does not allow" in out, err
-        assert 0 < len(read(tmp_path / "r", "records")) < 100
         code, _, err = command(selfinstruct, *args, "4000")
         assert code == 0 and max(server.prompts.values()) == 1, err
     assert comparable(tmp_path / "r") == comparable(run_folder)

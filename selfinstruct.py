@@ -183,8 +183,10 @@ async def run_generation(args: argparse.Namespace, endpoints: list[Endpoint]) ->
 def generate_command(args: argparse.Namespace) -> None:
     if args.teachers:
         endpoints = read_teachers(args.teachers, args, licence=args.licence)
+    elif len(args.teacher) > 1 or args.teacher[0].startswith("model="):
+        raise UserError("--teacher is the name of one model: --teachers FILE describes several")
     else:
-        endpoints = [endpoint_from_args(args, args.teacher, licence=args.licence)]
+        endpoints = [endpoint_from_args(args, args.teacher[0], licence=args.licence)]
     if args.batch and args.pipeline != "alpaca":
         raise UserError("--batch: each stage of self-instruct waits for the one before, a day each")
     for batch in pending_batches(args.out / "batches.jsonl"):
@@ -260,7 +262,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="determines prompts and teachers (default: 0)")
     group = parser.add_argument_group("teacher")
     add = group.add_mutually_exclusive_group(required=True).add_argument
-    add("--teacher", metavar="MODEL", help="model to ask, at --base-url")
+    add("--teacher", action="append", metavar="MODEL", help="model to ask, at --base-url")
     several = "JSON list of teachers with weights, prices and servers of their own"
     add("--teachers", type=Path, metavar="FILE", help=several)
     group.add_argument("--licence", default="", help="of the answers, noted in every record")

@@ -300,6 +300,8 @@ def test_bad_servers_and_folders_are_refused(tmp_path, command):
             generate(tmp_path / "r", "--batch", "--pipeline", "self-instruct"), "--batch"
         )
         assert_refused(generate(tmp_path / "r", "--teacher", "a", "--teachers", "b"), "not allowed")
+        for teachers in (["--teacher", "a", "--teacher", "b"], ["--teacher", "model=a,weight=2"]):
+            assert_refused(generate(tmp_path / "r", *teachers), "--teachers FILE describes several")
         assert not (tmp_path / "r").exists()
         code, _, err = generate(tmp_path / "r", "--base-url", "http://127.0.0.1:9/v1")
         assert code == 2 and "127.0.0.1:9/v1: no answer in 3 attempts" in err

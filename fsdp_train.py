@@ -34,17 +34,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
 from alpaca.common.cli import Parser
 from alpaca.common.errors import UserError, join_names, notice
 from alpaca.datagen.formats import load_mixture, load_records
 from alpaca.training.config import TrainConfig, add_arguments
-from alpaca.training.memory_plan import measure_workload, report_plan
+from alpaca.training.memory_plan import measure, report_plan
 from alpaca.training.model_card import write_card
 from alpaca.training.parallel import (
     apply_activation_checkpointing,
     apply_compile,
     apply_fsdp,
+    checkpoint_weights,
+    full_tensor,
     load_sharded_weights,
     process_group,
     random_weights,
@@ -58,7 +61,7 @@ from alpaca.training.snapshots import Snapshots, remove_snapshots
 from alpaca.training.throughput import Throughput
 from alpaca.weights import lora
 from alpaca.weights.adapter import save_adapter
-from alpaca.weights.checkpoint import DTYPES, open_checkpoint, stored_tensors
+from alpaca.weights.checkpoint import DTYPES, open_checkpoint
 from alpaca.weights.writer import save_model
 from dataset import (
     Examples,
@@ -168,7 +171,8 @@ def train_step(
         totals[0] += loss.detach()
     totals[1] = stop.number
     dist.all_reduce(totals)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).full_tensor().item()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    norm = full_tensor(norm).item()
     loss, stopping = totals[0].item() / targets, totals[1].item() > 0
     if math.isfinite(loss) and math.isfinite(norm):
         optimizer.step()
@@ -205,6 +209,7 @@ def log_held_out_loss(model: Llama, job: Job, run: RunDir, device: torch.device,
         total += model(**row)
     model.train()
     dist.all_reduce(total)
+    assert isinstance(model, FSDPModule)
     model.reshard()  # without a backward pass, the root group would stay gathered
     loss = total.item() / int(job.held_out.supervised.sum())
     run.log({"step": step, "held_out_loss": loss})
@@ -216,21 +221,22 @@ def log_held_out_loss(model: Llama, job: Job, run: RunDir, device: torch.device,
 def build_model(config: TrainConfig, model_config: LlamaConfig, mesh: DeviceMesh) -> Llama:
     """The model, sharded; no rank ever holds all of it."""
     device, dtype = torch.device(mesh.device_type), DTYPES[config.dtype]
-    base = lora.open_base(config.base, config.bits) if config.lora else None
-    with torch.device("meta"):
-        model = lora.build_lora_model(base, dtype, config.lora) if base else Llama(model_config)
+    if config.lora:
+        base = lora.open_base(config.base, config.bits)
+        read = lora.initial_weights(base, config.seed)
+        model = lora.build_lora_model(base, dtype, config.lora)
+    else:
+        if config.preset:
+            read = random_weights(model_config, config.seed, device)
+        else:
+            read = checkpoint_weights(config.base)
+        with torch.device("meta"):
+            model = Llama(model_config)
     apply_activation_checkpointing(model, config.checkpointing)
     if config.compiles(device):
         apply_compile(model)
     apply_fsdp(model, mesh, dtype, config.offload)
     model.to_empty(device="cpu" if config.offload else device)
-    if base:
-        read = lora.initial_weights(base, config.seed)
-    elif config.preset:
-        read = random_weights(model_config, config.seed, device)
-    else:
-        stored = stored_tensors(config.base)
-        read = lambda name, shape: stored[name].read()  # noqa: E731
     load_sharded_weights(model, mesh, read)
     return model
 
@@ -241,7 +247,7 @@ def build_optimizer(model: Llama) -> torch.optim.AdamW:
     optimizer = torch.optim.AdamW(parameters, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True)
     for parameter in parameters:
         optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.to_local().device),
+            "step": torch.zeros((), device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
@@ -253,7 +259,7 @@ def save_result(model: Llama, job: Job) -> None:
     config = job.config
     dtype = torch.float32 if config.lora else DTYPES[config.save_dtype]
     parameters = trained_parameters(model).items()
-    tensors = ((name, p.detach().full_tensor().to(dtype)) for name, p in parameters)
+    tensors = ((name, full_tensor(p.detach()).to(dtype)) for name, p in parameters)
     if dist.get_rank() > 0:
         for _ in tensors:
             pass
@@ -316,7 +322,7 @@ def main() -> None:
     config = TrainConfig.from_args(parser.parse_args())
     if config.plan:
         job = prepare(config)
-        work = measure_workload(job.config, job.model_config, job.train, job.steps)
+        work = measure(job.config, job.model_config, job.train, job.steps)
         return print(report_plan(work))
     keep_freed_memory()
     with process_group(config.device, config.replicas) as (mesh, device):

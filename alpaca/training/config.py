@@ -1,8 +1,8 @@
 """The settings of a training run: a frozen dataclass, made once from the command line.
 
-Every field of `TrainConfig` is a flag of fsdp_train.py; its default is Alpaca's recipe for 7B. TINY
-replaces some defaults where no model to start from is given, LORA does with `--lora`. A flag on the
-command line replaces any default.
+Every field of `TrainConfig` is a flag of fsdp_train.py; its default is Alpaca's recipe for 7B.
+TINY_RECIPE replaces some defaults where no model to start from is given, LORA_RECIPE does with
+`--lora`. A flag on the command line replaces any default.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from alpaca.training.throughput import CHIPS
 from alpaca.weights.lora import TARGETS, LoraConfig
 from model import SIZES
 
-TINY = {  # the embedded model; paths of defaults are relative to the checkout
+TINY_RECIPE = {  # the embedded model; paths of defaults are relative to the checkout
     "model_dir": Path("data/tiny-llama"),
     "data": ("data/sample_train.json",),
     "eval_data": Path("data/sample_heldout.json"),
@@ -34,7 +34,7 @@ TINY = {  # the embedded model; paths of defaults are relative to the checkout
     "save_every": 200,
     "sample_answers": 1000,
 }
-LORA = {
+LORA_RECIPE = {
     "learning_rate": 3e-4,
     "checkpointing": "full",
 }  # alpaca-lora's; more in LoraConfig's defaults
@@ -117,14 +117,14 @@ class TrainConfig:
         """Alpaca's defaults, replaced by a recipe's, replaced by the flags given."""
         given = dict(vars(args))
         adapter = {n: given.pop(f"lora_{n}") for n in LoraConfig._fields if f"lora_{n}" in given}
-        defaults = {each.name: each.default for each in fields(cls)}
+        defaults: dict[str, Any] = {each.name: each.default for each in fields(cls)}
         if not given.keys() & {"model_dir", "preset"}:
-            defaults |= TINY
+            defaults |= TINY_RECIPE
         if "targets" in adapter:
             adapter["targets"] = tuple(dict.fromkeys(adapter["targets"]))
         if given.pop("lora", False):
             out = defaults["out"]
-            defaults |= {**LORA, "out": out.with_name(f"{out.name}-lora")}
+            defaults |= {**LORA_RECIPE, "out": out.with_name(f"{out.name}-lora")}
             defaults["lora"] = LoraConfig(**adapter).check()
         elif adapter or "bits" in given:
             name = f"lora-{next(iter(adapter))}" if adapter else "bits"
@@ -212,10 +212,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Every flag of fsdp_train.py; one that is not given is absent from the parsed arguments."""
     parser.argument_default = argparse.SUPPRESS
     parser.epilog = f"""defaults without --model-dir and --preset (paths in the checkout):
-{describe_recipe(TINY)}
+{describe_recipe(TINY_RECIPE)}
 defaults with --lora (and --out ends in -lora):
-{describe_recipe(LORA)}"""
-    group = parser
+{describe_recipe(LORA_RECIPE)}"""
+    group: Any = parser
     for each in fields(TrainConfig):
         if each.name in GROUPS:
             group = parser.add_argument_group(GROUPS[each.name])

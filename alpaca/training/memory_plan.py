@@ -3,36 +3,24 @@
     python fsdp_train.py --model-dir llama-7b --data alpaca_data.json --plan --gpus 8 --chip H100
 
 Weights, gradients and Adam's two moments are 16 bytes a parameter in fp32, divided among the ranks.
-With an adapter they are those of its few parameters; the frozen base is in the dtype that blocks
-compute in, or in integers: whole on every rank, one matrix at a time dequantized. The peak of a
-step lies in one of three phases:
+With LoRA they are the adapter's; the frozen base is in the dtype that blocks compute in, or in
+integers, whole on every rank and dequantized one matrix at a time. A step has its peak in one of
 
     forward      at its end: every block's activations and a chunk of logits
     recompute    the same activations, and one block computed again (--checkpointing)
     reduce       no activations; the gradients of embedding and head whole, and a copy in fp32
 
-The tensors that model.py and FSDP make in eager mode are counted, to 10 % of a real step's peak;
-compiled blocks need less, an allocator adds some. Activations: arXiv:2205.05198.
+The estimate counts the tensors of model.py and FSDP in eager mode, within 10 % of a real step;
+compiled blocks need less, the allocator adds some. Activations: arXiv:2205.05198.
 """
 
 from dataclasses import dataclass, replace
 
 from alpaca.common.errors import UserError
 from alpaca.common.progress import short_number
+from alpaca.training import throughput as counts
 from alpaca.training.config import TrainConfig
-from alpaca.training.throughput import (
-    CHIPS,
-    GIB,
-    adapter_parameters,
-    block_parameters,
-    find_device,
-    flops_per_token,
-    matrix_parameters,
-    mean_length,
-    model_parameters,
-    projection_shapes,
-    root_parameters,
-)
+from alpaca.training.throughput import CHIPS, GIB, find_device, flops_per_token, mean_length
 from alpaca.weights.checkpoint import DTYPES
 from dataset import Examples, pack_rows, step_examples
 from model import LOGITS_CHUNK, LlamaConfig
@@ -42,7 +30,6 @@ USABLE = 0.95  # of a GPU's memory: the rest is the allocator's and the driver's
 IN_HOST_MEMORY = ("weights", "moments", "gradients")  # with --offload
 INTEGER_BYTES = {8: 1.0, 4: 0.625}  # of a quantized weight, see quantize.py
 DEQUANTIZED_BYTES = {8: 8, 4: 12}  # of a weight on its way to fp32
-# projections that read the same input
 SAME_INPUT = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
 
 
@@ -70,7 +57,7 @@ class Workload:
 
 def block_activations(work: Workload) -> float:
     """Bytes a token that autograd stores in one block, if nothing is recomputed."""
-    config, size, shapes = work.model, work.itemsize, projection_shapes(work.model)
+    config, size, shapes = work.model, work.itemsize, counts.projection_shapes(work.model)
     width, inner, query = config.hidden_size, config.intermediate_size, shapes["q_proj"][0]
     qkv_and_result = size * (2 * query + 2 * shapes["k_proj"][0])
     attention = qkv_and_result + 4 * config.num_attention_heads  # the softmax's log-sum-exp
@@ -96,7 +83,7 @@ def activations(work: Workload) -> float:
     if work.config.checkpointing == "none":
         block = block_activations(work)
     elif work.config.checkpointing == "selective":  # results of matrix products and attention
-        shapes = projection_shapes(config)
+        shapes = counts.projection_shapes(config)
         results = sum(N for N, _ in shapes.values()) + shapes["q_proj"][0]
         block += size * results + 4 * config.num_attention_heads
         if lora:
@@ -110,15 +97,15 @@ def activations(work: Workload) -> float:
 def frozen_base(work: Workload) -> tuple[float, float]:
     """Bytes of an adapter's base: those a rank always has, and those gathered for a block."""
     config, size, bits = work.model, work.itemsize, work.config.bits
-    layers, root = config.num_hidden_layers, root_parameters(config)
-    matrices = matrix_parameters(config)
-    plain = block_parameters(config) - (matrices if bits < 16 else 0)  # not quantized
+    layers, root = config.num_hidden_layers, counts.root_parameters(config)
+    matrices = counts.matrix_parameters(config)
+    plain = counts.block_parameters(config) - (matrices if bits < 16 else 0)  # not quantized
     always = size * (layers * plain + root) / work.shards
     sharded = work.shards > 1 or work.config.offload
     gathered = size * (root + 2 * plain) if sharded else 0
     if bits < 16:
         always += layers * matrices * INTEGER_BYTES[bits]
-        largest = max(N * K for N, K in projection_shapes(config).values())
+        largest = max(N * K for N, K in counts.projection_shapes(config).values())
         gathered += largest * DEQUANTIZED_BYTES[bits]
     return always, gathered
 
@@ -127,13 +114,13 @@ def memory_by_phase(work: Workload) -> dict[str, dict[str, float]]:
     """Bytes of a rank by category, in each phase of a step."""
     config, size, lora = work.model, work.itemsize, work.config.lora
     if lora:
-        trained, (base, gathered) = adapter_parameters(config, lora), frozen_base(work)
+        trained, (base, gathered) = counts.adapter_parameters(config, lora), frozen_base(work)
         block, table = trained / config.num_hidden_layers, 0  # the head has no gradient
         passing = 3 * size * config.intermediate_size  # gradients of the MLP's activations
     else:
-        trained, base, gathered = model_parameters(config), 0, size * root_parameters(config)
-        block, table = block_parameters(config), config.vocab_size * config.hidden_size
-        passing = 0
+        trained, base, passing = counts.model_parameters(config), 0, 0
+        gathered = size * counts.root_parameters(config)
+        block, table = counts.block_parameters(config), config.vocab_size * config.hidden_size
     shard = trained / work.shards
     in_chunk = min(work.row_tokens * work.supervised, max(1, LOGITS_CHUNK // config.vocab_size))
     logits = in_chunk * config.vocab_size * (size + 4)  # and their fp32 copy
@@ -157,7 +144,7 @@ def memory_by_phase(work: Workload) -> dict[str, dict[str, float]]:
             "logits": size * table,
         }
     if lora is None:  # an adapter's gradients are small
-        whole = (2 * size + 4) * root_parameters(config)
+        whole = (2 * size + 4) * counts.root_parameters(config)
         phases["reduce"] = {**always, "gradients": 4 * shard, "gathered": whole}
     return phases
 
@@ -177,21 +164,18 @@ def peak_bytes(work: Workload) -> float:
 
 def suggest(work: Workload, limit: float) -> str:
     """The first of a few changes after which it fits."""
-    full = {"checkpointing": "full"}
-    changes = {"--checkpointing full": full}
-    if work.config.lora:
-        changes["--checkpointing full --bits 4"] = {**full, "bits": 4}
-    for gpus in (n for n in (2, 4, 8, 16, 32, 64, 128) if n > work.config.gpus):
-        changes[f"--checkpointing full on {gpus} GPUs"] = {**full, "gpus": gpus, "replicas": 1}
-    for text, change in changes.items():
-        if peak_bytes(replace(work, config=replace(work.config, **change))) <= limit:
-            return f"It would fit with {text}."
+    changes: list[tuple[str, dict]] = [("", {})]
+    changes += [(" --bits 4", {"bits": 4})] if work.config.lora else []
+    counts = [count for count in (2, 4, 8, 16, 32, 64, 128) if count > work.config.gpus]
+    changes += [(f" on {count} GPUs", {"gpus": count, "replicas": 1}) for count in counts]
+    for text, change in changes:
+        config = replace(work.config, checkpointing="full", **change)
+        if peak_bytes(replace(work, config=config)) <= limit:
+            return f"It would fit with --checkpointing full{text}."
     return "Choose a smaller model, a smaller --row-tokens, or GPUs with more memory."
 
 
-def measure_workload(
-    config: TrainConfig, model: LlamaConfig, examples: Examples, steps: int
-) -> Workload:
+def measure(config: TrainConfig, model: LlamaConfig, examples: Examples, steps: int) -> Workload:
     """By the packed rows that the run would have."""
     if config.gpus % config.replicas:
         raise UserError(f"--replicas {config.replicas} does not divide the {config.gpus} --gpus")
@@ -209,29 +193,27 @@ def measure_workload(
 def report_plan(work: Workload) -> str:
     """What `--plan` prints."""
     config, model, (chip, memory) = work.config, work.model, find_device(work.config.chip)
-    trained = f"{short_number(model_parameters(model))} parameters"
+    trained = f"{short_number(counts.model_parameters(model))} parameters"
     if config.lora:
         base = f"int{config.bits}" if config.bits < 16 else config.dtype
-        adapter = short_number(adapter_parameters(model, config.lora))
+        adapter = short_number(counts.adapter_parameters(model, config.lora))
         trained = f"an adapter of {adapter} parameters on {trained} in {base}"
-    lines = [
-        f"{trained}, {config.gpus} x {chip or 'this machine'}, checkpointing "
-        f"{config.checkpointing}, rows of up to {work.row_tokens} {config.dtype} tokens",
-        "",
-    ]
-    for name, size in {**peak_categories(work), "peak": peak_bytes(work)}.items():
-        lines.append(f"{name:<12}{size / GIB:8.2f} GiB a rank")
-    lines[-1] += f", of {memory / GIB:.0f} GiB"
+    categories = {**peak_categories(work), "peak": peak_bytes(work)}
+    sizes = [f"{name:<12}{size / GIB:8.2f} GiB a rank" for name, size in categories.items()]
+    sizes[-1] += f", of {memory / GIB:.0f} GiB"
     if config.offload:
         phases = memory_by_phase(work).values()
         host = max(sum(phase.get(name, 0) for name in IN_HOST_MEMORY) for phase in phases)
-        lines.append(f"{'host memory':<12}{host / GIB:8.2f} GiB a rank")
-    lines += ["", f"{work.steps} steps of {work.tokens / work.steps:,.0f} tokens"]
+        sizes.append(f"host memory {host / GIB:8.2f} GiB a rank")
+    time = f"{work.steps} steps of {work.tokens / work.steps:,.0f} tokens"
     if chip:
         flops = flops_per_token(model, work.length, work.supervised, config.lora) * work.tokens
         hours = flops / (config.gpus * CHIPS[chip].flops * ASSUMED_MFU) / 3600
-        lines[-1] += f", {flops:.2e} operations: {hours:.2f} hours at an MFU of {ASSUMED_MFU:.0%}"
+        time += f", {flops:.2e} operations: {hours:.2f} hours at an MFU of {ASSUMED_MFU:.0%}"
     fits = peak_bytes(work) <= USABLE * memory
-    return "\n".join(
-        [*lines, "It fits." if fits else f"It does not fit. {suggest(work, USABLE * memory)}"]
+    verdict = "It fits." if fits else f"It does not fit. {suggest(work, USABLE * memory)}"
+    settings = (
+        f"{trained}, {config.gpus} x {chip or 'this machine'}, checkpointing "
+        f"{config.checkpointing}, rows of up to {work.row_tokens} {config.dtype} tokens"
     )
+    return "\n".join([settings, "", *sizes, "", time, verdict])

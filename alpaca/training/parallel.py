@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from alpaca.common.errors import UserError, describe_error
+from alpaca.weights.checkpoint import stored_tensors
 from model import Block, Llama, LlamaConfig
 
 MATMULS = [torch.ops.aten.mm.default] + [
@@ -51,15 +53,19 @@ PEER_FAILURES = (
 # ---------------------------------------------------------------- one model on many ranks
 
 
+def blocks_of(model: Llama) -> list[Block]:
+    return [module for module in model.modules() if isinstance(module, Block)]
+
+
 def apply_activation_checkpointing(model: Llama, mode: str) -> None:
     """`full` stores a block's input and recomputes the rest in the backward pass; `selective` also
     stores the results of matrix products, and recomputes only what is cheap."""
     if mode == "none":
         return
-    options = {"use_reentrant": False}
+    options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, MATMULS)
-    for block in model.model.layers:  # replacing `forward` instead of wrapping keeps names
+    for block in blocks_of(model):  # replacing `forward` instead of wrapping keeps names
         block.forward = checkpointed(block.forward, options)
 
 
@@ -72,7 +78,7 @@ def apply_compile(model: Llama) -> None:
     # Short and long rows, training and evaluation, and the first block, whose input has no
     # gradient, are compiled separately; at its limit the compiler would silently give up.
     torch._dynamo.config.recompile_limit = 32
-    for block in model.model.layers:  # equal blocks share one compilation
+    for block in blocks_of(model):  # equal blocks share one compilation
         block.compile()
 
 
@@ -86,11 +92,15 @@ def apply_fsdp(model: Llama, mesh: DeviceMesh, dtype: torch.dtype, offload: bool
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     if mesh["shard"].size() == 1 and not offload:  # frozen and whole already: no copy
         options["ignored_params"] = {p for p in model.parameters() if not p.requires_grad}
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
-    assert len(blocks) == model.config.num_hidden_layers
-    for block in blocks:
+    for block in blocks_of(model):
         fully_shard(block, **options)
     fully_shard(model, **options, reshard_after_forward=False)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All rows of a tensor that is divided among the ranks; every rank must call it."""
+    assert isinstance(tensor, DTensor)
+    return tensor.full_tensor()
 
 
 def trained_parameters(model: Llama) -> dict[str, nn.Parameter]:
@@ -112,6 +122,11 @@ def load_sharded_weights(
         assert local.dtype == torch.float32 or not parameter.requires_grad
     for name, buffer in model.named_buffers():
         buffer.copy_(read(name, buffer.shape))
+
+
+def checkpoint_weights(folder: Path) -> Callable:
+    stored = stored_tensors(folder)
+    return lambda name, shape: stored[name].read()
 
 
 def random_weights(config: LlamaConfig, seed: int, device: torch.device) -> Callable:
@@ -168,18 +183,22 @@ def process_group(device_type: str, replicas: int) -> Iterator[tuple[DeviceMesh,
 def run_on_all_ranks(work: Callable[[], Any]) -> Any:
     """Call `work` on every rank. If one rank fails, all raise, so that none waits for it: a
     UserError for a user's error, and for a bug its traceback on the rank that has it."""
-    result, error = None, None
+    result, user_error, bug = None, None, None
     try:
         result = work()
-    except Exception as raised:
-        error = raised
-    is_bug = error is not None and not isinstance(error, UserError | OSError)
-    errors: list[tuple[str, bool] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error and (describe_error(error), is_bug))
-    if is_bug:
-        raise error
-    for rank, (text, is_bug) in ((r, found) for r, found in enumerate(errors) if found):
-        raise RuntimeError(f"rank {rank} failed: {text}") if is_bug else UserError(text)
+    except (UserError, OSError) as error:
+        user_error = describe_error(error)
+    except Exception as error:
+        bug = error
+    errors: list = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, (user_error, bug and describe_error(bug)))
+    if bug:
+        raise bug
+    for rank, (user_error, bug_text) in enumerate(errors):
+        if bug_text is not None:
+            raise RuntimeError(f"rank {rank} failed: {bug_text}")
+        if user_error is not None:
+            raise UserError(user_error)
     return result
 
 

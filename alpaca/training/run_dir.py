@@ -87,7 +87,7 @@ class RunDir:
         line = STEP_FORMAT.format_map(record) + mfu
         self.progress.step(extra=f"{line}  peak memory {record['memory_GiB']:.1f} GiB")
 
-    def series(self, figure: str) -> list[tuple[int, float]]:
+    def series(self, figure: str) -> list[tuple[float, float]]:
         return [(r["step"], r[figure]) for r in self.records if figure in r]
 
     def summary(self) -> str:

@@ -18,6 +18,7 @@ import shutil
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,9 +36,9 @@ class Snapshots:
 
     def __init__(self, folder: Path, limit: int, model: Llama, optimizer: torch.optim.Optimizer):
         self.folder, self.limit, self.model, self.optimizer = folder, limit, model, optimizer
-        self.group = dist.new_group(backend="gloo")
+        self.group: Any = dist.new_group(backend="gloo")
         self.first = dist.get_rank() == 0  # the rank that names and removes folders
-        self.writing: Future | None = None
+        self.writing: Any = None  # a Future
         self.renaming: Thread | None = None
         self.rename_error: OSError | None = None
 

@@ -50,7 +50,7 @@ def find_chip(device_name: str) -> str | None:
     return max(matches, key=len) if matches else None
 
 
-def find_device(chip: str | None) -> tuple[str | None, int]:
+def find_device(chip: str | None) -> tuple[str | None, float]:
     """The name, if it is in the table, and the memory of a chip, or else of this machine."""
     if chip is None and torch.cuda.is_available():
         chip = find_chip(torch.cuda.get_device_name())

@@ -7,14 +7,13 @@ import signal
 
 import pytest
 import torch
-from helpers.commands import ROOT, assert_refused
+from helpers.commands import assert_refused
 from helpers.models import small_config
 from helpers.training import (
     LONG,
     TOKENIZER,
     assert_identical,
     assert_same_run,
-    figures,
     finish,
     flags,
     launch,
@@ -44,6 +43,23 @@ def reference(base, tmp_path_factory):
     out = tmp_path_factory.mktemp("reference") / "run"
     succeeded(train(flags(base, out)))
     return out
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """watch(before, after): call these with a step's arguments, and its result for `after`."""
+    step = fsdp_train.train_step
+
+    def patch(before, after=lambda *_: None):
+        def watched(*args):
+            before(*args)
+            result = step(*args)
+            after(*args, result)
+            return result
+
+        monkeypatch.setattr(fsdp_train, "train_step", watched)
+
+    return patch
 
 
 # ---------------------------------------------------------------- one step
@@ -83,35 +99,30 @@ def test_compiler_sees_checkpointed_blocks(mode):
     torch._dynamo.reset()
 
 
-def test_weights_are_fp32_while_blocks_compute_in_bf16(base, tmp_path, monkeypatch):
-    seen = {}
-    step = fsdp_train.train_step
+def test_weights_are_fp32_while_blocks_compute_in_bf16(base, tmp_path, monkeypatch, watch):
+    seen, policy = {}, parallel.MixedPrecisionPolicy
 
-    def watched(model, optimizer, *rest):
-        block = model.model.layers[0]
-        norm = block.input_layernorm.weight.full_tensor().clone()
-        hook = block.mlp.down_proj.register_forward_hook(
+    def before(model, *_):
+        seen["norm"] = model.model.layers[0].input_layernorm.weight.full_tensor().clone()
+        model.model.layers[0].mlp.down_proj.register_forward_hook(
             lambda module, inputs, out: seen.update(compute=out.dtype, gathered=module.weight.dtype)
         )
-        result = step(model, optimizer, *rest)
-        hook.remove()
+
+    def after(model, optimizer, *_):
+        moved = model.model.layers[0].input_layernorm.weight.full_tensor() != seen["norm"]
+        seen["moved"] = moved.any()
         seen["weights"] = {parameter.dtype for parameter in model.parameters()}
         seen["moments"] = {s["exp_avg"].dtype for s in optimizer.state.values()}
-        seen["moved"] = not torch.equal(block.input_layernorm.weight.full_tensor(), norm)
-        return result
 
-    def policy(**options):
+    def watched_policy(**options):
         seen["policy"] = options
-        return original(**options)
+        return policy(**options)
 
-    original = parallel.MixedPrecisionPolicy
-    monkeypatch.setattr(parallel, "MixedPrecisionPolicy", policy)
-    monkeypatch.setattr(fsdp_train, "train_step", watched)
-    words = flags(base, tmp_path / "run", dtype="bf16", save_dtype=None, max_steps=1)
-    succeeded(train(words))
+    monkeypatch.setattr(parallel, "MixedPrecisionPolicy", watched_policy)
+    watch(before, after)
+    succeeded(train(flags(base, tmp_path / "run", dtype="bf16", save_dtype=None, max_steps=1)))
     assert seen["compute"] == seen["gathered"] == torch.bfloat16
-    assert seen["weights"] == seen["moments"] == {torch.float32}
-    assert seen["moved"]
+    assert seen["weights"] == seen["moments"] == {torch.float32} and seen["moved"]
     assert seen["policy"]["reduce_dtype"] == torch.float32, "ranks would add gradients in bf16"
     saved = load_model(tmp_path / "run" / "model")
     assert {p.dtype for p in saved.parameters()} == {torch.bfloat16}, "the default"
@@ -124,81 +135,62 @@ def test_learning_rate_rises_from_above_0_and_falls_to_0():
     assert learning_rate(0, 1, 1.0, 0.03) > 0 and learning_rate(0, 10, 1.0, 0.0) == 1.0
 
 
-def test_loss_that_is_not_finite_changes_no_weights(base, tmp_path, monkeypatch):
-    step = fsdp_train.train_step
+def test_loss_that_is_not_finite_changes_no_weights(base, tmp_path, watch):
+    weights = []
 
-    def watched(model, *rest):
-        before = [parameter.to_local().clone() for parameter in model.parameters()]
-        loss, norm, stopping = step(model, *rest)
+    def before(model, *_):
+        weights[:] = [parameter.to_local().clone() for parameter in model.parameters()]
+
+    def after(model, *rest):
+        loss, norm, _ = rest[-1]
         if not math.isfinite(loss + norm):
-            for parameter, old in zip(model.parameters(), before, strict=True):
+            for parameter, old in zip(model.parameters(), weights, strict=True):
                 assert torch.equal(parameter.to_local(), old)
-        return loss, norm, stopping
 
-    monkeypatch.setattr(fsdp_train, "train_step", watched)
+    watch(before, after)
     out = tmp_path / "run"
     code, _, err = train(flags(base, out, learning_rate=1e25, save_every=1, warmup_ratio=0))
-    assert code == 2 and err.count("error") == 1
+    assert code == 2 and err.count("error") == 1 and "records.json record" in err
     step = int(re.search(r"step (\d+): the loss is (nan|inf)", err)[1])
-    assert "records.json record" in err
     assert [r["step"] for r in metrics(out)] == list(range(1, step))
-    assert not (out / "model").exists()
     saved = [int(p.name[5:]) for p in (out / "checkpoints").glob("step-??????")]
-    assert saved and max(saved) < step
+    assert saved and max(saved) < step and not (out / "model").exists()
 
 
 # ---------------------------------------------------------------- the run
 
 
-@pytest.fixture
-def stop_after(monkeypatch):
-    """stop_after(4): the run gets SIGTERM during its fourth step."""
-    step = fsdp_train.train_step
-
-    def arm(number: int | None):
-        count = []
-
-        def stopping(*args):
-            count.append(1)
-            args[-1].number = signal.SIGTERM if len(count) == number else 0
-            return step(*args)
-
-        monkeypatch.setattr(fsdp_train, "train_step", stopping)
-
-    return arm
-
-
-def test_resume_is_bit_identical(base, tmp_path, stop_after):
-    whole, out = tmp_path / "whole", tmp_path / "run"
+def test_resume_is_bit_identical(base, tmp_path, watch):
+    whole, out, steps = tmp_path / "whole", tmp_path / "run", []
     changes = {**LONG, "epochs": 4, "eval_data": base / "records.json", "sample_answers": 1}
     _, shown, _ = succeeded(train(flags(base, whole, **changes)))
     assert "expected: 0 of 1 held-out" in shown
-    steps = [record["step"] for record in metrics(whole)]
-    assert steps == [*range(11), 10], "the held-out loss before and after"
-    stop_after(5)
+    logged = [record["step"] for record in metrics(whole)]
+    assert logged == [*range(11), 10], "the held-out loss before and after"
+
+    def stop_in_step_7(*args):
+        steps.append(1)
+        args[-1].number = signal.SIGTERM if len(steps) == 7 else 0
+
+    watch(stop_in_step_7)
+    out.mkdir()
+    (out / "settings.json.77.partial").write_text('{"epochs"')  # left by a kill
     code, _, err = train(flags(base, out, **changes))
-    assert code == 128 + signal.SIGTERM and "stopped after step 5: the same command" in err
-    assert sorted(p.name for p in out.glob("checkpoints/*")) == ["step-000003", "step-000005"]
+    assert code == 128 + signal.SIGTERM and "stopped after step 7: the same command" in err
+    assert sorted(p.name for p in out.glob("checkpoints/*")) == ["step-000006", "step-000007"]
+    assert not list(out.glob("*.partial"))
     shutil.copytree(out, tmp_path / "damaged")
-    (out / "checkpoints/step-000007.partial").mkdir()  # left by a kill
-    stop_after(None)
+    (out / "checkpoints/step-000009.partial").mkdir()  # left by a kill
     _, _, err = succeeded(train(flags(base, out, resume=True, **changes)))
-    assert "resuming after step 5" in err
+    assert "resuming after step 7" in err
     assert_identical(out, whole)
     assert not (out / "checkpoints").exists(), "a finished run does not resume"
     assert (out / "loss.svg").read_text().startswith("<svg")
 
-    damaged = next((tmp_path / "damaged").glob("checkpoints/step-000005/*.distcp"))
+    damaged = next((tmp_path / "damaged").glob("checkpoints/step-000007/*.distcp"))
     damaged.write_bytes(damaged.read_bytes()[:1000])
     code, _, err = train(flags(base, tmp_path / "damaged", **changes))
-    assert code == 2 and "step-000005 cannot be read" in err and "remove it" in err
-
-
-def test_only_the_newest_snapshots_are_kept(base, tmp_path, stop_after):
-    stop_after(5)
-    train(flags(base, tmp_path / "run", epochs=4, save_every=1, save_total_limit=3))
-    saved = sorted(p.name for p in (tmp_path / "run").glob("checkpoints/*"))
-    assert saved == ["step-000003", "step-000004", "step-000005"]
+    assert code == 2 and "step-000007 cannot be read" in err and "remove it" in err
 
 
 def test_finished_run_is_not_trained_again(base, reference):
@@ -206,20 +198,8 @@ def test_finished_run_is_not_trained_again(base, reference):
     _, out, err = succeeded(train(flags(base, reference)))
     assert "is finished" in err and "5 steps" in out
     assert before == {path: path.stat().st_mtime_ns for path in reference.glob("model/*")}
-    assert len(metrics(reference)) == 5 and not (reference / "checkpoints").exists()
-
-
-def test_kill_while_the_folder_is_made_does_not_matter(base, reference, tmp_path):
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / "settings.json.77.partial").write_text('{"epochs"')
-    succeeded(train(flags(base, out)))
-    assert not list(out.glob("*.partial"))
-    assert figures(out) == figures(reference)
-
-
-def test_every_step_is_logged_with_its_figures(reference):
     names = ("loss", "lr", "grad_norm", "tokens_per_s", "supervised_per_s", "memory_GiB")
+    assert len(metrics(reference)) == 5 and not (reference / "checkpoints").exists()
     for number, record in enumerate(metrics(reference), 1):
         assert record["step"] == number and all(record[name] > 0 for name in names)
 
@@ -231,10 +211,8 @@ def test_progress_line_shows_recent_means_and_the_log_every_step(tmp_path, monke
     monkeypatch.setattr(run.progress, "step", lambda extra: shown.append(extra))
     rates = [90_000] * 10 + [1000, 3000] * 10  # the last twenty steps count
     for step, rate in enumerate(rates, 1):
-        known = {"loss": 2 / step, "lr": 1e-3, "grad_norm": 1.0, "memory_GiB": 2}
-        run.log_step(
-            {"step": step, "tokens": 9000, "tokens_per_s": rate, "mfu": rate / 1e4, **known}
-        )
+        record = {"step": step, "loss": 2 / step, "lr": 1e-3, "grad_norm": 1.0, "memory_GiB": 2}
+        run.log_step({**record, "tokens": 9000, "tokens_per_s": rate, "mfu": rate / 1e4})
     run.close()
     assert "90,000 tok/s" in shown[0]
     assert shown[-1].endswith("1,500 tok/s  MFU 15.0%  peak memory 2.0 GiB"), "weighted by time"
@@ -286,12 +264,3 @@ def test_run_does_not_resume_with_other_settings(base, reference, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     assert_refused(train(flags(base, tmp_path / "mine")), "something else")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
-
-
-def test_default_paths_are_found_from_any_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    words = ["--max-steps", "2", "--sample-answers", "0", "--device", "cpu"]
-    succeeded(train([*words, "--out", "run"]))
-    monkeypatch.chdir(ROOT)  # the same settings: it does not start again
-    _, out, err = succeeded(train([*words, "--out", tmp_path / "run"]))
-    assert "is finished" in err and f"wrote {tmp_path / 'run' / 'model'}" in out

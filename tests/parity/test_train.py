@@ -5,18 +5,7 @@ import json
 import pytest
 import torch
 from helpers.parity import apart
-from helpers.training import (
-    TOKENIZER,
-    finish,
-    flags,
-    launch,
-    logged_steps,
-    metrics,
-    succeeded,
-    train,
-    wait_for,
-    write_base,
-)
+from helpers.training import TOKENIZER, flags, metrics, succeeded, train, write_base
 
 from alpaca.datagen.formats import load_records
 from alpaca.weights.checkpoint import read_tensors
@@ -76,24 +65,19 @@ def test_learning_rate_equals_hugging_faces_after_the_warm_up():
         schedule.step()
 
 
-def test_interrupted_and_resumed_model_answers_in_transformers(base, tmp_path):
-    """The whole story: an answer memorized here is given there."""
+def test_trained_model_answers_in_transformers(base, tmp_path):
+    """An answer memorized here is given there."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     record = {"instruction": "Name the fox's colour.", "output": "the old red fox"}
     (tmp_path / "one.jsonl").write_text(json.dumps(record) + "\n")
     out = tmp_path / "run"
     changes = {"data": tmp_path / "one.jsonl", "eval_data": tmp_path / "one.jsonl"}
-    changes |= {"batch_size": 4, "epochs": 120, "learning_rate": 3e-3, "save_every": 10}
-    process = launch(flags(base, out, **changes))
-    assert wait_for(lambda: logged_steps(out) >= 8, process)
-    process.terminate()
-    finish(process)
+    changes |= {"batch_size": 4, "epochs": 120, "learning_rate": 3e-3}
     _, shown, _ = succeeded(train(flags(base, out, **changes)))
     assert "as expected: 1 of 1" in shown and "→ the old red fox" in shown
     losses = [r["held_out_loss"] for r in metrics(out) if "held_out_loss" in r]
     assert len(losses) == 2 and losses[1] < 0.1 < losses[0]
-    assert [r["step"] for r in metrics(out) if "loss" in r] == list(range(1, 31))
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     ids = tokenizer(format_prompt(record["instruction"]), return_tensors="pt").input_ids

@@ -88,9 +88,10 @@ def test_files_of_any_format_are_described(files, tmp_path):
     assert f"`consolidated.00.pth`, {sha256(b'pickled')}" in describe_weights(files[0])
 
 
-def test_trainer_writes_the_card_beside_the_weights(tmp_path):
-    words = ["--out", tmp_path / "run", "--max-steps", 2, "--sample-answers", 0, "--device", "cpu"]
-    succeeded(train(words))
+def test_trainer_writes_the_card_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--max-steps", "2", "--sample-answers", "0", "--device", "cpu", "--out"]
+    succeeded(train([*words, "run"]))
     card = (tmp_path / "run/model/README.md").read_text()
     assert sha256((ROOT / "data/tiny-llama/model.safetensors").read_bytes()) in card
     assert "| ranks | 1 |" in card and "| steps | 2 |" in card
@@ -98,6 +99,9 @@ def test_trainer_writes_the_card_beside_the_weights(tmp_path):
     losses = [record["loss"] for record in metrics(tmp_path / "run") if "loss" in record]
     assert f"training loss {losses[0]:.3f} → {losses[1]:.3f}; held out " in card
     assert "5,400 examples" in card and "1,066,112 of 1,066,112 parameters" in card
+    monkeypatch.chdir(ROOT)  # the same settings, by other paths
+    _, out, err = succeeded(train([*words, tmp_path / "run"]))
+    assert "is finished" in err and f"wrote {tmp_path / 'run' / 'model'}" in out
 
 
 def test_card_tells_uncommitted_changes(tmp_path):

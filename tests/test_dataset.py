@@ -56,23 +56,13 @@ def conversation(*contents: str, system: str | None = None) -> list[dict]:
     return [{"role": "system", "content": system}] * (system is not None) + turns
 
 
-HARD_TEXTS = [
-    *("plain words", "", " a space first", "  two spaces", "\ta tab", "\na newline first", "."),
-    *(
-        "(in brackets)",
-        ") and so on",
-        "(((:(",
-        ": colon",
-        '"quoted"',
-        "中文回答",
-        "🙂 and 👩‍👩‍👧‍👦",
-    ),
-    *("a </s> b <s> c <unk>", "line\r\nline", "trailing  \n ", "x" * 700),
-    *("\n\n### Response:\nagain", "### Instruction:\nforget it\n\n### Response:"),
-]
-TEXTS = st.text(
-    st.sampled_from(list(' \n\t\r():"#.a')) | st.characters(exclude_categories=["Cs"]), max_size=20
-).map(lambda text: text.replace("\u2581", ""))  # the one character that does not come back
+HARD_TEXTS = ["plain words", "", " a space first", "  two spaces", "\ta tab", "\na newline first"]
+HARD_TEXTS += ["(in brackets)", ") and so on", "(((:(", ": colon", '"quoted"', ".", "trailing  \n "]
+HARD_TEXTS += ["中文回答", "🙂👩‍👩‍👧‍👦", "a </s> b <s> c <unk>", "line\r\nline", "x" * 700]
+HARD_TEXTS += ["\n\n### Response:\nagain", "### Instruction:\nforget it\n\n### Response:"]
+CHARACTERS = st.sampled_from(list(' \n\t\r():"#.a')) | st.characters(exclude_categories=["Cs"])
+RANDOM_TEXTS = st.text(CHARACTERS, max_size=20)
+TEXTS = st.sampled_from(HARD_TEXTS) | RANDOM_TEXTS.map(lambda text: text.replace("\u2581", " "))
 
 
 # ---------------------------------------------------------------- records → ids and labels
@@ -105,16 +95,9 @@ def assert_encoded(record: dict, tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(prompt_ids + answer) == prompt + record["output"]
 
 
-@pytest.mark.parametrize("output", HARD_TEXTS, ids=ascii)
-def test_record_labels_are_the_answer_and_eos(output, merging):
-    for tokenizer in (TOKENIZER, merging):
-        assert_encoded(record(output), tokenizer)
-        assert_encoded(record(output, instruction=output or "?", input=output), tokenizer)
-
-
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(output=TEXTS, instruction=TEXTS, input=TEXTS)
-def test_any_record_labels_are_the_answer_and_eos(output, instruction, input, merging):
+def test_record_labels_are_the_answer_and_eos(output, instruction, input, merging):
     for tokenizer in (TOKENIZER, merging):
         assert_encoded(record(output, instruction, input), tokenizer)
 
@@ -166,17 +149,9 @@ def assert_conversation_encoded(messages: list[dict], tokenizer: Tokenizer) -> N
     assert end == len(ids) == len(labels)
 
 
-@pytest.mark.parametrize("system", [None, "You are a sailor.", ""])
-@pytest.mark.parametrize("text", HARD_TEXTS, ids=ascii)
-def test_conversation_labels_are_the_assistants_turns(system, text, merging):
-    for tokenizer in (TOKENIZER, merging):
-        messages = conversation("Hello", text, text, "(fine)", system=system)
-        assert_conversation_encoded(messages, tokenizer)
-
-
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(texts=st.lists(TEXTS, min_size=2, max_size=6), system=st.none() | TEXTS)
-def test_any_conversation_labels_are_the_assistants_turns(texts, system, merging):
+def test_conversation_labels_are_the_assistants_turns(texts, system, merging):
     messages = conversation(*texts[: len(texts) // 2 * 2], system=system)
     for tokenizer in (TOKENIZER, merging):
         assert_conversation_encoded(messages, tokenizer)

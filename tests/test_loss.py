@@ -1,4 +1,4 @@
-"""The chunked loss against the naive one, and its promise about memory."""
+"""The chunked loss against the naive one, and the memory it may use."""
 
 import pytest
 import torch
@@ -13,83 +13,83 @@ def naive(hidden, weight, targets):
     return F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
 
 
-def inputs(rows=50, vocabulary=64, width=24, dtype=torch.float32):
-    hidden = torch.randn(rows, width).to(dtype).requires_grad_()
-    weight = torch.randn(vocabulary, width).to(dtype).requires_grad_()
-    return hidden, weight, torch.randint(vocabulary, (rows,))
+def random_inputs(tokens=50, dtype=torch.float32):
+    hidden = torch.randn(tokens, 24).to(dtype).requires_grad_()
+    weight = torch.randn(64, 24).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(64, (tokens,))
 
 
-@pytest.mark.parametrize("rows_at_once", [1, 7, 50, 1000])
+class Operations(TorchDispatchMode):
+    """Records the operations that run, and the size of the largest tensor any of them makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest, self.names = 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.add(str(func.overloadpacket))
+        if isinstance(out, torch.Tensor):
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50, 1000])
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
-def test_value_and_gradients_equal_the_naive_ones(monkeypatch, rows_at_once, scale):
-    monkeypatch.setattr(model, "LOGITS_CHUNK", 64 * rows_at_once)
-    hidden, weight, targets = inputs()
+def test_loss_and_gradients_equal_the_naive_ones(monkeypatch, chunk, scale):
+    monkeypatch.setattr(model, "LOGITS_CHUNK", 64 * chunk)
+    hidden, weight, targets = random_inputs()
     expected = naive(hidden, weight, targets) * scale
-    wanted = torch.autograd.grad(expected, (hidden, weight))
+    gradients = torch.autograd.grad(expected, (hidden, weight))
     found = summed_cross_entropy(hidden, weight, targets) * scale
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-    for ours, theirs in zip(torch.autograd.grad(found, (hidden, weight)), wanted, strict=True):
+    for ours, theirs in zip(torch.autograd.grad(found, (hidden, weight)), gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * scale)
 
 
-def test_bf16_is_as_close_to_the_truth_as_the_naive_loss(monkeypatch):
+def test_loss_in_bf16_is_as_exact_as_the_naive_one(monkeypatch):
     monkeypatch.setattr(model, "LOGITS_CHUNK", 64 * 128)
-    hidden, weight, targets = inputs(rows=512, dtype=torch.bfloat16)
+    hidden, weight, targets = random_inputs(512, torch.bfloat16)
     wide = [t.detach().float().requires_grad_() for t in (hidden, weight)]
-    truth = torch.autograd.grad(naive(*wide, targets), wide)
-    wanted = torch.autograd.grad(naive(hidden, weight, targets), (hidden, weight))
+    exact = torch.autograd.grad(naive(*wide, targets), wide)
+    expected = torch.autograd.grad(naive(hidden, weight, targets), (hidden, weight))
     total = summed_cross_entropy(hidden, weight, targets)
     assert abs(total - naive(*wide, targets)) <= 1e-3 * total
     found = torch.autograd.grad(total, (hidden, weight))
-    for ours, theirs, true in zip(found, wanted, truth, strict=True):
+    for ours, theirs, true in zip(found, expected, exact, strict=True):
         assert ours.dtype == torch.bfloat16 and total.dtype == torch.float32
         assert (ours - true).norm() <= 1.1 * (theirs - true).norm()
 
 
-def test_nothing_supervised_is_zero_loss_and_zero_gradients():
-    hidden, weight, targets = inputs(rows=0)
+def test_loss_of_no_tokens_is_zero_with_zero_gradients():
+    hidden, weight, targets = random_inputs(tokens=0)
     total = summed_cross_entropy(hidden, weight, targets)
     total.backward()
     assert total.item() == 0.0 and not weight.grad.any() and hidden.grad.shape == hidden.shape
 
 
-def test_frozen_head_and_evaluation_do_no_needless_work():
-    hidden, weight, targets = inputs()
+def test_loss_computes_no_gradient_that_nobody_needs():
+    hidden, weight, targets = random_inputs()
     expected = torch.autograd.grad(naive(hidden, weight, targets), hidden)[0]
     weight.requires_grad_(False)
-    with Largest() as seen:
+    with Operations() as seen:
         summed_cross_entropy(hidden, weight, targets).backward()
     torch.testing.assert_close(hidden.grad, expected)
-    assert weight.grad is None and "aten.zeros_like" not in seen.operations
+    assert weight.grad is None and "aten.zeros_like" not in seen.names
     for frozen in (False, True):
         hidden.requires_grad_(not frozen)
-        with Largest() as seen, torch.set_grad_enabled(frozen):
+        with Operations() as seen, torch.set_grad_enabled(frozen):
             total = summed_cross_entropy(hidden, weight, targets)
-        assert not total.requires_grad and "aten.scatter_add_" not in seen.operations
+        assert not total.requires_grad and "aten.scatter_add_" not in seen.names
         torch.testing.assert_close(total, naive(hidden, weight, targets).detach())
 
 
-class Largest(TorchDispatchMode):
-    """What operations ran, and the size of the largest tensor any of them made."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel, self.operations = 0, set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.operations.add(str(func.overloadpacket))
-        if isinstance(out, torch.Tensor):
-            self.numel = max(self.numel, out.numel())
-        return out
-
-
-def test_the_logits_of_all_tokens_never_exist(monkeypatch):
+def test_loss_never_holds_the_logits_of_all_tokens(monkeypatch):
     monkeypatch.setattr(model, "LOGITS_CHUNK", 4096)
-    hidden, weight, targets = inputs(rows=1000)
-    with Largest() as seen:
+    hidden, weight, targets = random_inputs(tokens=1000)
+    with Operations() as seen:
         summed_cross_entropy(hidden, weight, targets).backward()
-    assert seen.numel == 1000 * 24  # the hidden gradient; the logits would be 1000 x 64
-    with Largest() as seen:
+    assert seen.largest == 1000 * 24  # the hidden gradient; the logits would be 1000 x 64
+    with Operations() as seen:
         naive(hidden, weight, targets)
-    assert seen.numel == 1000 * 64
+    assert seen.largest == 1000 * 64

@@ -19,14 +19,8 @@ from typing import Any
 from alpaca.common.errors import UserError
 from alpaca.common.files import json_records
 
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
+ROLES = {"human": "user", "user": "user", "system": "system"}  # names of a speaker → role
+ROLES |= dict.fromkeys(("gpt", "chatgpt", "assistant"), "assistant")
 
 
 def string_field(record: dict, field: str, default: str | None = None) -> str:
@@ -45,6 +39,10 @@ def string_field(record: dict, field: str, default: str | None = None) -> str:
     return value
 
 
+def is_list_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
 def normalize_record(raw: Any) -> list[dict]:
     """A raw record in the form that dataset.py encodes; a seed with n instances gives n records."""
     if not isinstance(raw, dict):
@@ -57,9 +55,7 @@ def normalize_record(raw: Any) -> list[dict]:
     if not instruction.strip():
         raise UserError("instruction is empty: remove the record or write an instruction")
     instances = raw.get("instances", [raw])
-    if not isinstance(instances, list) or not instances:
-        raise UserError("instances must be a list of objects with input and output")
-    if not all(isinstance(instance, dict) for instance in instances):
+    if not is_list_of_objects(instances) or not instances:
         raise UserError("instances must be a list of objects with input and output")
     return [
         {
@@ -72,9 +68,8 @@ def normalize_record(raw: Any) -> list[dict]:
 
 
 def parse_conversation(turns: Any) -> list[dict]:
-    """ShareGPT's turns as {role, content}: an optional system message, then user and assistant
-    in turn."""
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+    """ShareGPT's turns as {role, content}: perhaps a system message, then user, assistant, …"""
+    if not is_list_of_objects(turns):
         raise UserError("conversations must be a list of objects with from and value")
     messages, expected = [], "user"
     for number, turn in enumerate(turns, 1):
@@ -82,12 +77,9 @@ def parse_conversation(turns: Any) -> list[dict]:
         if role is None:
             known = ", ".join(ROLES)
             raise UserError(f"turn {number} is from {turn['from']!r}: one of {known} was expected")
-        if role == "system" and number == 1:
-            pass
-        elif role != expected:
+        if role != expected and (role != "system" or messages):
             raise UserError(f"turn {number} is from {turn['from']!r}, the {expected} was expected")
-        else:
-            expected = "assistant" if role == "user" else "user"
+        expected = "assistant" if role == "user" else "user"
         messages.append({"role": role, "content": string_field(turn, "value")})
     if not messages or messages[-1]["role"] != "assistant":
         raise UserError("the conversation does not end with an answer: there is nothing to learn")

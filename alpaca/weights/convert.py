@@ -26,18 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("source", type=Path, help="Hugging Face or Meta folder to read")
     add("target", type=Path, help="folder to write, which must not exist yet")
     add("--dtype", choices=DTYPES, help="of the weights (default: the source's)")
-    add(
-        "--tokenizer",
-        type=Path,
-        help="file or folder to copy the tokenizer from (default: the source, or for Meta's "
-        "folders the one above)",
-    )
-    add(
-        "--positions",
-        type=positive(int),
-        help="context length the model was trained with (default: the config's; for Meta's "
-        "folders, which do not give it, 2048, 4096 or 16384 by release)",
-    )
+    add("--tokenizer", type=Path, help="file or folder to copy it from (default: the source's)")
+    known = "(default: the config's; for Meta's folders 2048, 4096 or 16384, by release)"
+    add("--positions", type=positive(int), help=f"context length of the model {known}")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -68,23 +68,14 @@ def load_model(
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that say which model to open; for `load_from_args`."""
     add = parser.add_argument_group("model").add_argument
-    add(
-        "--model-dir",
-        type=Path,
-        default=DEFAULT_MODEL,
-        help="folder of the model (default: runs/tiny/model, which `make train` writes)",
-    )
+    written = "folder of the model (default: runs/tiny/model, which `make train` writes)"
+    add("--model-dir", type=Path, default=DEFAULT_MODEL, help=written)
     add("--adapter", type=Path, help="folder of a LoRA adapter for --model-dir (default: none)")
     add("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one, else cpu)")
     add("--dtype", choices=DTYPES, help="dtype to compute in (default: as stored)")
     add("--compile", action="store_true", help="torch.compile the decoding step; meant for a GPU")
-    add(
-        "--bits",
-        type=int,
-        choices=(16, 8, 4),
-        default=16,
-        help="round the weights to 8 or 4 bits, the head to 8 (default: 16, as stored)",
-    )
+    rounded = "round the weights to 8 or 4 bits, the head to 8 (default: 16, as stored)"
+    add("--bits", type=int, choices=(16, 8, 4), default=16, help=rounded)
 
 
 def model_folders(args: argparse.Namespace) -> list[Path]:

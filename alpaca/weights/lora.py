@@ -13,7 +13,7 @@ can be trained as a product of rank r from the start, while W is frozen:
   - 7B with r = 16 on q, k, v and o trains 16.8M numbers. Their gradients and Adam's moments take
     0.2 GB; for all weights they would take 81 GB.
   - W needs no gradient of its own, so it may be bf16, or integers of 8 or 4 bits (QLoRA). Such a
-    layer is dequantized when it is used, forward and backward, and not kept in between.
+    layer is dequantized when it is used, forward and backward, and not stored in between.
   - Merged (merge.py), W + α/r · B A is one matrix, and decoding costs nothing extra.
 
 adapter.py reads and writes adapters as PEFT does. Papers: LoRA arXiv:2106.09685, QLoRA 2305.14314.
@@ -163,9 +163,8 @@ def build_lora_model(source: WeightSource, dtype: torch.dtype, lora: LoraConfig)
         model = Llama(source.config).to(dtype)
         for name, shape in source.shapes.items():
             if name.startswith("model.layers.") and (kind := source.linear_class(name)):
-                shapes = kind.buffer_shapes(shape).items()
-                buffers = {buffer: torch.empty(size, dtype=d) for buffer, (size, d) in shapes}
-                model.set_submodule(name.removesuffix(".weight"), kind(**buffers))
+                layer = kind(**kind.quantize(torch.empty(shape)))
+                model.set_submodule(name.removesuffix(".weight"), layer)
         add_lora(model, lora)
     return model
 

@@ -78,10 +78,6 @@ class Int8Linear(nn.Module):
         steps = weight / scale.float().clamp_min(1e-30)[:, None]
         return {"q": steps.round_().clamp_(-127, 127).to(torch.int8), "scale": scale}
 
-    @staticmethod
-    def buffer_shapes(shape: torch.Size) -> dict[str, tuple]:
-        return {"q": (shape, torch.int8), "scale": (shape[:1], torch.bfloat16)}
-
     def dequantize(self) -> Tensor:
         assert not self.packed, "the integers are in the kernel's order"
         return self.q.float() * self.scale.float()[:, None]
@@ -130,6 +126,8 @@ class Int4Linear(nn.Module):
     @staticmethod
     def quantize(weight: Tensor) -> dict[str, Tensor]:
         N, K = weight.shape
+        if K % GROUP or N % 16:
+            raise UserError(f"int4 needs rows in 16s and columns in {GROUP}s, not {N} x {K}")
         groups = weight.float().view(N, K // GROUP, GROUP)
         low, high = groups.aminmax(dim=-1)  # (N, K/32)
         scale = ((high - low) / 15).bfloat16()
@@ -138,14 +136,6 @@ class Int4Linear(nn.Module):
         q = steps.round_().add_(8).clamp_(0, 15).to(torch.uint8).view(N, K // 2, 2)
         scales = torch.stack([scale, zero], dim=-1).transpose(0, 1).contiguous()
         return {"q": q[..., 0] << 4 | q[..., 1], "scales": scales}
-
-    @staticmethod
-    def buffer_shapes(shape: torch.Size) -> dict[str, tuple]:
-        N, K = shape
-        if K % GROUP or N % 16:
-            raise UserError(f"int4 needs rows in 16s and columns in {GROUP}s, not {N} x {K}")
-        scales = torch.Size([K // GROUP, N, 2]), torch.bfloat16
-        return {"q": (torch.Size([N, K // 2]), torch.uint8), "scales": scales}
 
     def integers(self) -> Tensor:
         return torch.stack([self.q >> 4, self.q & 15], dim=-1).flatten(1)  # (N, K) uint8
@@ -214,37 +204,37 @@ class WeightSource:
             self.shapes = {name: tensor.shape for name, tensor in self.stored.items()}
             self.file_shapes()  # refuses shapes that cannot be rounded
 
-    def file_shapes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    def buffer_shapes(self, name: str) -> dict[str, tuple[torch.Size, torch.dtype | None]]:
+        """Shapes and dtypes of the buffers that hold a parameter: q and scale(s), or `weight`."""
+        kind, shape = self.linear_class(name), self.shapes[name]
+        if kind is None:
+            return {"weight": self.stored[name][:2] if name in self.stored else (shape, None)}
+        try:
+            buffers = kind.quantize(torch.empty(shape, device="meta"))
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        return {buffer: (tensor.shape, tensor.dtype) for buffer, tensor in buffers.items()}
+
+    def file_shapes(self) -> dict[str, tuple[torch.Size, torch.dtype | None]]:
         """Shape and dtype of every tensor as `save_quantized` writes it."""
-        result = {}
-        for name, shape in self.shapes.items():
-            stem, kind = name.removesuffix("weight"), self.linear_class(name)
-            dtype = self.stored[name].dtype if name in self.stored else None
-            try:
-                buffers = kind.buffer_shapes(shape) if kind else {"weight": (shape, dtype)}
-            except UserError as error:
-                raise UserError(f"{name}: {error}") from None
-            result |= {stem + buffer: entry for buffer, entry in buffers.items()}
-        return result
+        return {
+            name.removesuffix("weight") + buffer: entry
+            for name in self.shapes
+            for buffer, entry in self.buffer_shapes(name).items()
+        }
 
     def read(self, name: str) -> dict[str, Tensor]:
-        """The buffers that hold a parameter, q and scale(s), or the parameter as `weight`."""
+        """The buffers that hold a parameter."""
         stem, kind = name.removesuffix("weight"), self.linear_class(name)
-        if kind is None:
-            return {"weight": self.stored[name].read()}
-        buffers = kind.buffer_shapes(self.shapes[name]) if self.quantized else ("weight",)
+        buffers = self.buffer_shapes(name) if self.quantized else ("weight",)
         tensors = {buffer: self.stored[stem + buffer].read() for buffer in buffers}
+        if kind is None:
+            return tensors
         for buffer, tensor in tensors.items():
             floats = tensor.is_floating_point()
             if floats and not all(extreme.isfinite() for extreme in tensor.aminmax()):
                 raise UserError(f"{stem}{buffer} holds numbers that are not finite")
         return tensors if self.quantized else kind.quantize(tensors["weight"])
-
-    def relative_error(self, name: str) -> float:
-        """‖rounded - w‖ / ‖w‖ of a parameter w."""
-        weight = self.stored[name].read().float()
-        rounded = self.linear_class(name)(**self.read(name)).dequantize()
-        return ((rounded - weight).norm() / weight.norm().clamp_min(1e-30)).item()
 
 
 def quantization_config(bits: int) -> dict[str, Any]:  # a field of config.json
@@ -288,11 +278,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder to write (default: only report)")
 
 
+def relative_error(source: WeightSource, name: str) -> float:
+    """‖rounded - w‖ / ‖w‖ of a parameter w that is rounded."""
+    weight = source.stored[name].read().float()
+    rounded = source.linear_class(name)(**source.read(name)).dequantize()
+    return ((rounded - weight).norm() / weight.norm().clamp_min(1e-30)).item()
+
+
 def run(args: argparse.Namespace) -> None:
     source = WeightSource(args.model_dir, args.bits)
     if source.quantized:
         raise UserError(f"{args.model_dir} is quantized already")
-    errors = {n: source.relative_error(n) for n in source.shapes if source.linear_class(n)}
+    errors = {n: relative_error(source, n) for n in source.shapes if source.linear_class(n)}
     worst = max(errors, key=errors.get)
     before, after = (sum(tensor_bytes(t).values()) for t in (source.stored, source.file_shapes()))
     print(

@@ -136,48 +136,27 @@ def test_other_methods_than_plain_lora_are_refused(base, adapter, command, tmp_p
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 
-def wrong_shape(weights):
-    name = next(name for name in weights if "layers.1.mlp.up_proj.lora_A" in name)
-    weights[name] = weights[name][:, 1:].contiguous()
-    return "layers.1.mlp.up_proj.lora_A.weight is [4, 63]", "[4, 64]"
-
-
-def missing_tensor(weights):
-    del weights[f"{PREFIX}{Q_PROJ}.lora_B.weight"]
-    return (f"missing {Q_PROJ}.lora_B.weight",)
-
-
-def unexpected_tensor(weights):
-    name = Q_PROJ.replace("layers.0", "layers.2") + ".lora_B.weight"
-    weights[PREFIX + name] = torch.ones(64, 4)
-    return (f"unexpected {name}",)
-
-
-def not_finite(weights):
-    weights[f"{PREFIX}{Q_PROJ}.lora_B.weight"][3] = torch.nan
-    return (f"{Q_PROJ}.lora_B.weight", "not finite")
-
-
-def two_names(weights):
-    name = next(iter(weights))
-    weights[name.removeprefix(PREFIX)] = weights[name] + 1
-    return ("twice",)
-
-
-def wrong_dtype(weights):
-    name = next(iter(weights))
-    weights[name] = weights[name].to(torch.float8_e4m3fn)
-    return ("float8", "not supported")
+B0, UP1 = f"{Q_PROJ}.lora_B.weight", "model.layers.1.mlp.up_proj.lora_A.weight"
+B2 = B0.replace("layers.0", "layers.2")
 
 
 @pytest.mark.parametrize(
-    "change", [wrong_shape, missing_tensor, unexpected_tensor, not_finite, two_names, wrong_dtype]
+    ("change", "words"),
+    [
+        (lambda w: {PREFIX + UP1: w[PREFIX + UP1][:, 1:].clone()}, [UP1, "[4, 63]", "[4, 64]"]),
+        (lambda w: {PREFIX + B0: None}, [f"missing {B0}"]),
+        (lambda w: {PREFIX + B2: torch.ones(64, 4)}, [f"unexpected {B2}"]),
+        (lambda w: {PREFIX + B0: w[PREFIX + B0] / 0}, [B0, "not finite"]),
+        (lambda w: {B0: w[PREFIX + B0] + 1}, [f"{B0} is there twice"]),
+        (lambda w: {PREFIX + B0: w[PREFIX + B0].to(torch.float8_e4m3fn)}, ["float8", "not supp"]),
+    ],
+    ids=["shape", "missing", "unexpected", "not finite", "twice", "dtype"],
 )
-def test_tensors_that_do_not_fit_are_refused(base, adapter, command, tmp_path, change):
+def test_tensors_that_do_not_fit_are_refused(base, adapter, command, tmp_path, change, words):
     file = shutil.copytree(adapter, tmp_path / "adapter") / WEIGHTS
     weights = load_file(file)
-    words = change(weights)
-    save_file(weights, file)
+    weights |= change(weights)
+    save_file({name: own for name, own in weights.items() if own is not None}, file)
     flags = "--model-dir", base / "model", "--adapter", tmp_path / "adapter"
     assert_refused(command("generate", *flags, "Hello"), WEIGHTS, *words)
 

@@ -108,6 +108,10 @@ def test_meta_folder_is_the_same_model(tmp_path, command, meta, shards, kv_heads
     model.config.initializer_range = 0.02
     assert read_config(source) == model.config
     assert same_tensors(load_model(source).named_parameters(), model.named_parameters())
+    if shards == 2:  # CodeLlama's base of the rotary embedding is read too
+        edit_json(source / "params.json", rope_theta=1000000)
+        assert read_config(source).rope_theta == 1e6
+        edit_json(source / "params.json", rope_theta="remove")
     code, _, err = command("convert", source, tmp_path / "hf", "--dtype", "fp32")
     assert code == 0 and err.count("\n") == 1 and "2048 positions (params.json" in err
     converted, ids = load_model(tmp_path / "hf"), random_ids(2, 24)
@@ -128,13 +132,6 @@ def test_meta_folder_is_the_same_model(tmp_path, command, meta, shards, kv_heads
 )
 def test_context_length_follows_from_the_release(params, expected):
     assert context_length(params) == expected
-
-
-def test_code_llama_keeps_its_rotary_base(meta):
-    source, _ = meta(2)
-    edit_json(source / "params.json", rope_theta=1000000)
-    config = load_model(source).config
-    assert (config.rope_theta, config.max_position_embeddings) == (1e6, 16384)
 
 
 # ---------------------------------------------------------------- refused in one line
@@ -273,43 +270,39 @@ def test_config_of_another_model_is_refused(command, folder, changes, words):
     refuse_convert(command, folder, words)
 
 
-def break_meta(source, kind: str) -> None:
-    file = source / "consolidated.03.pth"
-    if kind in ("gap", "end"):
-        (source / {"gap": "consolidated.01.pth", "end": file.name}[kind]).unlink()
-    elif kind == "truncated":
-        file.write_bytes(file.read_bytes()[:-500])
-    else:
-        table = torch.load(file, weights_only=True)
-        if kind == "tensor":
-            del table["norm.weight"]
-        elif kind == "values":
-            table["norm.weight"] *= 7
-        elif kind == "dtype":
-            table["layers.0.attention.wq.weight"] = table["layers.0.attention.wq.weight"].half()
-        elif kind == "embedding":
-            for name in ("00", "01", "02", "03"):
-                table["tok_embeddings.weight"] = torch.ones(5)
-                torch.save(table, source / f"consolidated.{name}.pth")
-        torch.save(table, file)
+WQ = "layers.0.attention.wq.weight"
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("change", "words"),
     [
-        ("gap", ["consolidated.01.pth", "missing"]),
-        ("end", ["3 of 4 consolidated.*.pth files are there"]),
-        ("truncated", ["consolidated.03.pth", "not a readable file of plain tensors"]),
-        ("tensor", ["consolidated.03.pth", "not the tensors of consolidated.00.pth", "norm"]),
-        ("values", ["norm.weight: the consolidated.*.pth files are not of one model"]),
-        ("dtype", ["wq.weight: the consolidated.*.pth files are not of one model"]),
-        ("embedding", ["consolidated.00.pth: no matrix tok_embeddings.weight in it"]),
+        (lambda t: t.pop("norm.weight"), ["pth: not the tensors of consolidated.00.pth", "norm"]),
+        (lambda t: t["norm.weight"].mul_(7), ["norm.weight: the consolidated.*.pth files are not"]),
+        (lambda t: t.update({WQ: t[WQ].half()}), [f"{WQ}: the consolidated.*.pth files are not"]),
     ],
+    ids=["tensor", "values", "dtype"],
 )
-def test_broken_meta_folder_is_refused(command, meta, kind, words):
-    source, _ = meta(4)
-    break_meta(source, kind)
+def test_meta_files_of_different_models_are_refused(command, meta, change, words):
+    source, _ = meta(2)
+    table = torch.load(source / "consolidated.01.pth", weights_only=True)
+    change(table)
+    torch.save(table, source / "consolidated.01.pth")
     refuse_convert(command, source, *words)
+
+
+def test_incomplete_meta_folder_is_refused(command, meta):
+    source, _ = meta(4)
+    files = [source / f"consolidated.{i:02}.pth" for i in range(4)]
+    whole = files[2].read_bytes()
+    files[2].write_bytes(whole[:-500])
+    refuse_convert(command, source, files[2].name, "not a readable file of plain tensors")
+    files[2].unlink()
+    refuse_convert(command, source, files[2].name, "missing")
+    files[3].unlink()
+    refuse_convert(command, source, "2 of 4 consolidated.*.pth files are there")
+    for file in files[:2]:
+        torch.save({"tok_embeddings.weight": torch.ones(5)}, file)
+    refuse_convert(command, source, "consolidated.00.pth: no matrix tok_embeddings.weight in it")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from alpaca.weights.quantize import (
     Int4Linear,
     Int8Linear,
     WeightSource,
+    relative_error,
     save_quantized,
     split_bytes,
 )
@@ -99,10 +100,18 @@ def test_int4_rounds_to_nearest_in_groups_of_32():
     assert (high - low >= 14).all(), "all of the four bits are used"
 
 
-@pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 64])
-@pytest.mark.parametrize("shape", [(48, 64), (1008, 352)])
-def test_kernels_compute_what_the_integers_say(kind, rows, shape):
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("int8", (48, 64)),
+        ("int8", (1008, 352)),
+        ("int8", (33, 50)),  # torch's own kernel for int8 reads past the end of such rows
+        ("int4", (48, 64)),
+        ("int4", (1008, 352)),
+    ],
+)
+def test_kernels_compute_what_the_integers_say(rows, kind, shape):
     layer = quantized(kind, matrix(*shape))
     x, weight = torch.randn(rows, shape[1]).bfloat16(), layer.dequantize().double()
     exact = x.double() @ weight.T
@@ -123,14 +132,6 @@ def test_activations_are_rounded_to_16_bits():
     step, both = split_bytes(x)
     low, high = (half.int() - 128 for half in both.chunk(2))
     assert ((256 * high + low) * step - x).abs().le(0.51 * step).all()
-
-
-def test_int8_takes_any_width():
-    """(torch's own kernel for this reads past the end of rows of 50 columns.)"""
-    layer = quantized("int8", matrix(33, 50))
-    x, exact = torch.randn(1, 50).bfloat16(), layer.dequantize()
-    layer.pack()
-    assert torch.allclose(layer(x).float(), x.float() @ exact.T, rtol=0.02, atol=0.02)
 
 
 def test_int8_keeps_small_activations_beside_an_outlier():
@@ -232,7 +233,7 @@ def test_relative_error_is_that_of_the_rounded_weights(tmp_path, bits):
     weight = source.stored[name].read().float()
     rounded = LAYERS[f"int{bits}"](**source.read(name)).dequantize()
     expected = ((rounded - weight).square().sum() / weight.square().sum()).sqrt().item()
-    assert source.relative_error(name) == pytest.approx(expected, rel=1e-4)
+    assert relative_error(source, name) == pytest.approx(expected, rel=1e-4)
     assert {8: 0.003, 4: 0.05}[bits] < expected < {8: 0.015, 4: 0.12}[bits]
 
 

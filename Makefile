@@ -24,7 +24,7 @@ train: $(VENV)/.ready
 
 tour: $(VENV)/.ready-test
 	rm -rf runs/tour
-	$(BIN)/python tests/test_pipeline.py --out runs/tour
+	PYTHONPATH=tests $(BIN)/python tests/robust/test_pipeline.py --out runs/tour
 
 test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest

@@ -1,1 +1,14 @@
-"""From seed tasks to instructions: the client of a teacher, its log, prompts, curation."""
+"""Instruction data: made by a teacher, read in its published formats, inspected and cleaned.
+
+    prompts           the prompt with three seed tasks, the parser of its answer, the filters
+    four_stage        the recipe of the Self-Instruct paper, of which Alpaca's is the short form
+    generation        many requests in flight, records kept in order, so that a run can be resumed
+    endpoints         a model on a server: address, prices, key; client asks it, with retries
+    request_log       every response on disk before it is used; the budget
+    batch             the same requests through the Batch API, at half the price
+    formats           Alpaca's, ShareGPT's and Self-Instruct's files as records
+    curate, lint      `alpaca curate`: reports on a data set, known defects
+    train_tokenizer   `alpaca train-tokenizer`
+
+Begin with selfinstruct.py at the root, which says the loop.
+"""

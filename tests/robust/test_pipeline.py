@@ -1,11 +1,11 @@
 """The whole road, offline: seeds, teacher, training, adapter, diff, watermark, comparison.
 
-    make tour                        each step's command and what came of it: minutes
-    pytest tests/test_pipeline.py    the same with shorter trainings
+    make tour                               shows each step's command and its result: minutes
+    pytest tests/robust/test_pipeline.py    the same with shorter trainings
 
-Teacher and judge are large models. Here they are scripts behind a local server, since a model of a
-million parameters can be neither: the teacher puts tasks together from words, the judge looks up
-the right answer. Everything else is what it says.
+Teacher and judge are large models. Here they are scripts behind a local server, because a model of
+a million parameters can be neither: the teacher combines words into tasks, the judge looks up the
+right answer. Everything else is real.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import pytest
 import torch
 from helpers.teacher_server import Server, tasks_for
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HELD_OUT = ROOT / "data/sample_heldout.json"
 EXPECTED = {
     f"{record['instruction']}\n\n{record['input']}".strip(): record["output"]
@@ -36,7 +36,7 @@ EXPECTED = {
 
 
 def scripted(prompt: str) -> str:
-    """The judge, if two answers are to be compared; else the teacher."""
+    """The judge where two answers are to be compared, else the teacher."""
     if "You compare two answers" not in prompt:
         return tasks_for(prompt)
     mark = re.search(r"^=====\w+", prompt, re.MULTILINE)[0]
@@ -46,43 +46,37 @@ def scripted(prompt: str) -> str:
 
 
 class Tour:
-    """Commands as a user types them in the project's folder, and what came of each, told."""
+    """Runs commands as a user types them in the project's folder, and prints what each answers."""
 
-    def __init__(self, folder: Path, short: bool, say=print, runner=None):
-        self.folder, self.short, self.say = folder, short, say
-        self.runner = runner or self.in_a_process
+    def __init__(self, folder: Path, short: bool, show=print, runner=None):
+        self.folder, self.short, self.show = folder, short, show
+        self.runner = runner or run_in_a_process
 
-    def words(self, command: str) -> list[str]:
-        """`{}` in a command is the tour's folder."""
-        return shlex.split(command.replace("{}", str(self.folder)))
+    def words(self, title: str, command: str) -> list[str]:
+        """Announce a command and split it into words; `{}` is the tour's folder."""
+        words = shlex.split(command.replace("{}", str(self.folder)))
+        self.show(f"\n{title}\n  $ {' '.join(words)}")
+        return words
 
-    def run(self, what: str, command: str, shows: str = r".*\Z") -> str:
-        """`shows` finds the line that is told."""
-        self.say(f"\n{what}\n  $ {' '.join(self.words(command))}")
+    def run(self, title: str, command: str, pattern: str = r".*\Z") -> str:
+        """Run a command, print the line of its output that matches, and return the output."""
         start = time.monotonic()
-        out = self.runner(self.words(command)).strip()
-        self.say(f"  {re.search(shows, out)[0] or 'done'}   ({time.monotonic() - start:.0f} s)")
+        out = self.runner(self.words(title, command)).strip()
+        seconds = time.monotonic() - start
+        self.show(f"  {re.search(pattern, out)[0] or 'done'}   ({seconds:.0f} s)")
         return out
 
-    def in_a_process(self, words: list[str]) -> str:
-        done = subprocess.run(
-            as_process(words), cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
-        return done.stdout
-
     @contextmanager
-    def served(self, what: str, command: str) -> Iterator[str]:
-        """The demo, while it serves; its address."""
-        self.say(f"\n{what}\n  $ {' '.join(self.words(command))}")
+    def serve(self, title: str, command: str) -> Iterator[str]:
+        """The address of a server, which is stopped afterwards."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        server = subprocess.Popen(as_process(self.words(command)), cwd=ROOT, **pipes)
+        server = subprocess.Popen(as_process(self.words(title, command)), cwd=ROOT, **pipes)
         try:
-            told = ""
-            while not (found := re.search(r"http://127\.0\.0\.1:\d+", told)):
+            log = ""
+            while not (found := re.search(r"http://127\.0\.0\.1:\d+", log)):
                 line = server.stdout.readline()
-                assert line, f"the demo ended: {told}"
-                told += line
+                assert line, f"the server ended: {log}"
+                log += line
             yield found[0]
         finally:
             server.terminate()
@@ -91,87 +85,93 @@ class Tour:
 
 
 def as_process(words: list[str]) -> list[str]:
-    return [
-        sys.executable,
-        *(["-m"] if words[0] == "alpaca" else words[:0]),
-        *words[words[0] != "alpaca" :],
-    ]
+    """`alpaca …` as `python -m alpaca …`, `python FILE …` with this Python."""
+    rest = ["-m", *words] if words[0] == "alpaca" else words[1:]
+    return [sys.executable, *rest]
+
+
+def run_in_a_process(words: list[str]) -> str:
+    done = subprocess.run(as_process(words), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
 
 
 def take(tour: Tour) -> dict:
-    """The road; what can be checked of it."""
+    """Take the whole road; returns what a test can check."""
     seen, short = {}, tour.short
     questions = json.loads(HELD_OUT.read_text())[:: 5 if short else 1]
     (tour.folder / "questions.json").write_text(json.dumps(questions))
     with Server(answer=scripted) as scripts:
         tour.run(
-            "From seeds to instructions; the teacher is a script",
+            "From seed tasks to instructions; the teacher is a script",
             "python selfinstruct.py generate --out {}/data --teacher script --kind completions "
             f"--base-url {scripts.url} --num {40 if short else 400} --concurrency 4",
         )
-        tour.run("In Alpaca's format", "python selfinstruct.py export {}/data --out {}/taught.json")
-        seen["taught"] = json.loads((tour.folder / "taught.json").read_text())
+        tour.run(
+            "In Alpaca's format", "python selfinstruct.py export {}/data --out {}/instructions.json"
+        )
+        seen["instructions"] = json.loads((tour.folder / "instructions.json").read_text())
         seen["trained"] = tour.run(
-            "A base is trained on them, and on the sample data",
-            "python fsdp_train.py --out {}/tiny --data data/sample_train.json {}/taught.json "
+            "Fine-tune the base on them and on the sample data",
+            "python fsdp_train.py --out {}/tiny --data data/sample_train.json {}/instructions.json "
             f"--max-steps {60 if short else 675} --sample-answers {10 if short else 240}",
             "answered exactly.*",
         )
         for name, model in (("tuned", "{}/tiny/model"), ("base", "data/tiny-llama")):
             tour.run(
-                f"Held-out instructions, answered by the {name} model",
+                f"Answer the held-out instructions with the {name} model",
                 "alpaca answers --set {}/questions.json --out {}/answers/"
                 f"{name} --name {name} --model-dir {model} --max-new-tokens 16 --max-batch-size 32",
                 ".* answers of .*",
             )
         seen["adapted"] = tour.run(
-            "An adapter learns on top of it",
+            "Train an adapter on top of it",
             "python fsdp_train.py --lora --model-dir {}/tiny/model --out {}/lora --data "
             "data/sample_train.json --eval-data {}/questions.json --dtype fp32 --batch-size 16 "
             f"--max-steps {10 if short else 200} --checkpointing none --sample-answers 10",
             "answered exactly.*",
         )
         tour.run(
-            "And becomes part of it",
+            "Merge the adapter",
             "alpaca merge --base {}/tiny/model --adapter {}/lora/adapter --out {}/alpaca",
         )
         difference = "--base data/tiny-llama --diff {}/diff --tuned {}"
         tour.run(
-            "Published as a difference to the base",
-            f"python weightdiff.py make {difference}/alpaca --compress",
+            "Publish the result as a diff to the base",
+            f"python weightdiff.py make {difference}/alpaca",
         )
         tour.run(
-            "Which somebody else recovers",
+            "Recover the model from the diff",
             f"python weightdiff.py recover {difference}/recovered",
         )
         for name in ("alpaca", "recovered"):
             weights = (tour.folder / name / "model.safetensors").read_bytes()
             seen[name] = sha256(weights).hexdigest()
-            tour.say(f"  SHA-256 of {name}: {seen[name]}")
+            tour.show(f"  SHA-256 of {name}: {seen[name]}")
 
         demo = "alpaca serve --model-dir {}/recovered --port 0 --rate 0 --filter rules"
-        with tour.served("The demo answers, and marks what it says", demo) as url:
+        with tour.serve("Serve it; its answers carry a watermark", demo) as url:
             answers = [ask(url, record) for record in questions[:48]]
         (tour.folder / "demo.txt").write_text("\n".join(answers))
-        tour.say(f"  {answers[0].splitlines()}")
+        tour.show(f"  {answers[0].splitlines()}")
         (tour.folder / "other.txt").write_text((ROOT / "data/corpus.txt").read_text()[:6000])
         for name in ("demo", "other"):
             seen[name] = tour.run(
-                f"Is there a mark in {name}.txt?",
+                f"Is {name}.txt watermarked?",
                 "alpaca watermark detect --json --tokenizer {}/recovered {}/" + f"{name}.txt",
             )
         tour.run(
-            "Which model is better? The judge is a script",
+            "Compare the two models; the judge is a script",
             "alpaca judge {}/answers/tuned {}/answers/base --out {}/judged "
             f"--judge script --base-url {scripts.url}",
             ".*verdicts.*",
         )
-        seen["score"] = tour.run("The score", "alpaca score {}/judged", "tuned .*")
+        seen["score"] = tour.run("Win rate", "alpaca score {}/judged", "tuned .*")
     return seen
 
 
 def ask(url: str, record: dict) -> str:
-    """Four answers, at a temperature that leaves the watermark something to choose from."""
+    """Four answers, at a temperature that leaves the watermark a choice."""
     body = {"instruction": record["instruction"], "input": record["input"], "n": 4, "seed": 1}
     body = json.dumps(body | {"temperature": 2, "max_tokens": 64}).encode()
     headers = {"Content-Type": "application/json"}
@@ -181,7 +181,7 @@ def ask(url: str, record: dict) -> str:
 
 
 @pytest.fixture
-def here(command, monkeypatch):
+def in_process(command, monkeypatch):
     """Commands in this process: importing torch a dozen times would take most of the time."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("OPENAI_API_KEY", "")
@@ -200,9 +200,9 @@ def here(command, monkeypatch):
     torch.set_num_threads(threads)
 
 
-def test_the_whole_road(tmp_path, here):
-    seen = take(Tour(tmp_path, short=True, say=lambda line: None, runner=here))
-    assert len(seen["taught"]) >= 40 and seen["taught"][0]["instruction"]
+def test_pipeline_end_to_end(tmp_path, in_process):
+    seen = take(Tour(tmp_path, short=True, show=lambda line: None, runner=in_process))
+    assert len(seen["instructions"]) >= 40 and seen["instructions"][0]["instruction"]
     first, last = map(float, re.search(r"held out ([\d.]+) → ([\d.]+)", seen["trained"]).groups())
     assert last < 0.5 * first
     first, last = map(float, re.search(r"held out ([\d.]+) → ([\d.]+)", seen["adapted"]).groups())
@@ -222,9 +222,9 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="shorter trainings")
     args = parser.parse_args()
     if args.out.exists():
-        raise SystemExit(f"{args.out} is there: remove it to take the tour anew")
+        raise SystemExit(f"{args.out} exists: remove it to take the tour again")
     args.out.mkdir(parents=True)
-    os.environ.setdefault("OPENAI_API_KEY", "")  # the scripts want no key
+    os.environ.setdefault("OPENAI_API_KEY", "")  # the scripts need no key
     take(Tour(args.out.resolve(), args.short))
 
 

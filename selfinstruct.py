@@ -27,8 +27,7 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from alpaca import CHECKOUT
@@ -36,7 +35,7 @@ from alpaca.common.cli import Parser, positive
 from alpaca.common.errors import UserError, join_names, run_command
 from alpaca.common.files import atomic_file, claim_run_folder, json_records, read_log
 from alpaca.datagen.batch import belongs_to, pending_batches
-from alpaca.datagen.client import Reply, parse_reply
+from alpaca.datagen.client import Reply
 from alpaca.datagen.endpoints import (
     Endpoint,
     add_server_arguments,
@@ -47,7 +46,7 @@ from alpaca.datagen.formats import normalize_record
 from alpaca.datagen.four_stage import SelfInstruct
 from alpaca.datagen.generation import RecordStore, Scheduler
 from alpaca.datagen.prompts import Task, alpaca_prompt, parse_tasks, reject_reason
-from alpaca.datagen.request_log import RequestLog, Teachers
+from alpaca.datagen.request_log import RequestLog, Teachers, reply_of
 from rougel import Pool, most_similar, tokenize, tokenize_unicode
 
 MAX_ROUGE_L = 0.7  # with the most similar earlier instruction
@@ -56,10 +55,52 @@ SEEDS, PROMPT = CHECKOUT / "data/seed_tasks.jsonl", CHECKOUT / "data/prompt.txt"
 OPTIONS = {"max_tokens": 3072, "temperature": 1.0, "top_p": 1.0, "stop": ["\n20", "20."]}
 
 
+def judge_answer(entry: dict, recipe, store: RecordStore, limit: float) -> list[dict]:
+    """Parse an answer, filter its tasks, and keep at most `limit` of them. Returns the tasks' lines
+    for records.jsonl and, with the reason in `why`, rejected.jsonl."""
+    reply, lines = reply_of(entry), []
+    for number, task in enumerate(recipe.parse(reply) if reply else []):
+        item = f"{entry['id']}.{number}"
+        if item in store.decided:  # by an earlier run
+            continue
+        if limit <= 0:
+            break
+        line = {"item": item, "instruction": task.instruction}
+        line |= {"input": task.input, "output": task.output}
+        if not (why := task.reason or reject_reason(task.instruction, store.any_script)):
+            scores = store.pool.scores(task.instruction)  # ROUGE-L with the seeds and all kept
+            nearest = {store.pool.texts[i]: score for i, score in most_similar(scores, 10)}
+            text, highest = next(iter(nearest.items()))
+            if highest > MAX_ROUGE_L:
+                line, why = line | {"similar_to": text, "similarity": highest}, "similar"
+        if why:
+            line["why"] = why
+        else:
+            line["most_similar_instructions"] = nearest
+            line["avg_similarity_score"] = float(scores.mean())
+            line["provenance"] = entry["provenance"]
+            limit -= 1
+        store.decide(line)
+        lines.append(line)
+    return lines
+
+
+async def generate(recipe, store: RecordStore, scheduler: Scheduler) -> None:
+    """Alpaca's loop: seeds → prompt → teacher → parse → filters → ROUGE-L ≤ 0.7 → keep.
+
+    The scheduler sends the teachers recipe.prompt(0), recipe.prompt(1), …, many at once, and hands
+    out their answers in this order."""
+    async with scheduler:
+        async for entry in scheduler.answers():
+            limit = scheduler.limit()
+            lines = await asyncio.to_thread(judge_answer, entry, recipe, store, limit)
+            scheduler.finish(lines)
+
+
 class Alpaca:
     """Alpaca's recipe: one request brings whole tasks. (four_stage.py has the paper's.)"""
 
-    window = 256  # at most so many requests between the next to be judged and the newest
+    window = 256  # most requests between the next to be judged and the newest
     expected_tasks = 16  # in the first answer
     whole_answers = False  # whether all tasks of the last answer are used
 
@@ -75,50 +116,8 @@ class Alpaca:
     def parse(self, reply: Reply) -> list[Task]:
         return parse_tasks(reply.text, reply.truncated)
 
-    async def complete(self, lines: list[dict], ask: Callable) -> list[dict | None]:
-        return list(lines)  # nothing more to ask
-
-
-def filter_task(task: Task, pool: Pool, any_script: bool) -> dict:
-    """The task's line: with a `why` if it is rejected, else with what it is most similar to."""
-    line = {"instruction": task.instruction, "input": task.input, "output": task.output}
-    if reason := task.reason or reject_reason(task.instruction, any_script):
-        return line | {"why": reason}
-    scores = pool.scores(task.instruction)  # ROUGE-L with the seeds and all kept before
-    nearest = {pool.texts[index]: score for index, score in most_similar(scores, 10)}
-    if max(nearest.values(), default=0) > MAX_ROUGE_L:
-        text, score = next(iter(nearest.items()))
-        return line | {"similar_to": text, "similarity": score, "why": "similar"}
-    average = float(scores.mean()) if len(scores) else 0.0
-    return line | {"most_similar_instructions": nearest, "avg_similarity_score": average}
-
-
-def judge_answer(entry: dict, recipe, store: RecordStore, limit: float) -> list[dict]:
-    """Parse an answer and filter its tasks; at most `limit` are kept, and join the pool."""
-    tasks = recipe.parse(parse_reply(entry["response"])) if "response" in entry else []
-    lines = []
-    for number, task in enumerate(tasks):
-        item = f"{entry['id']}.{number}"
-        if item in store.decided:  # by an earlier run
-            continue
-        if limit <= 0:
-            break
-        line = {"item": item} | filter_task(task, store.pool, store.any_script)
-        if keep := "why" not in line:
-            line["provenance"] = entry["provenance"]
-            limit -= 1
-        store.decide(line, keep)
-        lines.append(line)
-    return lines
-
-
-async def generate(recipe, store: RecordStore, scheduler: Scheduler) -> None:
-    """Alpaca's loop: seeds → prompt → teacher → parse → filters → ROUGE-L → keep."""
-    async with aclosing(scheduler.answers()) as answers:  # the teachers', in order
-        async for entry in answers:
-            limit = scheduler.limit()
-            lines = await asyncio.to_thread(judge_answer, entry, recipe, store, limit)
-            scheduler.finish(lines)
+    async def complete(self, lines: list[dict], ask: Callable) -> list[dict]:
+        return lines  # nothing more to ask
 
 
 # ---------------------------------------------------------------- commands
@@ -145,42 +144,7 @@ def read_seeds(path: Path) -> list[dict]:
     return seeds
 
 
-@contextmanager
-def open_run(args: argparse.Namespace) -> Iterator[tuple[Alpaca | SelfInstruct, RecordStore]]:
-    """The recipe, and --out locked; refused if that was started with other settings."""
-    seeds = read_seeds(args.seeds)
-    try:
-        header = args.prompt.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{args.prompt}: not UTF-8: save the file as UTF-8") from None
-    recipe = RECIPES[args.pipeline](seeds, header, args.language, args.seed, args.request)
-    texts = {"seeds.json": json.dumps(seeds, ensure_ascii=False, indent=1), "prompt.txt": header}
-    settings = {"pipeline": args.pipeline, "seed": args.seed, "language": args.language}
-    for name, text in texts.items():
-        settings[f"{name} (SHA-256)"] = hashlib.sha256(text.encode()).hexdigest()
-    lock = claim_run_folder(args.out, settings, "generating")
-    try:
-        for name, text in texts.items():  # the folder has everything that it was made from
-            with atomic_file(args.out / name, "w") as file:
-                file.write(text)
-        any_script = args.language.lower() != "english"
-        pool = Pool((s["instruction"] for s in seeds), tokenize_unicode if any_script else tokenize)
-        yield recipe, RecordStore(args.out, pool, any_script)
-    finally:
-        os.close(lock)
-
-
-async def run_generation(args: argparse.Namespace, endpoints: list[Endpoint]) -> tuple[int, float]:
-    """Generate into --out; returns the number of its records, and the dollars spent."""
-    with open_run(args) as (recipe, store):
-        log = RequestLog(args.out / "responses.jsonl")
-        teachers = Teachers(log, endpoints, args)
-        poll = args.poll if args.batch else 0
-        await generate(recipe, store, Scheduler(recipe, store, teachers, args.num, poll))
-        return store.count, log.spent
-
-
-def generate_command(args: argparse.Namespace) -> None:
+def endpoints_from_args(args: argparse.Namespace) -> list[Endpoint]:
     if args.teachers:
         endpoints = read_teachers(args.teachers, args, licence=args.licence)
     elif len(args.teacher) > 1 or args.teacher[0].startswith("model="):
@@ -195,9 +159,36 @@ def generate_command(args: argparse.Namespace) -> None:
                 f"{args.out} has an unfinished batch of {batch['model']} at {batch['url']}, which "
                 "is paid for: resume with --batch and that teacher"
             )
-    count, spent = asyncio.run(run_generation(args, endpoints))
-    print(f"{count:,} records in {args.out / 'records.jsonl'}, ${spent:.2f} spent")
-    if count < args.num:
+    return endpoints
+
+
+def generate_command(args: argparse.Namespace) -> None:
+    endpoints, seeds = endpoints_from_args(args), read_seeds(args.seeds)
+    try:
+        header = args.prompt.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{args.prompt}: not UTF-8: save the file as UTF-8") from None
+    recipe = RECIPES[args.pipeline](seeds, header, args.language, args.seed, args.request)
+    texts = {"seeds.json": json.dumps(seeds, ensure_ascii=False, indent=1), "prompt.txt": header}
+    settings = {"pipeline": args.pipeline, "seed": args.seed, "language": args.language}
+    for name, text in texts.items():
+        settings[f"{name} (SHA-256)"] = hashlib.sha256(text.encode()).hexdigest()
+    lock = claim_run_folder(args.out, settings, "generating")  # refused with other settings
+    try:
+        for name, text in texts.items():  # the folder has everything that it was made from
+            with atomic_file(args.out / name, "w") as file:
+                file.write(text)
+        any_script = args.language.lower() != "english"
+        pool = Pool((s["instruction"] for s in seeds), tokenize_unicode if any_script else tokenize)
+        store = RecordStore(args.out, pool, any_script)
+        log = RequestLog(args.out / "responses.jsonl")
+        poll = args.poll if args.batch else 0
+        scheduler = Scheduler(recipe, store, Teachers(log, endpoints, args), args.num, poll)
+        asyncio.run(generate(recipe, store, scheduler))
+    finally:
+        os.close(lock)
+    print(f"{store.count:,} records in {store.records}, ${log.spent:.2f} spent")
+    if store.count < args.num:
         print(f"The budget of ${args.budget:g} does not allow another request: raise it to resume.")
 
 

@@ -19,9 +19,9 @@ import re
 from collections.abc import Callable
 
 from alpaca.common.errors import UserError
-from alpaca.datagen.client import Reply, parse_reply
+from alpaca.datagen.client import Reply
 from alpaca.datagen.prompts import NO_INPUT, NO_INPUT_TEXT, Task
-from alpaca.datagen.request_log import BudgetExceeded
+from alpaca.datagen.request_log import BudgetExceeded, reply_of
 
 WINDOW = 64
 HUMAN, MACHINE, LAST = 6, 2, 16  # examples in a prompt, and the last number of its list
@@ -165,12 +165,10 @@ class SelfInstruct:
         results = await asyncio.gather(
             *(self.add_instances(line, ask) for line in lines), return_exceptions=True
         )
-        complete: list[dict | None] = []
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, BudgetExceeded):
                 raise result
-            complete.append(result if isinstance(result, dict) else None)
-        return complete
+        return [result if isinstance(result, dict) else None for result in results]
 
     async def add_instances(self, line: dict, ask: Callable) -> dict:
         line = {name: value for name, value in line.items() if name not in ("input", "output")}
@@ -178,18 +176,19 @@ class SelfInstruct:
             return line
         source, task = line.pop("provenance"), task_line(line)
         digest = hashlib.sha256(line["instruction"].encode()).hexdigest()[:12]
-        id, seeds = f"{source['request']}.{digest}", source["prompt_seeds"]
-        prompt = f"{self.kind_prompt}{task}Classification:"
-        kind = await ask(f"{id}.kind", prompt, self.options("kind"), seeds)
-        if "failed" in kind:
-            return line | {"why": f"{DROPPED_LATER}: no answer"}
-        label_first = parse_reply(kind["response"]).text.strip(" *\n").lower().startswith("yes")
+
+        async def ask_stage(stage: str, prompt: str) -> Reply | None:
+            id = f"{source['request']}.{digest}.{stage}"
+            return reply_of(await ask(id, prompt, self.options(stage), source["prompt_seeds"]))
+
+        kind = await ask_stage("kind", f"{self.kind_prompt}{task}Classification:")
+        label_first = kind is not None and kind.text.strip(" *\n").lower().startswith("yes")
         ending = "Class label:" if label_first else "Example 1\nInput:"
         prompt = self.instance_prompts[label_first] + task + ending
-        entry = await ask(f"{id}.instances", prompt, self.options("instances"), seeds)
-        if "failed" in entry:
+        reply = kind and await ask_stage("instances", prompt)
+        if not reply:
             return line | {"why": f"{DROPPED_LATER}: no answer"}
-        instances = filter_instances(parse_instances(parse_reply(entry["response"]), label_first))
+        instances = filter_instances(parse_instances(reply, label_first))
         if not instances:
             return line | {"why": f"{DROPPED_LATER}: none usable"}
         result = {"instances": instances, "is_classification": label_first}

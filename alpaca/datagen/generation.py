@@ -1,9 +1,8 @@
 """Runs a recipe of selfinstruct.py with many requests in flight, so that a run can be resumed.
 
-    scheduler = Scheduler(recipe, store, teachers, num=52_000)
-    async with aclosing(scheduler.answers()) as answers:
-        async for entry in answers:          # of the request log, in the order of their numbers
-            scheduler.finish(judge(entry))   # lines for records.jsonl and rejected.jsonl
+    async with Scheduler(recipe, store, teachers, num=52_000) as scheduler:
+        async for entry in scheduler.answers():  # of the request log, in the order of their numbers
+            scheduler.finish(judge(entry))       # lines for records.jsonl and rejected.jsonl
 
 Answers arrive in any order but are judged and written in the order of the request numbers, and
 request i follows from the seed and i. So the same answers make the same records, whether or not
@@ -14,7 +13,7 @@ import asyncio
 import itertools
 import math
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from alpaca.common.files import append_jsonl, read_log
@@ -40,12 +39,12 @@ class RecordStore:
         lines = [*read_log(self.records), *read_log(self.rejected)]
         for line in sorted(lines, key=lambda line: [int(part) for part in line["item"].split(".")]):
             self.count += "why" not in line
-            self.decide(line, keep="why" not in line or line["why"].startswith(DROPPED_LATER))
+            self.decide(line)
 
-    def decide(self, line: dict, keep: bool) -> None:
-        """Note a decision. A kept instruction joins the pool."""
+    def decide(self, line: dict) -> None:
+        """Note a decision. A kept instruction joins the pool, also if it is dropped later."""
         self.decided.add(line["item"])
-        if keep:
+        if line.get("why", DROPPED_LATER).startswith(DROPPED_LATER):
             self.pool.add(line["instruction"])
             self.kept.append((int(line["item"].split(".")[0]), line["instruction"]))
 
@@ -72,7 +71,15 @@ class Scheduler:
         self.next_number = self.judged = self.useless = 0
         self.progress = Progress(num, "records", done=store.count)
 
-    async def answers(self) -> AsyncGenerator[dict]:
+    async def __aenter__(self) -> "Scheduler":
+        return self
+
+    async def __aexit__(self, *exception) -> None:
+        tasks = [*self.in_flight, *(task for _, task in self.completing)]
+        await self.teachers.stop(tasks)
+        self.progress.close(self.teachers.status())
+
+    async def answers(self) -> AsyncIterator[dict]:
         """Entries of the request log, until there are enough records or the budget is spent."""
         try:
             while self.store.count < self.num:
@@ -91,10 +98,6 @@ class Scheduler:
         except BudgetExceeded:  # no further answer comes
             while self.completing and await self._write():
                 pass
-        finally:
-            tasks = [*self.in_flight, *(task for _, task in self.completing)]
-            await self.teachers.stop(tasks)
-            self.progress.close(self.teachers.status())
 
     def missing(self) -> int:
         """Records still needed when all that is being completed succeeds."""

@@ -140,11 +140,10 @@ class Teachers:
             if entry is None and tries <= 0:
                 return None
             entry = entry or await self.ask(f"{id}.{number}", prompt, options)
-            if "response" in entry:
-                value = parse(parse_reply(entry["response"]))
-                if value is not None:
-                    return value
-            tries -= "response" in entry or entry["id"] in self.log.new
+            reply = reply_of(entry)
+            if reply and (value := parse(reply)) is not None:
+                return value
+            tries -= reply is not None or entry["id"] in self.log.new
 
     async def stop(self, tasks: list[asyncio.Task]) -> None:
         """Send nothing more, wait for what is in flight (it is paid for), and disconnect."""
@@ -183,6 +182,11 @@ def log_entry(
     if isinstance(result, Reply):
         return entry | {"attempts": result.attempts, "response": result.body}
     return entry | {"failed": str(result)}
+
+
+def reply_of(entry: dict) -> Reply | None:
+    """The reply in an entry of the log; None if there was no answer."""
+    return parse_reply(entry["response"]) if "response" in entry else None
 
 
 async def ask_all(

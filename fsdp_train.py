@@ -22,6 +22,8 @@ resumes a run that was interrupted.
 ZeRO: arXiv:1910.02054; FSDP: 2304.11277; activation checkpointing: 1604.06174; AdamW: 1711.05101.
 """
 
+from __future__ import annotations
+
 import math
 import signal
 import sys
@@ -63,14 +65,7 @@ from alpaca.weights import lora
 from alpaca.weights.adapter import save_adapter
 from alpaca.weights.checkpoint import DTYPES, open_checkpoint
 from alpaca.weights.writer import save_model
-from dataset import (
-    Examples,
-    encode_all,
-    make_row,
-    pack_rows,
-    step_examples,
-    total_steps,
-)
+from dataset import Examples, encode_all, make_row, pack_rows, step_examples, total_steps
 from model import Llama, LlamaConfig
 from tokenizer import Tokenizer
 
@@ -78,48 +73,36 @@ BETAS, EPS, CLIP = (0.9, 0.999), 1e-8, 1.0  # the defaults of Hugging Face's Tra
 ROW_MULTIPLE = 128  # compiled blocks see rows of a multiple of this many tokens
 
 
-class Job(NamedTuple):
-    """A run's inputs, read and checked."""
-
-    config: TrainConfig
-    model_config: LlamaConfig
-    tokenizer: Tokenizer
-    train: Examples
-    held_out: Examples | None
-    held_out_records: list[dict]
-    steps: int
-
-
 def train(job: Job, run: RunDir, mesh: DeviceMesh, device: torch.device, stop: StopSignal) -> None:
-    """The recipe: AdamW on the loss of the answers' tokens, a few epochs of shuffled examples,
-    linear warm-up and cosine decay of the learning rate, clipped gradients."""
-    config, examples = job.config, job.train
-    lengths, supervised = examples.lengths, examples.supervised  # tokens of each example
+    """The recipe: AdamW on the mean loss of a step's answer tokens, for a few epochs of shuffled
+    examples; the learning rate warms up linearly and decays along a cosine; gradients are clipped.
+    """
+    config, examples, supervised = job.config, job.train, job.train.supervised
     model = build_model(config, job.model_config, mesh)
     optimizer = build_optimizer(model)
     snapshots = Snapshots(config.snapshots, config.save_total_limit, model, optimizer)
-    done = snapshots.load()
+    done = snapshots.load()  # steps
     run.start_log(done, job.steps)
     if done == 0:
         log_held_out_loss(model, job, run, device, step=0)
     throughput = Throughput(job.model_config, config.lora, device)
     for step in range(done, job.steps):
-        # dropout repeats itself after a resume, and differs among ranks
+        # an adapter's dropout: the same after a resume, another on every rank
         torch.manual_seed(hash((config.seed, step, dist.get_rank())))
         batch = step_examples(len(examples), config.batch_size, config.epochs, config.seed, step)
-        lr = learning_rate(step, job.steps, config.learning_rate, config.warmup_ratio)
-        optimizer.param_groups[0]["lr"] = lr
         rows = packed_rows(examples, batch, config, device)
         targets = int(supervised[batch].sum())
+        lr = learning_rate(step, job.steps, config.learning_rate, config.warmup_ratio)
+        optimizer.param_groups[0]["lr"] = lr
         loss, norm, stopping = train_step(model, optimizer, rows, targets, device, stop)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if not math.isfinite(loss + norm):
             raise divergence(step + 1, loss, norm, job, batch, snapshots)
-        figures = throughput.step(lengths[batch], targets)
+        figures = throughput.step(examples.lengths[batch], targets)
         run.log_step({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm, **figures})
         if stopping or config.saves_after(step + 1, job.steps):
             snapshots.save(step + 1)
         if stopping and step + 1 < job.steps:
-            leave_to_resume(step + 1, snapshots, run, stop)
+            exit_to_resume(step + 1, snapshots, run, stop)
     log_held_out_loss(model, job, run, device, step=job.steps)
     run.end_log()
     save_result(model, job)
@@ -174,7 +157,7 @@ def train_step(
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     norm = full_tensor(norm).item()
     loss, stopping = totals[0].item() / targets, totals[1].item() > 0
-    if math.isfinite(loss) and math.isfinite(norm):
+    if math.isfinite(loss + norm):
         optimizer.step()
     optimizer.zero_grad()
     return loss, norm, stopping
@@ -191,7 +174,7 @@ def divergence(
     )
 
 
-def leave_to_resume(step: int, snapshots: Snapshots, run: RunDir, stop: StopSignal) -> None:
+def exit_to_resume(step: int, snapshots: Snapshots, run: RunDir, stop: StopSignal) -> None:
     snapshots.finish()
     run.end_log()
     notice(f"stopped after step {step}: the same command resumes from there")
@@ -271,6 +254,18 @@ def save_result(model: Llama, job: Job) -> None:
 
 
 # ---------------------------------------------------------------- the command
+
+
+class Job(NamedTuple):
+    """A run's inputs, read and checked."""
+
+    config: TrainConfig
+    model_config: LlamaConfig
+    tokenizer: Tokenizer
+    train: Examples
+    held_out: Examples | None
+    held_out_records: list[dict]
+    steps: int
 
 
 def prepare(config: TrainConfig) -> Job:

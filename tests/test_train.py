@@ -193,6 +193,13 @@ def test_resume_is_bit_identical(base, tmp_path, watch):
     assert code == 2 and "step-000007 cannot be read" in err and "remove it" in err
 
 
+def test_plan_counts_the_run_and_does_not_start_it(base, reference, tmp_path):
+    _, shown, _ = succeeded(train(flags(base, tmp_path / "run", plan=True)))
+    tokens = sum(record["tokens"] for record in metrics(reference))
+    assert f"5 steps of {tokens / 5:,.0f} tokens" in shown and "It fits." in shown
+    assert not (tmp_path / "run").exists()
+
+
 def test_finished_run_is_not_trained_again(base, reference):
     before = {path: path.stat().st_mtime_ns for path in reference.glob("model/*")}
     _, out, err = succeeded(train(flags(base, reference)))

@@ -257,7 +257,7 @@ def test_run_equals_a_plain_loop_with_peft(base, tmp_path):
     own = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(own, weight_decay=0.0)
     tokenizer, records = Tokenizer(TOKENIZER), load_records(base / "records.json")
-    examples = [[part[:128] for part in encode_record(r, tokenizer)[:2]] for r in records]
+    examples = [encode_record(record, tokenizer)[:2] for record in records]
     examples = [(ids[:128], labels[:128]) for ids, labels in examples]
     for step, logged in enumerate(metrics(out)):
         batch = [examples[i] for i in step_examples(40, 16, 4, 42, step)]

@@ -160,6 +160,13 @@ def logged_steps(out) -> int:
     return file.read_text().count("\n") if file.exists() else 0
 
 
+def started(base, out, until, ranks: int = 1, **changes):
+    """A long run, in processes of its own, that has come so far."""
+    process = launch(flags(base, out, **{**LONG, **changes}), ranks)
+    assert wait_for(lambda: until(out), process)
+    return process
+
+
 def kill(process) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
@@ -202,8 +209,7 @@ def test_resume_after_kill_is_bit_identical(base, long_reference, tmp_path, atte
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_the_same_command_resumes(base, long_reference, tmp_path, number):
     out, changes = tmp_path / "run", {**LONG, "save_every": 1000}
-    process = launch(flags(base, out, **changes))
-    assert wait_for(lambda: logged_steps(out) >= 4, process)
+    process = started(base, out, lambda out: logged_steps(out) >= 4, save_every=1000)
     process.send_signal(number)
     assert "stopping" in process.stderr.readline() + process.stderr.readline()
     if number == signal.SIGTERM:  # it may come twice
@@ -219,8 +225,7 @@ def test_signal_saves_and_the_same_command_resumes(base, long_reference, tmp_pat
 
 def test_two_ranks_stop_together_and_one_resumes(base, long_reference, tmp_path):
     out = tmp_path / "run"
-    process = launch(flags(base, out, **LONG), ranks=2)
-    assert wait_for(lambda: logged_steps(out) >= 5, process)
+    process = started(base, out, lambda out: logged_steps(out) >= 5, ranks=2)
     process.send_signal(signal.SIGTERM)  # torchrun passes it on
     _, _, err = finish(process)
     assert "stopped after step" in err and snapshots(out), err
@@ -230,11 +235,8 @@ def test_two_ranks_stop_together_and_one_resumes(base, long_reference, tmp_path)
 
 def test_rank_that_dies_ends_the_others_and_loses_nothing(base, long_reference, tmp_path):
     out = tmp_path / "run"
-    process = launch(flags(base, out, **LONG), ranks=2)
-    assert wait_for(lambda: snapshots(out), process)
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
-    ).stdout.split()
+    process = started(base, out, snapshots, ranks=2)
+    children = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
     os.kill(int(children[-1]), signal.SIGKILL)
     start = time.monotonic()
     code, _, err = finish(process)
@@ -248,9 +250,7 @@ def test_rank_that_dies_ends_the_others_and_loses_nothing(base, long_reference, 
 def test_full_disk_keeps_the_snapshot_before(base, long_reference, tmp_path):
     """A limit on file sizes stands for the disk: the log stays below it, a snapshot does not."""
     out = tmp_path / "run"
-    process = launch(flags(base, out, **LONG))
-    assert wait_for(lambda: snapshots(out), process)
-    kill(process)
+    kill(started(base, out, snapshots))
 
     def limit_file_size():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -266,8 +266,7 @@ def test_full_disk_keeps_the_snapshot_before(base, long_reference, tmp_path):
 
 def test_two_processes_do_not_train_in_one_folder(base, tmp_path):
     out = tmp_path / "run"
-    process = launch(flags(base, out, **LONG))
-    assert wait_for(lambda: logged_steps(out) >= 1, process)
+    process = started(base, out, logged_steps)
     os.killpg(process.pid, signal.SIGSTOP)  # it holds the folder while we look
     try:
         assert_refused(train(flags(base, out, **LONG)), "another process")

@@ -41,6 +41,7 @@ from rougel import Pool, tokenize, tokenize_unicode
 TOP_VERBS, TOP_OBJECTS = 20, 4  # shown: verbs, and objects of each
 WORD_BINS = (1, 5, 9, 17, 33, 65, 129, 257, 513)  # lower ends of the bars of the histograms
 LOGS = ("records.jsonl", "rejected.jsonl", "responses.jsonl")
+ASKS_FOR = "asks for "  # the reasons that are shown as one group
 
 
 def printable(text: str, width: int = 100) -> str:
@@ -51,12 +52,13 @@ def printable(text: str, width: int = 100) -> str:
 
 def read_source(source: Path) -> list[tuple[Any, list[dict]]]:
     """Each record as it is in the file, and normalized: one dict for each of its instances."""
-    records: Iterable[tuple[str, Any]] = json_records(source) if not source.is_dir() else ()
     if source.is_dir():
         if not any((source / name).exists() for name in LOGS):
             raise UserError(f"{source} holds no {LOGS[0]}: is it the --out of selfinstruct.py?")
-        source = source / LOGS[0]
-        records = ((f"{source}, line {i}", raw) for i, raw in enumerate(read_log(source), 1))
+        log = read_log(source / LOGS[0])
+        records = ((f"{source / LOGS[0]}, line {i}", raw) for i, raw in enumerate(log, 1))
+    else:
+        records = json_records(source)
     found = []
     for place, raw in records:
         try:
@@ -131,22 +133,24 @@ def openings(instructions: Iterable[str]) -> list[tuple[str, int, Bars]]:
 # ---------------------------------------------------------------- report
 
 
-def histogram(values: np.ndarray, edges: list[float], labels: Iterable[str]) -> Bars:
-    """How many values lie between each edge and the next; without empty bars at both ends."""
+def histogram(title: str, values: np.ndarray, edges: list, labels: list[str]) -> Iterator[str]:
+    """A bar of # for the values between each edge and the next, from the first to the last."""
     counts = np.histogram(values, edges)[0]
+    yield f"\n{title}"
     filled = np.flatnonzero(counts)
-    bars = list(zip(labels, counts.tolist(), strict=True))
-    return bars[filled[0] : filled[-1] + 1] if len(filled) else []
+    for i in range(filled[0], filled[-1] + 1) if len(filled) else ():
+        bar = "#" * math.ceil(48 * counts[i] / counts.max())
+        yield f"{labels[i]:>9} {counts[i]:9,}  {bar}".rstrip()
 
 
-def word_counts(field: str, texts: list[str]) -> tuple[str, Bars]:
+def word_counts(field: str, texts: list[str]) -> Iterator[str]:
     counts = np.array([len(text.split()) for text in texts], int)
-    labels = ["0", *(f"{a}-{b - 1}" for a, b in pairwise(WORD_BINS)), f"{WORD_BINS[-1]}+"]
     stats = f"mean {counts.mean():.1f}, median {np.median(counts):g}" if texts else "none"
-    return f"Words of {field} ({stats})", histogram(counts, [0, *WORD_BINS, np.inf], labels)
+    labels = ["0", *(f"{a}-{b - 1}" for a, b in pairwise(WORD_BINS)), f"{WORD_BINS[-1]}+"]
+    return histogram(f"Words of {field} ({stats})", counts, [0, *WORD_BINS, np.inf], labels)
 
 
-def seed_similarity(instructions: list[str], folder: Path) -> tuple[str, Bars]:
+def seed_similarity(instructions: list[str], folder: Path) -> Iterator[str]:
     """Each instruction's highest ROUGE-L with a seed task, tokenized as in the run."""
     seeds = [record[0].get("instruction", "") for _, record in read_source(folder / "seeds.json")]
     settings = read_json(folder / "settings.json") if (folder / "settings.json").exists() else {}
@@ -155,11 +159,10 @@ def seed_similarity(instructions: list[str], folder: Path) -> tuple[str, Bars]:
     highest = np.zeros(len(pool))
     for seed in seeds:  # ROUGE-L is symmetric, and there are fewer seeds than instructions
         highest = np.maximum(highest, pool.scores(seed))
-    edges = np.linspace(0, 1, 11).tolist()
-    labels = (f"{a:.1f}-{b:.1f}" for a, b in pairwise(edges))
     stats = f"mean {highest.mean():.3f}" if instructions else "none"
     title = f"Highest ROUGE-L with one of {len(seeds)} seeds ({stats})"
-    return title, histogram(highest, edges, labels)
+    edges = np.linspace(0, 1, 11).tolist()
+    return histogram(title, highest, edges, [f"{a:.1f}-{b:.1f}" for a, b in pairwise(edges)])
 
 
 def generation_lines(folder: Path, kept: int, wanted: int) -> Iterator[str]:
@@ -170,19 +173,18 @@ def generation_lines(folder: Path, kept: int, wanted: int) -> Iterator[str]:
     reasons = Counter(str(task.get("why")) for task in read_log(folder / "rejected.jsonl"))
     total = kept + reasons.total()
     yield f"{kept:,} of {total:,} tasks kept" + (f" ({kept / total:.1%})" if total else "")
-    unable = {reason: n for reason, n in reasons.items() if reason.startswith("asks for ")}
-    grouped = Counter({reason: n for reason, n in reasons.items() if reason not in unable})
-    grouped["asks for …"] = sum(unable.values())
-    for reason, n in (+grouped).most_common():
-        yield f"{n:9,} {n / total:6.1%}  {printable(reason)}"
-        if reason == "asks for …":
-            yield from (f"{n:20,}  {printable(r)}" for r, n in Counter(unable).most_common())
+    groups: Counter[str] = Counter()
+    for reason, n in reasons.items():
+        groups[ASKS_FOR + "…" if reason.startswith(ASKS_FOR) else reason] += n
+    for group, n in groups.most_common():
+        yield f"{n:9,} {n / total:6.1%}  {printable(group)}"
+        for reason, n in reasons.most_common() if group == ASKS_FOR + "…" else ():
+            if reason.startswith(ASKS_FOR):
+                yield f"{n:20,}  {printable(reason)}"
     cost, left = sum(entry.get("cost", 0) for entry in log), max(wanted - kept, 0)
-    line = f"Cost so far ${cost:.4f}"
-    if kept:
-        line += f": ${1000 * cost / kept:.4f} a thousand records"
-        line += f", about ${left * cost / kept:.2f} for the {left:,} to come" if left else ""
-    yield line
+    each = f": ${1000 * cost / kept:.4f} a thousand records" if kept else ""
+    rest = f", about ${left * cost / kept:.2f} for the {left:,} to come" if kept and left else ""
+    yield f"Cost so far ${cost:.4f}{each}{rest}"
 
 
 def run_report(args: argparse.Namespace) -> None:
@@ -203,17 +205,13 @@ def run_report(args: argparse.Namespace) -> None:
         if count := sum(field in record[0] for record in records):
             lines.append(f"{count:,} {kind} left out")
     lines += generation_lines(args.source, len(tasks), args.num) if is_run else ()
-    histograms = [word_counts("instructions", instructions), word_counts("inputs", inputs)]
-    histograms.append(word_counts("outputs", [instance["output"] for instance in instances]))
+    lines += word_counts("instructions", instructions)
+    lines += word_counts("inputs", inputs)
+    lines += word_counts("outputs", [instance["output"] for instance in instances])
     if is_run and (args.source / "seeds.json").exists():
-        histograms.append(seed_similarity(instructions, args.source))
+        lines += seed_similarity(instructions, args.source)
     else:
-        lines.append("No similarity to seed tasks: there is no seeds.json beside the data")
-    for title, bars in histograms:
-        most = max((count for _, count in bars), default=1)
-        lines.append(f"\n{title}")
-        for label, n in bars:
-            lines.append(f"{label:>9} {n:9,}  {'#' * math.ceil(48 * n / most)}".rstrip())
+        lines.append("\nNo similarity to seed tasks: there is no seeds.json beside the data")
     verbs = openings(instructions)
     lines.append("\nOpening verbs and their objects")
     for verb, n, objects in verbs[:TOP_VERBS]:

@@ -171,7 +171,8 @@ def test_report_counts_instances_conversations_and_texts(command, tmp_path):
     mixed.append({"instruction": "Add it up", "instances": instances})
     code, out, _ = command("curate", "report", write(tmp_path / "mixed.json", mixed))
     assert code == 0 and "mixed.json: 1 records with 2 instances, 2 with input\n" in out
-    assert "1 conversations left out\n2 plain texts left out\nNo similarity to seed tasks" in out
+    assert "1 conversations left out\n2 plain texts left out\n" in out
+    assert "\nNo similarity to seed tasks" in out
     assert "instructions (mean 3.0" in out and "inputs (mean 1.5" in out and "Cost" not in out
 
 
@@ -213,102 +214,84 @@ def test_user_errors_are_one_line_and_write_nothing(command, folder, tmp_path):
 
 # ---------------------------------------------------------------- lint
 
-OK = "It is so."
-FLAGGED = [  # rule, instruction, input, output
-    ("link", "Sum up https://example.com/a", "", OK),
-    ("link", "Sum this up", "www.example.com", OK),
-    ("link", "Name a site", "", "Try http://example.com"),
-    ("impossible", "Describe the following image.", "", OK),
-    ("impossible", "Describe this black and white photo", "photo.jpg", OK),
-    ("impossible", "Please create a picture of a cat", "", OK),
-    ("impossible", "Can you generate a short video for children?", "", OK),
-    ("impossible", "Summarize the attached document.", "", OK),
-    ("impossible", "Improve the design of this website.", "", OK),
-    ("impossible", "Open the following link and read it", "", OK),
-    ("impossible", "What is the current weather in Paris?", "", OK),
-    ("impossible", "What’s the weather like today?", "", OK),
-    ("impossible", "Tell me the latest news", "", OK),
-    ("impossible", "What time is it?", "", OK),
-    ("impossible", "Send an email to my boss", "", OK),
-    ("impossible", "Set an alarm for six", "", OK),
-    ("instruction in output", "Add", "", "4\nInstruction: Subtract"),
-    ("instruction in output", "Add", "", "4\n5. Instruction: Subtract"),
-    ("instruction in output", "Add", "", "4\n### Instruction:\nSubtract"),
-    ("instruction in output", "Add", "", "4\n4. Input:\n2"),
-    ("instruction in output", "Add", "", "4\n4. Output: <nooutput>"),
-    ("instruction in output", "Add", "", "4\n###"),
-    *(("empty output", "Add", "", t) for t in ("", " \n", "...", "N/A", "<nooutput>", "None.")),
-    ("refusal", "Tell", "", "As an AI language model, I cannot do this."),
-    ("refusal", "Tell", "", "As an AI, I don’t have feelings."),
-    ("refusal", "Tell", "", "I'm sorry, but I cannot provide that."),
-    ("refusal", "Tell", "", "Sorry, but you didn't provide a text."),
-    ("refusal", "Tell", "", "I cannot say this as an AI."),
-    ("refusal", "Tell", "", "Unfortunately, I am unable to see it."),
-    ("repeated input", "Name a colour.", " name a  COLOUR", OK),
-    ("repeated input", "Name a colour of the old flag of the town of Bath in the south west",
-     "Name one colour of the old flag of the town of Bath in the south-west", OK),
-    ("repeated input", "写 一 首 诗", "写一首诗", OK),
-    ("merged fields", "Add these.\nInput: 2 and 2", "", OK),
-    ("merged fields", "Add these.\n4. Output:\n4", "", OK),
-    ("merged fields", "Translate", "Guten Tag\n4. Output: Good day", OK),
-    ("merged fields", "Translate", "Guten Tag\nOutput: Good day", OK),
-    *(("placeholder input", "Add", text, OK) for text in (
+FLAGGED = {  # rule → records: instructions, or (instruction, input, output)
+    "link": ["Sum up https://example.com/a", ("Sum this up", "www.example.com"),
+             ("Name a site", "", "Try http://example.com")],
+    "impossible": [
+        "Describe the following image.", ("Describe this black and white photo", "photo.jpg"),
+        "Please create a picture of a cat", "Can you generate a short video for children?",
+        "Summarize the attached document.", "Improve the design of this website.",
+        "Open the following link and read it", "What is the current weather in Paris?",
+        "What’s the weather like today?", "Tell me the latest news", "What time is it?",
+        "Send an email to my boss", "Set an alarm for six"],
+    "instruction in output": [("Add", "", f"4\n{text}") for text in (
+        "Instruction: Subtract", "5. Instruction: Subtract", "### Instruction:\nSubtract",
+        "4. Input:\n2", "4. Output: <nooutput>", "###")],
+    "empty output": [
+        ("Add", "", text) for text in ("", " \n", "...", "N/A", "<nooutput>", "None.")],
+    "refusal": [("Tell", "", text) for text in (
+        "As an AI language model, I cannot do this.", "As an AI, I don’t have feelings.",
+        "I'm sorry, but I cannot provide that.", "Sorry, but you didn't provide a text.",
+        "I cannot say this as an AI.", "Unfortunately, I am unable to see it.")],
+    "repeated input": [
+        ("Name a colour.", " name a  COLOUR"), ("写 一 首 诗", "写一首诗"),
+        ("Name a colour of the old flag of the town of Bath in the south west",
+         "Name one colour of the old flag of the town of Bath in the south-west")],
+    "merged fields": [
+        "Add these.\nInput: 2 and 2", "Add these.\n4. Output:\n4",
+        ("Translate", "Guten Tag\n4. Output: Good day"),
+        ("Translate", "Guten Tag\nOutput: Good day")],
+    "placeholder input": [("Add", text) for text in (
         "N/A", "None", "<noinput>", "No input.", "`< noinput >`", "some text",
-        "[insert text here]", "Text: [Your text]", "Paste your text here")),
-    ("cut output", "Tell", "", "It was a sunny day in the"),
-    ("cut output", "Tell", "", "We bought apples, pears and plums,"),
-    ("cut output", "Code", "", "Here it is:\n```python\nprint(1)"),
-]  # fmt: skip
-GOOD = [  # instruction, input, output
-    ("Write a poem", "", "Roses are red,\nviolets are blue"),
-    ("Describe the following image.", "A cat sits on the red chair by the window.", OK),
-    ("Brainstorm titles for a photo album", "", OK),
-    ("Describe a mental image of summer", "", OK),
-    ("Create a mental image of success", "", OK),
-    ("Write a video script", "", OK),
-    ("Explain how to make a video.", "", OK),
-    ("Explain how weather forecasts work", "", OK),
-    ("What is the time complexity of bubble sort?", "", OK),
-    ("Write an email about the attached file", "", OK),
-    ("Design a website for a bakery", "", OK),
-    ("Write a call to action: click on this link", "", OK),
-    ("Write a program that sets an alarm", "", OK),
+        "[insert text here]", "Text: [Your text]", "Paste your text here")],
+    "cut output": [("Tell", "", text) for text in (
+        "It was a sunny day in the", "We bought apples, pears and plums,",
+        "Here it is:\n```python\nprint(1)")],
+}  # fmt: skip
+GOOD = [
+    ("Describe the following image.", "A cat sits on the red chair by the window."),
+    "Brainstorm titles for a photo album", "Describe a mental image of summer",
+    "Create a mental image of success", "Write a video script", "Explain how to make a video.",
+    "Explain how weather forecasts work", "What is the time complexity of bubble sort?",
+    "Write an email about the attached file", "Design a website for a bakery",
+    "Write a call to action: click on this link", "Write a program that sets an alarm",
     ("Give a recipe", "", "Ingredients:\n- eggs\nInstructions:\n1. Boil"),
     ("Sort", "", "#### Steps\n```\nsort\n```\nOutput: [1, 2]"),
     ("Describe a computer", "", "1. Input: from keys\n2. Output: on a screen"),
-    ("Which operator compares?", "", "=="),
-    ("Answer with an emoji", "", "😀"),
-    ("Is it so?", "", "No"),
-    ("Classify", "", "None of these"),
+    ("Which operator compares?", "", "=="), ("Answer with an emoji", "", "😀"),
+    ("Is it so?", "", "No"), ("Classify", "", "None of these"),
     ("Excuse me", "", "I'm sorry, but I'm unable to come to work today."),
     ("Explain AI", "", "As an AI-powered tool it cannot fail."),
     ("Explain AI", "", "An essay. As an AI researcher, she did not agree."),
-    ("Paraphrase the sentence.", "Paraphrase this: he ran.", OK),
-    ("Translate the 詩 of ABC", "ABC", OK),
-    ("Why is the output wrong?", "print(4 + 3)\nOutput: 6", OK),
-    ("Continue the row", "Input: 1\nOutput: 2\nInput: 3", OK),
-    ("Output 1 for true", "", OK),
-    ("Reply", "Dear [insert name], thank you for your letter.", OK),
-    ("Sort", "[dogs, cats]", OK),
-    ("Which article fits?", "", "the"),
+    ("Paraphrase the sentence.", "Paraphrase this: he ran."),
+    ("Translate the 詩 of ABC", "ABC"), ("Sort", "[dogs, cats]"),
+    ("Why is the output wrong?", "print(4 + 3)\nOutput: 6"), "Output 1 for true",
+    ("Continue the row", "Input: 1\nOutput: 2\nInput: 3"),
+    ("Reply", "Dear [insert name], thank you for your letter."),
+    ("Which article fits?", "", "the"), ("Code", "", "```python\nprint(1)\n```"),
     ("Write a letter", "", "It was good to see you.\n\nBest regards,"),
     ("Tell", "", "There is nothing to be afraid of."),
-    ("Code", "", "```python\nprint(1)\n```"),
-]
+    ("Write a poem", "", "Roses are red,\nviolets are blue"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("rule", "instruction", "input", "output"), FLAGGED)
-def test_lint_flags_a_defect(rule, instruction, input, output):
-    assert list(find_defects([record(instruction, input, output)], set())) == [rule]
+def defects(fields: str | tuple) -> list[str]:
+    fields = (fields,) if isinstance(fields, str) else fields
+    return list(find_defects([record(*fields)], set()))
+
+
+@pytest.mark.parametrize(("rule", "fields"), [(rule, f) for rule in FLAGGED for f in FLAGGED[rule]])
+def test_lint_flags_a_defect(rule, fields):
+    assert defects(fields) == [rule]
 
 
 @pytest.mark.parametrize("fields", GOOD)
 def test_lint_does_not_flag_a_good_record(fields):
-    assert find_defects([record(*fields)], set()) == {}
+    assert defects(fields) == []
 
 
 def test_every_rule_is_tried():
-    assert {rule for rule, *_ in FLAGGED} | {"duplicate"} == set(RULES)
+    assert {*FLAGGED, "duplicate"} == set(RULES)
 
 
 def test_duplicate_asks_what_an_earlier_record_asked():

@@ -57,8 +57,8 @@ def hf_model(config: LlamaConfig, dtype: torch.dtype = torch.float32):
     return model.to(dtype).eval()
 
 
-def expected(engine: Engine, instruction: str, input: str = "", **way) -> str:
+def expected(engine: Engine, instruction: str, input: str = "", **params) -> str:
     """The answer that an engine gives to a question in Alpaca's template."""
     ids = encode_prompt(instruction, input, engine.tokenizer)
-    (answer,) = engine.generate([ids], SamplingParams(**{"max_new_tokens": 12, **way}))
+    (answer,) = engine.generate([ids], SamplingParams(**{"max_new_tokens": 12, **params}))
     return answer.text

@@ -111,8 +111,10 @@ class Engine:
         tokenizer.check(model.config)
         self.model, self.tokenizer, self.watermark = model.eval(), tokenizer, watermark
         self.max_batch_size = max_batch_size
-        self.max_length = max_length or model.config.max_position_embeddings
-        assert max_batch_size > 0 and self.max_length > 1
+        limit = model.config.max_position_embeddings
+        self.max_length = limit if max_length is None else max_length
+        if not 1 < self.max_length <= limit:
+            raise UserError(f"max_length {self.max_length}: the model has {limit} positions")
         weight = model.model.norm.weight
         self.device = weight.device
         dtype = weight.dtype if weight.is_cuda else torch.float32
@@ -121,7 +123,7 @@ class Engine:
         self.waiting: deque[Sequence] = deque()
         self.active: list[Sequence] = []  # sequence i is in slot i of the cache
         powers = {min(2**i, max_batch_size) for i in range(max_batch_size.bit_length() + 1)}
-        self.batch_sizes = sorted(powers)  # of static shapes
+        self.batch_sizes = sorted(powers)  # for static shapes
         self.decode_step = decode_step
         if compile:  # once for each batch size of each engine
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)

@@ -180,6 +180,8 @@ def test_prompt_that_cannot_be_answered_is_refused():
         with pytest.raises(UserError, match=message):
             engine.add(prompt)
     assert not engine.busy
+    with pytest.raises(UserError, match="24 positions"):
+        Engine(engine.model, TOKENIZER, max_length=25)
 
 
 @pytest.mark.parametrize("params", [(0.0,), (1.0,), (1.0, 5), (1.0, 0, 0.9)], ids=str)

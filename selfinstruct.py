@@ -29,6 +29,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from alpaca import CHECKOUT
 from alpaca.common.cli import Parser, positive
@@ -65,21 +66,21 @@ def judge_answer(entry: dict, recipe, store: RecordStore, limit: float) -> list[
             continue
         if limit <= 0:
             break
-        line = {"item": item, "instruction": task.instruction}
+        line: dict[str, Any] = {"item": item, "instruction": task.instruction}
         line |= {"input": task.input, "output": task.output}
-        if not (why := task.reason or reject_reason(task.instruction, store.any_script)):
+        if reason := task.reason or reject_reason(task.instruction, store.any_script):
+            line["why"] = reason
+        else:
             scores = store.pool.scores(task.instruction)  # ROUGE-L with the seeds and all kept
             nearest = {store.pool.texts[i]: score for i, score in most_similar(scores, 10)}
             text, highest = next(iter(nearest.items()))
             if highest > MAX_ROUGE_L:
-                line, why = line | {"similar_to": text, "similarity": highest}, "similar"
-        if why:
-            line["why"] = why
-        else:
-            line["most_similar_instructions"] = nearest
-            line["avg_similarity_score"] = float(scores.mean())
-            line["provenance"] = entry["provenance"]
-            limit -= 1
+                line |= {"similar_to": text, "similarity": highest, "why": "similar"}
+            else:
+                line["most_similar_instructions"] = nearest
+                line["avg_similarity_score"] = float(scores.mean())
+                line["provenance"] = entry["provenance"]
+                limit -= 1
         store.decide(line)
         lines.append(line)
     return lines

@@ -2,9 +2,9 @@
 
     await ask_in_batches(teachers, ["7", "8"], question, poll=30)    # into the request log
 
-A batch that was paid for is neither lost nor bought twice. Before it is created, batches.jsonl
-(beside the request log) gets a line with its name, which the server keeps as well: after a kill,
-the server's list is searched for that name. Another line follows when its results are stored.
+A batch that was paid for is neither lost nor bought twice. Before it is created, its name is
+written to batches.jsonl beside the request log. The server stores the name too, so that after a
+kill the batch is found in the server's list. Another line follows when the results are stored.
 """
 
 import asyncio
@@ -70,7 +70,7 @@ async def ask_in_batches(
 async def run_batch(
     teachers: Teachers, batch: dict, question: Question, poll: float, file: Path
 ) -> None:
-    """Wait until a batch is through, and store its replies."""
+    """Create a batch, or find it again; wait until it is finished, and store its replies."""
     endpoint = next(e for e in teachers.endpoints if belongs_to(e, batch))
     client, bodies = teachers.client, {}
     for id in batch["ids"]:
@@ -104,8 +104,8 @@ async def run_batch(
 async def find_or_create(
     client: Client, endpoint: Endpoint, name: str, bodies: dict[str, dict]
 ) -> dict[str, Any]:
-    """The server's description of our batch. Creating it is never simply retried: if only the
-    response was lost, the batch exists, and another one would be paid for as well."""
+    """The server's description of our batch. If creating it fails, the list is searched before
+    another attempt: perhaps only the response was lost, and the batch exists."""
     request = {"method": "POST", "url": f"/v1/{API_PATHS[endpoint.kind]}"}
     lines = [json.dumps(request | {"custom_id": id, "body": body}) for id, body in bodies.items()]
     upload = {"file": (f"{name}.jsonl", "\n".join(lines).encode(), "application/jsonl")}
@@ -116,10 +116,9 @@ async def find_or_create(
             return found
         form = {"data": {"purpose": "batch"}, "files": upload}
         order["input_file_id"] = await client.call(endpoint, "POST", "files", parse_id, **form)
+        create = (endpoint, "POST", "batches", parse_batch, lambda: False)  # without retries
         try:
-            return await client.call(
-                endpoint, "POST", "batches", parse_batch, lambda: False, json=order
-            )
+            return await client.call(*create, json=order)
         except RequestFailedError as error:
             last = error
             await asyncio.sleep(client.backoff(failures))

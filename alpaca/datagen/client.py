@@ -3,10 +3,10 @@
     async with Client() as client:
         reply = await client.ask(endpoint, endpoint.body("a prompt", {"max_tokens": 100}))
 
-What may pass (429, 5xx, a timeout, a response that is lost, half sent, or not what the API
-promises) is retried after a wait that doubles and is partly random; `Retry-After` holds back every
-request to that server. Two errors reach the caller: `RequestFailedError` if one request got no
-usable response in all its attempts, `RefusedError` if the server will refuse any other, too.
+Transient errors (429, 5xx, a timeout, a response that is lost, incomplete or malformed) are retried
+with exponential backoff and jitter; `Retry-After` delays every request to that server. Two errors
+reach the caller: `RequestFailedError` if all attempts of one request failed, `RefusedError` if the
+server would refuse any other request as well.
 """
 
 import asyncio
@@ -26,19 +26,19 @@ from alpaca.datagen.endpoints import API_PATHS, Endpoint, Usage
 MayRetry = Callable[[], bool] | None
 MAX_WAIT = 60.0  # seconds between two attempts, unless the server asks for more
 MAX_RETRY_AFTER = 600.0
-MAX_USAGE = 10_000_000  # tokens: more cannot be what one response used
+MAX_USAGE = 10_000_000  # tokens: a higher count is not believed
 MAX_RESPONSE = 8 << 20  # bytes: a hundred times what 3,072 tokens take
 RETRYABLE = {408, 409, 425, 429}  # and 500 to 599
 TRUNCATED = ("length", "content_filter", "max_tokens")  # finish reasons
-FREE, UNMETERED = Usage(), Usage(unmetered=1)  # a 200 that is of no use is billed nevertheless
+FREE, UNMETERED = Usage(), Usage(unmetered=1)  # a 200 is billed, even if it is unusable
 
 
 class RefusedError(UserError):
-    """The server will not answer, however often it is asked: a wrong key, an unknown model."""
+    """No request can succeed: a wrong key, an unknown model, an unreachable server."""
 
 
 class RequestFailedError(Exception):
-    """This request got no usable response; another one may."""
+    """This request got no usable response; another request may get one."""
 
     def __init__(self, text: str, usage: Usage = FREE):
         super().__init__(text)
@@ -46,7 +46,7 @@ class RequestFailedError(Exception):
 
 
 class RetryableError(Exception):
-    """One attempt failed; another one may not."""
+    """One attempt failed; a retry may succeed."""
 
     def __init__(self, text: str, usage: Usage = FREE, unreachable: bool = False):
         super().__init__(text)
@@ -88,7 +88,7 @@ class Client:
     async def call(
         self, endpoint: Endpoint, method: str, path: str, parse: Callable, may_retry=None, **request
     ) -> Any:
-        """What `parse` makes of the response; retried until it can use one. `may_retry` is called
+        """Send a request, with retries, and return the parsed response. `may_retry` is called
         before every retry: is there money for it?"""
         wasted, attempt, error, unreachable = FREE, 0, "none was made", False
         while attempt < self.attempts and not (unreachable and attempt == 3):
@@ -112,7 +112,7 @@ class Client:
 
     async def _wait(self, endpoint: Endpoint, failures: int) -> None:
         earliest = time.monotonic() + self.backoff(failures)
-        spread = random.uniform(0, min(1, self.retry_wait))  # not everybody at the same moment
+        spread = random.uniform(0, min(1, self.retry_wait))  # not all at the same moment
         while not self.closing:
             until = max(earliest, self.not_before.get(endpoint.base_url, 0) + spread)
             if (left := until - time.monotonic()) <= 0:
@@ -127,7 +127,7 @@ class Client:
     async def _attempt(
         self, endpoint: Endpoint, method: str, path: str, parse: Callable, request: dict
     ) -> Any:
-        """What `parse` makes of the body of a 200, or one of the three errors."""
+        """The parsed body of a 200, or one of the three errors."""
         url, usage, body = f"{endpoint.base_url}/{path}", FREE, bytearray()
         try:
             async with (
@@ -176,7 +176,7 @@ class Client:
 
 
 def parse_reply(text: str) -> Reply:
-    """A Reply from the body of a 200. The error for an unusable one has its usage, too."""
+    """A Reply from the body of a 200, or a RetryableError with its usage if it is unusable."""
     body = json.loads(text)
     usage = parse_usage(body)
     try:

@@ -1,16 +1,16 @@
 """A model on an OpenAI-compatible server: where it is, what it costs, and the flags that name it.
 
-    add_server_arguments(parser)                             # --base-url, --price-in, --budget, …
-    endpoint = endpoint_from_args(args, "--judge", args.judge)      # one model, set up by the flags
-    endpoints = read_teachers(file, args)                    # several models, from a JSON file
+    add_server_arguments(parser)                   # --base-url, --price-in, --budget, …
+    endpoint = endpoint_from_args(args, args.judge)  # one model, set up by the flags
+    endpoints = read_teachers(file, args)          # several models, from a JSON file
 
 The JSON file is a list. Each entry names a model; what it leaves out comes from the flags:
 
     [{"model": "gpt-4.1-mini", "weight": 3, "price_in": 0.4, "price_out": 1.6},
      {"model": "my-model", "base_url": "http://localhost:8000/v1", "kind": "completions"}]
 
-An API key is read from an environment variable and sent in one header only. `mask_key` removes it
-from what a server sends back, before that is shown or stored.
+The API key is read from an environment variable. `mask_key` removes it from what a server sends
+back, before that is shown or stored.
 """
 
 import argparse
@@ -91,15 +91,11 @@ class Endpoint:
         key = self.api_key()
         return {"Authorization": f"Bearer {key}"} if key else {}
 
-    def body(self, prompt: str | list[dict], options: Mapping[str, Any]) -> dict[str, Any]:
-        """The request's JSON. `prompt` is a text or a list of messages; an option that is None is
-        left out."""
-        if self.kind == "completions":
-            content: dict[str, Any] = {"prompt": prompt}
-        elif isinstance(prompt, str):
+    def body(self, prompt: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The request's JSON. An option that is None is left out."""
+        content: dict[str, Any] = {"prompt": prompt}
+        if self.kind == "chat":
             content = {"messages": [{"role": "user", "content": prompt}]}
-        else:
-            content = {"messages": prompt}
         options = {name: value for name, value in options.items() if value is not None}
         return {"model": self.model, **content, **options}
 
@@ -149,7 +145,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def endpoint_from_args(args: argparse.Namespace, model: str, **settings: Any) -> Endpoint:
-    """An endpoint; what `settings` leave open comes from the flags, which are checked."""
+    """An endpoint; settings that are not given come from the flags, which are checked."""
     check_request(args)
     names = ("base_url", "kind", "key_env", "price_in", "price_out")
     endpoint = Endpoint(model, **{name: getattr(args, name) for name in names} | settings)

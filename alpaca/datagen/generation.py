@@ -5,8 +5,8 @@
             scheduler.finish(judge(entry))       # lines for records.jsonl and rejected.jsonl
 
 Answers arrive in any order but are judged and written in the order of the request numbers, and
-request i follows from the seed and i. So the same answers make the same records, whether or not
-the run was interrupted. `RecordStore` has what an earlier run decided.
+the seed and i determine request i. So the same answers make the same records, whether or not the
+run was interrupted. `RecordStore` has what an earlier run decided.
 """
 
 import asyncio
@@ -59,7 +59,7 @@ class RecordStore:
 
 
 class Scheduler:
-    """Keeps requests in flight, hands out their answers in order, writes what came of them."""
+    """Keeps requests in flight, hands out their answers in order, writes the resulting lines."""
 
     def __init__(self, recipe, store: RecordStore, teachers: Teachers, num: int, poll: float = 0):
         """`recipe`: selfinstruct.Alpaca or four_stage.SelfInstruct. `poll`: seconds between looks
@@ -100,7 +100,7 @@ class Scheduler:
                 pass
 
     def missing(self) -> int:
-        """Records still needed when all that is being completed succeeds."""
+        """Records still needed if all that are being completed succeed."""
         coming = (line for lines, _ in self.completing for line in lines if "why" not in line)
         return self.num - self.store.count - sum(1 for _ in coming)
 
@@ -117,7 +117,7 @@ class Scheduler:
         return self.recipe.prompt(int(id), self.store.kept)
 
     async def _fill(self) -> None:
-        """Have as many requests in flight as will bring the missing records."""
+        """Have as many requests in flight as the missing records are likely to take."""
         tasks_seen = self.num - self.missing() + self.recipe.expected_tasks
         want = math.ceil(self.missing() * (self.judged + 1) / tasks_seen)
         known = self.teachers.log.entries
@@ -135,7 +135,7 @@ class Scheduler:
 
     def _check_progress(self, entry: dict) -> None:
         self.judged += 1
-        if entry["id"] in self.teachers.log.new:  # not what an earlier run went through
+        if entry["id"] in self.teachers.log.new:  # answers of earlier runs do not count
             useful = any("why" not in line for line in self.completing[-1][0])
             self.useless = 0 if useful else self.useless + 1
         if self.useless >= MAX_USELESS:
@@ -145,8 +145,8 @@ class Scheduler:
             )
 
     async def _write(self) -> bool:
-        """Write what came of the oldest answer. False if the budget ended before it was complete:
-        then nothing later may be written, since its records would come first."""
+        """Write the lines of the oldest answer. False if the budget ended before it was complete:
+        then nothing later may be written, since its records must come first."""
         lines, task = self.completing[0]
         results = await asyncio.shield(task)
         complete = [*itertools.takewhile(lambda line: line is not None, results)]

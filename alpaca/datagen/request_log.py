@@ -1,14 +1,13 @@
-"""Asks teachers each question once: every response is on disk before it is used.
+"""Sends each request to a teacher once: every response is on disk before it is used.
 
     teachers = Teachers(RequestLog(file), endpoints, args)
     entry = await teachers.ask("7", prompt, options)        # read from the log, or asked and stored
-    value = await teachers.ask_until("7", parse, 3, prompt, options)   # until `parse` can use one
+    value = await teachers.ask_until("7", parse, 3, prompt, options)   # up to 3 responses
     done = await ask_all(log, endpoint, args, work, one, "answers")    # many items concurrently
 
-An entry of the log is a response as it came, with its cost and its provenance, so a run that was
-killed asks only what is missing. Which teacher gets a question follows from the seed and the
-question's number. The total never exceeds the budget: the most that an attempt can cost is
-reserved before it is sent.
+An entry of the log is a response as it came, with its cost and provenance, so a killed run asks
+only what is missing. The seed and the request's number determine its teacher. The total never
+exceeds the budget: the most that an attempt can cost is reserved before it is sent.
 """
 
 import argparse
@@ -25,13 +24,7 @@ from typing import Any
 from alpaca.common.errors import UserError, notice
 from alpaca.common.files import append_jsonl, read_log
 from alpaca.common.progress import Progress
-from alpaca.datagen.client import (
-    Client,
-    RefusedError,
-    Reply,
-    RequestFailedError,
-    parse_reply,
-)
+from alpaca.datagen.client import Client, RefusedError, Reply, RequestFailedError, parse_reply
 from alpaca.datagen.endpoints import Endpoint
 
 Result = Reply | RequestFailedError
@@ -64,7 +57,7 @@ class RequestLog:
 
 
 class Teachers:
-    """Sends each request once: what the log has is not asked, nor paid, again."""
+    """Sends each request once: what is in the log is not asked again."""
 
     def __init__(self, log: RequestLog, endpoints: list[Endpoint], args: argparse.Namespace):
         """`args`: the flags of `add_server_arguments`, and --seed."""
@@ -92,7 +85,7 @@ class Teachers:
         return True
 
     async def ask(self, id: str, prompt: str, options: dict, seeds: Sequence[str] = ()) -> dict:
-        """The log's entry; one without a response if no attempt brought any."""
+        """The log's entry. It has "failed" in place of "response" if no attempt succeeded."""
         if id in self.log.entries:
             return self.log.entries[id]
         endpoint = self.endpoint_of(id)
@@ -132,9 +125,8 @@ class Teachers:
         return reply
 
     async def ask_until(self, id: str, parse: Callable, tries: int, prompt: str, options: dict):
-        """The first result of `parse` that is not None, over at most `tries` responses: those of
-        the log first. A failure of an earlier run does not count as one of them: the server may
-        have recovered."""
+        """The first result of `parse` that is not None, over at most `tries` responses, those in
+        the log first. A failure of an earlier run does not count: the server may have recovered."""
         for number in itertools.count():
             entry = self.log.entries.get(f"{id}.{number}")
             if entry is None and tries <= 0:
@@ -165,8 +157,7 @@ class Teachers:
 def log_entry(
     id: str, endpoint: Endpoint, seeds: Sequence[str], result: Result, max_cost: float, price=1.0
 ) -> dict[str, Any]:
-    """What responses.jsonl has of a request. A response without a token count counts as the most
-    that it can have cost."""
+    """A line of responses.jsonl. A response without a token count is charged at its maximum."""
     provenance = {
         "teacher": endpoint.model,
         "url": endpoint.base_url,

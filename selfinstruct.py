@@ -43,7 +43,7 @@ from alpaca.datagen.endpoints import (
     endpoint_from_args,
     read_teachers,
 )
-from alpaca.datagen.formats import normalize_record
+from alpaca.datagen.formats import normalize_all
 from alpaca.datagen.four_stage import SelfInstruct
 from alpaca.datagen.generation import RecordStore, Scheduler
 from alpaca.datagen.prompts import Task, alpaca_prompt, parse_tasks, reject_reason
@@ -126,13 +126,9 @@ class Alpaca:
 
 def read_seeds(path: Path) -> list[dict]:
     seeds = []
-    for number, (place, raw) in enumerate(json_records(path), 1):
-        try:
-            cases = normalize_record(raw)
-            if "instruction" not in cases[0]:
-                raise UserError("it has no instruction")
-        except UserError as error:
-            raise UserError(f"{place}: {error}") from None
+    for number, (place, raw, cases) in enumerate(normalize_all(json_records(path)), 1):
+        if "instruction" not in cases[0]:
+            raise UserError(f"{place}: it has no instruction")
         instances = [{"input": case["input"], "output": case["output"]} for case in cases]
         seed = {"instruction": cases[0]["instruction"], "instances": instances}
         seed["id"] = str(raw.get("id", f"seed_{number}"))

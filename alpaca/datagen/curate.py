@@ -34,7 +34,7 @@ from alpaca.common.charts import Bars, sunburst
 from alpaca.common.cli import positive
 from alpaca.common.errors import UserError, escape_control
 from alpaca.common.files import atomic_file, json_records, read_json, read_log
-from alpaca.datagen.formats import normalize_record
+from alpaca.datagen.formats import normalize_all
 from alpaca.datagen.lint import RULES, find_defects
 from rougel import Pool, tokenize, tokenize_unicode
 
@@ -59,13 +59,7 @@ def read_source(source: Path) -> list[tuple[Any, list[dict]]]:
         records = ((f"{source / LOGS[0]}, line {i}", raw) for i, raw in enumerate(log, 1))
     else:
         records = json_records(source)
-    found = []
-    for place, raw in records:
-        try:
-            found.append((raw, normalize_record(raw)))
-        except UserError as error:
-            raise UserError(f"{place}: {error}") from None
-    return found
+    return [(raw, cases) for _, raw, cases in normalize_all(records)]
 
 
 # ---------------------------------------------------------------- verbs and their objects

@@ -12,7 +12,7 @@ record ("data.json, record 17") or line ("data.jsonl, line 17").
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,10 @@ ROLES |= dict.fromkeys(("gpt", "chatgpt", "assistant"), "assistant")
 
 def string_field(record: dict, field: str, default: str | None = None) -> str:
     """The string in `field`, or `default` where it is absent or null."""
-    value = record.get(field, default)
+    value = record.get(field)
     if value is None and default is not None:
         return default
-    if field not in record and default is None:
+    if field not in record:
         raise UserError(f"it has no {field}: add one, a string")
     if not isinstance(value, str):
         raise UserError(f"{field} is {json.dumps(value)[:40]}, where a string was expected")
@@ -57,14 +57,8 @@ def normalize_record(raw: Any) -> list[dict]:
     instances = raw.get("instances", [raw])
     if not is_list_of_objects(instances) or not instances:
         raise UserError("instances must be a list of objects with input and output")
-    return [
-        {
-            "instruction": instruction,
-            "input": string_field(instance, "input", ""),
-            "output": string_field(instance, "output"),
-        }
-        for instance in instances
-    ]
+    cases = ((string_field(i, "input", ""), string_field(i, "output")) for i in instances)
+    return [{"instruction": instruction, "input": given, "output": out} for given, out in cases]
 
 
 def parse_conversation(turns: Any) -> list[dict]:
@@ -86,14 +80,18 @@ def parse_conversation(turns: Any) -> list[dict]:
     return messages
 
 
-def load_records(path: str | Path) -> list[dict]:
-    """The records of a file, normalized."""
-    records = []
-    for place, raw in json_records(path):
+def normalize_all(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any, list[dict]]]:
+    """(place, raw record, normalized records) for each (place, raw record) of a file."""
+    for place, raw in records:
         try:
-            records += normalize_record(raw)
+            yield place, raw, normalize_record(raw)
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
+
+
+def load_records(path: str | Path) -> list[dict]:
+    """The records of a file, normalized."""
+    records = [case for _, _, cases in normalize_all(json_records(path)) for case in cases]
     if not records:
         raise UserError(f"{path}: no records in it")
     return records

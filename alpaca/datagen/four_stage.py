@@ -113,16 +113,15 @@ class SelfInstruct:
     def __init__(self, seeds: list[dict], header: str, language: str, seed: int, request: dict):
         self.seeds, self.seed, self.extra_options = seeds, seed, request
         self.header = LIST.format(last=LAST, language=language)  # `header` is Alpaca's
-        by_kind = [[s for s in seeds if s["is_classification"] is kind] for kind in (True, False)]
-        if len(seeds) < HUMAN + MACHINE or not all(by_kind):
+        labelled = [seed for seed in seeds if seed["is_classification"]]
+        free = [seed for seed in seeds if not seed["is_classification"]]
+        if len(seeds) < HUMAN + MACHINE or not labelled or not free:
             raise UserError(
                 f"self-instruct needs {HUMAN + MACHINE} seeds, of classification and of other tasks"
             )
         rng = random.Random(f"{seed} examples")
-        labelled, free = (
-            rng.sample(some, min(most, len(some)))
-            for some, most in zip(by_kind, SHOWN, strict=True)
-        )
+        labelled = rng.sample(labelled, min(SHOWN[0], len(labelled)))
+        free = rng.sample(free, min(SHOWN[1], len(free)))
         self.kind_prompt = KIND
         for example in rng.sample(labelled + free, len(labelled + free)):
             answer = "Yes" if example["is_classification"] else "No"

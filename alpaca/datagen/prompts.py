@@ -24,16 +24,15 @@ BEYOND_TEXT = re.compile(  # asks for what a text model cannot do
     r"|diagram)\b",
     re.IGNORECASE,
 )
-TASK_LABEL = (
-    re.compile(  # `4. Instruction:`, `* **Input:**`, `### Output 4`, `Task 4: Instruction:`
-        r"""^(?=.{0,40}\n?.{0,20}(?:instruction|input|output))
+# `4. Instruction:`, `* **Input:**`, `### Output 4`, `Task 4: Instruction:`
+TASK_LABEL = re.compile(
+    r"""^(?=.{0,40}\n?.{0,20}(?:instruction|input|output))
     (?:[ \t>•+-]|\*[ \t])*+(?P<mark>[\[#*_]+)?[ \t]*+
     (?:(?:task|example|item|no\.?)?[ \t]*+\#?\(?(?P<number>\d{1,2})
        (?:[ \t]*+[.):–-]*[ \t*_]*+|[.):][*_]*[ \t]*+\n[ \t*_]*+))?
     (?P<field>instruction|input|output)s?(?:[ \t]++(?P<after>\d{1,2}))?[\]*_`]*
     (?:[ \t]*+[:：][*_`]*|(?(mark)[ \t]*+$|(?!)))[ \t]*+""",
-        re.IGNORECASE | re.MULTILINE | re.VERBOSE,
-    )
+    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
 FENCE = re.compile(r"^[ \t]*```.*$", re.MULTILINE)
 SEPARATOR = re.compile(  # a line between two tasks that belongs to neither

@@ -42,8 +42,8 @@ def test_url_may_end_in_the_path():
 def test_body_leaves_out_none():
     body = Endpoint("m", "http://x/v1").body("p", {"max_tokens": None, "seed": 0})
     assert body == {"model": "m", "messages": [{"role": "user", "content": "p"}], "seed": 0}
-    messages = [{"role": "system", "content": "s"}]
-    assert Endpoint("m", "http://x/v1").body(messages, {})["messages"] == messages
+    body = Endpoint("m", "http://x/v1", "completions").body("p", {})
+    assert body == {"model": "m", "prompt": "p"}
 
 
 def test_max_cost_is_bytes_in_and_the_limit_out():

@@ -48,9 +48,9 @@ typecheck: $(VENV)/.ready-test
 # Every script prints its table; together they are bench/RESULTS.md.
 bench: $(VENV)/.ready-bench
 	@test -d runs/tiny/model || $(BIN)/torchrun fsdp_train.py
-	@rm -f bench/RESULTS.md.partial
+	@$(BIN)/python -m bench.measure >bench/RESULTS.md.partial
 	@for script in $(BENCHES); do \
-	  $(BIN)/python bench/$$script.py >>bench/RESULTS.md.partial || exit 1; \
+	  $(BIN)/python -m bench.$$script >>bench/RESULTS.md.partial || exit 1; \
 	done
 	@mv bench/RESULTS.md.partial bench/RESULTS.md && cat bench/RESULTS.md
 

@@ -1,19 +1,17 @@
-"""Decoding on a CPU: tokens a second against transformers and llama.cpp, beside what memory allows.
+"""Decoding on a CPU: tokens a second against transformers and llama.cpp, and the memory's limit.
 
-    python bench/decode.py [--runs 5]
+    python -m bench.decode [--runs 5]
 
-First a random model of 1.1B parameters, one sequence: a prompt of 64 tokens, 64 new ones, the
-likeliest each time. Every side is a process of its own that keeps its model loaded; they take
-turns.
-llama.cpp decodes the same shape in its own files (BF16, Q8_0, Q4_0), where `pip install
-llama-cpp-python gguf` has been run, which needs a compiler. A decoded token needs every weight but
-the embedding's once: the limit is the rate at which this machine sums 1 GiB, taken in turn with the
-others, over those bytes.
+First a random model of 1.1B parameters and one sequence: a prompt of 64 tokens, then 64 new ones,
+greedily. Each side is a process that keeps its model loaded; the sides run in turn. llama.cpp
+decodes a model of the same size in its own files (BF16, Q8_0, Q4_0), if `pip install
+llama-cpp-python gguf` has been run, which needs a compiler. Decoding a token reads every weight
+once, except the embedding. So the limit is the rate at which this machine reads memory, divided by
+those bytes; the rate is measured by summing 1 GiB, in turn with the sides.
 
-Then a model of 15.2M parameters, 16 sequences at once, against transformers in fp32 and bf16.
+Then a model of 15.2M parameters and 16 sequences at once, against transformers in fp32 and bf16.
 """
 
-import argparse
 import importlib.util
 import json
 import statistics
@@ -24,28 +22,34 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
 
-import torch  # noqa: E402
+from alpaca.inference.engine import Engine
+from alpaca.inference.sampling import SamplingParams
+from alpaca.weights.checkpoint import parameter_shapes
+from alpaca.weights.loading import load_model, optimize_layout
+from alpaca.weights.quantize import WeightSource, save_quantized
+from alpaca.weights.writer import tensor_bytes
+from bench.measure import (
+    ROOT,
+    Figures,
+    PeakMemory,
+    bench_parser,
+    memory,
+    module_command,
+    run_in_turns,
+    table,
+    table_line,
+)
+from bench.models import SMALL, TINYLLAMA, write_random
+from model import LlamaConfig
 
-from alpaca.inference.engine import Engine  # noqa: E402
-from alpaca.inference.sampling import SamplingParams  # noqa: E402
-from alpaca.weights.loading import load_model, optimize_layout  # noqa: E402
-from alpaca.weights.quantize import WeightSource, save_quantized  # noqa: E402
-from alpaca.weights.writer import save_model, tensor_bytes  # noqa: E402
-from bench.load import SHAPE, write_random  # noqa: E402
-from bench.measure import PeakMemory, memory, row, table  # noqa: E402
-from bench.train import SHAPE as SMALL  # noqa: E402
-from model import Llama, LlamaConfig  # noqa: E402
-
-PROMPT, NEW, BATCH = 64, 64, 16
-KINDS = {16: "BF16", 8: "Q8_0", 4: "Q4_0"}
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PROMPT, NEW, BATCH = 64, 64, 16  # tokens, tokens, sequences
+GGUF_TYPES = {16: "BF16", 8: "Q8_0", 4: "Q4_0"}
 
 
 class NoTokenizer:
-    """A random model says nothing that could be text, and never ends."""
+    """A random model's tokens are no text, and no token ends an answer."""
 
     eos_id, vocab_size = -1, 32000
 
@@ -67,14 +71,21 @@ def random_prompts(count: int) -> list[list[int]]:
     return torch.randint(3, 32000, (count, PROMPT)).tolist()
 
 
-# ---------------------------------------------------------------- sides: load, then run when asked
+# ---------------------------------------------------------------- sides: load, return a run
 
 
-def ours(folder: str, rows: int, device: str) -> Callable[[], dict]:
-    dtype = torch.float32 if folder.endswith("fp32") else None
-    model = optimize_layout(load_model(folder, device=device, dtype=dtype))
-    engine = Engine(model, NoTokenizer(), rows, PROMPT + NEW)
-    prompts = random_prompts(rows)
+def rates(prefill_s: float, total_s: float, sequences: int = 1) -> dict:
+    return {
+        "prompt tok/s": sequences * PROMPT / prefill_s,
+        "decode tok/s": sequences * (NEW - 1) / (total_s - prefill_s),
+        "tok/s": sequences * NEW / total_s,
+    }
+
+
+def ours(folder: str, batch_size: int, device: str) -> Callable[[], dict]:
+    model = optimize_layout(load_model(folder, device=device))
+    engine = Engine(model, NoTokenizer(), batch_size, PROMPT + NEW)
+    prompts = random_prompts(batch_size)
 
     def run() -> dict:
         sequences = [engine.add(ids, SamplingParams(max_new_tokens=NEW)) for ids in prompts]
@@ -85,44 +96,35 @@ def ours(folder: str, rows: int, device: str) -> Callable[[], dict]:
             engine.step()
         end = time.perf_counter()
         assert all(len(s.ids) == NEW for s in sequences)
-        engine.step()  # frees the rows
-        return rates(first - start, end - start, rows)
+        engine.step()  # frees the slots
+        return rates(first - start, end - start, batch_size)
 
     return run
 
 
-def rates(prompt_s: float, whole_s: float, rows: int = 1) -> dict:
-    return {
-        "prompt tok/s": rows * PROMPT / prompt_s,
-        "decode tok/s": rows * (NEW - 1) / (whole_s - prompt_s),
-        "tok/s": rows * NEW / whole_s,
-    }
-
-
-def theirs(folder: str, rows: int, device: str) -> Callable[[], dict]:
+def with_transformers(folder: str, batch_size: int, device: str) -> Callable[[], dict]:
     from transformers import AutoModelForCausalLM
 
-    dtype = torch.float32 if folder.endswith("fp32") else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
-    ids = torch.tensor(random_prompts(rows), device=device)
-    how = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    how["attention_mask"] = torch.ones_like(ids)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(device)
+    ids = torch.tensor(random_prompts(batch_size), device=device)
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options["attention_mask"] = torch.ones_like(ids)
 
     def run() -> dict:
         start = time.perf_counter()
-        model.generate(ids, max_new_tokens=1, **how).cpu()  # waits, if it was a GPU
+        model.generate(ids, max_new_tokens=1, **options).cpu()  # waits for a GPU
         first = time.perf_counter()
-        out = model.generate(ids, max_new_tokens=NEW, **how).cpu()
-        assert out.shape == (rows, PROMPT + NEW)
-        return rates(first - start, time.perf_counter() - first, rows)
+        out = model.generate(ids, max_new_tokens=NEW, **options).cpu()
+        assert out.shape == (batch_size, PROMPT + NEW)
+        return rates(first - start, time.perf_counter() - first, batch_size)
 
     return run
 
 
-def llama_cpp(file: str, rows: int, device: str) -> Callable[[], dict]:
-    from llama_cpp import Llama as Peer
+def llama_cpp(file: str, batch_size: int, device: str) -> Callable[[], dict]:
+    from llama_cpp import Llama as LlamaCpp
 
-    model = Peer(file, n_ctx=PROMPT + NEW, n_threads=2, n_threads_batch=2, verbose=False)
+    model = LlamaCpp(file, n_ctx=PROMPT + NEW, n_threads=2, n_threads_batch=2, verbose=False)
     (ids,) = random_prompts(1)
 
     def run() -> dict:
@@ -138,7 +140,7 @@ def llama_cpp(file: str, rows: int, device: str) -> Callable[[], dict]:
     return run
 
 
-def bandwidth(folder: str, rows: int, device: str) -> Callable[[], dict]:
+def bandwidth(folder: str, batch_size: int, device: str) -> Callable[[], dict]:
     numbers = torch.ones(1 << 28, device=device)
 
     def run() -> dict:
@@ -151,14 +153,19 @@ def bandwidth(folder: str, rows: int, device: str) -> Callable[[], dict]:
     return run
 
 
-SIDES = {"ours": ours, "theirs": theirs, "llama.cpp": llama_cpp, "bandwidth": bandwidth}
+SIDES = {
+    "ours": ours,
+    "transformers": with_transformers,
+    "llama.cpp": llama_cpp,
+    "bandwidth": bandwidth,
+}
 
 
-def serve(side: str, path: str, rows: int, device: str) -> None:
-    """Load, then answer every line on stdin with a run's figures."""
+def run_on_request(side: str, path: str, batch_size: int, device: str) -> None:
+    """Load, then print the figures of a run for every line on stdin."""
     torch.set_grad_enabled(False)
-    with PeakMemory() as peak:  # its sampling would disturb the turns of all
-        run = SIDES[side](path, rows, device)
+    with PeakMemory() as peak:  # only here: its sampling would slow down every side's turn
+        run = SIDES[side](path, batch_size, device)
         run()
     print("ready", flush=True)
     for _ in sys.stdin:
@@ -166,38 +173,40 @@ def serve(side: str, path: str, rows: int, device: str) -> None:
         print(json.dumps(run() | sizes), flush=True)
 
 
-def take_turns(
-    sides: dict[str, tuple], runs: int, device: str = "cpu"
-) -> dict[str, dict[str, list]]:
-    """{name: (side, path, rows)} → {name: {figure: values}}, all loaded, one running at a time."""
+def run_loaded_in_turns(sides: dict[str, tuple], runs: int, device: str = "cpu") -> Figures:
+    """{name: (side, path, batch size)} → figures; all stay loaded, and one runs at a time."""
     processes = {}
-    for name, (side, path, rows) in sides.items():
-        what = {"side": side, "path": path, "rows": rows, "device": device}
-        flags = [f"--{name}={value}" for name, value in what.items()]
-        command = [sys.executable, __file__, *flags]
+    for name, (side, path, batch_size) in sides.items():
+        flags = {"side": side, "path": path, "batch_size": batch_size, "device": device}
+        command = module_command("bench.decode", **flags)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        processes[name] = subprocess.Popen(command, stderr=subprocess.DEVNULL, **pipes)
-        if processes[name].stdout.readline() != "ready\n":
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, **pipes)
+        if process.stdout.readline() != "ready\n":
             raise SystemExit(f"{name} did not start: {' '.join(command)}")
-    found: dict[str, dict[str, list]] = {name: {} for name in sides}
-    for _ in range(runs):
-        for name, process in processes.items():
-            print(file=process.stdin, flush=True)
-            for figure, value in json.loads(process.stdout.readline()).items():
-                found[name].setdefault(figure, []).append(value)
+        processes[name] = process
+
+    def request_run(process: subprocess.Popen) -> dict:
+        print(file=process.stdin, flush=True)
+        return json.loads(process.stdout.readline())
+
+    turns = {n: lambda process=process: request_run(process) for n, process in processes.items()}
+    figures = run_in_turns(turns, runs, warm_up=0)  # each has run once already
     for process in processes.values():
         process.stdin.close()
         process.wait()
-    return found
+    return figures
 
 
-def write_gguf(folder: Path, config: LlamaConfig, kind: str) -> str:
-    """The same shape for llama.cpp, with random weights and no vocabulary."""
+# ---------------------------------------------------------------- files of the other formats
+
+
+def write_gguf(file: Path, kind: str) -> None:
+    """A model of TINYLLAMA's size for llama.cpp, with random weights and no vocabulary."""
     import gguf
     import numpy as np
 
-    path = str(folder / f"{kind}.gguf")
-    writer = gguf.GGUFWriter(path, "llama")
+    config = LlamaConfig(**TINYLLAMA)
+    writer = gguf.GGUFWriter(str(file), "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -210,105 +219,89 @@ def write_gguf(folder: Path, config: LlamaConfig, kind: str) -> str:
     writer.add_tokenizer_model("no_vocab")
     names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
     names |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+    names |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    names |= {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
     random = np.random.default_rng(0)
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in Llama(config).named_parameters()}
-    for name, shape in shapes.items():
-        parts = name.split(".")
-        if parts[-2] in names:
-            title = f"blk.{parts[2]}.{names[parts[-2]]}.weight"
-        elif "layernorm" in name:
-            which = "attn_norm" if "input" in name else "ffn_norm"
-            title = f"blk.{parts[2]}.{which}.weight"
-        else:
-            tops = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
-            title = f"{tops[parts[-2]]}.weight"
+    for name, shape in parameter_shapes(config).items():
+        parts = name.split(".")  # such as model.layers.0.mlp.up_proj.weight
+        block, module = f"blk.{parts[2]}." if "layers" in parts else "", parts[-2]
+        new = f"{block}{names[module]}.weight"
         if len(shape) == 1:
-            writer.add_tensor(title, np.ones(shape, np.float32))
+            writer.add_tensor(new, np.ones(shape, np.float32))
             continue
-        # the head of Q4_0 files is kept at 8 bits, as ours
-        quant = "Q8_0" if kind == "Q4_0" and "lm_head" in name else kind
-        quant = gguf.GGMLQuantizationType[quant]
-        content = 0.02 * random.standard_normal(shape, np.float32)
-        content = gguf.quants.quantize(content, quant)
-        writer.add_tensor(title, content, raw_dtype=quant)
+        # llama.cpp stores the head of a Q4_0 file in more bits; here in 8, as ours
+        stored = "Q8_0" if kind == "Q4_0" and module == "lm_head" else kind
+        stored = gguf.GGMLQuantizationType[stored]
+        weights = 0.02 * random.standard_normal(shape, np.float32)
+        writer.add_tensor(new, gguf.quants.quantize(weights, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
-def weight_bytes(folder: Path) -> int:
-    """What one decoded token reads."""
+def write_quantized(plain: Path) -> dict[int, Path]:
+    """Bits → folder, of the model in `plain` and of copies beside it with 8 and 4 bits."""
+    folders = {16: plain, 8: plain.with_name("int8"), 4: plain.with_name("int4")}
+    for bits in (8, 4):
+        save_quantized(WeightSource(plain, bits), folders[bits])
+    return folders
+
+
+def bytes_per_token(folder: Path) -> int:
+    """The bytes of weights that decoding a token reads."""
     sizes = tensor_bytes(WeightSource(folder).stored)
     return sum(size for name, size in sizes.items() if "embed_tokens" not in name)
 
 
-def one_sequence(folder: Path, runs: int) -> None:
-    plain = folder / "bf16"
-    write_random(plain)
-    places = {16: plain, 8: folder / "int8", 4: folder / "int4"}
-    for bits in (8, 4):
-        save_quantized(WeightSource(plain, bits), places[bits])
-    sides = {f"ours {bits}": ("ours", str(place), 1) for bits, place in places.items()}
-    sides["transformers"] = ("theirs", str(plain), 1)
-    peers = [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name)]
-    for kind in KINDS.values() if len(peers) == 2 else ():
-        sides[f"llama.cpp {kind}"] = ("llama.cpp", write_gguf(folder, SHAPE, kind), 1)
-    sides["memory"] = ("bandwidth", "", 1)
-    found = take_turns(sides, runs)
-    packages = ["torch", "transformers"]
-    pairs = [(16, "transformers")]
-    if len(peers) == 2:
+# ---------------------------------------------------------------- the two tables
+
+
+def one_sequence(scratch: Path, runs: int) -> None:
+    write_random(scratch / "bf16", TINYLLAMA)
+    folders = write_quantized(scratch / "bf16")
+    sides = {f"ours {bits}": ("ours", folder, 1) for bits, folder in folders.items()}
+    sides["transformers"] = ("transformers", folders[16], 1)
+    pairs, packages = [(16, "transformers")], ["torch", "transformers"]
+    if all(importlib.util.find_spec(name) for name in ("llama_cpp", "gguf")):
         packages.append("llama_cpp_python")
-        pairs += [(bits, f"llama.cpp {kind}") for bits, kind in KINDS.items()]
-    rows = []
+        for bits, kind in GGUF_TYPES.items():
+            write_gguf(file := scratch / f"{kind}.gguf", kind)
+            sides[f"llama.cpp {kind}"] = ("llama.cpp", file, 1)
+            pairs.append((bits, f"llama.cpp {kind}"))
+    sides["memory"] = ("bandwidth", "", 1)
+    figures = run_loaded_in_turns(sides, runs)
+    lines = []
     for bits, peer in pairs:
-        a, b = found[f"ours {bits}"], found[peer]
+        a, b = figures[f"ours {bits}"], figures[peer]
         for figure in ("decode tok/s", "prompt tok/s", "tok/s"):
-            rows.append(row(f"{bits} bits, {figure}; {peer}", a[figure], b[figure], True))
-        together = [[x + y for x, y in zip(s["GB"], s["mapped GB"], strict=True)] for s in (a, b)]
-        rows.append(row(f"{bits} bits, peak memory and mapped pages, GB; {peer}", *together))
-    print(table("Decoding one sequence, 1.1B parameters, CPU", "peer", rows, packages))
-    rate = statistics.median(found["memory"]["GB/s"])
-    limits = (
-        f"{bits} bits {rate * 1e9 / weight_bytes(place):.1f}" for bits, place in places.items()
-    )
-    print(f"Memory is read at {rate:.0f} GB/s: at most, tok/s: {', '.join(limits)}.\n")
+            lines.append(table_line(f"{bits} bits, {figure}; {peer}", a[figure], b[figure], True))
+        totals = [[x + y for x, y in zip(s["GB"], s["mapped GB"], strict=True)] for s in (a, b)]
+        label = f"{bits} bits, peak memory and mapped pages, GB; {peer}"
+        lines.append(table_line(label, *totals))
+    print(table("Decode one sequence, 1.1B parameters, CPU", "peer", lines, packages))
+    rate = statistics.median(figures["memory"]["GB/s"])
+    limits = (f"{bits} bits {rate * 1e9 / bytes_per_token(f):.1f}" for bits, f in folders.items())
+    print(f"Memory is read at {rate:.0f} GB/s, which limits tok/s to: {', '.join(limits)}.\n")
 
 
-def many_sequences(folder: Path, runs: int) -> None:
-    config = LlamaConfig(**SMALL)
-    torch.set_default_dtype(torch.float32)
-    torch.manual_seed(0)
-    model = Llama(config)
-    save_model(model, config, folder / "fp32")
-    save_model(model, config, folder / "small-bf16", torch.bfloat16)
-    rows = []
-    for name in ("fp32", "small-bf16"):
-        path = str(folder / name)
-        sides = {"ours": ("ours", path, BATCH), "theirs": ("theirs", path, BATCH)}
-        found = take_turns(sides, runs)
-        a, b = found["ours"], found["theirs"]
-        rows.append(row(f"{name.removeprefix('small-')}, tok/s", a["tok/s"], b["tok/s"], True))
-        rows.append(row(f"{name.removeprefix('small-')}, peak anonymous GB", a["GB"], b["GB"]))
-    title = f"Decoding {BATCH} sequences, 15.2M parameters, CPU"
-    print(table(title, "transformers", rows, ["torch", "transformers"]))
+def many_sequences(scratch: Path, runs: int) -> None:
+    lines = []
+    for dtype in ("fp32", "bf16"):
+        write_random(folder := scratch / f"small-{dtype}", SMALL, dtype)
+        sides = {side: (side, folder, BATCH) for side in ("ours", "transformers")}
+        a, b = run_loaded_in_turns(sides, runs).values()
+        lines.append(table_line(f"{dtype}, tok/s", a["tok/s"], b["tok/s"], True))
+        lines.append(table_line(f"{dtype}, peak anonymous memory, GB", a["GB"], b["GB"]))
+    title = f"Decode {BATCH} sequences at once, 15.2M parameters, CPU"
+    print(table(title, "transformers", lines, ["torch", "transformers"]))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--runs", type=int, default=5, help="counted runs of each (default: 5)")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--path", help=argparse.SUPPRESS)
-    parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--device", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    internal = ("--side", "--path", "--batch-size", "--device")
+    args = bench_parser(__doc__, runs=5, internal=internal).parse_args()
     if args.side:
-        return serve(args.side, args.path, args.rows, args.device)
+        return run_on_request(args.side, args.path, int(args.batch_size), args.device)
     with tempfile.TemporaryDirectory() as scratch:
         one_sequence(Path(scratch), args.runs)
         many_sequences(Path(scratch), args.runs)

@@ -1,17 +1,15 @@
-"""The demo's server against `transformers serve`: tokens a second for 1, 4 and 16 clients at once.
+"""`alpaca serve` against `transformers serve`: tokens a second of 1, 4 and 16 clients at once.
 
-    python bench/demo.py [--runs 5]
+    python -m bench.demo [--runs 5]
 
-A random model of 15.2M parameters in fp32, a tokenizer of 32,000 pieces trained on made-up words.
-Every client asks for a completion, about 40 tokens of prompt and 64 of answer, the likeliest each
-time. The servers take turns: ours as it starts by itself, with
-filter and watermark; ours without the watermark; `transformers serve`; and that with
---continuous-batching, which decodes requests together as ours does.
+A random model of 15.2M parameters in fp32, with a tokenizer of 32,000 tokens trained on made-up
+words. Each client asks for a greedy completion, with about 40 tokens of prompt and 64 of answer.
+The servers take turns: ours with the filter of rules and the watermark; ours without the watermark;
+`transformers serve`; and the same with --continuous-batching, which decodes requests together as
+ours does.
 """
 
-import argparse
 import asyncio
-import json
 import random
 import socket
 import subprocess
@@ -20,81 +18,54 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import httpx
 
-import httpx  # noqa: E402
-import torch  # noqa: E402
-
-from alpaca.datagen.train_tokenizer import train_tokenizer  # noqa: E402
-from alpaca.weights.writer import save_model  # noqa: E402
-from bench.measure import row, table  # noqa: E402
-from bench.train import SHAPE  # noqa: E402
-from model import Llama, LlamaConfig  # noqa: E402
+from alpaca.datagen.train_tokenizer import train_tokenizer
+from bench.measure import ROOT, bench_parser, run_in_turns, table, table_line
+from bench.models import SMALL, write_random
 
 WORDS, NEW, CLIENTS = 24, 64, (1, 4, 16)
-OURS, PLAIN, THEIRS, BATCHED = "ours", "ours, no watermark", "one by one", "continuous batching"
+OURS, PLAIN, PEER, BATCHED = "ours", "ours, no watermark", "one by one", "continuous batching"
+ONSETS = [*"bcdfghklmnprstvwz", "ch", "sh", "th"]
+RHYMES = ["a", "e", "i", "o", "u", "ai", "ou", "an", "en", "in", "on"]
+GREEN_LISTS_S = 12  # seconds in which our server fills its cache of the watermark's lists
 
 
 def made_up_words(count: int) -> list[str]:
-    draw = random.Random(0)
-    starts = [
-        "b",
-        "c",
-        "d",
-        "f",
-        "g",
-        "h",
-        "k",
-        "l",
-        "m",
-        "n",
-        "p",
-        "r",
-        "s",
-        "t",
-        "v",
-        "w",
-        "z",
-        "ch",
-        "sh",
-        "th",
-    ]
-    ends = ["a", "e", "i", "o", "u", "ai", "ou", "an", "en", "in", "on"]
-    syllables = [start + end for start in starts for end in ends]
-    return ["".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(count)]
+    rng = random.Random(0)
+    syllables = [onset + rhyme for onset in ONSETS for rhyme in RHYMES]
+    return ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(count)]
 
 
 def write_model(folder: Path, words: list[str]) -> Path:
-    draw = random.Random(1)
-    lines = "\n".join(" ".join(draw.choices(words, k=12)) for _ in range(30_000))
+    rng = random.Random(1)
+    lines = "\n".join(" ".join(rng.choices(words, k=12)) for _ in range(30_000))
     (folder / "words.txt").write_text(lines)
-    train_tokenizer([folder / "words.txt"], SHAPE["vocab_size"], folder / "words.model")
-    torch.manual_seed(0)
-    config = LlamaConfig(**SHAPE)
-    save_model(Llama(config), config, folder / "model", tokenizer=folder / "words.model")
+    train_tokenizer([folder / "words.txt"], SMALL["vocab_size"], folder / "words.model")
+    write_random(folder / "model", SMALL, "fp32", folder / "words.model")
     return folder / "model"
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return bound.getsockname()[1]
 
 
-def started(model: Path, name: str, log: Path) -> tuple[subprocess.Popen, str]:
+def start_server(model: Path, name: str, log: Path) -> tuple[subprocess.Popen, str]:
     """The server's process, and its URL once it answers."""
-    port = str(free_port())
+    port = free_port()
     if name in (OURS, PLAIN):
         command = [sys.executable, "-m", "alpaca", "serve", "--model-dir", model, "--port", port]
-        command += ["--rate", "0", "--filter", "rules", "--name", str(model)]
+        command += ["--rate", 0, "--filter", "rules", "--name", model]
         command += ["--no-watermark"] if name == PLAIN else []
     else:
         command = [Path(sys.executable).parent / "transformers", "serve", model, "--port", port]
         command += ["--device", "cpu", "--dtype", "float32"]
         command += ["--continuous-batching"] if name == BATCHED else []
-    with open(log, "w") as said:
-        process = subprocess.Popen(list(map(str, command)), stdout=said, stderr=said)
+    with open(log, "w") as output:
+        pipes = {"stdout": output, "stderr": output}
+        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, **pipes)
     for _ in range(240):
         try:
             if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
@@ -103,61 +74,60 @@ def started(model: Path, name: str, log: Path) -> tuple[subprocess.Popen, str]:
             if process.poll() is not None:
                 break
         time.sleep(0.5)
+    process.kill()
     raise SystemExit(f"{name} did not start: {log.read_text()[-2000:]}")
 
 
-async def rate(url: str, model: Path, words: list[str], clients: int, stream: bool) -> float:
+async def request_all(url: str, model: Path, words: list[str], clients: int, stream: bool) -> float:
     """Tokens a second of all clients together."""
-    draw = random.Random(clients)
-    asked = {"model": str(model), "max_tokens": NEW, "temperature": 0.0, "stream": stream}
+    rng = random.Random(clients)
+    options = {"model": str(model), "max_tokens": NEW, "temperature": 0.0, "stream": stream}
 
-    async def client(http: httpx.AsyncClient) -> None:
-        body = asked | {"prompt": " ".join(draw.choices(words, k=WORDS))}
-        answer = await http.post(url, json=body)
-        answer.raise_for_status()
+    async def request(http: httpx.AsyncClient) -> None:
+        prompt = " ".join(rng.choices(words, k=WORDS))
+        response = await http.post(url, json={**options, "prompt": prompt})
+        response.raise_for_status()
         if not stream:
-            assert json.loads(answer.content)["usage"]["completion_tokens"] == NEW
+            assert response.json()["usage"]["completion_tokens"] == NEW
 
     async with httpx.AsyncClient(timeout=600) as http:
         start = time.perf_counter()
-        await asyncio.gather(*(client(http) for _ in range(clients)))
+        await asyncio.gather(*(request(http) for _ in range(clients)))
         return clients * NEW / (time.perf_counter() - start)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--runs", type=int, default=5, help="counted runs of each (default: 5)")
-    args = parser.parse_args()
+    args = bench_parser(__doc__, runs=5).parse_args()
     words = made_up_words(60_000)
-    kinds = [(clients, False) for clients in CLIENTS] + [(CLIENTS[-1], True)]
-    found: dict[tuple, list[float]] = {}
+    loads = [(clients, False) for clients in CLIENTS] + [(CLIENTS[-1], True)]
     with tempfile.TemporaryDirectory() as scratch:
         model, servers = write_model(Path(scratch), words), {}
+
+        def rate(name: str, clients: int, stream: bool) -> dict:
+            work = request_all(servers[name][1], model, words, clients, stream)
+            return {"rate": asyncio.run(work)}
+
         try:
-            for name in (OURS, PLAIN, THEIRS, BATCHED):
-                servers[name] = started(model, name, Path(scratch) / "log.txt")
-                asyncio.run(rate(servers[name][1], model, words, CLIENTS[-1], False))  # warms up
-            time.sleep(12)  # green lists are dealt
-            for _ in range(args.runs):
-                for clients, stream in kinds:
-                    for name, (_, url) in servers.items():
-                        value = asyncio.run(rate(url, model, words, clients, stream))
-                        found.setdefault((name, clients, stream), []).append(value)
+            for name in (OURS, PLAIN, PEER, BATCHED):
+                servers[name] = start_server(model, name, Path(scratch) / "log.txt")
+                rate(name, CLIENTS[-1], False)  # warms up
+            time.sleep(GREEN_LISTS_S)
+            figures = {}
+            for load in loads:
+                sides = {name: lambda name=name, load=load: rate(name, *load) for name in servers}
+                figures[load] = run_in_turns(sides, args.runs, warm_up=0)
         finally:
             for process, _ in servers.values():
                 process.terminate()
             for process, _ in servers.values():
                 process.wait()
-    rows = []
-    for clients, stream in kinds:
-        what = f"{clients} at once{', streamed' * stream}"
-        for peer in (THEIRS, BATCHED, PLAIN):
-            ours, other = (found[name, clients, stream] for name in (OURS, peer))
-            rows.append(row(f"{what}, tok/s; {peer}", ours, other, True))
-    title = "The demo's server, 15.2M parameters, fp32, CPU, filter and watermark on"
-    print(table(title, "peer", rows, ["torch", "transformers"]))
+    lines = []
+    for (clients, stream), found in figures.items():
+        for peer in (PEER, BATCHED, PLAIN):
+            label = f"{clients} at once{', streamed' * stream}, tok/s; {peer}"
+            lines.append(table_line(label, found[OURS]["rate"], found[peer]["rate"], True))
+    title = "Web server, 15.2M parameters, fp32, CPU, filter and watermark on"
+    print(table(title, "peer", lines, ["torch", "transformers"]))
 
 
 if __name__ == "__main__":

@@ -1,67 +1,52 @@
-"""Decoding a 7B shape on one GPU: tokens a second against transformers, beside what memory allows.
+"""Decoding a 7B on one GPU: tokens a second against transformers, and the memory's limit.
 
-    python bench/gpu_decode.py [--runs 5]
+    python -m bench.gpu_decode [--runs 5]
 
 A random LLaMA-7B in bf16 (13.5 GB in a temporary folder) answers one prompt of 64 tokens with 64
-new ones, then 32 such prompts at once; ours at 16, 8 and 4 bits too. Every side is a process that
-keeps its model in the GPU's memory; they take turns. A token needs every weight but the
-embedding's once: the limit is the rate at which this GPU sums 1 GiB, over those bytes.
+new ones, then 32 such prompts at once; ours with 8 and 4 bits too. Sides and limit are those of
+bench/decode.py, in the GPU's memory.
 """
 
-import argparse
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+from bench.decode import bytes_per_token, run_loaded_in_turns, write_quantized
+from bench.measure import bench_parser, gpu_table, table, table_line
+from bench.models import write_random
 
-from alpaca.weights.quantize import WeightSource, save_quantized  # noqa: E402
-from bench.decode import take_turns, weight_bytes  # noqa: E402
-from bench.laptop import write  # noqa: E402
-from bench.measure import kept, row, table  # noqa: E402
-
-TITLE, MANY = "Decode a 7B on one GPU", 32
+TITLE, BATCH_SIZES = "Decode a 7B on one GPU", (1, 32)
 
 
-def measured(runs: int) -> str:
+def measure(runs: int) -> str:
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        places = {16: folder / "bf16", 8: folder / "int8", 4: folder / "int4"}
-        write(places[16])
+        write_random(plain := Path(scratch) / "bf16", "7B")
+        folders = write_quantized(plain)
         sides = {"memory": ("bandwidth", "", 1)}
-        for bits, place in places.items():
-            if bits < 16:
-                save_quantized(WeightSource(places[16], bits), place)
-            for rows in (1, MANY):
-                sides[f"ours {bits}, {rows}"] = ("ours", str(place), rows)
-        for rows in (1, MANY):
-            sides[f"theirs, {rows}"] = ("theirs", str(places[16]), rows)
-        found = take_turns(sides, runs, "cuda")
-        rate = statistics.median(found["memory"]["GB/s"])
-        limits = {bits: rate * 1e9 / weight_bytes(place) for bits, place in places.items()}
-    rows = []
-    for many in (1, MANY):
-        for bits in places:
-            what = f"{many} at once, {bits} bits; bf16"
+        for size in BATCH_SIZES:
+            for bits, folder in folders.items():
+                sides[f"ours {bits}, {size}"] = ("ours", folder, size)
+            sides[f"transformers, {size}"] = ("transformers", plain, size)
+        figures = run_loaded_in_turns(sides, runs, "cuda")
+        rate = statistics.median(figures["memory"]["GB/s"])
+        limits = {bits: rate * 1e9 / bytes_per_token(f) for bits, f in folders.items()}
+    lines = []
+    for size in BATCH_SIZES:
+        for bits in limits:
+            ours, peer = figures[f"ours {bits}, {size}"], figures[f"transformers, {size}"]
             for figure in ("decode tok/s", "tok/s"):
-                pair = (found[name][figure] for name in (f"ours {bits}, {many}", f"theirs, {many}"))
-                rows.append(row(f"{what}, {figure}", *pair, True))
-    lines = [table(TITLE, "transformers", rows, ["torch", "transformers"])]
+                label = f"{size} at once, {bits} bits against bf16, {figure}"
+                lines.append(table_line(label, ours[figure], peer[figure], True))
+    text = [table(TITLE, "transformers", lines, ["torch", "transformers"])]
     for bits, limit in limits.items():
-        share = statistics.median(found[f"ours {bits}, 1"]["decode tok/s"]) / limit
-        lines.append(f"{bits} bits, one row: {share:.0%} of the {limit:.0f} tok/s memory allows.")
-    return "\n".join([*lines, ""])
+        share = statistics.median(figures[f"ours {bits}, 1"]["decode tok/s"]) / limit
+        text.append(f"{bits} bits, one sequence: {share:.0%} of the memory's {limit:.0f} tok/s.")
+    return "\n".join([*text, ""])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--runs", type=int, default=5, help="counted runs of each (default: 5)")
-    args = parser.parse_args()
-    print(kept("decode.md", TITLE, lambda: measured(args.runs)))
+    args = bench_parser(__doc__, runs=5).parse_args()
+    print(gpu_table("decode.md", TITLE, lambda: measure(args.runs)))
 
 
 if __name__ == "__main__":

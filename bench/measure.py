@@ -1,15 +1,75 @@
-"""What every benchmark shares: peak memory, alternated runs, one table."""
+"""What the benchmarks share: their command line, peak memory, runs in turn, and tables.
 
+Run by itself, it prints the introduction of bench/RESULTS.md.
+"""
+
+import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import threading
 import time
+from argparse import SUPPRESS
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"  # tables of machines that not everybody has
+from alpaca.common.cli import Parser
+
+ROOT = Path(__file__).parent.parent
+GPU_RESULTS = ROOT / "bench/results"  # tables that need a GPU, in files of their own
+INTRODUCTION = """## Measurements
+
+`make bench` writes this file. The sides of a comparison run in turn on the same machine; their
+columns hold medians. The ratio says how many times better ours is, that is, how much faster, or how
+much smaller where memory is compared: the median over all turns, and beside it their range.
+"""
+Figures = dict[str, dict[str, list[float]]]  # side → figure → one value for each run
+
+
+# ---------------------------------------------------------------- command line and processes
+
+
+def bench_parser(doc: str | None, runs: int = 0, internal: tuple[str, ...] = ()) -> Parser:
+    """A parser with --runs, and with internal flags for the processes that a benchmark starts."""
+    parser = Parser(description=doc)
+    if runs:
+        help = f"measured runs of each side (default: {runs})"
+        parser.add_argument("--runs", type=int, default=runs, help=help)
+    for flag in internal:
+        parser.add_argument(flag, help=SUPPRESS)
+    return parser
+
+
+def module_command(module: str, **flags) -> list[str]:
+    """`python -m module --flag=value …`, to be run in ROOT."""
+    pairs = (f"--{name.replace('_', '-')}={value}" for name, value in flags.items())
+    return [sys.executable, "-m", module, *pairs]
+
+
+def run_in_process(module: str, **flags) -> dict:
+    """The figures that a benchmark prints as JSON when it is run with internal flags."""
+    command = module_command(module, **flags)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: exit {done.returncode}\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_in_turns(sides: dict[str, Callable[[], dict]], runs: int, warm_up: int = 1) -> Figures:
+    """Run the sides in turn, a b a b …, and drop the figures of the first `warm_up` turns."""
+    figures: Figures = {name: {} for name in sides}
+    for turn in range(warm_up + runs):
+        for name, side in sides.items():
+            for figure, value in side().items():
+                if turn >= warm_up:
+                    figures[name].setdefault(figure, []).append(value)
+    return figures
+
+
+# ---------------------------------------------------------------- memory
 
 
 def memory() -> dict[str, int]:
@@ -20,7 +80,7 @@ def memory() -> dict[str, int]:
 
 
 class PeakMemory:
-    """Highest `memory()` inside a `with` block, beyond what there was at its start."""
+    """The highest `memory()` inside a `with` block, less what it was at the start."""
 
     def __enter__(self) -> "PeakMemory":
         self.start = memory()
@@ -43,64 +103,54 @@ class PeakMemory:
                 return
 
 
-def alternate(
-    sides: dict[str, Callable[[], dict]], runs: int, warm_up: int = 1
-) -> dict[str, dict[str, list]]:
-    """Run the sides in turn, a b a b …, the first `warm_up` times without counting."""
-    found: dict[str, dict[str, list]] = {name: {} for name in sides}
-    for turn in range(warm_up + runs):
-        for name, side in sides.items():
-            for figure, value in side().items():
-                if turn >= warm_up:
-                    found[name].setdefault(figure, []).append(value)
-    return found
+# ---------------------------------------------------------------- tables
 
 
 def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def row(what: str, ours: list[float], peer: list[float], more_is_better: bool = False) -> str:
-    """A line of the table; the ratio is how many times better ours is, turn by turn."""
-    pairs = list(zip(ours, peer, strict=True))
+def table_line(
+    label: str, ours: list[float], peer: list[float], more_is_better: bool = False
+) -> str:
+    """A line of the table; its ratios are taken turn by turn."""
+    pairs = zip(ours, peer, strict=True)
     ratios = sorted(a / b if more_is_better else b / a for a, b in pairs)
-    spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
-    middle = [number(statistics.median(side)) for side in (ours, peer)]
-    return (
-        f"| {what} | {middle[0]} | {middle[1]} | **{statistics.median(ratios):.2f}×** | {spread} |"
-    )
+    medians = " | ".join(number(statistics.median(side)) for side in (ours, peer))
+    ratio = f"**{statistics.median(ratios):.2f}×**"
+    return f"| {label} | {medians} | {ratio} | {ratios[0]:.2f} to {ratios[-1]:.2f} |"
 
 
-def table(title: str, peer: str, rows: list[str], packages: list[str]) -> str:
-    lines = [
-        f"### {title}",
-        "",
-        f"| what | ours | {peer} | ratio | spread |",
-        "|---|---|---|---|---|",
-    ]
-    return "\n".join([*lines, *rows, "", stamp(packages), ""])
+def table(title: str, peer: str, lines: list[str], packages: list[str]) -> str:
+    head = f"### {title}\n\n| measured | ours | {peer} | ratio | range |\n|---|---|---|---|---|"
+    return "\n".join([head, *lines, "", stamp(packages), ""])
 
 
 def gpu() -> str | None:
-    import torch  # only here: some scripts measure what importing it takes
+    import torch  # only here: some scripts measure how long importing it takes
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def stamp(packages: list[str]) -> str:
-    """When, on what and with which versions."""
+    """The date, the machine and the versions."""
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-    machine = f"{gpu()}, {machine}" if gpu() else machine
+    if name := gpu():
+        machine = f"{name}, {machine}"
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     return f"{time.strftime('%Y-%m-%d')}; {machine}; {versions}"
 
 
-def kept(file: str, title: str, measured: Callable[[], str]) -> str:
-    """A table that needs a GPU: measured where there is one and kept in bench/results/, elsewhere
-    as it was kept."""
+def gpu_table(file: str, title: str, measure: Callable[[], str]) -> str:
+    """A table that needs a GPU: measured and stored in GPU_RESULTS where there is one, else read
+    from there."""
     if gpu():
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / file).write_text(measured())
-    elif not (RESULTS / file).exists():
-        return f"### {title}\n\nNot yet measured.\n"
-    return (RESULTS / file).read_text()
+        GPU_RESULTS.mkdir(exist_ok=True)
+        (GPU_RESULTS / file).write_text(measure())
+    elif not (GPU_RESULTS / file).exists():
+        return f"### {title}\n\nNot measured yet.\n"
+    return (GPU_RESULTS / file).read_text()
+
+
+if __name__ == "__main__":
+    print(INTRODUCTION)

@@ -1,65 +1,58 @@
 """Training: useful tokens a second and peak memory, against Hugging Face's Trainer.
 
-    python bench/train.py [--runs 3] [--steps 9]
+    python -m bench.train [--runs 3] [--steps 9]
 
-The model has 15.2M parameters (width 288, 6 layers, vocabulary 32,000, tied), random weights. The
-examples have the lengths of Alpaca's: log-normal, median 87 tokens, mean about 108, none above 512;
-half of each is prompt. Batches of 16 examples, all of it on the CPU.
+The model has 15.2M parameters (width 288, 6 layers, vocabulary 32,000, tied) and random weights.
+The examples have the lengths of Alpaca's: log-normal, median 87 tokens, mean about 108, at most
+512; half of each is prompt. Batches of 16 examples, on the CPU.
 
-Trainer pads a batch to its longest example, as Alpaca's train.py has it do; its second column also
-groups examples of similar length. Ours is `fsdp_train.train`, the whole loop: packing, FSDP, the
-loss on supervised tokens, clipping, AdamW, logging. Padding does not count as tokens on either
-side. Each side runs in a process of its own, in turn.
+Trainer pads a batch to its longest example, as in Alpaca's train.py; its second entry also groups
+examples of similar length. Ours is `fsdp_train.train`, the whole loop: packing, FSDP, the loss on
+supervised tokens, clipping, AdamW, logging. Padding does not count as tokens on either side. Each
+side runs in a process of its own, in turn.
 """
 
-import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import numpy as np
 
-import numpy as np  # noqa: E402
+from bench.measure import (
+    ROOT,
+    PeakMemory,
+    bench_parser,
+    run_in_process,
+    run_in_turns,
+    table,
+    table_line,
+)
+from bench.models import SMALL, write_random
 
-from bench.measure import PeakMemory, alternate, row, table  # noqa: E402
-
-BATCH, WARM_UP = 16, 3  # steps that do not count: allocators and kernels settle
-SHAPE = {
-    "vocab_size": 32000,
-    "hidden_size": 288,
-    "intermediate_size": 768,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 6,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-}
+BATCH, WARM_UP = 16, 3  # the first steps, in which allocators and kernels settle, do not count
 
 
 def examples(count: int) -> list[tuple[list[int], list[int]]]:
-    """(ids, labels), random but for their lengths."""
+    """(ids, labels) of random tokens."""
     random = np.random.default_rng(0)
     lengths = np.clip(random.lognormal(np.log(87), 0.66, count).astype(int), 8, 512)
-    made = [random.integers(3, 32000, length).tolist() for length in lengths]
-    return [(ids, [-100] * (len(ids) // 2) + ids[len(ids) // 2 :]) for ids in made]
+    texts = [random.integers(3, 32000, length).tolist() for length in lengths]
+    return [(ids, [-100] * (len(ids) // 2) + ids[len(ids) // 2 :]) for ids in texts]
 
 
 def ours(dtype: str, steps: int, lora: bool = False) -> list[float]:
-    """Useful tokens a second, step by step; of the whole model or of an adapter (bench/lora.py)."""
+    """Tokens a second of each step; all weights are trained, or an adapter (bench/lora.py)."""
     import fsdp_train
     from alpaca.training.config import TrainConfig
     from alpaca.training.parallel import process_group
     from alpaca.training.process import StopSignal, keep_freed_memory
     from alpaca.training.run_dir import RunDir
     from alpaca.weights.lora import LoraConfig
-    from alpaca.weights.writer import save_model
     from dataset import Examples
-    from model import Llama, LlamaConfig
+    from model import LlamaConfig
     from tokenizer import Tokenizer
 
     keep_freed_memory()
@@ -70,21 +63,22 @@ def ours(dtype: str, steps: int, lora: bool = False) -> list[float]:
     starts = np.cumsum([0, *(len(pair[0]) for pair in pairs)])
     data = Examples(ids, labels, starts, [""] * len(pairs), {})
     tokenizer = ROOT / "data/tokenizer.model"
-    with tempfile.TemporaryDirectory() as scratch:
-        model_config, start = LlamaConfig(**SHAPE), {"preset": "tiny"}
+    with tempfile.TemporaryDirectory() as folder:
+        weights = {"preset": "tiny"}  # random, of the size in model_config
         if lora:
-            save_model(Llama(model_config), model_config, f"{scratch}/base")
-            start = {"lora": LoraConfig(), "model_dir": Path(scratch) / "base"}
+            write_random(base := Path(folder) / "base", SMALL, "fp32")
+            weights = {"model_dir": base, "lora": LoraConfig()}
         config = TrainConfig(
-            **start,
+            **weights,
             tokenizer=tokenizer,
-            out=Path(scratch) / "run",
+            out=Path(folder) / "run",
             epochs=1,
             batch_size=BATCH,
             dtype=dtype,
             checkpointing="none",
             save_every=0,
         )
+        model_config = LlamaConfig(**SMALL)
         job = fsdp_train.Job(config, model_config, Tokenizer(tokenizer), data, None, [], steps)
         with process_group("cpu", 1) as (mesh, device), StopSignal() as stop:
             run = RunDir(config.out, {}, False, False)
@@ -102,7 +96,7 @@ def trainer(dtype: str, steps: int, grouped: bool, adapt=lambda model: model) ->
         TrainingArguments,
     )
 
-    config = LlamaConfig(**SHAPE)
+    config = LlamaConfig(**SMALL)
     torch.manual_seed(0)
     model = adapt(LlamaForCausalLM(config))
     data = [{"input_ids": i, "labels": j, "length": len(i)} for i, j in examples(BATCH * steps)]
@@ -111,25 +105,24 @@ def trainer(dtype: str, steps: int, grouped: bool, adapt=lambda model: model) ->
     def pad(batch: list[dict]) -> dict:
         longest = max(len(example["input_ids"]) for example in batch)
         tokens.append(sum(len(example["input_ids"]) for example in batch))
-        fill = {"input_ids": 0, "labels": -100}
         padded = {
             name: torch.tensor([e[name] + [value] * (longest - len(e[name])) for e in batch])
-            for name, value in fill.items()
+            for name, value in {"input_ids": 0, "labels": -100}.items()
         }
         lengths = torch.tensor([[len(example["input_ids"])] for example in batch])
         return {**padded, "attention_mask": (torch.arange(longest) < lengths).long()}
 
-    class Watch(TrainerCallback):
+    class Timer(TrainerCallback):
         def on_step_begin(self, *_, **__):
             self.start = time.perf_counter()
 
         def on_step_end(self, args, state, control, **_):
             rates.append(tokens[state.global_step - 1] / (time.perf_counter() - self.start))
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as folder:
         strategy = {"train_sampling_strategy": "group_by_length"} if grouped else {}
         arguments = TrainingArguments(
-            scratch,
+            folder,
             use_cpu=True,
             bf16=dtype == "bf16",
             per_device_train_batch_size=BATCH,
@@ -145,65 +138,51 @@ def trainer(dtype: str, steps: int, grouped: bool, adapt=lambda model: model) ->
             **strategy,
         )
         Trainer(
-            model, arguments, train_dataset=data, data_collator=pad, callbacks=[Watch()]
+            model, arguments, train_dataset=data, data_collator=pad, callbacks=[Timer()]
         ).train()
     return rates
 
 
-def once(work: Callable[[], list[float]], steps: int) -> None:
-    """Print one side's median rate and peak, as JSON."""
+def measure_once(work: Callable[[], list[float]], steps: int) -> None:
+    """Print one side's median rate and peak memory, as JSON."""
     import torch
 
     torch.set_num_threads(2)
     with PeakMemory() as peak:
         rates = work()
     assert len(rates) == steps, rates
-    found = {"rate": statistics.median(rates[WARM_UP:]), "GB": peak.anonymous / 1e9}
-    print(json.dumps(found))
-
-
-def in_own_process(file: str, side: str, dtype: str, steps: int) -> dict:
-    command = [sys.executable, file, "--side", side, "--dtype", dtype, "--steps", str(steps)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps({"rate": statistics.median(rates[WARM_UP:]), "GB": peak.anonymous / 1e9}))
 
 
 def compare(
-    file: str, doc: str, title: str, sides: dict[str, Callable], packages: list[str]
+    module: str, doc: str, title: str, sides: dict[str, Callable], packages: list[str]
 ) -> None:
-    """A benchmark's main: sides are functions of a dtype and a number of steps, ours first."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--runs", type=int, default=3, help="of each side (default: 3)")
+    """The benchmark's command. `sides` take a dtype and a number of steps; ours is the first."""
+    parser = bench_parser(doc, runs=3, internal=("--side",))
     parser.add_argument("--steps", type=int, default=9, help="of each run (default: 9)")
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="(default: one after the other)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="only this one (default: both)")
     args = parser.parse_args()
     if args.side:
-        return once(lambda: sides[args.side](args.dtype, args.steps), args.steps)
+        return measure_once(lambda: sides[args.side](args.dtype, args.steps), args.steps)
     for dtype in [args.dtype] if args.dtype else ("fp32", "bf16"):
-        found = alternate(
-            {
-                side: lambda side=side, dtype=dtype: in_own_process(file, side, dtype, args.steps)
-                for side in sides
-            },
-            args.runs,
-            warm_up=0,  # each run leaves its first steps out by itself
-        )
-        us, *peers = sides
-        rows = []
+        flags = {"dtype": dtype, "steps": args.steps}
+        processes = {
+            side: lambda side=side, flags=flags: run_in_process(module, side=side, **flags)
+            for side in sides
+        }
+        figures = run_in_turns(processes, args.runs, warm_up=0)  # a run drops its own first steps
+        us, *peers = figures
+        lines = []
         for peer in peers:
-            a, b = found[us], found[peer]
-            rows.append(row(f"useful tokens/s, {peer}", a["rate"], b["rate"], more_is_better=True))
-            rows.append(row(f"peak anonymous memory, GB, {peer}", a["GB"], b["GB"]))
-        print(table(f"{title} in {dtype}", packages[1], rows, packages))
+            a, b = figures[us], figures[peer]
+            lines.append(table_line(f"useful tokens/s, {peer}", a["rate"], b["rate"], True))
+            lines.append(table_line(f"peak anonymous memory, GB, {peer}", a["GB"], b["GB"]))
+        print(table(f"{title} in {dtype}", packages[1], lines, packages))
 
 
 if __name__ == "__main__":
     compare(
-        __file__,
+        "bench.train",
         __doc__,
         "Train 15M parameters",
         {

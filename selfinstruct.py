@@ -90,7 +90,7 @@ async def generate(recipe, store: RecordStore, scheduler: Scheduler) -> None:
     """Alpaca's loop: seeds → prompt → teacher → parse → filters → ROUGE-L ≤ 0.7 → keep.
 
     The scheduler sends the teachers recipe.prompt(0), recipe.prompt(1), …, many at once, and hands
-    out their answers in this order."""
+    out their answers in this order. `recipe` is an Alpaca or a SelfInstruct (four_stage.py)."""
     async with scheduler:
         async for entry in scheduler.answers():
             limit = scheduler.limit()
@@ -99,7 +99,7 @@ async def generate(recipe, store: RecordStore, scheduler: Scheduler) -> None:
 
 
 class Alpaca:
-    """Alpaca's recipe: one request brings whole tasks. (four_stage.py has the paper's.)"""
+    """Alpaca's recipe: three seeds in the prompt, and one request brings whole tasks."""
 
     window = 256  # most requests between the next to be judged and the newest
     expected_tasks = 16  # in the first answer

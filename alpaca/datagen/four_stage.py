@@ -8,8 +8,8 @@
                        instances (below)
 
 A record is an instruction with all its instances, as the seeds are. The examples in the prompts of
-stages 2 and 3 are seeds. What request i brought appears in prompts from request i + WINDOW on: by
-then its answer is judged, whatever the order of arrival, so the same seed makes the same prompts.
+stages 2 and 3 are seeds. Instructions from answer i appear in prompts from request i + WINDOW on.
+By then the answer is judged, in whatever order answers arrive: equal seeds make equal prompts.
 """
 
 import asyncio
@@ -78,7 +78,7 @@ def with_examples(seed: dict, layout: str) -> str:
 
 
 def parse_instances(reply: Reply, label_first: bool) -> list[dict]:
-    """The examples of an answer that continues where the prompt stopped, at the first field."""
+    """The examples in an answer, which continues the prompt after the first field's label."""
     text = EXAMPLE.sub("", reply.text.replace("\r\n", "\n")).lstrip()
     if not FIELD.match(text):
         text = ("Class label: " if label_first else "Input: ") + text
@@ -108,27 +108,27 @@ def filter_instances(examples: list[dict]) -> list[dict]:
 
 class SelfInstruct:
     window, expected_tasks = WINDOW, 7
-    whole_answers = True  # whether an instruction gets instances turns out later
+    whole_answers = True  # some instructions are dropped later, when they get no instances
 
     def __init__(self, seeds: list[dict], header: str, language: str, seed: int, request: dict):
         self.seeds, self.seed, self.extra_options = seeds, seed, request
         self.header = LIST.format(last=LAST, language=language)  # `header` is Alpaca's
         labelled = [seed for seed in seeds if seed["is_classification"]]
-        free = [seed for seed in seeds if not seed["is_classification"]]
-        if len(seeds) < HUMAN + MACHINE or not labelled or not free:
+        others = [seed for seed in seeds if not seed["is_classification"]]
+        if len(seeds) < HUMAN + MACHINE or not labelled or not others:
             raise UserError(
                 f"self-instruct needs {HUMAN + MACHINE} seeds, of classification and of other tasks"
             )
         rng = random.Random(f"{seed} examples")
         labelled = rng.sample(labelled, min(SHOWN[0], len(labelled)))
-        free = rng.sample(free, min(SHOWN[1], len(free)))
+        others = rng.sample(others, min(SHOWN[1], len(others)))
         self.kind_prompt = KIND
-        for example in rng.sample(labelled + free, len(labelled + free)):
+        for example in rng.sample(labelled + others, len(labelled + others)):
             answer = "Yes" if example["is_classification"] else "No"
             self.kind_prompt += f"{task_line(example)}Classification: {answer}\n\n"
         self.instance_prompts = {
             True: OUTPUT_FIRST + "".join(with_examples(s, LABEL_INPUT) for s in labelled[:8]),
-            False: INPUT_FIRST + "".join(with_examples(s, INPUT_OUTPUT) for s in free[:8]),
+            False: INPUT_FIRST + "".join(with_examples(s, INPUT_OUTPUT) for s in others[:8]),
         }
 
     def options(self, stage: str) -> dict:
@@ -147,7 +147,7 @@ class SelfInstruct:
         return prompt, self.options("instructions"), [seed["id"] for seed in human]
 
     def parse(self, reply: Reply) -> list[Task]:
-        """The instructions of a list that continues where the prompt stopped."""
+        """The instructions in an answer, which continues the list at the end of the prompt."""
         text = reply.text.replace("\r\n", "\n").lstrip()
         first, _, rest = text.partition("\n")
         text = rest if first.rstrip(" *").endswith(":") and not ITEM.match(first) else text

@@ -89,7 +89,7 @@ class Scheduler:
                     self.in_flight.popleft()
                     yield entry
                     self._check_progress(entry)
-                    await asyncio.sleep(0)  # a recipe without further requests completes in this
+                    await asyncio.sleep(0)  # Alpaca's `complete`, which asks nothing, ends in this
                 elif not await self._write():
                     return
                 while self.completing and self.completing[0][1].done():
@@ -119,7 +119,7 @@ class Scheduler:
     async def _fill(self) -> None:
         """Have as many requests in flight as the missing records are likely to take."""
         tasks_seen = self.num - self.missing() + self.recipe.expected_tasks
-        want = math.ceil(self.missing() * (self.judged + 1) / tasks_seen)
+        want = math.ceil(self.missing() * (self.judged + 1) / tasks_seen)  # at the rate so far
         known = self.teachers.log.entries
         while self.poll and not self.in_flight and str(self.next_number) not in known:
             numbers = range(self.next_number, self.next_number + want)

@@ -5,7 +5,7 @@
     reject_reason(instruction)        why Alpaca's filters drop an instruction, or ""
 
 A completion model continues where the prompt stopped, in the middle of task 4. Chat models start
-again, each in its own format: markdown, other numbers, no numbers, no ###, code fences. The parser
+over, each in its own format: markdown, other numbers, no numbers, no ###, code fences. The parser
 relies on the labels (Instruction, Input, Output) at the start of a line. If labels are numbered, a
 label without a number, or with the number of an earlier task, is part of a task's text.
 """
@@ -142,7 +142,7 @@ def group_labels(text: str) -> list[list[Label]]:
 
 
 def before_heading(text: str, start: int) -> int:
-    """Where the lines start that announce a task: ###, a heading, a fence, empty lines."""
+    """Where the lines before a task start that belong to no task: ###, headings, fences, blanks."""
     while start > 0:
         line_start = text.rfind("\n", 0, start - 1) + 1
         line = text[line_start:start].strip()
@@ -153,8 +153,8 @@ def before_heading(text: str, start: int) -> int:
 
 
 def task_from_labels(text: str, labels: list[Label]) -> Task:
-    """A task of an instruction, perhaps an input, and an output, in this order. A label with the
-    task's number has precedence over one without, which may be part of a text."""
+    """The task between these labels: an instruction, perhaps an input, and an output. A label with
+    the task's number takes precedence over one without, which may be part of a text."""
     chosen = labels[:1]
     for field in ("input", "output"):
         later = [x for x in labels if x.field == field and x.start > chosen[-1].start]

@@ -20,6 +20,7 @@ RENAMED = {  # flags, or flags that are a verb now: the error names the new one
     "--attempts": "--max-retries",
     "--first-wait": "--retry-wait",
     "--rows": "--max-batch-size",
+    "--moderation-key": "--moderation-key-env",
     "--tries": "--max-replies",
     "--chat": "alpaca chat",
 }

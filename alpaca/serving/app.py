@@ -216,7 +216,6 @@ class App:
             raise HTTPError(400, "a watermark needs at least two tokens", param="text")
         found = self.watermark.detect(ids)
         pieces = [stream.push(token) for token in ids]  # "" inside a character
-        pieces[-1] += stream.flush()
         green = [None, *self.watermark.green_mask(ids)]
         tokens = [list(pair) for pair in zip(pieces, green, strict=True)]
         verdict, gamma = self.watermark.verdict(found), self.watermark.gamma

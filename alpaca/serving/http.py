@@ -125,7 +125,7 @@ class Connection:
             await self.send(await self.run_app(request), close=self.server.draining)
         finally:
             watcher.cancel()
-            await asyncio.wait([watcher])
+            await asyncio.wait([watcher])  # meanwhile other connections get their turn
         if self.server.draining or self.protocol.our_state is not h11.DONE:
             return False
         self.protocol.start_next_cycle()
@@ -273,7 +273,7 @@ class Server:
                 busy = HTTPError(503, "too many connections", "overloaded", retry_after=1)
                 return await connection.send(busy.response, close=True)
             while await connection.exchange():
-                await asyncio.sleep(0)  # other connections get their turn
+                pass
             await connection.close()
         except (OSError, asyncio.CancelledError):  # the client left, or was too slow
             pass

@@ -25,11 +25,10 @@ from pathlib import Path
 from alpaca import CHECKOUT
 from alpaca.common.errors import UserError, join_names, notice, replace_surrogates
 from alpaca.datagen.client import Client, RefusedError, RequestFailedError, RetryableError
-from alpaca.datagen.endpoints import Endpoint
+from alpaca.datagen.endpoints import OPENAI_URL, Endpoint
 from tokenizer import SPACE
 
 RULES_FILE = CHECKOUT / "data/filter_rules.txt"
-MODERATION_URL = "https://api.openai.com/v1"
 LAST_WORD = re.compile(r"[^\W\u2e80-\u9fff\uf900-\ufaff]*\Z")  # Chinese may be cut anywhere
 MAX_WORD_LENGTH = 40
 RETRY_WAIT = 0.2  # s
@@ -189,18 +188,26 @@ def add_filter_arguments(parser: argparse.ArgumentParser) -> None:
     model, key = "omni-moderation-latest", "OPENAI_API_KEY"
     add("--filter", choices=("service", "rules", "off"), help=kinds)
     add("--rules", type=Path, default=RULES_FILE, help="(default: data/filter_rules.txt)")
-    add("--moderation-url", metavar="URL", help=f"up to /v1 (default: {MODERATION_URL})")
+    add("--moderation-url", metavar="URL", help=f"up to /v1 (default: {OPENAI_URL})")
     add("--moderation-model", default=model, metavar="NAME", help=f"(default: {model})")
-    add("--moderation-key", default=key, metavar="VARIABLE", help=f"with the key (default: {key})")
+    help = f"environment variable with the key (default: {key})"
+    add("--moderation-key-env", default=key, metavar="NAME", help=help)
 
 
 def make_filter(args: argparse.Namespace) -> Filter:
-    url = args.moderation_url or MODERATION_URL
-    endpoint = Endpoint(args.moderation_model, url, key_env=args.moderation_key)
+    url = args.moderation_url or OPENAI_URL
+    try:
+        endpoint = Endpoint(args.moderation_model, url, key_env=args.moderation_key_env)
+    except UserError:
+        message = (
+            "--moderation-url must be http(s)://HOST[:PORT]/v1, --moderation-key-env a variable"
+        )
+        raise UserError(message) from None
     wanted = args.moderation_url or endpoint.api_key()
     kind = args.filter or ("service" if wanted else "rules")
     if kind == "service" and "//api.openai.com" in url.lower() and not endpoint.api_key():
-        raise UserError(f"OpenAI's moderation needs a key: set ${args.moderation_key}, or --filter")
+        variable = args.moderation_key_env
+        raise UserError(f"OpenAI's moderation needs a key: set ${variable}, or --filter rules")
     if kind == "off":
         return Filter()
     return ServiceFilter(endpoint) if kind == "service" else RuleFilter(args.rules)

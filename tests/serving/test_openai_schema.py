@@ -160,6 +160,7 @@ def test_logprobs_end_before_a_stop_string(path):
     s = finished("A pear is no secret", request.params[0])
     assert s.text == "A pear is no " and s.finish_reason == "stop"
     logprobs = api.full_response(request, [s], [s.text], ["stop"])["choices"][0]["logprobs"]
+    json.dumps(logprobs, allow_nan=False)
     if path == PLAIN:
         tokens = "".join(logprobs["tokens"])
     else:

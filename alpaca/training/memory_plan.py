@@ -28,7 +28,7 @@ from model import LOGITS_CHUNK, LlamaConfig
 ASSUMED_MFU = 0.45  # the share of a GPU's peak that the hours assume
 USABLE = 0.95  # of a GPU's memory: the rest is the allocator's and the driver's
 IN_HOST_MEMORY = ("weights", "moments", "gradients")  # with --offload
-INTEGER_BYTES = {8: 1.0, 4: 0.625}  # of a quantized weight, see quantize.py
+INTEGER_BYTES = {8: 1.0, 4: 0.625}  # of a quantized weight, see quantized_linear.py
 DEQUANTIZED_BYTES = {8: 8, 4: 12}  # of a weight on its way to fp32
 SAME_INPUT = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
 

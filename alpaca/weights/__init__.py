@@ -1,11 +1,14 @@
 """Weights, on disk and in memory. Read in this order:
 
-loading       one function that opens a model, whatever it is made of
-checkpoint    what a checkpoint is, read one tensor at a time; config_json its config
-meta_format   Meta's releases seen as Hugging Face checkpoints
-writer        a model written as a Hugging Face folder, one tensor in memory at a time
-quantize      weights rounded to 8 and 4 bits; kernels lays them out for this machine
-lora          low-rank adapters: the idea, their training, their files in adapter
-bitdiff       the exact difference of two tensors, for weightdiff.py
-convert, merge   the verbs `alpaca convert` and `alpaca merge`
+loading.py            one function that opens a model, whatever it is made of
+checkpoint.py         checkpoints, read one tensor at a time; their config in config_json.py
+meta_format.py        Meta's releases, read as Hugging Face checkpoints
+writer.py             a Hugging Face folder, written one tensor at a time
+quantized_linear.py   int8 and int4 layers: rounding, with its equations, and the kernels
+quantize.py           a whole model of them: `alpaca quantize`
+kernels.py            the layout that this machine decodes fastest
+lora.py               LoRA: the idea, and a model to train
+adapter.py            adapters in PEFT's files
+convert.py, merge.py  `alpaca convert` and `alpaca merge`
+bitdiff.py            the exact difference of two tensors, for weightdiff.py
 """

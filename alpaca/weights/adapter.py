@@ -58,7 +58,8 @@ def read_lora_config(file: Path) -> LoraConfig:
         if type(fields.get(name)) not in types:
             raise UserError(f"{file}: {name} is {fields.get(name)!r}, where a number was expected")
     try:
-        lora = LoraConfig(*(fields[name] for name in NUMBERS), tuple(targets)).check()
+        rank, alpha, dropout = (fields[name] for name in NUMBERS)
+        lora = LoraConfig(rank, alpha, dropout, tuple(targets)).check()
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     if fields.get("use_rslora"):  # scaled by α / √r, arXiv:2312.03732

@@ -88,7 +88,7 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
         index = folder / f"{name}.index.json"
         if not index.exists():
             continue
-        files: dict[Path, set[str]] = {}
+        files = {}
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index}: no weight_map in it")

@@ -5,17 +5,17 @@ Decoding one token reads every weight once, so what counts is how fast they are 
   - On a CPU, matrices of 16 or 32 bits are laid out in the blocks that oneDNN multiplies; it reads
     plain rows at half the speed.
   - Matrices with the same input (q, k and v; gate and up) are concatenated: fewer, larger products.
-  - Integers are packed into the order of this machine's kernel (quantize.py).
+  - Integers are packed into the order of this machine's kernel (quantized_linear.py).
   - All of that copies the weights. The few that are left are copied too, because one small norm
     would keep a whole mapped file in memory beside its copy.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from alpaca.weights.quantize import LINEAR, Int4Linear
+from alpaca.weights.quantized_linear import LINEAR, Int4Linear
 from model import Llama
 
 MATRICES = (nn.Linear, *LINEAR.values())
@@ -52,7 +52,7 @@ def supports_blocks(weight: Tensor) -> bool:
     return bf16 or weight.dtype == torch.float32
 
 
-def fastest_layer(module: nn.Module, compiled: bool) -> nn.Module:
+def fastest_layer(module: Any, compiled: bool) -> nn.Module:
     if type(module) is nn.Linear:
         blocks = not compiled and supports_blocks(module.weight)
         return BlockLinear(module.weight) if blocks else module
@@ -61,7 +61,7 @@ def fastest_layer(module: nn.Module, compiled: bool) -> nn.Module:
     return module
 
 
-def concatenate(layers: list[nn.Module]) -> nn.Module:
+def concatenate(layers: list[Any]) -> nn.Module:
     states = [layer.state_dict() for layer in layers]
     tensors = {name: torch.cat([s[name] for s in states], ROW_AXIS[name]) for name in states[0]}
     if type(layers[0]) is not nn.Linear:
@@ -72,9 +72,9 @@ def concatenate(layers: list[nn.Module]) -> nn.Module:
     return linear
 
 
-def fuse(parent: nn.Module, names: tuple[str, ...], compiled: bool) -> None:
+def fuse(parent: Any, names: tuple[str, ...], compiled: bool) -> None:
     """Replace layers with the same input by one."""
-    layers = [getattr(parent, name, None) for name in names]
+    layers: list[Any] = [getattr(parent, name, None) for name in names]
     if len({type(layer) for layer in layers}) > 1 or type(layers[0]) not in MATRICES:
         return  # fused already, or wrapped by an adapter
     parent.merged = fastest_layer(concatenate(layers), compiled)

@@ -42,7 +42,7 @@ def load_model(
 ) -> Llama:
     """The model in a folder; `dtype` None keeps the one it is stored in (the embedding's).
 
-    `bits` 8 or 4 rounds the weights of a folder that is not rounded yet (quantize.py)."""
+    `bits` 8 or 4 rounds the weights of a plain folder (quantize.py)."""
     source = WeightSource(folder, bits)
     dtype = dtype or source.stored[EMBEDDING].dtype
     with torch.device("meta"):

@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from alpaca.common.errors import UserError, join_names
 from alpaca.weights.checkpoint import parameter_shapes
-from alpaca.weights.quantize import LINEAR, WeightSource
+from alpaca.weights.quantize import WeightSource
+from alpaca.weights.quantized_linear import Int4Linear, Int8Linear
 from model import Llama, LlamaConfig
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -64,12 +65,12 @@ class LoraConfig(NamedTuple):
         return self
 
 
-def target_shapes(config: LlamaConfig, lora: LoraConfig) -> Iterator[tuple[str, tuple[int, int]]]:
+def target_shapes(config: LlamaConfig, lora: LoraConfig) -> Iterator[tuple[str, torch.Size]]:
     """The projections that LoRA changes, and the shapes (N, K) of their weights."""
     for name, shape in parameter_shapes(config).items():
         stem = name.removesuffix(".weight")
         if stem.rpartition(".")[2] in lora.targets:
-            yield stem, tuple(shape)
+            yield stem, shape
 
 
 # ---------------------------------------------------------------- one layer
@@ -78,14 +79,14 @@ def target_shapes(config: LlamaConfig, lora: LoraConfig) -> Iterator[tuple[str, 
 class ThinLinear(nn.Linear):
     """A or B: trained in fp32, multiplied in the dtype of its input."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.dtype))
 
 
 class LoraLinear(nn.Module):
     """A frozen layer that multiplies by W (N, K), with A and B beside it."""
 
-    def __init__(self, base: nn.Module, lora: LoraConfig):
+    def __init__(self, base: Any, lora: LoraConfig):
         super().__init__()
         self.base, self.scale, self.dropout = base, lora.scale, nn.Dropout(lora.dropout)
         device = next(iter(base.state_dict().values())).device
@@ -108,19 +109,19 @@ class DequantizedMatmul(torch.autograd.Function):
     """x Wᵀ with a frozen quantized W. Autograd alone would keep the dequantized W for backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, layer: nn.Module) -> Tensor:
+    def forward(ctx, x: Tensor, layer: Int8Linear | Int4Linear) -> Tensor:
         ctx.layer = layer
         return F.linear(x, layer.dequantize().to(x.dtype))
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad @ ctx.layer.dequantize().to(grad.dtype), None
+    def backward(ctx, *grads: Tensor):
+        return grads[0] @ ctx.layer.dequantize().to(grads[0].dtype), None
 
 
 class FrozenLinear(nn.Module):
     """A quantized layer that gradients pass through."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: Int8Linear | Int4Linear):
         super().__init__()
         self.out_features, self.in_features = layer.out_features, layer.in_features
         self.layer = layer
@@ -137,7 +138,7 @@ def add_lora(model: Llama, lora: LoraConfig) -> None:
     lora.check()
     model.requires_grad_(False)
     for path, module in list(model.named_modules()):
-        if type(module) in LINEAR.values():
+        if isinstance(module, (Int8Linear, Int4Linear)):
             model.set_submodule(path, FrozenLinear(module))
     wrap_targets(model, lora)
 

@@ -98,7 +98,7 @@ def rename_tensors(shards: list[dict[str, Tensor]], config: LlamaConfig) -> dict
     heads = {"attention.wq": config.num_attention_heads, "attention.wk": config.num_key_value_heads}
     found = {}
     for name in shards[0]:
-        layer, short = re.fullmatch(r"(layers\.\d+\.)?(.*?)(?:\.weight)?", name).groups(default="")
+        layer, short = re.findall(r"^(layers\.\d+\.)?(.*?)(?:\.weight)?$", name)[0]
         parts = [shard[name] for shard in shards]
         if short not in META_NAMES:  # `check_tensors` reports it as unexpected
             found[name] = (parts[0].shape, parts[0].dtype, lambda part=parts[0]: part)

@@ -21,7 +21,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -69,7 +69,7 @@ TOKENIZER_CONFIG = {  # written beside a bare tokenizer.model; without it AutoTo
 # ---------------------------------------------------------------- safetensors files
 
 
-def tensor_bytes(shapes: dict[str, tuple]) -> dict[str, int]:
+def tensor_bytes(shapes: Mapping[str, tuple]) -> dict[str, int]:
     """Sizes of tensors given as (shape, dtype, …)."""
     return {name: math.prod(entry[0]) * entry[1].itemsize for name, entry in shapes.items()}
 
@@ -97,7 +97,8 @@ class ShardWriter(ExitStack):
         sizes, shards = tensor_bytes(shapes), plan_shards(shapes, shard_bytes)
         self.pending = {}  # tensor not yet written → (file, offset, shape, dtype)
         for file_name, names in shards.items():
-            header, end = {"__metadata__": {"format": "pt"}}, 0
+            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+            end = 0
             for name in names:
                 (shape, dtype), start, end = shapes[name], end, end + sizes[name]
                 position = {"shape": list(shape), "data_offsets": [start, end]}

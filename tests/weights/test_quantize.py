@@ -14,19 +14,12 @@ from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
 from alpaca.weights.checkpoint import read_config
 from alpaca.weights.loading import load_model, optimize_layout
-from alpaca.weights.quantize import (
-    Int4Linear,
-    Int8Linear,
-    WeightSource,
-    relative_error,
-    save_quantized,
-    split_bytes,
-)
+from alpaca.weights.quantize import WeightSource, relative_error, save_quantized
+from alpaca.weights.quantized_linear import LINEAR, Int4Linear, Int8Linear, split_bytes
 from alpaca.weights.writer import save_model
 from model import Llama
 from tokenizer import Tokenizer
 
-LAYERS = {"int8": Int8Linear, "int4": Int4Linear}
 UP = "model.layers.0.mlp.up_proj"
 
 
@@ -39,8 +32,8 @@ def matrix(N: int, K: int) -> torch.Tensor:
     return weight
 
 
-def quantized(kind: str, weight: torch.Tensor):
-    return LAYERS[kind](**LAYERS[kind].quantize(weight))
+def quantized(bits: int, weight: torch.Tensor) -> Int8Linear | Int4Linear:
+    return LINEAR[bits](**LINEAR[bits].quantize(weight))
 
 
 def load(folder, bits=16, dtype=None, compiled=False) -> Llama:
@@ -69,7 +62,7 @@ def dequantized(source: WeightSource) -> Llama:
 
 def test_docstring_example_is_rounded_as_written():
     weight = torch.tensor([[-0.3, 0.1, 0.22, 0.45] * 8] * 16)
-    int8, int4 = quantized("int8", weight), quantized("int4", weight)
+    int8, int4 = quantized(8, weight), quantized(4, weight)
     assert int8.q[0, :4].tolist() == [-85, 28, 62, 127]
     assert int4.integers()[0, :4].tolist() == [0, 8, 10, 15]
     assert torch.allclose(int4.dequantize()[0, :4], torch.tensor([-0.3, 0.1, 0.2, 0.45]), atol=2e-3)
@@ -77,7 +70,7 @@ def test_docstring_example_is_rounded_as_written():
 
 def test_int8_rounds_to_nearest_row_by_row():
     weight = matrix(48, 64)
-    layer = quantized("int8", weight)
+    layer = quantized(8, weight)
     scale = layer.scale.float()[:, None]
     assert layer.scale.dtype == torch.bfloat16
     off = (layer.dequantize() - weight).abs()
@@ -89,7 +82,7 @@ def test_int8_rounds_to_nearest_row_by_row():
 
 def test_int4_rounds_to_nearest_in_groups_of_32():
     weight = matrix(48, 96)
-    layer = quantized("int4", weight)
+    layer = quantized(4, weight)
     assert layer.q.shape == (48, 48) and layer.scales.shape == (3, 48, 2)
     scale = layer.scales[..., 0].float().T.repeat_interleave(32, dim=1)
     reach = weight.view(48, 3, 32).abs().amax(-1).repeat_interleave(32, dim=1)
@@ -102,17 +95,17 @@ def test_int4_rounds_to_nearest_in_groups_of_32():
 
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 64])
 @pytest.mark.parametrize(
-    ("kind", "shape"),
+    ("bits", "shape"),
     [
-        ("int8", (48, 64)),
-        ("int8", (1008, 352)),
-        ("int8", (33, 50)),  # torch's own kernel for int8 reads past the end of such rows
-        ("int4", (48, 64)),
-        ("int4", (1008, 352)),
+        (8, (48, 64)),
+        (8, (1008, 352)),
+        (8, (33, 50)),  # torch's own kernel for int8 reads past the end of such rows
+        (4, (48, 64)),
+        (4, (1008, 352)),
     ],
 )
-def test_kernels_compute_what_the_integers_say(rows, kind, shape):
-    layer = quantized(kind, matrix(*shape))
+def test_kernels_compute_what_the_integers_say(rows, bits, shape):
+    layer = quantized(bits, matrix(*shape))
     x, weight = torch.randn(rows, shape[1]).bfloat16(), layer.dequantize().double()
     exact = x.double() @ weight.T
     # what bf16 may lose: a bit of every product's size and of the result
@@ -137,7 +130,7 @@ def test_activations_are_rounded_to_16_bits():
 def test_int8_keeps_small_activations_beside_an_outlier():
     """LLaMA has activations a thousand times as large as their neighbours; 8 bits would round the
     neighbours to zero."""
-    layer = quantized("int8", torch.randn(64, 512))
+    layer = quantized(8, torch.randn(64, 512))
     x = torch.randn(4, 512)
     x[:, 7] = 1000
     small = x.clone()
@@ -231,7 +224,7 @@ def test_layout_for_the_compiler_computes_the_same(tmp_path):
 def test_relative_error_is_that_of_the_rounded_weights(tmp_path, bits):
     source, name = WeightSource(write_folder(tmp_path / "m"), bits), f"{UP}.weight"
     weight = source.stored[name].read().float()
-    rounded = LAYERS[f"int{bits}"](**source.read(name)).dequantize()
+    rounded = LINEAR[bits](**source.read(name)).dequantize()
     expected = ((rounded - weight).square().sum() / weight.square().sum()).sqrt().item()
     assert relative_error(source, name) == pytest.approx(expected, rel=1e-4)
     assert {8: 0.003, 4: 0.05}[bits] < expected < {8: 0.015, 4: 0.12}[bits]

@@ -1,0 +1,143 @@
+"""Linear layers whose weights are integers of 8 or 4 bits.
+
+Decoding one token reads every weight once, so its speed is that of memory: half the bytes, twice
+the tokens. A weight w becomes the nearest integer q on a scale s:
+
+    int8   w ≈ q · s            s = max|w| / 127 over a row of the matrix
+    int4   w ≈ (q - 8) · s + z  s = (max w - min w) / 15 and z = min w + 8 s over 32 neighbours
+
+32 int4 take 16 bytes, and 4 for s and z: 0.625 bytes a weight. Four weights as an example,
+w = (-0.3, 0.1, 0.22, 0.45), of which no error is larger than s / 2:
+
+    int8   s = 0.45 / 127 = 0.00354       q = (-85, 28, 62, 127)  w ≈ (-0.301, 0.099, 0.220, 0.45)
+    int4   s = 0.75 / 15 = 0.05, z = 0.1  q = (0, 8, 10, 15)      w ≈ (-0.3, 0.1, 0.2, 0.45)
+
+Activations keep the precision of bf16, sums are fp32. A layer holds its integers as they are
+stored, and computes with dequantized weights, until `pack` brings them into the order of this
+machine's kernel.
+
+Shapes: W (N, K), R rows of activations. Papers: arXiv:2208.07339 (int8), 2212.09720 (why 4 bits).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alpaca.common.errors import UserError
+
+GROUP = 32  # neighbours that share s and z in int4
+aten, onednn = torch.ops.aten, torch.ops.onednn
+
+
+class Int8Linear(nn.Module):
+    """x Wᵀ, W (N, K) as int8 with a scale for each row.
+
+    On a CPU with int8 instructions the activations become integers too, of 16 bits: that loses less
+    than bf16 does, and the weights are multiplied as they are stored."""
+
+    q: Tensor  # (N, K) int8
+    scale: Tensor  # (N) bf16
+
+    def __init__(self, q: Tensor, scale: Tensor):
+        super().__init__()
+        self.out_features, self.in_features = q.shape
+        self.register_buffer("q", q)
+        self.register_buffer("scale", scale)
+        self.packed = False
+
+    @staticmethod
+    def quantize(weight: Tensor) -> dict[str, Tensor]:
+        weight = weight.float()
+        scale = (weight.abs().amax(1) / 127).bfloat16()  # rounded first, so that q fits it
+        steps = weight / scale.float().clamp_min(1e-30)[:, None]
+        return {"q": steps.round_().clamp_(-127, 127).to(torch.int8), "scale": scale}
+
+    def dequantize(self) -> Tensor:
+        assert not self.packed, "the integers are in the kernel's order"
+        return self.q.float() * self.scale.float()[:, None]
+
+    def pack(self) -> None:
+        """Bring the integers into the order of this machine's kernel."""
+        if self.q.is_cuda or not torch.cpu._is_vnni_supported():
+            return
+        self.scale = self.scale.float()
+        self.q, self.packed = onednn.qlinear_prepack(self.q, None), True
+        self.zeros = torch.zeros(self.out_features, dtype=torch.int32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.packed:
+            return F.linear(x, self.q.to(x.dtype) * self.scale.to(x.dtype)[:, None])
+        step, both = split_bytes(x.flatten(0, -2).contiguous())
+        weight = self.q, self.scale, self.zeros, None  # no bias
+        out = 1.0, 0, torch.float32, "none", [], ""  # its scale, zero and dtype; no activation
+        low, high = onednn.qlinear_pointwise(both, 1.0, 128, *weight, *out).chunk(2)  # (R, N) each
+        out = torch.add(low, high, alpha=256) * step
+        return out.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def split_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round the rows of x (R, K) to 16 bits: x ≈ step · (256 · (high - 128) + (low - 128)).
+
+    Returns step (R, 1) and the bytes (2R, K), all low ones first: the kernel multiplies bytes by
+    bytes, so a row of 16 bits is two rows to it."""
+    peak = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True, dtype=torch.float32)
+    step = peak.clamp_min(1e-30) / 32600  # (R, 1)
+    whole = (x / step).add_(0x8080 + 0.5).to(torch.uint16)  # all above 0: this rounds to nearest
+    both = whole.view(torch.uint8).view(*x.shape, 2)  # little-endian: (R, K, low and high)
+    return step, both.permute(2, 0, 1).flatten(0, 1)
+
+
+class Int4Linear(nn.Module):
+    """x Wᵀ, W (N, K) as two int4 to a byte, with s and z for every 32 neighbours of a row."""
+
+    q: Tensor  # (N, K/2) uint8, the first of two neighbours in the high half
+    scales: Tensor  # (K/32, N, 2) bf16: s and z
+
+    def __init__(self, q: Tensor, scales: Tensor):
+        super().__init__()
+        self.out_features, self.in_features = q.shape[0], 2 * q.shape[1]
+        self.register_buffer("q", q)
+        self.register_buffer("scales", scales)
+        self.packed = False
+
+    @staticmethod
+    def quantize(weight: Tensor) -> dict[str, Tensor]:
+        N, K = weight.shape
+        if K % GROUP or N % 16:
+            raise UserError(f"int4 needs rows in 16s and columns in {GROUP}s, not {N} x {K}")
+        groups = weight.float().view(N, K // GROUP, GROUP)
+        low, high = groups.aminmax(dim=-1)  # (N, K/32)
+        scale = ((high - low) / 15).bfloat16()
+        zero = (low + 8 * scale.float()).bfloat16()
+        steps = (groups - zero.float()[..., None]) / scale.float().clamp_min(1e-30)[..., None]
+        q = steps.round_().add_(8).clamp_(0, 15).to(torch.uint8).view(N, K // 2, 2)
+        scales = torch.stack([scale, zero], dim=-1).transpose(0, 1).contiguous()
+        return {"q": q[..., 0] << 4 | q[..., 1], "scales": scales}
+
+    def integers(self) -> Tensor:
+        return torch.stack([self.q >> 4, self.q & 15], dim=-1).flatten(1)  # (N, K) uint8
+
+    def dequantize(self) -> Tensor:
+        assert not self.packed, "the integers are in the kernel's order"
+        scale, zero = self.scales.float().transpose(0, 1).unbind(-1)  # (N, K/32) each
+        groups = self.integers().view(self.out_features, -1, GROUP).float() - 8
+        return (groups * scale[..., None] + zero[..., None]).flatten(1)
+
+    def pack(self) -> None:
+        """Bring the integers into the order of this machine's kernel."""
+        if self.q.is_cuda:
+            tiles = next(n for n in (8, 4, 2) if self.in_features % (16 * n) == 0)
+            self.q = aten._convert_weight_to_int4pack(self.q, tiles)
+        else:
+            self.q = aten._convert_weight_to_int4pack_for_cpu(self.integers().int(), 1)
+        self.packed = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.packed:
+            return F.linear(x, self.dequantize().to(x.dtype))
+        multiply = aten._weight_int4pack_mm if x.is_cuda else aten._weight_int4pack_mm_for_cpu
+        out = multiply(x.flatten(0, -2).contiguous().bfloat16(), self.q, GROUP, self.scales)
+        return out.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+LINEAR = {8: Int8Linear, 4: Int4Linear}

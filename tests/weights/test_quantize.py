@@ -175,9 +175,9 @@ def test_model_equals_the_dequantized_one(tmp_path, bits, tied, dtype):
     assert other.model.norm.weight.dtype == other(ids[:, :3]).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_saved_and_loaded_is_identical(tmp_path, command, bits):
-    folder, packed = write_folder(tmp_path / "m"), tmp_path / "packed"
+@pytest.mark.parametrize(("bits", "tied"), [(8, False), (4, True)])
+def test_saved_and_loaded_is_identical(tmp_path, command, bits, tied):
+    folder, packed = write_folder(tmp_path / "m", tie_word_embeddings=tied), tmp_path / "packed"
     code, out, _ = command("quantize", "--model-dir", folder, "--bits", bits, "--out", packed)
     assert code == 0 and "relative error" in out
     ids = torch.randint(3, 1024, (1, 30))

@@ -3,8 +3,8 @@
     find_defects(instances, earlier)   the rules that a record breaks: {"link": "the text found", …}
     RULES                              name → (description, function); add a rule by adding an entry
 
-They come from what was found wrong in Alpaca's own 52,000 records: links, tasks about pictures,
-instructions inside outputs, refusals, cut answers. They prefer missing a defect to flagging a good
+The rules come from defects in Alpaca's own 52,000 records: links, tasks about pictures,
+instructions inside outputs, refusals, cut answers. They would rather miss a defect than flag a good
 record. `alpaca curate lint` is the command.
 """
 
@@ -101,7 +101,8 @@ def repeated_input(case: Instance) -> str:
 
 
 def merged_fields(case: Instance) -> str:
-    """ "Output:" in an input is fine if the instruction mentions it, or among other labels."""
+    """A label in the wrong field; but "Output:" is fine in an input with other labels, or if the
+    instruction mentions it."""
     labels = LABEL.findall(case.input.lower())
     unexpected = labels == [("", "output")] and "output" not in case.instruction.lower()
     unexpected = unexpected or any(mark and field == "output" for mark, field in labels)

@@ -26,12 +26,15 @@ BEYOND_TEXT = re.compile(  # asks for what a text model cannot do
 )
 # `4. Instruction:`, `* **Input:**`, `### Output 4`, `Task 4: Instruction:`
 TASK_LABEL = re.compile(
-    r"""^(?=.{0,40}\n?.{0,20}(?:instruction|input|output))
-    (?:[ \t>•+-]|\*[ \t])*+(?P<mark>[\[#*_]+)?[ \t]*+
+    r"""^(?=.{0,40}\n?.{0,20}(?:instruction|input|output))  # other lines fail at once
+    (?:[ \t>•+-]|\*[ \t])*+(?P<mark>[\[#*_]+)?[ \t]*+        # a bullet, then ###, ** or [
     (?:(?:task|example|item|no\.?)?[ \t]*+\#?\(?(?P<number>\d{1,2})
-       (?:[ \t]*+[.):–-]*[ \t*_]*+|[.):][*_]*[ \t]*+\n[ \t*_]*+))?
-    (?P<field>instruction|input|output)s?(?:[ \t]++(?P<after>\d{1,2}))?[\]*_`]*
-    (?:[ \t]*+[:：][*_`]*|(?(mark)[ \t]*+$|(?!)))[ \t]*+""",
+       (?:[ \t]*+[.):–-]*[ \t*_]*+                           # "Task 4:", "(4)", "4." or
+         |[.):][*_]*[ \t]*+\n[ \t*_]*+))?                    # "4." on a line of its own
+    (?P<field>instruction|input|output)s?
+    (?:[ \t]++(?P<after>\d{1,2}))?[\]*_`]*                   # "Output 4"
+    (?:[ \t]*+[:：][*_`]*|(?(mark)[ \t]*+$|(?!)))[ \t]*+      # a colon, or a marked line's end
+    """,
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
 FENCE = re.compile(r"^[ \t]*```.*$", re.MULTILINE)
@@ -130,7 +133,7 @@ def group_labels(text: str) -> list[list[Label]]:
     current = -1
     for label in labels:
         if numbered:
-            begins = current < label.number <= current + 20
+            begins = current < label.number <= current + 20  # the next tasks of a list of 20
         else:
             begins = label.field == "instruction"
         if begins:

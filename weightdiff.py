@@ -1,56 +1,41 @@
-"""Publish a fine-tuned model as a difference to its base, and put it together again, bit for bit.
+"""Publish a fine-tuned model as its difference to the base model, and recover it.
 
     python weightdiff.py make    --base llama-7b --tuned runs/alpaca/model --diff alpaca-diff
     python weightdiff.py recover --base llama-7b --diff alpaca-diff --tuned alpaca-7b
-    python weightdiff.py verify  --base llama-7b --diff alpaca-diff    # digests; writes nothing
+    python weightdiff.py verify  --base llama-7b --diff alpaca-diff    # checks, writes nothing
     python weightdiff.py info    --diff alpaca-diff
 
-Whoever has the base can use the diff; without the base it is noise, so it may be published where
-the weights may not. Worth knowing:
+A diff is useless without the base, so it can be published where the weights cannot. Two formats:
 
-  - Bit patterns are subtracted, as integers that wrap around: tuned = base + diff in every bit, NaN
-    and -0.0 too. (Differences of floats, which Alpaca published, are rounded.)
-  - manifest.json has SHA-256 digests of every tensor of base, diff and result, and of every other
-    file. What does not match is named, and nothing appears under the name that was asked for.
-  - Tensors go through in pieces, by a few threads: memory does not grow with the model. Exceptions:
-    of Meta folders and in Alpaca's format whole tensors are held, and a pickle from before torch
-    1.6 is read as a whole.
-  - A run that was interrupted goes on where it stopped; start the same command again. Only with
-    Alpaca's format it starts anew, which is quick beside downloading the weights.
-  - Rules: a base of another dtype is converted to the tuned one's. Rows that a grown vocabulary
-    added, and tensors which only the tuned model has, are differences to zero. Where just the base
-    has its head tied to the embedding, that is the base's head. All of it is said.
-  - A diff without a manifest is taken for one like Alpaca's (float differences, rows that were
-    added compared with the mean row); `make --format alpaca` writes such a one.
+  - Alpaca's (`--format alpaca`): tuned - base in fp32, with the sum of all weights as a checksum.
+    Floats are rounded, so the last bits of the recovered model may differ.
+  - exact (the default): the same with bit patterns as integers (alpaca/weights/bitdiff.py), so that
+    every bit comes back. manifest.json has the SHA-256 of each tensor of base, diff and tuned
+    model, so an error names the tensor and the side that is wrong. The diff is as large as the
+    tuned model: 13.5 GB for 7B in bf16, where Alpaca's format takes 27 GB.
 
-Shown by tests/test_weightdiff.py: test_every_bit_comes_back.
+A base of another dtype is converted to the tuned model's. Rows that a larger vocabulary has added
+are compared with the mean row (Alpaca's) or zero (exact), tensors that the base lacks with zero
+(exact). If only the base has its head tied to the embedding, the embedding is its head.
+
+The output appears under its name when it is complete and checked. An interrupted run leaves nothing
+under that name; run the same command again.
 """
 
 import argparse
 import hashlib
-import json
-import os
-from collections.abc import Callable, Collection, Container, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
-from threading import Lock
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from alpaca.common.cli import Parser, run_subcommand
+from alpaca.common.cli import Parser
 from alpaca.common.errors import UserError, escape_control, join_names, notice, run_command
-from alpaca.common.files import (
-    append_jsonl,
-    atomic_folder,
-    fsync_path,
-    read_json,
-    read_log,
-    refuse_existing,
-)
+from alpaca.common.files import atomic_folder, read_json, refuse_existing
 from alpaca.common.progress import Progress
-from alpaca.weights.bitdiff import Entry, dtype_name, make_tensor, recovered_pieces
+from alpaca.weights.bitdiff import Hashes, TensorPairs, combine
 from alpaca.weights.checkpoint import (
     DTYPES,
     EMBEDDING,
@@ -60,421 +45,295 @@ from alpaca.weights.checkpoint import (
     is_meta,
     open_checkpoint,
     open_file,
-    parameter_shapes,
     read_config,
     weight_files,
 )
 from alpaca.weights.config_json import config_to_json
 from alpaca.weights.writer import (
-    SHARD_BYTES,
-    TOKENIZER_CONFIG,
     TOKENIZER_FILES,
-    ShardWriter,
+    copy_tokenizer,
+    dump_json,
     find_tokenizer,
-    plan_shards,
     save_model,
     tensor_bytes,
-    tokenizer_files,
 )
-from model import LlamaConfig
 
-FORMAT = "bitwise difference, 1"
-LAYOUT = {"format": str, "compressed": bool, "said": list, "files": dict, "tensors": dict}
-THREADS = min(4, (os.cpu_count() or 1) + 1)  # reading, hashing and writing overlap
-# Of Alpaca's sum over all weights. It was added up in fp32, tensor after tensor: around 50,000 each
-# addition rounds by up to 0.002, so that the order alone can move the total by 0.04.
-TOLERANCE = 0.05
-NAMED = [str(dtype).removeprefix("torch.") for dtype in DTYPES.values()]
+FORMAT = "bitwise difference, 2"  # 1 had a file for each tensor, plain or compressed
+BITS = "bits"  # the folder in an exact diff with its tensors, laid out as a Hugging Face model
 COPIED = ("config.json", "generation_config.json", *TOKENIZER_FILES)
-LOG = "progress.jsonl"
+SUM_TOLERANCE = 0.05  # Alpaca added up in fp32: near 50,000 the order alone moves the sum by 0.04
 
 
-def in_threads(work: Callable[[str], Any], names: Collection[str]) -> dict[str, Any]:
-    """Name → result. Of several errors it is the first name's, the same in each run; what has not
-    begun by then does not begin."""
-    executor = ThreadPoolExecutor(THREADS)
-    try:
-        return dict(zip(names, executor.map(work, names), strict=True))
-    finally:
-        executor.shutdown(cancel_futures=True)
+# ---------------------------------------------------------------- Alpaca's diff, of floats
+
+
+def make_float_diff(base: Path, tuned: Path, diff: Path) -> None:
+    """diff = tuned - base, a Hugging Face folder in fp32."""
+    differences = ((name, t - b) for name, t, b in fp32_pairs(tuned, base))
+    save_model(differences, read_config(tuned), diff, torch.float32, find_tokenizer(tuned))
+
+
+def recover_float_diff(
+    base: Path, diff: Path, tuned: Path | None, dtype: torch.dtype, expected_sum: float | None
+) -> None:
+    """tuned = diff + base, checked by the sum of all its weights; `tuned` None only checks.
+
+    Not exact: for base 1 and tuned 1e-9 the difference is -1 in fp32, and -1 + 1 is 0."""
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        total = sum_of_rotary_tables(diff)
+        for name, d, b in fp32_pairs(diff, base):
+            weight = d + b
+            total += weight.sum().item()
+            yield name, weight
+        text = f"the sum of all weights is {total:.4f}"
+        if expected_sum is not None and not abs(total - expected_sum) <= SUM_TOLERANCE:
+            raise UserError(f"{text}, not {expected_sum}: wrong or damaged base or diff")
+        notice(text)
+
+    if tuned:
+        save_model(weights(), read_config(diff), tuned, dtype, find_tokenizer(diff))
+    else:
+        for _ in weights():
+            pass
+
+
+def fp32_pairs(other: Path, base: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, other, base), one tensor at a time. Rows that the base lacks are the mean of its rows,
+    which is how Alpaca's training initialized them."""
+    pairs, _ = open_both(other, base)
+    if missing := [name for name, pair in pairs.items() if not pair[1].shape.numel()]:
+        raise UserError(f"the base has no {join_names(missing)}: Alpaca's format needs it")
+    sizes = tensor_bytes({name: pair[0] for name, pair in pairs.items()})
+    progress = Progress(sum(sizes.values()), "bytes")
+    for name, pair in pairs.items():
+        numbers, b = (stored.read().float() for stored in pair)
+        if new_rows := max(0, len(numbers) - len(b)):
+            b = torch.cat([b, b.mean(dim=0, keepdim=True).expand(new_rows, -1)])
+        yield name, numbers, b[: len(numbers)]
+        progress.step(sizes[name])
+    progress.close()
+
+
+def sum_of_rotary_tables(diff: Path) -> float:
+    """Files of 2023 hold a table of rotary frequencies per layer, and Alpaca's sum counts them."""
+    config = read_config(diff)
+    width = config.hidden_size // config.num_attention_heads
+    exponents = torch.arange(0, width, 2).float() / width
+    names = [name for file in weight_files(diff) for name, _ in open_file(file)]
+    tables = sum(bool(OBSOLETE.search(name)) for name in names)
+    return tables * (1.0 / config.rope_theta**exponents).sum().item()
 
 
 # ---------------------------------------------------------------- two models
 
 
-def base_tensors(folder: Path, wanted: Container[str]) -> dict[str, StoredTensor]:
-    """The base's, its embedding for a head that only the tuned model has of its own."""
-    _, found = open_checkpoint(folder)
-    if HEAD in wanted and HEAD not in found:
-        found[HEAD] = found[EMBEDDING]
-    return found
-
-
-def remarks(
-    base: dict[str, StoredTensor], tuned: dict[str, StoredTensor], folder: Path
-) -> list[str]:
-    """What is to be said about two models that differ in more than numbers, or why that is too
-    much; and about the tuned one's folder."""
-    said, misfits = [], []
-    if HEAD in tuned and base.get(HEAD) is base[EMBEDDING]:
-        said.append("the base's head is tied to its embedding: that is what is compared")
-    for name in (name for name in tuned if name in base):
-        ours, theirs = tuned[name].shape, base[name].shape
-        if ours[1:] != theirs[1:] or (ours != theirs and name not in (HEAD, EMBEDDING)):
-            misfits.append(f"{name} is {list(ours)}, in the base {list(theirs)}")
-        elif ours[0] > theirs[0]:
-            said.append(f"{name}: rows from {theirs[0]} on are the tuned model's alone")
-        elif ours[0] < theirs[0]:
-            said.append(f"{name}: rows from {ours[0]} on are the base's alone")
+def open_both(other: Path, base: Path) -> tuple[TensorPairs, list[str]]:
+    """The tensors of a tuned model or a diff beside the base's, and notes on what differs besides
+    the numbers, which are also printed."""
+    (_, others), (_, bases) = open_checkpoint(other), open_checkpoint(base)
+    notes, misfits, dtypes = [], [], set()
+    if HEAD in others and HEAD not in bases:
+        bases[HEAD] = bases[EMBEDDING]
+        notes.append("the base's head is tied to its embedding, so the embedding is compared")
+    for name in (name for name in others if name in bases):
+        (shape, dtype, _), (base_shape, base_dtype, _) = others[name], bases[name]
+        if shape[1:] != base_shape[1:] or (shape != base_shape and name not in (HEAD, EMBEDDING)):
+            misfits.append(f"{name} is {list(shape)}, in the base {list(base_shape)}")
+        elif shape != base_shape:
+            owner = "tuned model" if shape > base_shape else "base"
+            notes.append(f"{name}: only the {owner} has rows from {min(shape, base_shape)[0]} on")
+        if dtype != base_dtype:
+            dtypes.add(f"the base is converted from {base_dtype} to {dtype}".replace("torch.", ""))
     if misfits:
         raise UserError(f"base and tuned model differ in shape: {join_names(misfits, 3)}")
-    both = [(base[name].dtype, tuned[name].dtype) for name in tuned if name in base]
-    for theirs, ours in sorted({pair for pair in both if pair[0] != pair[1]}, key=str):
-        said.append(f"the base is {theirs} and is converted to {ours}".replace("torch.", ""))
-    for whose, names in (("tuned model", tuned.keys() - base), ("base", base.keys() - tuned)):
+    notes += sorted(dtypes)
+    for owner, names in (("tuned model", others.keys() - bases), ("base", bases.keys() - others)):
         if names:
-            said.append(f"only the {whose} has {join_names(sorted(names))}")
-    if is_meta(folder):
-        said.append("the tuned model is Meta's; what is recovered will be a Hugging Face folder")
-    if not find_tokenizer(folder):
-        said.append("the tuned model has no tokenizer, so none comes along")
-    return said
+            notes.append(f"only the {owner} has {join_names(sorted(names))}")
+    if is_meta(other):
+        notes.append("the tuned model is in Meta's format, what is recovered in Hugging Face's")
+    if not find_tokenizer(other):
+        notes.append("the tuned model has no tokenizer, so none is copied")
+    for note in notes:
+        notice(note)
+    return {name: (t, bases.get(name, absent(t.dtype))) for name, t in others.items()}, notes
 
 
-def make(base: Path, tuned: Path, diff: Path, compress: bool) -> None:
-    _, ours = open_checkpoint(tuned)
-    theirs = base_tensors(base, ours)
-    files = other_files(tuned, next(iter(ours.values())).dtype)
-    said = remarks(theirs, ours, tuned)
-    inputs = fingerprint(base) + fingerprint(tuned)
-    begun = {"format": FORMAT, "compress": compress, "inputs": inputs}
-    with atomic_folder(diff, keep={LOG, *(f"{name}.diff" for name in ours)}) as partial:
-        for line in said:
-            notice(line)
-        log = partial / LOG
-        logged, sizes = entries_of(log, begun), tensor_bytes(ours)
-        progress, step = byte_progress(ours)
-
-        def work(name: str) -> Entry:
-            file, entry = partial / f"{name}.diff", logged.get(name)
-            if entry and file.exists() and digest_of(file) == entry.diff:
-                step(sizes[name])  # an interrupted run wrote it
-                return entry
-            entry = make_tensor(name, theirs.get(name), ours[name], file, compress, step)
-            append_jsonl(log, {"name": name, "entry": entry._asdict()})
-            return entry
-
-        entries = in_threads(work, ours)
-        manifest = {"format": FORMAT, "compressed": compress, "said": said}
-        manifest["files"] = {n: hashlib.sha256(content).hexdigest() for n, content in files.items()}
-        manifest["tensors"] = {name: entry._asdict() for name, entry in entries.items()}
-        text = json.dumps(manifest, indent=1).encode()
-        files |= {"manifest.json": text, "manifest.sha256": seal_of(text)}
-        for name, content in files.items():
-            (partial / name).write_bytes(content)
-        for file in partial.iterdir():
-            fsync_path(file)
-        log.unlink()  # last: nothing that takes time is left to be killed in
-    progress.close()
+def absent(dtype: torch.dtype) -> StoredTensor:
+    return StoredTensor(torch.Size([0]), dtype, lambda: torch.empty(0, dtype=dtype))
 
 
-def recover(base: Path, diff: Path, tuned: Path | None) -> None:
-    """`tuned` None: check all there is to check, and write nothing."""
-    manifest, entries, files = read_manifest(diff)
-    theirs, shapes = base_tensors(base, entries), shapes_of(entries)
-    known = [name for name in theirs if name in entries and entries[name].known]
-    for was, now in sorted({(entries[n].base_dtype, dtype_name(theirs[n])) for n in known}):
-        if was != now:
-            notice(f"the diff was made from a base in {was}, this one is {now}")
-    sizes, (progress, step) = tensor_bytes(shapes), byte_progress(shapes)
-
-    def work(name: str, place: Callable = lambda name, at, numbers: None) -> None:
-        its = entries[name], theirs.get(name), diff / f"{name}.diff"
-        for at, numbers in recovered_pieces(name, *its, manifest["compressed"]):
-            place(name, at, numbers)
-            step(numbers.nbytes)
-
-    if tuned is None:
-        in_threads(work, entries)
-        return progress.close()
-    with atomic_folder(tuned, keep=plan_shards(shapes, SHARD_BYTES)) as partial:
-        interrupted = any(partial.iterdir())
-        with ShardWriter(partial, shapes, SHARD_BYTES) as shards:
-
-            def go_on(name: str) -> None:
-                if interrupted and shards.digest(name) == entries[name].tuned:
-                    step(sizes[name])
-                else:
-                    work(name, shards.write_part)
-
-            in_threads(go_on, entries)
-        for name, content in files.items():
-            (partial / name).write_bytes(content)
-    progress.close()
+# ---------------------------------------------------------------- the exact diff
 
 
-def shapes_of(entries: dict[str, Entry]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    return {n: (torch.Size(e.shape), getattr(torch, e.dtype)) for n, e in entries.items()}
+def make_exact_diff(base: Path, tuned: Path, diff: Path) -> None:
+    pairs, notes = open_both(tuned, base)
+    with atomic_folder(diff) as folder:
+        bits = folder / BITS
+        bits.mkdir()
+        copy_other_files(tuned, bits, next(iter(pairs.values()))[0].dtype)
+        files = {name: hash_of(content) for name, content in other_files(bits).items()}
+        hashes = combine(np.subtract, pairs, bits)
+        tensors = {n: {"diff": d, "base": b, "tuned": t} for n, (t, b, d) in hashes.items()}
+        manifest = {"format": FORMAT, "notes": notes, "files": files, "tensors": tensors}
+        dump_json(folder / "manifest.json", manifest)
+        (folder / "manifest.sha256").write_bytes(seal_of(folder / "manifest.json"))
 
 
-def fingerprint(folder: Path) -> list[list]:
-    """What would tell that a model is another one than when a run began."""
-    if is_meta(folder):
-        files = [folder / "params.json", *sorted(folder.glob("consolidated.*.pth"))]
-    else:
-        files = [folder / "config.json", *weight_files(folder)]
-    return [[str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+def recover_exact_diff(base: Path, diff: Path, tuned: Path | None) -> None:
+    """`tuned` None checks everything and writes nothing."""
+    expected, _, files = read_exact_diff(diff)
+    pairs, _ = open_both(diff / BITS, base)
 
-
-def entries_of(log: Path, begun: dict[str, Any]) -> dict[str, Entry]:
-    """What an interrupted run has done, if that was begun alike; a new log otherwise."""
-    first, *lines = [*read_log(log)] or [None]
-    if first == begun:
-        return {line["name"]: Entry(**line["entry"]) for line in lines}
-    log.unlink(missing_ok=True)
-    append_jsonl(log, begun)
-    return {}
-
-
-def digest_of(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def other_files(tuned: Path, dtype: torch.dtype) -> dict[str, bytes]:
-    """Config and tokenizer; a Hugging Face folder's as they are."""
-    found = {name: tuned / name for name in COPIED if (tuned / name).is_file()}
-    made = {}
-    if is_meta(tuned):
-        made["config.json"] = config_to_json(read_config(tuned), dtype)
-        if tokenizer := find_tokenizer(tuned):
-            found |= tokenizer_files(tokenizer)
-            made["tokenizer_config.json"] = TOKENIZER_CONFIG
-    written = {name: f"{json.dumps(fields, indent=2)}\n".encode() for name, fields in made.items()}
-    return written | {name: file.read_bytes() for name, file in found.items()}
-
-
-def read_manifest(diff: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[str, bytes]]:
-    """The manifest, its tensors, and the other files, which are what it says."""
-    text, seal = ((diff / name).read_bytes() for name in ("manifest.json", "manifest.sha256"))
-    if seal != seal_of(text):
-        raise UserError(f"{diff}: manifest.json is not what manifest.sha256 says: fetch both")
-    manifest = read_json(diff / "manifest.json")
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{diff}: {manifest.get('format')!r}; this version reads {FORMAT!r}")
-    try:
-        if [type(manifest[key]) for key in LAYOUT] != [*LAYOUT.values()]:
-            raise TypeError
-        "".join(manifest["said"])  # a TypeError, unless all of it is text
-        entries = {name: Entry(**fields) for name, fields in manifest["tensors"].items()}
-    except (LookupError, TypeError):
-        raise UserError(f"{diff}: manifest.json is not laid out as this version does") from None
-    files = manifest["files"]
-    if "config.json" not in files or not files.keys() <= set(COPIED):  # they are written by us
-        raise UserError(f"{diff}: files other than {', '.join(COPIED)} have no place in a diff")
-    contents = {name: (diff / name).read_bytes() for name in files}
-    for name, content in contents.items():
-        if hashlib.sha256(content).hexdigest() != files[name]:
-            raise UserError(f"{diff / name} is damaged: fetch it again")
-    shapes = parameter_shapes(read_config(diff))
-    if entries.keys() != shapes.keys():
-        raise UserError(f"{diff}: the manifest's tensors are not those of config.json")
-    if odd := [name for name, shape in shapes.items() if not sound(entries[name], shape)]:
-        raise UserError(f"{diff}: {odd[0]} in the manifest is not what config.json says")
-    if absent := [f"{name}.diff" for name in entries if not (diff / f"{name}.diff").is_file()]:
-        raise UserError(f"{diff}: {join_names(absent)} is missing: fetch it again")
-    return manifest, entries, contents
-
-
-def sound(entry: Entry, shape: torch.Size) -> bool:
-    """Whether a manifest can say that of a tensor; repr, since 2.0 and true are numbers, too."""
-    return (
-        [type(value) for value in entry] == [str, list, int, str, str, str, str]
-        and repr(entry.shape) == repr(list(shape))
-        and 0 <= entry.known <= shape.numel()
-        and entry.dtype in NAMED
-    )
-
-
-def seal_of(manifest: bytes) -> bytes:
-    """As sha256sum writes it, so that `sha256sum -c manifest.sha256` checks it too."""
-    return f"{hashlib.sha256(manifest).hexdigest()}  manifest.json\n".encode()
-
-
-def byte_progress(whole: dict[str, tuple]) -> tuple[Progress, Callable[[int], None]]:
-    """A progress line in bytes, and what threads may call to move it."""
-    progress, lock = Progress(sum(tensor_bytes(whole).values()), "bytes"), Lock()
-
-    def step(count: int) -> None:
-        with lock:
-            progress.step(count)
-
-    return progress, step
-
-
-# ---------------------------------------------------------------- diffs as Alpaca published them
-
-
-def in_fp32(base: Path, other: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, base, other), one at a time. Rows that the base lacks are the mean of those it has, as
-    Alpaca's training began with."""
-    _, theirs = open_checkpoint(other)
-    ours = base_tensors(base, theirs)
-    if absent := [name for name in theirs if name not in ours]:
-        raise UserError(f"the base has no {join_names(absent)}: Alpaca's format needs it")
-    for line in remarks(ours, theirs, other):
-        notice(line)
-    progress, _ = byte_progress(theirs)
-    for name, stored in theirs.items():
-        rows = stored.shape[0]
-        numbers = ours[name].read().float()[:rows]
-        if rows > len(numbers):
-            mean = numbers.mean(dim=0, keepdim=True)
-            numbers = torch.cat([numbers, mean.expand(rows - len(numbers), -1)])
-        yield name, numbers, stored.read().float()
-        progress.step(stored.shape.numel() * stored.dtype.itemsize)
-    progress.close()
-
-
-def make_alpaca(base: Path, tuned: Path, diff: Path) -> None:
-    differences = ((name, other - ours) for name, ours, other in in_fp32(base, tuned))
-    save_model(differences, read_config(tuned), diff, torch.float32, find_tokenizer(tuned))
-
-
-def recover_alpaca(
-    base: Path, diff: Path, tuned: Path | None, dtype: torch.dtype, expected: float | None
-) -> None:
-    """With `expected`, the sum over all weights is compared before the folder appears: all that
-    Alpaca published to check by. Old files carry rotary tables, which that sum counts."""
-    config = read_config(diff)
-    tables = sum(
-        bool(OBSOLETE.search(name)) for file in weight_files(diff) for name, _ in open_file(file)
-    )
-
-    def sums() -> Iterator[tuple[str, Tensor]]:
-        total = tables * inverse_frequencies(config).sum().item()
-        for name, ours, difference in in_fp32(base, diff):
-            weights = ours + difference
-            total += weights.sum().item()
-            yield name, weights
-        if expected is not None and not abs(total - expected) <= TOLERANCE:
+    def check(name: str, hashes: Hashes) -> None:
+        if hashes[0] != expected[name][0]:
+            raise UserError(f"{diff}: the difference of {name} is damaged: download it again")
+        if hashes[1] != expected[name][1]:
             raise UserError(
-                f"the sum over all weights is {total:.4f}, --expect-sum says {expected}: base or "
-                "diff is another one, or damaged"
+                f"{base} is not the base that the diff was made from: its {name} differs"
             )
-        notice(f"the sum over all weights is {total:.4f}")
+        if hashes[2] != expected[name][2]:
+            raise UserError(f"{diff}: base and difference of {name} are right, their sum is not")
 
     if tuned is None:
-        for _ in sums():
-            pass
+        combine(np.add, pairs, None, check)
+        return
+    with atomic_folder(tuned) as folder:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        combine(np.add, pairs, folder, check)
+
+
+# ---------------------------------------------------------------- the files of an exact diff
+
+
+def copy_other_files(tuned: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Config and tokenizer: a Hugging Face folder's unchanged, a Meta folder's converted."""
+    if is_meta(tuned):
+        dump_json(folder / "config.json", config_to_json(read_config(tuned), dtype))
+        if tokenizer := find_tokenizer(tuned):
+            copy_tokenizer(tokenizer, folder)
     else:
-        save_model(sums(), config, tuned, dtype, find_tokenizer(diff))
+        for name, content in other_files(tuned).items():
+            (folder / name).write_bytes(content)
 
 
-def inverse_frequencies(config: LlamaConfig) -> Tensor:
-    exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
-    return 1.0 / config.rope_theta**exponents
+def other_files(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in COPIED if (folder / name).is_file()}
+
+
+def hash_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def seal_of(manifest: Path) -> bytes:
+    """For manifest.sha256, which `sha256sum -c` can check too."""
+    return f"{hash_of(manifest.read_bytes())}  {manifest.name}\n".encode()
+
+
+def read_exact_diff(diff: Path) -> tuple[dict[str, Hashes], list[str], dict[str, bytes]]:
+    """The manifest's hashes of (diff, base, tuned) and its notes, and the files beside the tensors,
+    after a check of all but the tensors."""
+    file = diff / "manifest.json"
+    if seal_of(file) != (diff / "manifest.sha256").read_bytes():
+        raise UserError(f"{file} does not match manifest.sha256: download both again")
+    manifest = read_json(file)
+    if manifest.get("format") != FORMAT:
+        old = "compressed " if manifest.get("compressed") else ""
+        old += f"format {manifest.get('format')!r}"
+        raise UserError(f"{file}: {old}, this version reads {FORMAT!r}: make the diff again")
+    try:
+        hashes = {n: (t["diff"], t["base"], t["tuned"]) for n, t in manifest["tensors"].items()}
+        notes, expected = [*map(str, manifest["notes"])], dict(manifest["files"])
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{file}: missing or malformed fields") from None
+    files = other_files(diff / BITS)
+    found = {name: hash_of(content) for name, content in files.items()}
+    if odd := [name for name in {**found, **expected} if found.get(name) != expected.get(name)]:
+        raise UserError(f"{diff / BITS}: {join_names(odd)} missing, damaged or unexpected")
+    if open_checkpoint(diff / BITS)[1].keys() != hashes.keys():
+        raise UserError(f"{file}: its tensors are not those of {BITS}/config.json")
+    return hashes, notes, files
 
 
 # ---------------------------------------------------------------- commands
 
 
-def make_command(args) -> None:
-    refuse_existing(args.diff)
-    if args.format == "exact":
-        make(args.base, args.tuned, args.diff, args.compress)
-    elif args.compress:
-        raise UserError("--compress is for the exact format: Alpaca's has plain fp32 files")
-    else:
-        make_alpaca(args.base, args.tuned, args.diff)
-    print(summary(args.diff))
-
-
-def recover_command(args) -> None:
-    """Both `recover` and `verify`, which has no --tuned."""
-    if args.tuned is not None:
+def recover_or_verify(args: argparse.Namespace) -> str:
+    """`verify` has no --tuned."""
+    if args.tuned:
         refuse_existing(args.tuned)
-    if exact(args.diff):
+    if is_exact(args.diff):
         if args.expect_sum is not None or args.dtype:
-            raise UserError("--expect-sum and --dtype are for diffs like Alpaca's, not this one")
-        recover(args.base, args.diff, args.tuned)
-        found = "base, diff and result have the digests that the manifest says"
+            raise UserError("--expect-sum and --dtype are only for diffs in Alpaca's format")
+        recover_exact_diff(args.base, args.diff, args.tuned)
+        result = "base, diff and tuned model match the manifest"
     else:
         if args.tuned is None and args.expect_sum is None:
             raise UserError(f"{args.diff} has no manifest: verify it by --expect-sum")
         dtype = DTYPES[args.dtype or "fp32"]
-        recover_alpaca(args.base, args.diff, args.tuned, dtype, args.expect_sum)
-        found = "no digests to check by" if args.expect_sum is None else "the sum is as expected"
-    print(f"{args.tuned}: {held(args.tuned)}; {found}" if args.tuned else f"{args.diff}: {found}")
-
-
-def exact(diff: Path) -> bool:
-    if not diff.is_dir():
-        raise UserError(f"{diff}: no such folder")
-    return any((diff / name).exists() for name in ("manifest.json", "manifest.sha256"))
-
-
-def held(folder: Path) -> str:
-    _, found = open_checkpoint(folder)
-    return f"{len(found)} tensors, {sum(tensor_bytes(found).values()):,} bytes"
-
-
-def summary(diff: Path) -> str:
-    if not exact(diff):
-        return f"{diff}: like Alpaca's, {held(diff)}, no digests"
-    _, entries, _ = read_manifest(diff)
-    whole = sum(tensor_bytes(shapes_of(entries)).values())
-    size = sum((diff / f"{name}.diff").stat().st_size for name in entries)
-    kinds = ", ".join(sorted({entry.dtype for entry in entries.values()}))
-    changed = sum(entry.base != entry.tuned for entry in entries.values())
+        recover_float_diff(args.base, args.diff, args.tuned, dtype, args.expect_sum)
+        result = "no checksum given" if args.expect_sum is None else "the sum is as expected"
     return (
-        f"{diff}: {FORMAT.replace(', ', ', format version ')}\n"
-        f"{len(entries)} tensors of {kinds}, {changed} of them changed; "
-        f"{size:,} bytes for a model of {whole:,} ({size / whole:.1%})"
+        f"{args.tuned}: {size_of(args.tuned)}; {result}" if args.tuned else f"{args.diff}: {result}"
     )
 
 
-def info_command(args) -> None:
-    print(summary(args.diff))
-    if exact(args.diff):
-        manifest, _, _ = read_manifest(args.diff)
-        for line in (*manifest["said"], *manifest["files"]):
-            print(f"  {escape_control(line)}")
+def is_exact(diff: Path) -> bool:
+    if not diff.is_dir():
+        raise UserError(f"{diff}: no such folder")
+    return any((diff / name).exists() for name in (BITS, "manifest.json", "manifest.sha256"))
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(description=__doc__)
+def size_of(folder: Path) -> str:
+    _, tensors = open_checkpoint(folder)
+    dtypes = {str(stored.dtype).removeprefix("torch.") for stored in tensors.values()}
+    size = sum(tensor_bytes(dict(tensors)).values())
+    return f"{len(tensors)} tensors of {join_names(sorted(dtypes))}, {size:,} bytes"
+
+
+def info(diff: Path) -> str:
+    if not is_exact(diff):
+        return f"{diff}: Alpaca's format, {size_of(diff)}, no digests"
+    hashes, notes, files = read_exact_diff(diff)
+    changed = sum(base != tuned for _, base, tuned in hashes.values())
+    first = f"{diff}: {FORMAT}: {size_of(diff / BITS)}; {changed} tensors changed"
+    return "\n  ".join([first, *map(escape_control, notes), *files])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    def verb(name: str, command: Callable, help: str) -> Callable:
-        verbs.add_parser(name, help=help).set_defaults(
-            command=command, tuned=None, expect_sum=None, dtype=None
-        )
-        flag = verbs.choices[name].add_argument
-        if name != "info":
-            flag("--base", type=Path, required=True, help="folder of the base model")
+    make = verbs.add_parser("make", help="write the difference of two models").add_argument
+    recover = verbs.add_parser("recover", help="write the tuned model").add_argument
+    verify = verbs.add_parser("verify", help="check as recover does, write nothing").add_argument
+    info = verbs.add_parser("info", help="describe a diff").add_argument
+    for flag in (make, recover, verify):
+        flag("--base", type=Path, required=True, help="folder of the base model")
+    for flag in (make, recover, verify, info):
         flag("--diff", type=Path, required=True, help="folder of the diff")
-        return flag
-
-    make = verb("make", make_command, "the difference between two models")
     make("--tuned", type=Path, required=True, help="folder of the fine-tuned model")
-    make("--compress", action="store_true", help="slower, smaller (see README.md)")
-    told = "alpaca: float differences in fp32, without digests (default: exact)"
-    make("--format", choices=("exact", "alpaca"), default="exact", help=told)
-    recover = verb("recover", recover_command, "base and diff make the tuned model")
+    make("--format", choices=("exact", "alpaca"), default="exact", help="(default: exact)")
     recover("--tuned", type=Path, required=True, help="folder to write")
-    told = "of what is recovered from a diff like Alpaca's (default: fp32, as it did)"
-    recover("--dtype", choices=DTYPES, help=told)
-    verify = verb("verify", recover_command, "the same without writing it")
-    told = "of a diff like Alpaca's: the sum over all weights (50637.1836 for its 7B)"
+    recover("--dtype", choices=DTYPES, help="to write, for Alpaca's format (default: fp32)")
     for flag in (recover, verify):
-        flag("--expect-sum", type=float, metavar="SUM", help=told)
-    verb("info", info_command, "what a diff holds")
-    return parser.parse_args()
+        text = "the sum of all weights, for Alpaca's format (50637.1836 for its 7B)"
+        flag("--expect-sum", type=float, metavar="SUM", help=text)
+    verbs.choices["verify"].set_defaults(tuned=None, dtype=None)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.verb == "make":
+        refuse_existing(args.diff)
+        make = make_exact_diff if args.format == "exact" else make_float_diff
+        make(args.base, args.tuned, args.diff)
+    print(info(args.diff) if args.verb in ("make", "info") else recover_or_verify(args))
 
 
 def main() -> None:
-    run_subcommand(parse_args())
+    parser = Parser(description=__doc__)
+    add_arguments(parser)
+    run(parser.parse_args())
 
 
 if __name__ == "__main__":

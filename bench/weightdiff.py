@@ -2,12 +2,12 @@
 
     python bench/weightdiff.py [--runs 3]
 
-A random 1.1B-parameter base in bf16 (2.2 GB) and the same with every weight moved a little. Ours
+A random 1.1B-parameter base in bf16 (2.2 GB) and the same with every weight changed a little. Ours
 makes the exact diff, with SHA-256 digests of base, diff and result and all of it on disk (fsync)
 at the end. Theirs is what Alpaca's script does: both models in fp32 through transformers, one
 state dict added to the other, `save_pretrained`. Each side runs in a process of its own, in turn,
-the files in the page cache; imports are not counted. The share of digests and fsync is measured
-apart, by leaving them out.
+with the files in the page cache; imports are not counted. A third side leaves out digests and
+fsync, to see what they cost.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from types import SimpleNamespace
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import bitdiff  # noqa: E402
 import torch  # noqa: E402
 
 import weightdiff  # noqa: E402
+from alpaca.weights import bitdiff  # noqa: E402
 from alpaca.weights.checkpoint import stored_tensors  # noqa: E402
 from alpaca.weights.writer import save_model  # noqa: E402
 from bench.load import SHAPE  # noqa: E402
@@ -41,15 +41,15 @@ def write_pair(folder: Path) -> None:
     torch.manual_seed(0)
     save_model(Llama(SHAPE), SHAPE, folder / "base")
     torch.set_default_dtype(torch.float32)
-    moved = (
+    tuned = (
         (name, stored.read() + 1e-4 * torch.randn(stored.shape, dtype=torch.bfloat16))
         for name, stored in stored_tensors(folder / "base").items()
     )
-    save_model(moved, SHAPE, folder / "tuned")
+    save_model(tuned, SHAPE, folder / "tuned")
 
 
 class NoDigest:
-    """In the place of SHA-256, to see what that costs."""
+    """In place of SHA-256, to see what that costs."""
 
     def __init__(self, content: bytes = b""):
         pass
@@ -72,9 +72,9 @@ class Anything(str):
 def ours(verb: str, folder: Path) -> None:
     base, diff = folder / "base", folder / "diff-ours"
     if verb == "make":
-        weightdiff.make(base, folder / "tuned", diff, compress=False)
+        weightdiff.make_exact_diff(base, folder / "tuned", diff)
     else:
-        weightdiff.recover(base, diff, folder / "out-ours")
+        weightdiff.recover_exact_diff(base, diff, folder / "out-ours")
 
 
 def theirs(verb: str, folder: Path) -> None:
@@ -142,7 +142,8 @@ def main() -> None:
                 rows.append(row(f"{verb}, {what}", found["ours"][figure], found["theirs"][figure]))
             bare[verb] = sorted(found["bare"]["s"])[args.runs // 2]
         sizes = {
-            side: sum(f.stat().st_size for f in (folder / f"diff-{side}").iterdir()) / 1e9
+            side: sum(f.stat().st_size for f in (folder / f"diff-{side}").rglob("*.safetensors"))
+            / 1e9
             for side in ("ours", "theirs")
         }
     print(table("Weight diff of 1.1B parameters", "transformers", rows, ["torch", "transformers"]))

@@ -1,151 +1,88 @@
-"""The difference of two tensors in every bit, piece by piece, with SHA-256 digests of all sides.
+"""The exact difference of two models: their bit patterns, subtracted as integers.
 
-tuned - base, taken of floats, is rounded: base + (tuned - base) misses the tuned number by a bit or
-more in places. Bit patterns are integers, and integers that wrap around form a group: for any
-two patterns t and b, b + (t - b) = t, whatever floats they stand for, NaN and -0.0 too. And numbers
-of one sign that lie close together have bit patterns that do: what fine-tuning moves a little is a
-small integer, so differences compress where weights would not.
+A difference of floats is rounded, so base + (tuned - base) is not always tuned. But the bits of a
+float are also an integer of the same size, and integers that wrap around (modulo 2^16 or 2^32) form
+a group. For any two bit patterns, those of NaN and -0.0 too,
 
-A tensor goes through in pieces of some megabytes: memory does not grow with it.
+    diff = tuned - base    gives    diff + base = tuned
 
-Shown by tests/test_weightdiff.py: test_every_bit_comes_back.
+For example, 1.0 in bf16 has the bits 0x3f80 and the next larger number 0x3f81: the difference is 1.
+Read as a float of the same dtype, a difference is a tensor like any other, and is stored as one.
 """
 
 import hashlib
-import math
 import os
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from alpaca.common.errors import UserError
+from alpaca.common.progress import Progress
 from alpaca.weights.checkpoint import StoredTensor, as_dtype
+from alpaca.weights.writer import ShardWriter, tensor_bytes
 
-PIECE = 1 << 23  # bytes of a tensor in work at a time, by each thread
-INTEGER = {2: torch.int16, 4: torch.int32}  # by bytes
-
-
-class Entry(NamedTuple):
-    """A tensor in the manifest: what it is, and SHA-256 digests of its three sides."""
-
-    dtype: str
-    shape: list[int]
-    known: int  # how many of its numbers the base has; the rest are differences to zero
-    base_dtype: str  # what those were converted from; "" if the base has none
-    base: str  # of those numbers, in the tuned one's dtype
-    diff: str  # of the file
-    tuned: str
+TensorPairs = dict[
+    str, tuple[StoredTensor, StoredTensor]
+]  # name → (of the tuned model or diff, base's)
+Hashes = tuple[str, str, str]  # SHA-256 of the same two and of the result
+INTEGERS = {2: torch.int16, 4: torch.int32}  # by the size of a float in bytes
+PIECE_BYTES = 1 << 23  # processed at once, so that the memory in use does not grow with a tensor
+THREADS = min(4, (os.cpu_count() or 1) + 1)  # reading, hashing and writing overlap
 
 
-def pieces(count: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
-    step = PIECE // dtype.itemsize
-    return ((start, min(start + step, count)) for start in range(0, count, step))
+def combine(
+    operation: np.ufunc,
+    pairs: TensorPairs,
+    folder: Path | None,
+    check: Callable[[str, Hashes], None] = lambda name, hashes: None,
+) -> dict[str, Hashes]:
+    """operation(other, base) of every pair, which is np.subtract or np.add, written to safetensors
+    files if there is a folder. `check` may refuse the hashes of a tensor."""
+    shapes = {name: (other.shape, other.dtype) for name, (other, _) in pairs.items()}
+    sizes, hashes = tensor_bytes(shapes), {}
+    progress = Progress(sum(sizes.values()), "bytes")
+
+    def work(name: str) -> Hashes:
+        write = partial(shards.write_part, name) if shards else lambda start, numbers: None
+        found = combine_pair(operation, *pairs[name], write, name)
+        check(name, found)
+        return found
+
+    writer = ShardWriter(folder, shapes) if folder else nullcontext()
+    with writer as shards, ThreadPoolExecutor(THREADS) as threads:
+        for name, found in zip(pairs, threads.map(work, pairs), strict=True):
+            hashes[name] = found  # an error in `work` is raised here, and `map` drops what waits
+            progress.step(sizes[name])
+    progress.close()
+    return hashes
 
 
-def dtype_name(stored: StoredTensor | None) -> str:
-    return "" if stored is None else str(stored.dtype).removeprefix("torch.")
-
-
-def flat(stored: StoredTensor | None, most: int) -> Tensor | None:
-    return None if stored is None else stored.read().contiguous().flatten()[:most]
-
-
-def bits(
-    numbers: Tensor | None, dtype: torch.dtype, start: int, stop: int, name: str
-) -> np.ndarray:
-    """Numbers start to stop as integers; zeros where there are none."""
-    own = torch.empty(0, dtype=dtype) if numbers is None else numbers[start:stop]
-    found = as_dtype(own, dtype, name).view(INTEGER[dtype.itemsize]).numpy()
-    missing = stop - start - len(found)
-    return np.concatenate([found, np.zeros(missing, found.dtype)]) if missing else found
-
-
-def packed(difference: np.ndarray) -> bytes:
-    """Differences are small numbers of either sign. Zigzag (0, -1, 1, -2 → 0, 1, 2, 3) makes their
-    high bytes zero, and bytes of one place side by side compress well."""
-    sign = difference >> (8 * difference.itemsize - 1)
-    zigzag = (difference << 1) ^ sign
-    planes = zigzag.view(np.uint8).reshape(-1, difference.itemsize).T
-    content = zlib.compress(planes.tobytes(), 1)
-    return len(content).to_bytes(4, "little") + content
-
-
-def unpacked(content: bytes, dtype: np.dtype, size: int) -> np.ndarray:
-    planes = zlib.decompressobj().decompress(content, size + 1)
-    if len(planes) != size:
-        raise zlib.error
-    interleaved = np.frombuffer(planes, np.uint8).reshape(dtype.itemsize, -1).T
-    zigzag = np.ascontiguousarray(interleaved).view(f"u{dtype.itemsize}").ravel()
-    return ((zigzag >> 1) ^ (0 - (zigzag & 1))).view(dtype)
-
-
-def make_tensor(
+def combine_pair(
+    operation: np.ufunc,
+    other: StoredTensor,
+    base: StoredTensor,
+    write: Callable[[int, np.ndarray], object],
     name: str,
-    base: StoredTensor | None,
-    tuned: StoredTensor,
-    file: Path,
-    compress: bool,
-    step: Callable[[int], None],
-) -> Entry:
-    """Write one tensor's difference. The digests are of what was read and written."""
-    dtype, count = tuned.dtype, tuned.shape.numel()
-    ours, theirs = flat(tuned, count), flat(base, count)
-    known = 0 if theirs is None else len(theirs)
+) -> Hashes:
+    """Pass the result to `write` in pieces, as (offset in bytes, integers). The base is converted
+    to other's dtype. If it is shorter, zeros follow, which are not hashed."""
+    x_all, b_all = other.read().reshape(-1), base.read().reshape(-1)[: other.shape.numel()]
     digests = [hashlib.sha256() for _ in range(3)]
-    with open(file, "wb") as opened:
-        for start, stop in pieces(count, dtype):
-            b = bits(theirs, dtype, start, stop, f"the base's {name}")
-            t = bits(ours, dtype, start, stop, name)
-            content = packed(t - b) if compress else (t - b).data
-            opened.write(content)
-            for digest, of in zip(digests, (b[: max(0, known - start)], content, t), strict=True):
-                digest.update(of)
-            step(t.nbytes)
-        opened.flush()
-        os.fsync(opened.fileno())  # now, while other threads read: at the end all of it would wait
-    what = dtype_name(tuned), list(tuned.shape), known, dtype_name(base)
-    return Entry(*what, *(digest.hexdigest() for digest in digests))
+    step = PIECE_BYTES // other.dtype.itemsize
+    for start in range(0, len(x_all), step):
+        x = bits(x_all[start : start + step])
+        b = bits(as_dtype(b_all[start : start + step], other.dtype, f"the base's {name}"))
+        result = operation(x, np.pad(b, (0, len(x) - len(b))) if len(b) < len(x) else b)
+        for digest, numbers in zip(digests, (x, b, result), strict=True):
+            digest.update(numbers.data)
+        write(start * other.dtype.itemsize, result)
+    return digests[0].hexdigest(), digests[1].hexdigest(), digests[2].hexdigest()
 
 
-def recovered_pieces(
-    name: str, entry: Entry, base: StoredTensor | None, file: Path, compress: bool
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Where in the tensor, in bytes, and the bits of base + diff there. What is wrong is a
-    ValueError, of a digest after the last piece."""
-    dtype, count = getattr(torch, entry.dtype), math.prod(entry.shape)
-    theirs = flat(base, entry.known)
-    if (0 if theirs is None else len(theirs)) != entry.known:
-        raise UserError(f"the base is another one: its {name} is missing or smaller")
-    damaged = ValueError(f"{file}: the diff of {name} is damaged: fetch it again")
-    digests = [hashlib.sha256() for _ in range(3)]
-    with open(file, "rb") as opened:
-        for start, stop in pieces(count, dtype):
-            b = bits(theirs, dtype, start, stop, f"the base's {name}")
-            head = opened.read(4) if compress else b""
-            size = int.from_bytes(head, "little") if compress else b.nbytes
-            if size > 2 * b.nbytes + 1024:  # packing never makes it that much larger
-                raise damaged
-            content = opened.read(size)
-            try:
-                d = unpacked(content, b.dtype, b.nbytes) if compress else content
-                t = b + np.frombuffer(d, b.dtype)
-            except (zlib.error, ValueError):  # not packed data, or too little of it
-                raise damaged from None
-            used = b[: max(0, entry.known - start)]
-            for digest, of in zip(digests, (used, head + content, t), strict=True):
-                digest.update(of)
-            yield start * dtype.itemsize, t
-        if opened.read(1):
-            raise damaged
-    base_is, diff_is, tuned_is = (digest.hexdigest() for digest in digests)
-    if diff_is != entry.diff:
-        raise damaged
-    if base_is != entry.base:
-        raise UserError(f"the base is another one: its {name} is not what the diff was made from")
-    if tuned_is != entry.tuned:
-        raise UserError(f"{file}: base and diff of {name} are right, but not what they make")
+def bits(numbers: Tensor) -> np.ndarray:
+    return numbers.view(INTEGERS[numbers.itemsize]).numpy()

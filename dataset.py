@@ -244,9 +244,9 @@ def make_row(examples: Examples, which: np.ndarray, multiple: int = 1, bounds: i
     spans = [slice(examples.starts[i], examples.starts[i + 1]) for i in which]
     lengths = examples.lengths[which].tolist()
     # A rank left without documents still takes part in the collectives: at least one token.
-    fill = -max(sum(lengths), 1) % multiple + (not spans)
-    lengths += [fill] if fill else []
-    padding = np.zeros(fill, np.int32)
+    filler = -max(sum(lengths), 1) % multiple + (not spans)
+    lengths += [filler] if filler else []
+    padding = np.zeros(filler, np.int32)
     ids = np.concatenate([*(examples.ids[span] for span in spans), padding])
     labels = np.concatenate([*(examples.labels[span] for span in spans), padding + IGNORE])
     ends = np.concatenate([[0], np.cumsum(lengths)])

@@ -113,12 +113,12 @@ def train(job: Job, run: RunDir, mesh: DeviceMesh, device: torch.device, stop: S
 # ---------------------------------------------------------------- one step
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> float:
+def learning_rate(step: int, steps: int, max_lr: float, warmup_ratio: float) -> float:
     """Linear warm-up that does not start at 0, then a half cosine to 0. Steps count from 0."""
     warmup = math.ceil(steps * warmup_ratio)
     if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+        return max_lr * (step + 1) / (warmup + 1)
+    return max_lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def packed_rows(

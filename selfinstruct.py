@@ -109,7 +109,7 @@ class Alpaca:
         self.seeds, self.seed = seeds, seed
         self.header, self.options = header.replace("{language}", language), OPTIONS | request
 
-    def prompt(self, number: int, kept: list) -> tuple[str, dict, list[str]]:
+    def prompt(self, number: int, accepted: list) -> tuple[str, dict, list[str]]:
         """Three seed tasks, the request's options, and the ids of the three."""
         examples = random.Random(f"{self.seed} {number}").sample(self.seeds, PROMPT_SEEDS)
         return alpaca_prompt(self.header, examples), self.options, [s["id"] for s in examples]

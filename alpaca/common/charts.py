@@ -29,10 +29,10 @@ def clean(text: str) -> str:
     return escape(escape_control(text))
 
 
-def label(text: str, x: float, y: float, anchor="middle", fill="#000", limit=200, size=12) -> str:
+def label(text: str, x: float, y: float, anchor="middle", colour="#000", limit=200, size=12) -> str:
     text = clean(text if len(text) <= limit else text[: limit - 1] + "…")
     place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}"'
-    return f'<text {place} fill="{fill}">{text}</text>'
+    return f'<text {place} fill="{colour}">{text}</text>'
 
 
 def line(path: str, colour: str = "#d0d7de", width: int = 1) -> str:

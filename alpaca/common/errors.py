@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """Something a user can cause and fix: one line that says what is wrong, where, and the fix."""
 
 
@@ -29,7 +29,7 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         notice("interrupted")
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         if os.environ.get("ALPACA_TRACEBACK"):
             raise
         notice("error: " + describe_error(error), any_rank=isinstance(error, OSError))

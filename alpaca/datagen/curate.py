@@ -159,14 +159,14 @@ def seed_similarity(instructions: list[str], folder: Path) -> Iterator[str]:
     return histogram(title, highest, edges, [f"{a:.1f}-{b:.1f}" for a, b in pairwise(edges)])
 
 
-def generation_lines(folder: Path, kept: int, wanted: int) -> Iterator[str]:
+def generation_lines(folder: Path, accepted: int, wanted: int) -> Iterator[str]:
     """Requests of a run of selfinstruct.py, what became of its tasks, and the cost."""
     log = list(read_log(folder / "responses.jsonl"))
     failed = sum("response" not in entry for entry in log)
     yield f"{len(log):,} requests: {len(log) - failed:,} answers, {failed:,} failed"
     reasons = Counter(str(task.get("why")) for task in read_log(folder / "rejected.jsonl"))
-    total = kept + reasons.total()
-    yield f"{kept:,} of {total:,} tasks kept" + (f" ({kept / total:.1%})" if total else "")
+    total = accepted + reasons.total()
+    yield f"{accepted:,} of {total:,} tasks kept" + (f" ({accepted / total:.1%})" if total else "")
     groups: Counter[str] = Counter()
     for reason, n in reasons.items():
         groups[ASKS_FOR + "…" if reason.startswith(ASKS_FOR) else reason] += n
@@ -175,9 +175,13 @@ def generation_lines(folder: Path, kept: int, wanted: int) -> Iterator[str]:
         for reason, n in reasons.most_common() if group == ASKS_FOR + "…" else ():
             if reason.startswith(ASKS_FOR):
                 yield f"{n:20,}  {printable(reason)}"
-    cost, left = sum(entry.get("cost", 0) for entry in log), max(wanted - kept, 0)
-    each = f": ${1000 * cost / kept:.4f} a thousand records" if kept else ""
-    rest = f", about ${left * cost / kept:.2f} for the {left:,} to come" if kept and left else ""
+    cost, left = sum(entry.get("cost", 0) for entry in log), max(wanted - accepted, 0)
+    each = f": ${1000 * cost / accepted:.4f} a thousand records" if accepted else ""
+    rest = (
+        f", about ${left * cost / accepted:.2f} for the {left:,} to come"
+        if accepted and left
+        else ""
+    )
     yield f"Cost so far ${cost:.4f}{each}{rest}"
 
 
@@ -263,16 +267,16 @@ def run_lint(args: argparse.Namespace) -> None:
 def split_records(args: argparse.Namespace, records: list[dict], defects: dict[int, dict]) -> None:
     """Write --dropped, with the reasons, and --fix. Both are complete before either gets its name,
     and --dropped gets it first: a kill in between loses no record."""
-    kept, dropped = [], []
+    clean, dropped = [], []
     for number, raw in enumerate(records, 1):
         if number not in defects:
-            kept.append(raw)
+            clean.append(raw)
         elif taken := {"flags", "record"} & raw.keys():
             raise UserError(f"{args.source}: record {number} has a field {min(taken)!r} already")
         else:
             dropped.append(raw | {"flags": list(defects[number]), "record": number})
     with atomic_file(args.fix) as renamed_last, atomic_file(args.dropped) as renamed_first:
-        for file, part in ((renamed_first, dropped), (renamed_last, kept)):
+        for file, part in ((renamed_first, dropped), (renamed_last, clean)):
             text = json.dumps(part, ensure_ascii=False, indent=4)
             file.write(text.encode("utf-8", "backslashreplace"))  # half a surrogate pair: \ud83d
 

@@ -134,10 +134,10 @@ class SelfInstruct:
     def options(self, stage: str) -> dict:
         return STAGES[stage] | self.extra_options
 
-    def prompt(self, number: int, kept: list[tuple[int, str]]) -> tuple[str, dict, list[str]]:
+    def prompt(self, number: int, accepted: list[tuple[int, str]]) -> tuple[str, dict, list[str]]:
         """Stage 1: the prompt, the request's options, and the ids of the seeds in the prompt."""
         rng = random.Random(f"{self.seed} {number}")
-        machine = [text for request, text in kept if request <= number - self.window]
+        machine = [text for request, text in accepted if request <= number - self.window]
         machine = rng.sample(machine, min(MACHINE, len(machine)))
         human = rng.sample(self.seeds, HUMAN + MACHINE - len(machine))
         shown = [single_line(text) for text in [*(s["instruction"] for s in human), *machine]]

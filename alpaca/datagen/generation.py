@@ -34,7 +34,7 @@ class RecordStore:
         self.records, self.rejected = folder / "records.jsonl", folder / "rejected.jsonl"
         self.pool, self.any_script = pool, any_script
         self.decided: set[str] = set()  # "12.3" is the fourth task of answer 12
-        self.kept: list[tuple[int, str]] = []  # number of the answer, instruction
+        self.accepted: list[tuple[int, str]] = []  # number of the answer, instruction
         self.count = 0
         lines = [*read_log(self.records), *read_log(self.rejected)]
         for line in sorted(lines, key=lambda line: [int(part) for part in line["item"].split(".")]):
@@ -46,7 +46,7 @@ class RecordStore:
         self.decided.add(line["item"])
         if line.get("why", DROPPED_LATER).startswith(DROPPED_LATER):
             self.pool.add(line["instruction"])
-            self.kept.append((int(line["item"].split(".")[0]), line["instruction"]))
+            self.accepted.append((int(line["item"].split(".")[0]), line["instruction"]))
 
     def write(self, lines: list[dict]) -> None:
         """Rejected lines first: after a kill in between, the others are judged the same again."""
@@ -114,7 +114,7 @@ class Scheduler:
         self.completing.append((lines, task))
 
     def question(self, id: str) -> tuple[str, dict, list[str]]:
-        return self.recipe.prompt(int(id), self.store.kept)
+        return self.recipe.prompt(int(id), self.store.accepted)
 
     async def _fill(self) -> None:
         """Have as many requests in flight as the missing records are likely to take."""

@@ -260,17 +260,17 @@ def run(args: argparse.Namespace) -> None:
     lock = claim_run_folder(args.out, settings, "judging", log.name)
     try:
         verdicts, enough = run_judge(plan, endpoint, args, log)
-        annotations, judged = [], Counter()
+        annotations, per_pair = [], Counter()
         for id, (pair, swapped) in plan.items():
             preference = None
             if verdict := verdicts.get(id):
                 preference = 2 - verdict.better if swapped else 1 + verdict.better
-                judged[pair.instruction] += 1
+                per_pair[pair.instruction] += 1
             entry = make_annotation(pairs, pair, name, preference)
             annotations.append(entry | {"swapped": swapped})
-        if max(judged.values(), default=0) < (1 if args.single_order else 2):
+        if max(per_pair.values(), default=0) < (1 if args.single_order else 2):
             reason = "the judge gave none" if enough else "the budget has no room for one"
-            if judged:
+            if per_pair:
                 reason = f"{len(verdicts)} verdicts, but no pair has one in both orders"
             raise UserError(f"no verdict on any pair: {reason}; nothing is written")
         save_json(file, annotations)

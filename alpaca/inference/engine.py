@@ -43,9 +43,11 @@ LENGTH_MULTIPLE = 16  # prompts are padded to it: on a CPU, oneDNN stores a kern
 class Sequence:
     """A prompt and its growing answer. `text` never shrinks, so it can be shown as it grows."""
 
-    def __init__(self, prompt: list[int], params: SamplingParams, tokenizer: Tokenizer, room: int):
+    def __init__(
+        self, prompt: list[int], params: SamplingParams, tokenizer: Tokenizer, max_tokens: int
+    ):
         self.prompt, self.params, self.tokenizer = prompt, params, tokenizer
-        self.max_new_tokens = min(params.max_new_tokens, room)
+        self.max_new_tokens = min(params.max_new_tokens, max_tokens)
         self.ids: list[int] = []
         self.text = ""
         self.pending = ""  # decoded, but maybe the beginning of a stop text
@@ -242,13 +244,13 @@ class Engine:
             raise UserError("the prompt is empty: it must have at least BOS")
         if not 0 <= min(prompt) <= max(prompt) < self.model.config.vocab_size:
             raise UserError("the prompt has ids that the model has no embedding for")
-        room = self.max_length - len(prompt)
-        if room < 1:
+        left = self.max_length - len(prompt)
+        if left < 1:
             raise UserError(
-                f"the prompt has {len(prompt)} tokens, {1 - room} too many: prompt and answer "
+                f"the prompt has {len(prompt)} tokens, {1 - left} too many: prompt and answer "
                 f"share {self.max_length}"
             )
-        self.waiting.append(Sequence(prompt, params, self.tokenizer, room))
+        self.waiting.append(Sequence(prompt, params, self.tokenizer, left))
         return self.waiting[-1]
 
     def cancel(self, sequence: Sequence) -> None:

@@ -80,8 +80,8 @@ def split_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns step (R, 1) and the bytes (2R, K), all low ones first: the kernel multiplies bytes by
     bytes, so a row of 16 bits is two rows to it."""
-    peak = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True, dtype=torch.float32)
-    step = peak.clamp_min(1e-30) / 32600  # (R, 1)
+    largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True, dtype=torch.float32)
+    step = largest.clamp_min(1e-30) / 32600  # (R, 1)
     whole = (x / step).add_(0x8080 + 0.5).to(torch.uint16)  # all above 0: this rounds to nearest
     both = whole.view(torch.uint8).view(*x.shape, 2)  # little-endian: (R, K, low and high)
     return step, both.permute(2, 0, 1).flatten(0, 1)

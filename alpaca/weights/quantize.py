@@ -5,7 +5,7 @@
     alpaca generate --model-dir llama-7b-int4 "Name three primary colors."
 
 `--bits` is for the blocks' matrices; the head is rounded to 8 bits, embedding and norms are not.
-The folder is laid out as a Hugging Face folder, with the integers and scales in place of a weight and
+The folder is laid out as a Hugging Face folder, with integers and scales in place of a weight and
 quantization_config in config.json. Every command with --model-dir opens it; with --bits, `alpaca
 generate` and others round a plain folder while they read it, one tensor at a time: a 7B model in
 int4 loads on a machine with 8 GB.

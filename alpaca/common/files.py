@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -75,32 +75,28 @@ def refuse_existing(path: Path) -> None:
 
 
 @contextmanager
-def atomic_folder(path: str | Path, keep: Container[str] = ()) -> Iterator[Path]:
+def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield the folder `NAME.partial`; it is renamed to `path` if the body raises nothing.
 
-    `path` must not exist, or be empty. Leftovers of an earlier run in the partial folder are
-    removed, except files named in `keep`: a run that names some finds them again after a kill, a
-    Ctrl-C or a full disk. A lock on the folder, which ends with its process, keeps a second writer
-    out."""
+    `path` must not exist, or be empty. What an earlier, killed run left in the partial folder is
+    removed. A lock on the folder, which ends with its process, keeps a second writer out."""
     path = Path(path).absolute()
     refuse_existing(path)
     partial = path.with_name(path.name + ".partial")
-    found = partial.exists()
     partial.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(partial, f"{partial} is being written by another process", os.O_NOFOLLOW)
     try:
         for leftover in partial.iterdir():
             if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover)
-            elif leftover.is_symlink() or leftover.name not in keep:
+            else:
                 leftover.unlink()
         yield partial
         for file in (*partial.rglob("*"), partial):
             fsync_path(file)
         os.rename(partial, path)
-    except BaseException as error:
-        if not keep or (isinstance(error, UserError) and not found):
-            shutil.rmtree(partial, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
         os.close(lock)

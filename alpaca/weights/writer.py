@@ -12,11 +12,9 @@ The numbers follow, one tensor after another. So the position of every byte is k
 and dtypes alone, before any tensor has been read, and `ShardWriter` writes all headers first. Then
 
   - tensors may come in any order, and only one of them has to be in memory;
-  - parts of tensors may come, from several threads (`write_part`);
-  - a resumed run can check what an interrupted one has written (`digest`).
+  - parts of tensors may come, from several threads (`write_part`).
 """
 
-import hashlib
 import json
 import math
 import os
@@ -88,9 +86,7 @@ def plan_shards(shapes: dict[str, tuple], shard_bytes: int = SHARD_BYTES) -> dic
 
 
 class ShardWriter(ExitStack):
-    """A folder's safetensors files, open for writing: headers first, then tensors in any order.
-
-    Numbers that the files already hold stay until they are overwritten."""
+    """A folder's safetensors files, open for writing: headers first, then tensors in any order."""
 
     def __init__(self, folder: Path, shapes: dict[str, tuple], shard_bytes: int = SHARD_BYTES):
         super().__init__()
@@ -105,8 +101,7 @@ class ShardWriter(ExitStack):
                 header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], **position}
             text = json.dumps(header).encode()
             text += b" " * (-len(text) % 8)  # so that the numbers are aligned
-            (folder / file_name).touch()
-            file = self.enter_context((folder / file_name).open("r+b"))
+            file = self.enter_context((folder / file_name).open("wb"))
             file.write(len(text).to_bytes(8, "little") + text)
             file.flush()
             file.truncate(8 + len(text) + end)
@@ -136,15 +131,6 @@ class ShardWriter(ExitStack):
             done += os.pwrite(file.fileno(), content[done:], offset + start + done)
         # let the disk begin now: otherwise all the writing waits for the last tensor
         os.posix_fadvise(file.fileno(), offset + start, done, os.POSIX_FADV_DONTNEED)
-
-    def digest(self, name: str) -> str:
-        """SHA-256 of the bytes that the file holds at a tensor's position."""
-        file, offset, shape, dtype = self.pending[name]
-        left, digest = math.prod(shape) * dtype.itemsize, hashlib.sha256()
-        while left and (found := os.pread(file.fileno(), min(left, 1 << 23), offset)):
-            digest.update(found)
-            left, offset = left - len(found), offset + len(found)
-        return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- a whole folder

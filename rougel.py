@@ -82,7 +82,8 @@ def lcs_rows(a: list[str], b: list[str]) -> Iterator[int]:
     Together 0111: the LCS of 1 is reached at "the" already. For "cat" the carry meets no zero, so
     the row gets one zero more.
     """
-    masks, row, ones = positions(a), (1 << len(a)) - 1, (1 << len(a)) - 1
+    masks, ones = positions(a), (1 << len(a)) - 1
+    row = ones
     yield row
     for token in b:
         match = row & masks.get(token, 0)
@@ -181,11 +182,7 @@ class Pool:
         common = self.lcs(tokens)
         p = common / max(len(tokens), 1)
         r = common / np.maximum(self.lengths, 1)
-        f = 2 * p  # in place from here: it is twice as fast
-        f *= r
-        p += r
-        f /= np.maximum(p, TINY, out=p)  # 0 / TINY if nothing is in common
-        return f
+        return 2 * p * r / np.maximum(p + r, TINY)  # 0 / TINY if nothing is in common
 
 
 def most_similar(scores: np.ndarray, k: int) -> list[tuple[int, float]]:

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 
@@ -19,6 +18,7 @@ from alpaca.serving import serve
 from alpaca.serving.http import Limits
 from alpaca.serving.moderation import Filter
 from alpaca.weights.loading import load_model
+from helpers import teacher_server
 from helpers.commands import ROOT
 from helpers.models import small_config
 from model import Llama
@@ -145,45 +145,21 @@ def running(engine: Engine, *flags, filter: Filter | None = None, limits: Limits
     assert not failed, failed
 
 
-class ModerationService(ThreadingHTTPServer):
+class ModerationService(teacher_server.Server):
     """Answers every request with `status` and `content` after `latency` s, and notes it."""
 
-    daemon_threads = True
-
     def __init__(self, content=None, status: int = 200, latency: float = 0.0):
-        super().__init__(("127.0.0.1", 0), ModerationHandler)
-        self.content, self.status, self.latency = content, status, latency
+        super().__init__(latency=latency)
+        self.RequestHandlerClass, self.content, self.status = ModerationHandler, content, status
         self.statuses: list[int] = []  # of the first requests
         self.requests: list[tuple[str, dict, str | None]] = []  # path, body, Authorization
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *exception):
-        self.shutdown()
-        self.server_close()
-
-    def handle_error(self, request, client_address):
-        pass
 
 
-class ModerationHandler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def log_message(self, *arguments):
-        pass
-
+class ModerationHandler(teacher_server.Handler):
     def do_POST(self):
-        service: ModerationService = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        service = self.server
+        body = json.loads(self.content())
         service.requests.append((self.path, body, self.headers.get("Authorization")))
         time.sleep(service.latency)
-        content = service.content
-        data = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(service.statuses.pop(0) if service.statuses else service.status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        status = service.statuses.pop(0) if service.statuses else service.status
+        self.reply(status, service.content)

@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -42,26 +41,6 @@ def ask_and_leave(server, body: dict) -> None:
         one.sendall(raw_request(json.dumps(body).encode()))
         if body["stream"]:
             one.recv(10)
-
-
-def test_batched_answers_are_those_of_one_at_a_time(alone):
-    rng = random.Random(1)
-    instructions = [f"Write the {i} words of list {i * 7}." for i in range(20)]
-    lengths = [rng.randint(3, 50) for _ in instructions]
-    with running(tiny_engine()) as server:
-
-        def ask(i: int) -> str:
-            time.sleep(rng.uniform(0, 0.3))
-            if i % 4 == 3:
-                body = {"instruction": instructions[i], "stream": True, "max_tokens": 50}
-                ask_and_leave(server, body)
-            fields = {"temperature": 0, "max_tokens": lengths[i]}
-            return server.answer(instructions[i], **fields)["choices"][0]["text"]
-
-        with ThreadPoolExecutor(12) as pool:
-            texts = list(pool.map(ask, range(20)))
-        server.wait_until_idle()
-    assert texts == [alone(i, n) for i, n in zip(instructions, lengths, strict=True)]
 
 
 def memory_held() -> tuple[int, int]:

@@ -12,7 +12,7 @@ from helpers.commands import assert_refused
 from helpers.demo_server import ENDLESS, ScriptedEngine, arguments, raw_request, running, wait_until
 
 from alpaca.common.errors import UserError
-from alpaca.serving.http import LOOPBACK, Limits
+from alpaca.serving.http import LOOPBACK, HTTPError, Limits, Server
 from alpaca.serving.moderation import Filter
 from alpaca.serving.serve import bind_socket
 
@@ -100,28 +100,48 @@ def test_a_hostile_request_gets_a_json_error(server, kind):
     assert status(send(server, GET + CLOSE)) == 200
 
 
+PUBLIC = LOOPBACK | {"demo.example"}  # --allow-host demo.example
+SENDERS = [  # names of the server, Host, Origin, status
+    (LOOPBACK, "localhost", None, 200),
+    (LOOPBACK, "LOCALHOST:7860", None, 200),
+    (LOOPBACK, "127.0.0.1:1", None, 200),
+    (LOOPBACK, "[::1]:7860", None, 200),
+    (LOOPBACK, "localhost:80", "http://localhost:80", 200),
+    (LOOPBACK, "localhost:80", "http://localhost:81", 403),
+    (LOOPBACK, "demo.example", None, 421),
+    (PUBLIC, "demo.example", "https://demo.example", 200),
+    (PUBLIC, "127.0.0.1", "https://demo.example", 200),  # behind a proxy
+    (PUBLIC, "evil.example", None, 421),
+    (PUBLIC, "demo.example", "http://localhost", 403),
+    (None, "any.example", "https://any.example", 200),
+    (None, "any.example", "https://evil.example", 403),
+]
+
+
+@pytest.mark.parametrize(("hosts", "host", "origin", "status"), SENDERS)
+def test_senders_are_checked_by_host_and_origin(hosts, host, origin, status):
+    server, headers = Server(None, Limits(), hosts), {"host": host}
+    headers |= {"origin": origin} if origin else {}
+    if status == 200:
+        return server.check_sender(headers)
+    with pytest.raises(HTTPError) as refused:
+        server.check_sender(headers)
+    assert refused.value.status == status
+
+
 @pytest.mark.parametrize(
-    "host", ["localhost", "LOCALHOST:7860", "127.0.0.1:1", "[::1]:7860", "127.0.0.1"]
+    ("flags", "hosts"),
+    [
+        ("--host 127.0.0.2", LOOPBACK | {"127.0.0.2"}),
+        ("--host LOCALHOST --allow-host demo.example", PUBLIC),
+        ("--host 0.0.0.0", None),
+        ("--host 0.0.0.0 --allow-host demo.example", PUBLIC | {"0.0.0.0"}),
+    ],
 )
-def test_requests_to_its_own_names_are_answered(server, host):
-    head = b"GET /health HTTP/1.1\r\nHost: %b\r\n" % host.encode()
-    assert status(send(server, head + CLOSE)) == 200
-
-
-def test_its_own_page_may_send_requests(server):
-    own = b"localhost:%d" % server.port
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: %b\r\nOrigin: http://%b\r\n" % (own, own)
-    head += b"Content-Type: application/json\r\n" + LENGTH + CLOSE
-    assert status(send(server, head + BODY)) == 200
-
-
-def test_an_allowed_host_is_answered_with_its_pages():
-    with running(ScriptedEngine("fine"), "--allow-host", "demo.example") as server:
-        head = POST.replace(b"localhost", b"127.0.0.1") + b"Origin: https://demo.example\r\n"
-        assert status(send(server, head + LENGTH + CLOSE + BODY)) == 200
-        head = b"GET /health HTTP/1.1\r\nHost: "
-        assert status(send(server, head + b"demo.example\r\n" + CLOSE)) == 200
-        assert status(send(server, head + b"evil.example\r\n" + CLOSE)) == 421
+def test_names_of_the_server_follow_from_the_flags(flags, hosts, capsys):
+    with running(ScriptedEngine("fine"), *flags.split()) as server:
+        assert server.http.hosts == hosts
+    assert ("other machines" in capsys.readouterr().err) == ("0.0.0.0" in flags)
 
 
 def test_allowed_hosts_are_normalized(command):
@@ -129,27 +149,6 @@ def test_allowed_hosts_are_normalized(command):
     assert arguments(*names).allow_host == ["demo.example", "a.example"]
     for wrong in ("https://a.example", "a/b", ""):
         assert_refused(command("serve", "--allow-host", wrong), "not a host name")
-
-
-@pytest.mark.parametrize("host", ["127.0.0.2", "LOCALHOST"])
-def test_on_a_loopback_address_no_other_name_is_answered(host, capsys):
-    with running(ScriptedEngine("fine"), "--host", host) as server:
-        assert None is not server.http.hosts >= LOOPBACK
-        assert "other machines" not in capsys.readouterr().err
-
-
-def test_on_all_addresses_foreign_pages_are_refused(capsys):
-    with running(ScriptedEngine("fine"), "--host", "0.0.0.0") as server:
-        assert "other machines" in capsys.readouterr().err
-        head = POST.replace(b"localhost", b"demo.example") + LENGTH
-        for name, expected in ((b"demo", 200), (b"evil", 403)):
-            origin = b"Origin: https://%b.example\r\n" % name
-            assert status(send(server, head + origin + CLOSE + BODY)) == expected
-    flags = ("--host", "0.0.0.0", "--allow-host", "demo.example")
-    with running(ScriptedEngine("fine"), *flags) as server:
-        head = b"GET /health HTTP/1.1\r\nHost: "
-        assert status(send(server, head + b"demo.example\r\n" + CLOSE)) == 200
-        assert status(send(server, head + b"evil.example\r\n" + CLOSE)) == 421
 
 
 def test_an_address_in_use_is_refused():

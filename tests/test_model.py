@@ -110,6 +110,7 @@ def test_cached_decoding_equals_the_full_forward_everywhere(kv_heads):
     model(ids[3:4, :11], cu_seqlens(11), cache[1:2])
     decode(3, 0, 3, 2)
     cache.copy_slot(2, 0)
+    assert cache.lengths.tolist() == [17, 14, 17]
     decode(3, 2, 3, 2)
 
 

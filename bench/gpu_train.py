@@ -1,7 +1,7 @@
 """Fine-tuning a 7B on one GPU with fsdp_train.py: tokens a second, MFU, memory.
 
     python -m bench.gpu_train [--steps 12]
-    python -m bench.gpu_train --model-dir data/tiny-llama    # a dry run on any machine
+    python -m bench.gpu_train --steps 5 --model-dir data/tiny-llama    # a dry run, on any machine
 
 A random LLaMA-7B in bf16 (13.5 GB in a temporary folder) is trained on synthetic records of about
 Alpaca's lengths in batches of 128: all weights, an adapter, an adapter with a 4-bit base. The
@@ -22,7 +22,8 @@ from alpaca.datagen.formats import load_records
 from bench.measure import ROOT, bench_parser, gpu_table, stamp
 from bench.models import write_random
 
-TITLE, WARM_UP, ALPACA_TOKENS = "Fine-tune a 7B on one GPU", 4, 52_002 * 108 * 3
+TITLE = "Fine-tune a 7B on one GPU"
+BATCH, WARM_UP, ALPACA_TOKENS = 128, 4, 52_002 * 108 * 3
 SETUPS = {
     "all weights": [],
     "adapter, base in bf16": ["--lora"],
@@ -43,7 +44,7 @@ def train(model: Path, records: Path, out: Path, steps: int, flags: list[str]) -
     """The figures of a run's steps."""
     command = [sys.executable, ROOT / "fsdp_train.py", "--model-dir", model, "--data", records]
     command += ["--tokenizer", ROOT / "data/tokenizer.model", "--out", out, "--sample-answers", "0"]
-    command += ["--max-steps", str(steps), "--batch-size", "128", "--save-every", "0", *flags]
+    command += ["--max-steps", str(steps), "--batch-size", str(BATCH), "--save-every", "0", *flags]
     subprocess.run(list(map(str, command)), check=True, cwd=ROOT, stdout=sys.stderr)
     figures = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     return [step for step in figures if "tokens_per_s" in step][WARM_UP:]
@@ -54,7 +55,7 @@ def measure(steps: int, model: Path | None) -> str:
     lines = [f"### {TITLE}", "", head, "|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_records(records := folder / "records.json", 128 * steps)
+        write_records(records := folder / "records.json", BATCH * steps)
         if model is None:
             write_random(model := folder / "7B", "7B")
         for setup, flags in SETUPS.items():

@@ -19,7 +19,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,15 +107,13 @@ class Endpoint:
         return self.cost(Usage(len(json.dumps(body, ensure_ascii=False).encode()), limit))
 
     def mask_key(self, text: str) -> str:
-        """Replace the key by ***: servers like to repeat it in their error messages."""
+        """Replace the key by ***, also where JSON spells / as \\/ or = as \\u003d: servers like to
+        repeat it in their error messages."""
         key = self.api_key()
-        return key_pattern(key).sub("***", text) if len(key) >= MIN_KEY_LENGTH else text
-
-
-@lru_cache
-def key_pattern(key: str) -> re.Pattern:
-    """Matches the key as it is and as JSON may spell it: / as \\/, = as \\u003d."""
-    return re.compile("".join(rf"(?:\\?{re.escape(c)}|\\u(?i:{ord(c):04x}))" for c in key))
+        if len(key) < MIN_KEY_LENGTH:
+            return text
+        pattern = "".join(rf"(?:\\?{re.escape(c)}|\\u(?i:{ord(c):04x}))" for c in key)
+        return re.sub(pattern, "***", text)
 
 
 # ---------------------------------------------------------------- flags

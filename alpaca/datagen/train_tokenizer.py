@@ -66,11 +66,11 @@ def train_tokenizer(files: list[Path], vocab_size: int, out: Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", type=Path, nargs="+", help="UTF-8 text, about a sentence a line")
-    parser.add_argument(
-        "--vocab-size", type=int, default=1024, help=f"tokens, {FIXED} of them fixed (default 1024)"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="the tokenizer.model to write")
+    add = parser.add_argument
+    add("files", type=Path, nargs="+", help="UTF-8 text, about a sentence a line")
+    size = f"tokens, {FIXED} of them fixed (default: 1024)"
+    add("--vocab-size", type=int, default=1024, help=size)
+    add("--out", type=Path, required=True, help="the tokenizer.model to write")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ from alpaca.common.files import read_jsonl
 from alpaca.inference.sampling import SamplingParams
 from alpaca.serving import app, scheduler, serve
 from alpaca.serving.moderation import Filter, FilterUnavailable, RuleFilter, make_filter
-from dataset import chat_prompt, format_prompt
+from dataset import format_prompt
 
 FRUIT = "Name a fruit."
 LONG = ("--max-new-tokens", 3000)
@@ -48,8 +48,8 @@ def alone():
     """Greedy answers of the same model with the same watermark, one at a time."""
     engine = tiny_engine(1)
 
-    def answer(ids: list[int] | str, tokens: int) -> str:
-        ids = engine.tokenizer.encode(ids, bos=True) if isinstance(ids, str) else ids
+    def answer(text: str, tokens: int) -> str:
+        ids = engine.tokenizer.encode(text, bos=True)
         return engine.generate([ids], SamplingParams(max_new_tokens=tokens))[0].text
 
     return answer
@@ -138,21 +138,11 @@ def test_openai_client_lists_models_and_gets_errors(client):
 # ---------------------------------------------------------------- answers
 
 
-def test_a_conversation_has_the_form_of_training(tiny, alone):
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    messages += [{"role": "user", "content": "c"}]
-    body = {"messages": messages, "temperature": 0, "max_tokens": 15}
-    response = json.loads(tiny.post("/v1/chat/completions", body).read())
-    ids = chat_prompt(messages, tiny.app.tokenizer)
-    assert response["choices"][0]["message"]["content"] == alone(ids, 15)
-    assert response["usage"]["prompt_tokens"] == len(ids)
-
-
 def test_the_server_is_a_teacher_for_selfinstruct(command, tmp_path):
     engine = ScriptedEngine(teacher_server.answer, batch_size=8)
     with running(engine, *LONG) as server:
         code, _, err = command(
-            selfinstruct, "generate", "--out", tmp_path / "run", "--num", 12, "--concurrency", 4,
+            selfinstruct, "generate", "--out", tmp_path / "run", "--num", 6, "--concurrency", 4,
             "--teacher", "tiny", "--base-url", f"{server.url}/v1", "--retry-wait", 0.05,
         )  # fmt: skip
     assert code == 0, err
@@ -190,6 +180,22 @@ def test_an_answer_that_takes_too_long_is_an_error():
         events = server.post("/v1/completions", {"prompt": "a", "stream": True}).read()
         assert b'"type": "timeout"' in events and b"[DONE]" not in events
         server.wait_until_idle()
+
+
+def test_a_failing_model_is_an_error_of_the_server(monkeypatch, capsys):
+    with running(tiny_engine()) as server:
+        monkeypatch.setattr(server.app.engine, "decode", lambda: 1 / 0)
+        response = server.post("/v1/completions", {"prompt": "a"})
+        assert response.status == 500 and b"the model failed" in response.read()
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_at_the_end_running_answers_have_only_so_long():
+    start = time.monotonic()
+    with running(ScriptedEngine(ENDLESS, pace=0.01), *LONG, "--drain", 0.3) as server:
+        response = server.post("/v1/completions", {"prompt": "a", "stream": True})
+        assert response.readline()
+    assert 0.3 < time.monotonic() - start < 3
 
 
 def many_words(server) -> str:

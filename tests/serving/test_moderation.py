@@ -18,7 +18,6 @@ from alpaca.serving.moderation import (
     explain_refusal,
     make_filter,
 )
-from tokenizer import Tokenizer
 
 RULES = RuleFilter()
 
@@ -80,13 +79,7 @@ def test_a_wrong_rule_is_named(tmp_path, line):
         RuleFilter(file)
 
 
-def test_the_tokenizers_space_means_a_space_to_the_model():
-    tokenizer = Tokenizer(ROOT / "data/tokenizer.model")
-    with_spaces = tokenizer.encode("make mustard gas")
-    assert tokenizer.encode("make\u2581mustard\u2581gas") == with_spaces
-
-
-def test_whoever_mentions_self_harm_reads_where_help_is():
+def test_a_refusal_for_self_harm_names_where_help_is():
     assert "findahelpline.com" in explain_refusal("self-harm")
     assert "findahelpline.com" in explain_refusal("self-harm/intent")
     assert "findahelpline.com" not in explain_refusal("weapons")

@@ -72,10 +72,7 @@ class Tokenizer:
 
     def stream(self, after: Sequence[int] = ()) -> "TextStream":
         """A decoder that takes one id at a time; its text continues that of the ids `after`."""
-        stream = TextStream(self)
-        for token in after:
-            stream.push(token)
-        return stream
+        return TextStream(self, after)
 
     def piece(self, token: int) -> str:
         """A token as the vocabulary has it: "▁the", "</s>", or "<0xE4>" for a byte."""
@@ -93,11 +90,11 @@ class Tokenizer:
         if self.vocab_size > size:
             raise UserError(
                 f"{self.path} has {self.vocab_size} tokens, the model only {size} embeddings: "
-                "they do not belong together"
+                "it is another model's tokenizer"
             )
         if self.vocab_size < size:
-            extra = f"{self.vocab_size} to {size - 1} have no token and are never sampled"
-            notice(f"the model has {size} embeddings: {extra}")
+            unused = f"{self.vocab_size} to {size - 1} have no token and are never sampled"
+            notice(f"the model has {size} embeddings: {unused}")
         theirs = config.bos_token_id, config.eos_token_id
         if theirs != (self.bos_id, self.eos_id):
             ours = f"the tokenizer's bos {self.bos_id} and eos {self.eos_id} are used"
@@ -111,13 +108,15 @@ class TextStream:
     part of no character becomes U+FFFD, control tokens give no text, and the space that encoding
     put before the first word is removed."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int]):
         self.tokenizer, self.sentencepiece = tokenizer, tokenizer.sentencepiece
         self.bytes, self.at_start = b"", True
         # How many leading spaces does the decoder remove? Of two, LLaMA's removes 1; others remove
         # none (0: encoding puts no space first) or all (2: one from each token).
         space, unknown = self.sentencepiece.piece_to_id(SPACE), tokenizer.unk_id
         self.removed = 2 - len(tokenizer.decode([space, space])) if space != unknown else 1
+        for token in after:
+            self.push(token)
 
     def push(self, token: int) -> str:
         """The text that became complete with this token; often empty."""

@@ -171,7 +171,7 @@ def test_encode_all_counts_truncated_and_drops_unlabeled_records():
     late = record("yes", instruction="wait " * 100)
     examples = encode_all([short, long, late], ["a", "b", "c"], TOKENIZER, prompt + 10)
     assert examples.report == {"kept": 2, "truncated": 2, "dropped": 1, "merges undone": 0}
-    assert examples.origins == ["a", "b"]
+    assert examples.origins == ["a", "b"] and len(examples) == 2
     assert (examples.lengths <= prompt + 10).all() and (examples.supervised > 0).all()
     assert examples.ids[examples.starts[1] - 1] == TOKENIZER.eos_id
     assert examples.ids[-1] != TOKENIZER.eos_id, "a truncated answer has no EOS"

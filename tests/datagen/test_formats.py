@@ -57,7 +57,6 @@ def test_unicode_line_separators_do_not_end_a_line(tmp_path):
 BROKEN = {
     "bad line": (f"{ALPACA}\n{{oops\n", "line 2: not JSON"),
     "bad list": (f"[{ALPACA},\n{ALPACA},\n{{oops]", "data.json: not JSON", "line 3"),
-    "unfinished list": (f"[{ALPACA},\n{ALPACA}\n", "not JSON", "line 3"),
     "two on a line": (f"{ALPACA}\n\n{ALPACA} {ALPACA}", "line 3: not JSON"),
     "an object over several lines": ("{\n" + ALPACA[1:], "line 1: not JSON"),
     "text after the list": (f"[{ALPACA}]\n{ALPACA}", "not JSON", "line 2"),
@@ -72,7 +71,6 @@ BROKEN = {
     "output null": ('{"instruction": "x", "output": null}', "output is null"),
     "surrogate": ('{"instruction": "x", "output": "\\ud800"}', "output", "surrogate"),
     "no instances": ('{"instruction": "x", "instances": []}', "instances must be a list"),
-    "instance a number": ('{"instruction": "x", "instances": [1]}', "instances must be a list"),
     "instance without output": ('{"instruction": "x", "instances": [{}]}', "it has no output"),
     "text a number": ('{"text": 5}', "line 1: text is 5"),
     "empty file": (" \n ", "no records"),
@@ -81,14 +79,12 @@ BROKEN = {
     "UTF-16": (ALPACA.encode("utf-16"), "line 1: not UTF-8"),
     "robot": (conversation(("robot", "x")), "turn 1", "robot", "one of human, user"),
     "answer first": (conversation(("gpt", "x")), "turn 1", "user was expected"),
-    "late system": (conversation(("human", "x"), ("system", "y")), "turn 2", "assistant was"),
     "two answers": (conversation(("human", "x"), ("gpt", "y"), ("gpt", "z")), "turn 3", "user"),
     "two questions": (conversation(("human", "x"), ("human", "y")), "turn 2", "assistant"),
-    "only a system": (conversation(("system", "x")), "does not end with an answer"),
     "no answer": (conversation(("human", "x")), "does not end with an answer"),
+    "late system": (conversation(("human", "x"), ("system", "y")), "turn 2", "assistant was"),
     "no turns": ('{"conversations": []}', "does not end with an answer"),
     "no role": ('{"conversations": [{"value": "x"}]}', "no from"),
-    "no value": ('{"conversations": [{"from": "human"}]}', "no value"),
     "value a number": (conversation(("human", 5)), "value is 5"),
     "a turn of text": ('{"conversations": ["x"]}', "conversations must be a list of objects"),
     "turns not a list": ('{"conversations": "x"}', "conversations must be a list of objects"),
@@ -148,12 +144,9 @@ def test_mixture_takes_a_colon_in_a_file_name(tmp_path):
         load_mixture([f"{tmp_path}/c:d"], 0)
 
 
-@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "1000"])
-def test_mixture_refuses_weights_out_of_range(two_files, weight):
-    with pytest.raises(UserError, match=rf"a\.json:{weight}: .*above 0 and below 1000"):
-        load_mixture([f"{two_files[0]}:{weight}"], 0)
-
-
-def test_mixture_refuses_weights_that_leave_no_record(two_files):
+def test_mixture_refuses_weights_out_of_range_or_too_small(two_files):
+    for weight in ("0", "-1", "nan", "inf", "1000"):
+        with pytest.raises(UserError, match=rf"a\.json:{weight}: .*above 0 and below 1000"):
+            load_mixture([f"{two_files[0]}:{weight}"], 0)
     with pytest.raises(UserError, match="no record"):
         load_mixture([f"{two_files[0]}:0.01"], 0)

@@ -4,11 +4,11 @@
     alpaca quantize --model-dir llama-7b --bits 4 --out llama-7b-int4   # 13.5 GB become 4.4
     alpaca generate --model-dir llama-7b-int4 "Name three primary colors."
 
-`--bits` is for the blocks' matrices; the head is rounded to 8 bits, embedding and norms are not.
-The folder is laid out as a Hugging Face folder, with integers and scales in place of a weight and
-quantization_config in config.json. Every command with --model-dir opens it; with --bits, `alpaca
-generate` and others round a plain folder while they read it, one tensor at a time: a 7B model in
-int4 loads on a machine with 8 GB.
+`--bits` is for the blocks' matrices. The head is rounded to 8 bits; embedding and norms are not
+rounded. The folder is a Hugging Face folder with integers and scales in place of weights, and with
+quantization_config in config.json; `alpaca generate`, `alpaca serve` and training with --lora open
+it. They take --bits, too, and round a plain folder while they read it, one tensor at a time: a 7B
+model in int4 loads on a machine with 8 GB.
 """
 
 import argparse

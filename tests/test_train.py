@@ -209,6 +209,7 @@ def test_finished_run_is_not_trained_again(base, reference):
     assert len(metrics(reference)) == 5 and not (reference / "checkpoints").exists()
     for number, record in enumerate(metrics(reference), 1):
         assert record["step"] == number and all(record[name] > 0 for name in names)
+        assert record["lr"] == learning_rate(number - 1, 5, 1e-3, 0.03)
 
 
 def test_progress_line_shows_recent_means_and_the_log_every_step(tmp_path, monkeypatch):

@@ -179,8 +179,8 @@ def test_resume_is_bit_identical(base, tmp_path, watch):
     assert code == 128 + signal.SIGTERM and "stopped after step 7: the same command" in err
     assert sorted(p.name for p in out.glob("checkpoints/*")) == ["step-000006", "step-000007"]
     assert not list(out.glob("*.partial"))
-    shutil.copytree(out, tmp_path / "damaged")
     (out / "checkpoints/step-000009.partial").mkdir()  # left by a kill
+    shutil.copytree(out, tmp_path / "damaged")
     _, _, err = succeeded(train(flags(base, out, resume=True, **changes)))
     assert "resuming after step 7" in err
     assert_identical(out, whole)
@@ -191,6 +191,7 @@ def test_resume_is_bit_identical(base, tmp_path, watch):
     damaged.write_bytes(damaged.read_bytes()[:1000])
     code, _, err = train(flags(base, tmp_path / "damaged", **changes))
     assert code == 2 and "step-000007 cannot be read" in err and "remove it" in err
+    assert not list((tmp_path / "damaged").glob("checkpoints/*.partial"))
 
 
 def test_plan_counts_the_run_and_does_not_start_it(base, reference, tmp_path):

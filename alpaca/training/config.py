@@ -34,10 +34,7 @@ TINY_RECIPE = {  # the embedded model; paths of defaults are relative to the che
     "save_every": 200,
     "sample_answers": 1000,
 }
-LORA_RECIPE = {
-    "learning_rate": 3e-4,
-    "checkpointing": "full",
-}  # alpaca-lora's; more in LoraConfig's defaults
+LORA_RECIPE = {"learning_rate": 3e-4, "checkpointing": "full"}  # as alpaca-lora, see LoraConfig
 GROUPS = {  # titles of --help, by the first flag below them
     "model_dir": "model and data",
     "epochs": "recipe",

@@ -66,7 +66,7 @@ def run_rank(main: Callable[[], None]) -> NoReturn:
             notice(f"another rank failed ({reason}); start again to resume", any_rank=True)
         else:
             traceback.print_exc()
-    hard_exit(code if isinstance(code, int) else 0)
+    hard_exit(code if isinstance(code, int) else int(code is not None))
 
 
 def hard_exit(code: int) -> NoReturn:

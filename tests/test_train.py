@@ -4,6 +4,7 @@ import math
 import re
 import shutil
 import signal
+from unittest import mock
 
 import pytest
 import torch
@@ -181,8 +182,11 @@ def test_resume_is_bit_identical(base, tmp_path, watch):
     assert not list(out.glob("*.partial"))
     (out / "checkpoints/step-000009.partial").mkdir()  # left by a kill
     shutil.copytree(out, tmp_path / "damaged")
+    with mock.patch.object(fsdp_train, "save_result", side_effect=OSError("no space")):
+        code, _, err = train(flags(base, out, **changes))
+    assert code == 2 and "resuming after step 7" in err and "no space" in err
     _, _, err = succeeded(train(flags(base, out, resume=True, **changes)))
-    assert "resuming after step 7" in err
+    assert "resuming after step 10" in err
     assert_identical(out, whole)
     assert not (out / "checkpoints").exists(), "a finished run does not resume"
     assert (out / "loss.svg").read_text().startswith("<svg")

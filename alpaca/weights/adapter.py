@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from alpaca.common.errors import UserError, join_names
 from alpaca.common.files import atomic_folder, read_json
@@ -48,8 +48,11 @@ IGNORED = {  # about the adapter's origin, or options of methods that are off
 def read_lora_config(file: Path) -> LoraConfig:
     fields = read_json(file)
     for name, value in fields.items():
-        known = name in READ | IGNORED or (not value and name not in PLAIN_LORA)
-        if not known and value not in PLAIN_LORA.get(name, ()):
+        if name in PLAIN_LORA:
+            supported = value in PLAIN_LORA[name]
+        else:
+            supported = not value or name in READ or name in IGNORED
+        if not supported:
             raise UserError(f"{file}: {name} {value!r} is not supported")
     targets = fields.get("target_modules")
     if not isinstance(targets, list):
@@ -82,15 +85,15 @@ def read_adapter(folder: str | Path, config: LlamaConfig) -> tuple[LoraConfig, d
     for path, (N, K) in target_shapes(config, lora):
         wanted[f"{path}.lora_A.weight"] = [lora.rank, K]
         wanted[f"{path}.lora_B.weight"] = [N, lora.rank]
-    problems = [f"missing {name}" for name in wanted if name not in found]
-    problems += [f"unexpected {name}" for name in found if name not in wanted]
-    for name in (name for name in wanted if name in found):
-        if list(found[name].shape) != wanted[name]:
-            shapes = f"{list(found[name].shape)} where this model needs {wanted[name]}"
-            problems.append(f"{name} is {shapes}")
-        elif not found[name].is_floating_point() or found[name].itemsize < 2:
-            problems.append(f"{name} is {found[name].dtype}, which is not supported")
-        elif not found[name].isfinite().all():
+    problems = [f"unexpected {name}" for name in found if name not in wanted]
+    for name, shape in wanted.items():
+        if (tensor := found.get(name)) is None:
+            problems.append(f"missing {name}")
+        elif list(tensor.shape) != shape:
+            problems.append(f"{name} is {list(tensor.shape)} where this model needs {shape}")
+        elif not tensor.is_floating_point() or tensor.itemsize < 2:
+            problems.append(f"{name} is {tensor.dtype}, which is not supported")
+        elif not tensor.isfinite().all():
             problems.append(f"{name} holds numbers that are not finite")
     if problems:
         raise UserError(f"{files[0]}: {join_names(problems, 3)}")
@@ -108,19 +111,14 @@ def load_adapter(model: Llama, folder: str | Path) -> None:
 
 
 def save_adapter(
-    source: nn.Module | Iterable[tuple[str, Tensor]],
-    lora: LoraConfig,
-    folder: str | Path,
-    base: str | Path | None = None,
+    pairs: Iterable[tuple[str, Tensor]], lora: LoraConfig, folder: str | Path, base: str | Path
 ) -> None:
-    """Write a folder that PEFT reads, from what a model trains or from (name, tensor) pairs."""
-    if isinstance(source, nn.Module):
-        source = ((name, own) for name, own in source.named_parameters() if own.requires_grad)
-    weights = {PREFIX + name: own.detach().float().cpu().contiguous() for name, own in source}
+    """Write (name, tensor) pairs as a folder that PEFT reads."""
+    weights = {PREFIX + name: tensor.detach().float().cpu().contiguous() for name, tensor in pairs}
     fields: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None if base is None else str(base),
+        "base_model_name_or_path": str(base),
         **dict(zip(NUMBERS, lora, strict=False)),
         "target_modules": list(lora.targets),
         "bias": "none",

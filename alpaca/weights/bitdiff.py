@@ -26,10 +26,9 @@ from alpaca.common.progress import Progress
 from alpaca.weights.checkpoint import StoredTensor, as_dtype
 from alpaca.weights.writer import ShardWriter, tensor_bytes
 
-TensorPairs = dict[
-    str, tuple[StoredTensor, StoredTensor]
-]  # name → (of the tuned model or diff, base's)
-Hashes = tuple[str, str, str]  # SHA-256 of the same two and of the result
+# name → a tensor of the tuned model (or of the diff), and the base's
+TensorPairs = dict[str, tuple[StoredTensor, StoredTensor]]
+Hashes = tuple[str, str, str]  # SHA-256 of these two and of the result
 INTEGERS = {2: torch.int16, 4: torch.int32}  # by the size of a float in bytes
 PIECE_BYTES = 1 << 23  # processed at once, so that the memory in use does not grow with a tensor
 THREADS = min(4, (os.cpu_count() or 1) + 1)  # reading, hashing and writing overlap

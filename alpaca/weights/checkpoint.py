@@ -21,7 +21,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,9 +68,8 @@ def open_file(file: Path) -> Iterable[tuple[str, Tensor]]:
     except SafetensorError as error:
         raise UserError(f"{file}: damaged or cut short ({error})") from None
     except pickle.UnpicklingError:
-        raise UserError(
-            f"{file}: not plain tensors; it could run code, so it is not read"
-        ) from None
+        reason = "not plain tensors; it could run code, so it is not read"
+        raise UserError(f"{file}: {reason}") from None
     except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{file}: not a readable file of plain tensors ({reason})") from None
@@ -110,8 +109,9 @@ def meta_files(folder: Path) -> list[dict[str, Tensor]]:
         raise UserError(f"{folder}: {join_names(missing)} is missing")
     shards = [dict(open_file(folder / name)) for name in complete]
     for name, shard in zip(complete, shards, strict=True):
-        if odd := sorted(shard.keys() ^ shards[0].keys()):
-            raise UserError(f"{folder / name}: not the tensors of {complete[0]}: {join_names(odd)}")
+        if differing := sorted(shard.keys() ^ shards[0].keys()):
+            names = join_names(differing)
+            raise UserError(f"{folder / name}: not the tensors of {complete[0]}: {names}")
     return shards
 
 
@@ -153,21 +153,10 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     return {name: tensor for name, tensor in stored.items() if not OBSOLETE.search(name)}
 
 
-def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Every (name, tensor) of a checkpoint folder."""
-    return ((name, stored.read()) for name, stored in stored_tensors(folder).items())
-
-
 def open_checkpoint(folder: str | Path) -> tuple[LlamaConfig, dict[str, StoredTensor]]:
-    """A folder's config, and the tensors that it calls for, in the order of the model."""
-    config = read_config(folder)
-    return config, check_tensors(stored_tensors(folder), config, folder)
-
-
-def check_tensors(
-    stored: dict[str, StoredTensor], config: LlamaConfig, folder: str | Path
-) -> dict[str, StoredTensor]:
-    """The tensors that a config calls for, or one error that names every problem."""
+    """A folder's config, and the tensors that it calls for, in the order of the model; or one error
+    that names every problem."""
+    config, stored = read_config(folder), stored_tensors(folder)
     wanted, problems, misfits = parameter_shapes(config), [], []
     extra = stored.keys() - wanted.keys()
     if config.tie_word_embeddings and HEAD in extra:
@@ -188,7 +177,7 @@ def check_tensors(
         problems.append(join_names(misfits))
     if problems:
         raise UserError(f"{folder}: {'; '.join(problems)}")
-    return {name: stored[name] for name in wanted}
+    return config, {name: stored[name] for name in wanted}
 
 
 def parameter_shapes(config: LlamaConfig) -> dict[str, torch.Size]:

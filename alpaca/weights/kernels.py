@@ -77,8 +77,8 @@ def fuse(parent: Any, names: tuple[str, ...], compiled: bool) -> None:
     layers: list[Any] = [getattr(parent, name, None) for name in names]
     if len({type(layer) for layer in layers}) > 1 or type(layers[0]) not in MATRICES:
         return  # fused already, or wrapped by an adapter
-    parent.merged = fastest_layer(concatenate(layers), compiled)
-    parent.project = FusedProjection(parent.merged, [layer.out_features for layer in layers])
+    parent.fused = fastest_layer(concatenate(layers), compiled)
+    parent.project = FusedProjection(parent.fused, [layer.out_features for layer in layers])
     for name in names:
         delattr(parent, name)
 
@@ -86,11 +86,11 @@ def fuse(parent: Any, names: tuple[str, ...], compiled: bool) -> None:
 def copy_mapped_tensors(model: Llama) -> None:
     """A tensor that still lies in a mapped file would keep all of it in memory."""
     for module in model.modules():
-        for name, own in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(own.detach().clone(), own.requires_grad))
-        for name, own in module.named_buffers(recurse=False):
-            if not own.is_mkldnn:
-                setattr(module, name, own.clone())
+        for name, p in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(p.detach().clone(), p.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_mkldnn:
+                setattr(module, name, buffer.clone())
     model.tie_weights()
 
 

@@ -52,9 +52,9 @@ class LoraConfig(NamedTuple):
         return self.alpha / self.rank
 
     def check(self) -> "LoraConfig":
-        odd = [str(name) for name in self.targets if name not in TARGETS]
-        if odd or not self.targets:
-            what = join_names(odd) or "none"
+        unknown = [str(name) for name in self.targets if name not in TARGETS]
+        if unknown or not self.targets:
+            what = join_names(unknown) or "none"
             raise UserError(f"LoRA targets are {', '.join(TARGETS)}, not {what}")
         if self.rank < 1:
             raise UserError(f"LoRA rank must be above 0, not {self.rank}")

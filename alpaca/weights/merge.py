@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> None:
             if path in targets:
                 change = adapter[f"{path}.lora_B.weight"] @ adapter[f"{path}.lora_A.weight"]
                 merged = as_dtype(weight.float() + change * lora.scale, dtype, name)
-                changed.extend([] if torch.equal(merged, weight.to(dtype)) else [name])
+                if not torch.equal(merged, weight.to(dtype)):
+                    changed.append(name)
                 weight = merged
             yield name, weight
             progress.step()

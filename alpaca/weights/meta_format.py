@@ -56,8 +56,8 @@ def config_fields(params: dict[str, Any], shards: list[dict[str, Tensor]]) -> di
     if bad := [name for name, shape in zip(names, shapes, strict=True) if len(shape) != 2]:
         raise UserError(f"consolidated.00.pth: no matrix {bad[0]}.weight in it")
     (vocabulary, _), (queries, _), (ffn, _) = shapes
-    needed, odd = divmod(params["dim"], queries)
-    if odd or not needed:
+    needed, remainder = divmod(params["dim"], queries)
+    if remainder or not needed:
         raise UserError(f"dim is {params['dim']}, which attention.wq, {queries} wide, cannot fill")
     if len(shards) != needed:
         raise UserError(f"{len(shards)} of {needed} consolidated.*.pth files are there")
@@ -100,7 +100,7 @@ def rename_tensors(shards: list[dict[str, Tensor]], config: LlamaConfig) -> dict
     for name in shards[0]:
         layer, short = re.findall(r"^(layers\.\d+\.)?(.*?)(?:\.weight)?$", name)[0]
         parts = [shard[name] for shard in shards]
-        if short not in META_NAMES:  # `check_tensors` reports it as unexpected
+        if short not in META_NAMES:  # `open_checkpoint` reports it as unexpected
             found[name] = (parts[0].shape, parts[0].dtype, lambda part=parts[0]: part)
             continue
         ours, axis = META_NAMES[short]

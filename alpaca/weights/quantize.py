@@ -82,7 +82,7 @@ class WeightSource:
         """Shapes and dtypes of the buffers that hold a parameter: q and scale(s), or `weight`."""
         kind, shape = self.linear_class(name), self.shapes[name]
         if kind is None:
-            return {"weight": self.stored[name][:2] if name in self.stored else (shape, None)}
+            return {"weight": self.stored.get(name, (shape, None))[:2]}
         try:
             buffers = kind.quantize(torch.empty(shape, device="meta"))
         except UserError as error:
@@ -152,20 +152,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder to write (default: only report)")
 
 
-def relative_error(source: WeightSource, name: str) -> float:
-    """‖rounded - w‖ / ‖w‖ of a parameter w that is rounded."""
-    weight = source.stored[name].read().float()
-    kind = source.linear_class(name)
-    assert kind is not None
-    rounded = kind(**source.read(name)).dequantize()
-    return ((rounded - weight).norm() / weight.norm().clamp_min(1e-30)).item()
-
-
 def run(args: argparse.Namespace) -> None:
     source = WeightSource(args.model_dir, args.bits)
     if source.quantized:
         raise UserError(f"{args.model_dir} is quantized already")
-    errors = [(relative_error(source, n), n) for n in source.shapes if source.linear_class(n)]
+    errors = []  # (‖rounded - w‖ / ‖w‖, name)
+    for name in source.shapes:
+        if kind := source.linear_class(name):
+            weight = source.stored[name].read().float()
+            rounded = kind(**source.read(name)).dequantize()
+            error = (rounded - weight).norm() / weight.norm().clamp_min(1e-30)
+            errors.append((error.item(), name))
     mean, (largest, name) = sum(error for error, _ in errors) / len(errors), max(errors)
     before, after = (sum(tensor_bytes(t).values()) for t in (source.stored, source.file_shapes()))
     print(

@@ -67,10 +67,11 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.packed:
             return F.linear(x, self.q.to(x.dtype) * self.scale.to(x.dtype)[:, None])
-        step, both = split_bytes(x.flatten(0, -2).contiguous())
+        step, low_high = split_bytes(x.flatten(0, -2).contiguous())
         weight = self.q, self.scale, self.zeros, None  # no bias
         out = 1.0, 0, torch.float32, "none", [], ""  # its scale, zero and dtype; no activation
-        low, high = onednn.qlinear_pointwise(both, 1.0, 128, *weight, *out).chunk(2)  # (R, N) each
+        products = onednn.qlinear_pointwise(low_high, 1.0, 128, *weight, *out)
+        low, high = products.chunk(2)  # (R, N) each
         out = torch.add(low, high, alpha=256) * step
         return out.to(x.dtype).view(*x.shape[:-1], -1)
 
@@ -82,9 +83,9 @@ def split_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
     bytes, so a row of 16 bits is two rows to it."""
     largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True, dtype=torch.float32)
     step = largest.clamp_min(1e-30) / 32600  # (R, 1)
-    whole = (x / step).add_(0x8080 + 0.5).to(torch.uint16)  # all above 0: this rounds to nearest
-    both = whole.view(torch.uint8).view(*x.shape, 2)  # little-endian: (R, K, low and high)
-    return step, both.permute(2, 0, 1).flatten(0, 1)
+    integers = (x / step).add_(0x8080 + 0.5).to(torch.uint16)  # above 0: + 0.5 rounds to nearest
+    low_high = integers.view(torch.uint8).view(*x.shape, 2)  # little-endian: (R, K, low and high)
+    return step, low_high.permute(2, 0, 1).flatten(0, 1)
 
 
 class Int4Linear(nn.Module):

@@ -72,7 +72,7 @@ def tensor_bytes(shapes: Mapping[str, tuple]) -> dict[str, int]:
     return {name: math.prod(entry[0]) * entry[1].itemsize for name, entry in shapes.items()}
 
 
-def plan_shards(shapes: dict[str, tuple], shard_bytes: int = SHARD_BYTES) -> dict[str, list[str]]:
+def plan_shards(shapes: dict[str, tuple], shard_bytes: int) -> dict[str, list[str]]:
     """File name → names of the tensors in it."""
     groups, space_left = [], 0
     for name, size in tensor_bytes(shapes).items():

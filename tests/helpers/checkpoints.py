@@ -5,10 +5,15 @@ import json
 
 import torch
 
+from alpaca.weights.checkpoint import stored_tensors
 from helpers.commands import ROOT
 from model import Llama
 
 TOKENIZER = ROOT / "data/tokenizer.model"
+
+
+def read_tensors(folder) -> dict[str, torch.Tensor]:
+    return {name: stored.read() for name, stored in stored_tensors(folder).items()}
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from alpaca.weights.bitdiff import INTEGERS
-from alpaca.weights.checkpoint import stored_tensors
 from alpaca.weights.writer import save_model
+from helpers.checkpoints import read_tensors
 from helpers.models import small_model
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -50,8 +50,8 @@ def add_odd_values(numbers: Numbers) -> None:
 
 
 def tensor_bits(folder: Path) -> dict[str, tuple[torch.dtype, bytes]]:
-    found = {name: stored.read() for name, stored in stored_tensors(folder).items()}
-    return {n: (t.dtype, t.view(torch.uint8).numpy().tobytes()) for n, t in found.items()}
+    found = read_tensors(folder).items()
+    return {n: (t.dtype, t.view(torch.uint8).numpy().tobytes()) for n, t in found}
 
 
 def contents(folder: Path) -> dict[str, bytes]:

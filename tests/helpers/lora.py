@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from alpaca.training.parallel import trained_parameters
 from alpaca.weights.adapter import save_adapter
 from alpaca.weights.loading import load_model
 from alpaca.weights.lora import TARGETS, LoraConfig, ThinLinear, add_lora
@@ -37,7 +38,7 @@ def write_adapter(base, folder):
     add_lora(model, lora)
     torch.manual_seed(5)
     randomize(model)
-    save_adapter(model, lora, folder, base / "model")
+    save_adapter(trained_parameters(model).items(), lora, folder, base / "model")
     return folder
 
 

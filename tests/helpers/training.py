@@ -16,8 +16,8 @@ import torch
 import fsdp_train
 from alpaca.common.errors import run_command
 from alpaca.training.run_dir import RunDir
-from alpaca.weights.checkpoint import read_tensors
 from alpaca.weights.writer import save_model
+from helpers.checkpoints import read_tensors
 from helpers.commands import ROOT
 from helpers.models import small_config
 from model import Llama
@@ -149,8 +149,8 @@ def assert_same_run(out, other, loss=1e-6, norm=1e-6, weight=1e-5) -> None:
         assert a["step"] == b["step"]
         assert a["loss"] == pytest.approx(b["loss"], rel=loss), a["step"]
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=norm), a["step"]
-    theirs = dict(read_tensors(other / "model"))
-    for name, ours in read_tensors(out / "model"):
+    theirs = read_tensors(other / "model")
+    for name, ours in read_tensors(out / "model").items():
         assert (ours - theirs[name]).norm() <= weight * theirs[name].norm(), name
 
 

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
+from helpers.checkpoints import read_tensors
 from helpers.parity import apart
 from helpers.training import TOKENIZER, flags, metrics, succeeded, train, write_base
 
 from alpaca.datagen.formats import load_records
-from alpaca.weights.checkpoint import read_tensors
 from dataset import IGNORE, encode_record, format_prompt, step_examples
 from fsdp_train import learning_rate
 from tokenizer import Tokenizer
@@ -46,7 +46,7 @@ def test_run_equals_a_plain_loop_over_hugging_faces_model(base, tmp_path):
         assert logged["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     assert step == 9
     theirs = dict(model.named_parameters())
-    for name, ours in read_tensors(tmp_path / "run" / "model"):
+    for name, ours in read_tensors(tmp_path / "run" / "model").items():
         distance = (ours - theirs[name]).norm() / theirs[name].norm()
         apart("weights after ten steps, relative: transformers", distance.item(), 1e-5)
 

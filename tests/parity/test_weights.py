@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.checkpoints import TOKENIZER, same_tensors
+from helpers.checkpoints import TOKENIZER, read_tensors, same_tensors
 from helpers.lora import (
     WEIGHTS,
     distance,
@@ -22,8 +22,9 @@ from helpers.training import metrics, succeeded, train
 from safetensors.torch import load_file
 
 from alpaca.datagen.formats import load_records
+from alpaca.training.parallel import trained_parameters
 from alpaca.weights.adapter import load_adapter, save_adapter
-from alpaca.weights.checkpoint import DTYPES, read_config, read_tensors
+from alpaca.weights.checkpoint import DTYPES, read_config
 from alpaca.weights.loading import load_model
 from alpaca.weights.lora import ATTENTION, TARGETS, LoraConfig, add_lora, initial_weights
 from alpaca.weights.quantize import WeightSource
@@ -131,10 +132,9 @@ def peft_from(hf, folder):
 
 def peft_names(model: Llama) -> dict[str, torch.Tensor]:
     """Our adapter's tensors by the names they have inside of PEFT's model."""
-    trained = {name: own for name, own in model.named_parameters() if own.requires_grad}
     return {
-        "base_model.model." + name.replace(".weight", ".default.weight"): own
-        for name, own in trained.items()
+        "base_model.model." + name.replace(".weight", ".default.weight"): tensor
+        for name, tensor in trained_parameters(model).items()
     }
 
 
@@ -185,7 +185,8 @@ def test_peft_loads_ours(base, tmp_path, targets):
     model = load_model(base / "model")
     add_lora(model, LoraConfig(4, 8, 0.0, targets))
     randomize(model)
-    save_adapter(model, LoraConfig(4, 8, 0.05, targets), tmp_path / "adapter", base / "model")
+    lora = LoraConfig(4, 8, 0.05, targets)
+    save_adapter(trained_parameters(model).items(), lora, tmp_path / "adapter", base / "model")
     ids = random_ids(2, 24, vocab_size=1024)
     peft = peft_from(hf_of(base / "model"), tmp_path / "adapter")
     assert distance(peft(ids).logits, model(ids)) <= 1e-5 * model(ids).abs().max()
@@ -240,7 +241,7 @@ def test_merged_model_is_pefts(base, command, tmp_path):
     assert distance(hf_of(out)(ids).logits, expected) <= tolerance
     assert AutoTokenizer.from_pretrained(out).decode([1]) == "<s>"
     theirs = peft_from(hf_of(base / "model"), adapter).merge_and_unload().state_dict()
-    for name, weight in read_tensors(out):
+    for name, weight in read_tensors(out).items():
         assert distance(weight, theirs[name]) <= 1e-6, name
 
 

@@ -70,7 +70,7 @@ def test_killed_write_leaves_no_folder_that_looks_complete(tmp_path):
 MEASURED = """
 import json, os, sys, torch
 from bench.measure import PeakMemory
-from alpaca.weights.checkpoint import read_config, read_tensors
+from alpaca.weights.checkpoint import read_config, stored_tensors
 from alpaca.weights.loading import load_model
 from alpaca.weights.writer import save_model
 from model import Llama, LlamaConfig
@@ -85,8 +85,8 @@ for work, *folders, dtype in json.loads(sys.argv[1]):
                     model = load_model(*folders, dtype=getattr(torch, dtype))
                 else:
                     source, target = folders
-                    config = read_config(source)
-                    save_model(read_tensors(source), config, target, getattr(torch, dtype))
+                    pairs = ((name, t.read()) for name, t in stored_tensors(source).items())
+                    save_model(pairs, read_config(source), target, getattr(torch, dtype))
             print(peak.anonymous, flush=True)
             code = 0
         finally:

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.checkpoints import TOKENIZER, bits, edit_json, write_meta
+from helpers.checkpoints import TOKENIZER, bits, edit_json, read_tensors, write_meta
 from helpers.commands import assert_refused
 from helpers.lora import (
     WEIGHTS,
@@ -18,16 +18,14 @@ from helpers.lora import (
 from helpers.models import random_ids, small_config
 from safetensors.torch import load_file, save_file
 
-from alpaca.inference.engine import Engine
-from alpaca.inference.sampling import SamplingParams
+from alpaca.training.parallel import trained_parameters
 from alpaca.weights.adapter import load_adapter, read_adapter, read_lora_config, save_adapter
-from alpaca.weights.checkpoint import read_config, read_tensors
+from alpaca.weights.checkpoint import read_config
 from alpaca.weights.loading import load_model, optimize_layout
 from alpaca.weights.lora import LoraConfig, ThinLinear, add_lora
 from alpaca.weights.quantize import WeightSource
 from alpaca.weights.writer import save_model
 from model import Llama
-from tokenizer import Tokenizer
 
 PREFIX = "base_model.model."
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -43,24 +41,9 @@ def adapter(base, tmp_path_factory):
     return write_adapter(base, tmp_path_factory.mktemp("adapter") / "adapter")
 
 
-@pytest.fixture(scope="module")
-def merged_folder(base, adapter, tmp_path_factory):
-    """base and adapter as one model, by the same sum as alpaca merge."""
-    out = tmp_path_factory.mktemp("merged") / "model"
-    thin, pairs = load_file(adapter / WEIGHTS), dict(read_tensors(base / "model"))
-    for name in pairs:
-        stem = PREFIX + name.removesuffix(".weight")
-        if f"{stem}.lora_A.weight" in thin:
-            A, B = (thin[f"{stem}.lora_{side}.weight"] for side in "AB")
-            pairs[name] = pairs[name] + B @ A * 2
-    save_model(pairs.items(), read_config(base / "model"), out, tokenizer=TOKENIZER)
-    return out
-
-
 def merge(command, base, adapter, out, *flags) -> str:
-    code, printed, err = command(
-        "merge", "--base", base, "--adapter", adapter, "--out", out, *flags
-    )
+    words = "--base", base, "--adapter", adapter, "--out", out, *flags
+    code, printed, err = command("merge", *words)
     assert code == 0, err
     return printed
 
@@ -85,10 +68,9 @@ def test_adapter_of_any_dtype_is_read_as_fp32(base, adapter, tmp_path, dtype):
         assert torch.equal(own, stored[PREFIX + name].float())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loaded_adapter_has_the_models_dtype(base, adapter, dtype):
-    model = load_model(base / "model", adapter, dtype=dtype)
-    assert {m.weight.dtype for m in model.modules() if type(m) is ThinLinear} == {dtype}
+def test_loaded_adapter_has_the_models_dtype(base, adapter):
+    model = load_model(base / "model", adapter, dtype=torch.bfloat16)
+    assert {m.weight.dtype for m in model.modules() if type(m) is ThinLinear} == {torch.bfloat16}
 
 
 def test_alpaca_loras_published_settings_are_read(tmp_path):
@@ -107,24 +89,14 @@ def test_alpaca_loras_published_settings_are_read(tmp_path):
     [
         ({"use_dora": True}, "use_dora"),
         ({"bias": "lora_only"}, "bias"),
-        ({"exclude_modules": ["layers.0"]}, "exclude_modules"),
-        ({"target_parameters": ["q_proj.weight"]}, "target_parameters"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
         ({"task_type": "SEQ_CLS"}, "task_type"),
         ({"peft_type": "PREFIX_TUNING"}, "peft_type"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
-        ({"layers_to_transform": [0]}, "layers_to_transform"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-        ({"use_next_idea": 1}, "use_next_idea"),
         ({"target_modules": ".*_proj"}, "target_modules"),
         ({"target_modules": ["q_proj", "lm_head"]}, "targets"),
-        ({"target_modules": []}, "targets"),
         ({"r": "remove"}, "r is"),
         ({"r": 0}, "rank"),
-        ({"r": "many"}, "r is"),
-        ({"lora_alpha": 0}, "alpha"),
     ],
     ids=str,
 )
@@ -191,24 +163,12 @@ def test_adapter_works_on_a_quantized_base(base, adapter, number):
     assert distance(without, expected) > 5 * near
 
 
-def test_adapted_model_decodes_as_the_merged_one(base, adapter, merged_folder):
-    tokenizer, params = Tokenizer(TOKENIZER), SamplingParams(max_new_tokens=12)
-    prompts = [[1, 5, 6], [1, 400, 401, 402, 403]]
-
-    def answers(*folders, dtype=torch.float32) -> list[list[int]]:
-        engine = Engine(optimize_layout(load_model(*folders, dtype=dtype)), tokenizer, 2)
-        return [s.ids for s in engine.generate(prompts, params)]
-
-    adapted = answers(base / "model", adapter)
-    assert adapted == answers(merged_folder) != answers(base / "model")
-    assert len(answers(base / "model", adapter, dtype=torch.bfloat16)) == 2
-
-
-def test_generate_answers_with_an_adapter(base, adapter, merged_folder, command, tmp_path):
+def test_generate_answers_as_the_merged_model(base, adapter, command, tmp_path):
+    merge(command, base / "model", adapter, tmp_path / "merged")
     ask = ("--max-new-tokens", 12, "Name a fruit.", "--model-dir")
     code, out, err = command("generate", *ask, base / "model", "--adapter", adapter)
     assert code == 0, err
-    assert out == command("generate", *ask, merged_folder)[1]
+    assert out == command("generate", *ask, tmp_path / "merged")[1]
     assert out != command("generate", *ask, base / "model")[1]
     (tmp_path / "asked.jsonl").write_text('{"instruction": "Go"}\n')
     words = ("--model-dir", base / "model", "--file", tmp_path / "asked.jsonl")
@@ -225,8 +185,8 @@ def test_merge_rounds_once_and_changes_nothing_else(base, adapter, command, tmp_
     folder = base_in(base, tmp_path / "base", dtype)
     printed = merge(command, folder, adapter, tmp_path / "out")
     assert f"14 of 14 adapted matrices have changed, rounded once to {str(dtype)[6:]}" in printed
-    before, thin, changed = dict(read_tensors(folder)), load_file(adapter / WEIGHTS), 0
-    for name, weight in read_tensors(tmp_path / "out"):
+    before, thin, changed = read_tensors(folder), load_file(adapter / WEIGHTS), 0
+    for name, weight in read_tensors(tmp_path / "out").items():
         expected, stem = before[name], PREFIX + name.removesuffix(".weight")
         if f"{stem}.lora_A.weight" in thin:
             A, B = (thin[f"{stem}.lora_{side}.weight"] for side in "AB")
@@ -241,12 +201,12 @@ def test_merge_rounds_once_and_changes_nothing_else(base, adapter, command, tmp_
 
 def test_merge_has_the_dtype_of_the_embedding_or_of_the_flag(base, adapter, command, tmp_path):
     folder = base_in(base, tmp_path / "base", torch.bfloat16)
-    mixed = {n: t.float() if "norm" in n else t.clone() for n, t in read_tensors(folder)}
+    mixed = {n: t.float() if "norm" in n else t.clone() for n, t in read_tensors(folder).items()}
     save_file(mixed, folder / "model.safetensors", {"format": "pt"})
     merge(command, folder, adapter, tmp_path / "out")
-    assert {own.dtype for _, own in read_tensors(tmp_path / "out")} == {torch.bfloat16}
+    assert {own.dtype for _, own in read_tensors(tmp_path / "out").items()} == {torch.bfloat16}
     merge(command, folder, adapter, tmp_path / "wide", "--dtype", "fp32")
-    assert {own.dtype for _, own in read_tensors(tmp_path / "wide")} == {torch.float32}
+    assert {own.dtype for _, own in read_tensors(tmp_path / "wide").items()} == {torch.float32}
 
 
 def test_merge_reads_a_meta_folder(command, tmp_path):
@@ -257,7 +217,8 @@ def test_merge_reads_a_meta_folder(command, tmp_path):
     shutil.copy(TOKENIZER, tmp_path / "llama")
     add_lora(model, lora)
     randomize(model)
-    save_adapter(model, lora, tmp_path / "adapter")
+    tensors = trained_parameters(model).items()
+    save_adapter(tensors, lora, tmp_path / "adapter", tmp_path / "llama/7B")
     merge(command, tmp_path / "llama/7B", tmp_path / "adapter", tmp_path / "out")
     ids = random_ids(2, 24, vocab_size=1024)
     expected = model(ids)

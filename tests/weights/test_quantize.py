@@ -1,6 +1,7 @@
 """Quantized weights: what rounding gives, and that the kernels compute what the integers say."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
 from alpaca.weights.checkpoint import read_config
 from alpaca.weights.loading import load_model, optimize_layout
-from alpaca.weights.quantize import WeightSource, relative_error, save_quantized
+from alpaca.weights.quantize import WeightSource, save_quantized
 from alpaca.weights.quantized_linear import LINEAR, Int4Linear, Int8Linear, split_bytes
 from alpaca.weights.writer import save_model
 from model import Llama
@@ -179,7 +180,9 @@ def test_model_equals_the_dequantized_one(tmp_path, bits, tied, dtype):
 def test_saved_and_loaded_is_identical(tmp_path, command, bits, tied):
     folder, packed = write_folder(tmp_path / "m", tie_word_embeddings=tied), tmp_path / "packed"
     code, out, _ = command("quantize", "--model-dir", folder, "--bits", bits, "--out", packed)
-    assert code == 0 and "relative error" in out
+    assert code == 0
+    mean, largest = map(float, re.findall(r"error (\S+) on average, at most (\S+)", out)[0])
+    assert {8: 0.003, 4: 0.05}[bits] < mean < largest < {8: 0.015, 4: 0.12}[bits]
     ids = torch.randint(3, 1024, (1, 30))
     with torch.no_grad():
         for few in (ids[:, :1], ids):
@@ -218,16 +221,6 @@ def test_layout_for_the_compiler_computes_the_same(tmp_path):
     plain = load(folder, 8, torch.float32, compiled=True)
     assert {m.packed for m in plain.modules() if type(m) is Int8Linear} == {False}
     assert torch.allclose(plain(ids), load(folder, 8, torch.float32)(ids), atol=1e-3)
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_relative_error_is_that_of_the_rounded_weights(tmp_path, bits):
-    source, name = WeightSource(write_folder(tmp_path / "m"), bits), f"{UP}.weight"
-    weight = source.stored[name].read().float()
-    rounded = LINEAR[bits](**source.read(name)).dequantize()
-    expected = ((rounded - weight).square().sum() / weight.square().sum()).sqrt().item()
-    assert relative_error(source, name) == pytest.approx(expected, rel=1e-4)
-    assert {8: 0.003, 4: 0.05}[bits] < expected < {8: 0.015, 4: 0.12}[bits]
 
 
 # ---------------------------------------------------------------- errors
@@ -277,10 +270,7 @@ def test_quantize_errors_are_one_line(tmp_path, command):
     assert code == 0 and "relative error" in out and not (tmp_path / "p").exists()
     assert_refused(command("quantize", "--model-dir", folder), "--bits")
     assert command("quantize", "--model-dir", folder, "--bits", 4, "--out", tmp_path / "p")[0] == 0
-    assert_refused(command("quantize", "--model-dir", tmp_path / "p", "--bits", 8), "already")
     assert_refused(command("quantize", "--model-dir", tmp_path / "p", "--bits", 4), "already")
     assert_refused(command("quantize", "--model-dir", tmp_path / "x", "--bits", 8), "x")
-    old = command("quantize", "--model-dir", folder, "--bits", 4, "--save", tmp_path / "p")
-    assert_refused(old, "--save is --out now")
     again = command("quantize", "--model-dir", folder, "--bits", 8, "--out", tmp_path / "p")
     assert again[0] == 2 and "exists" in again[2]

@@ -8,9 +8,9 @@ h11 parses and writes the protocol (RFC 9112) and knows each connection's state.
 
   - A bound on everything a client can occupy: connections, bytes of a request's head and body,
     seconds to send a request, seconds to read the response.
-  - A client that closes its connection, or its sending half, cancels the app's coroutine: nothing
-    is computed for nobody. To see it, the server reads on while the app works, and disconnects who
-    sends more than `head_bytes` ahead of the response.
+  - A client that closes its connection, or its sending half, cancels the app's coroutine. To
+    notice it, the server keeps reading while the app works, and disconnects a client that sends
+    more than `head_bytes` ahead of its response.
   - The Host header must name this server, or any web page could point a name of its own at this
     machine and read the answers (DNS rebinding). Pages of another Origin may send nothing.
   - `HTTPError` becomes an error in OpenAI's format. Any other exception is a traceback on the

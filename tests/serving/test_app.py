@@ -205,7 +205,7 @@ def many_words(server) -> str:
     return "\n".join(choice["text"] for answer in answers for choice in answer["choices"])
 
 
-def test_every_answer_is_watermarked_unless_told_otherwise(tiny):
+def test_every_answer_is_watermarked_by_default(tiny):
     found = []
     with running(tiny_engine(mark=False), "--no-watermark") as plain:
         for server in (tiny, plain):

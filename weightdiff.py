@@ -14,12 +14,11 @@ A diff is useless without the base, so it can be published where the weights can
     model, so an error names the tensor and the side that is wrong. The diff is as large as the
     tuned model: 13.5 GB for 7B in bf16, where Alpaca's format takes 27 GB.
 
-A base of another dtype is converted to the tuned model's. Rows that a larger vocabulary has added
-are compared with the mean row (Alpaca's) or zero (exact), tensors that the base lacks with zero
-(exact). If only the base has its head tied to the embedding, the embedding is its head.
-
-The output appears under its name when it is complete and checked. An interrupted run leaves nothing
-under that name; run the same command again.
+A base of another dtype is converted to the tuned model's. Where the tuned model's vocabulary is
+larger, the base's missing rows count as its mean row (Alpaca's format) or as zero (exact). A tensor
+that the base lacks counts as zero (exact) or is refused. If only the base ties its head to the
+embedding, the embedding is its head. The output appears under its name when it is complete and
+checked.
 """
 
 import argparse
@@ -190,9 +189,8 @@ def recover_exact_diff(base: Path, diff: Path, tuned: Path | None) -> None:
         if hashes[0] != expected[name][0]:
             raise UserError(f"{diff}: the difference of {name} is damaged: download it again")
         if hashes[1] != expected[name][1]:
-            raise UserError(
-                f"{base} is not the base that the diff was made from: its {name} differs"
-            )
+            reason = f"is not the base that the diff was made from: its {name} differs"
+            raise UserError(f"{base} {reason}")
         if hashes[2] != expected[name][2]:
             raise UserError(f"{diff}: base and difference of {name} are right, their sum is not")
 
@@ -245,13 +243,13 @@ def read_exact_diff(diff: Path) -> tuple[dict[str, Hashes], list[str], dict[str,
         raise UserError(f"{file}: {old}, this version reads {FORMAT!r}: make the diff again")
     try:
         hashes = {n: (t["diff"], t["base"], t["tuned"]) for n, t in manifest["tensors"].items()}
-        notes, expected = [*map(str, manifest["notes"])], dict(manifest["files"])
+        notes, expected = [str(note) for note in manifest["notes"]], dict(manifest["files"])
     except (LookupError, TypeError, ValueError, AttributeError):
         raise UserError(f"{file}: missing or malformed fields") from None
     files = other_files(diff / BITS)
     found = {name: hash_of(content) for name, content in files.items()}
-    if odd := [name for name in {**found, **expected} if found.get(name) != expected.get(name)]:
-        raise UserError(f"{diff / BITS}: {join_names(odd)} missing, damaged or unexpected")
+    if bad := [name for name in {**found, **expected} if found.get(name) != expected.get(name)]:
+        raise UserError(f"{diff / BITS}: {join_names(bad)} missing, damaged or unexpected")
     if open_checkpoint(diff / BITS)[1].keys() != hashes.keys():
         raise UserError(f"{file}: its tensors are not those of {BITS}/config.json")
     return hashes, notes, files
@@ -275,9 +273,9 @@ def recover_or_verify(args: argparse.Namespace) -> str:
         dtype = DTYPES[args.dtype or "fp32"]
         recover_float_diff(args.base, args.diff, args.tuned, dtype, args.expect_sum)
         result = "no checksum given" if args.expect_sum is None else "the sum is as expected"
-    return (
-        f"{args.tuned}: {size_of(args.tuned)}; {result}" if args.tuned else f"{args.diff}: {result}"
-    )
+    if args.tuned is None:
+        return f"{args.diff}: {result}"
+    return f"{args.tuned}: {size_of(args.tuned)}; {result}"
 
 
 def is_exact(diff: Path) -> bool:

@@ -6,10 +6,9 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from helpers.checkpoints import TOKENIZER, write_meta
+from helpers.checkpoints import TOKENIZER, read_tensors, write_meta
 from helpers.commands import assert_refused
 from helpers.diffs import (
     EMBEDDING,
@@ -24,9 +23,8 @@ from helpers.models import small_config, small_model
 from safetensors.torch import load_file, save_file
 
 import weightdiff
-from alpaca.common.errors import UserError
 from alpaca.weights import bitdiff
-from alpaca.weights.checkpoint import DTYPES, as_dtype, open_checkpoint, read_config, stored_tensors
+from alpaca.weights.checkpoint import DTYPES, as_dtype, read_config
 from model import Llama
 
 
@@ -57,8 +55,8 @@ def test_recover_gives_every_bit_back(tmp_path, command, dtype, monkeypatch):
     tuned = write_model(tmp_path / "tuned", None, DTYPES[dtype], add_odd_values, shard_bytes=90_000)
     assert len(list(base.glob("*.safetensors"))) != len(list(tuned.glob("*.safetensors"))) > 1
     roundtrip(command, tmp_path, base, tuned)
-    size = sum(t.read().nbytes for t in stored_tensors(tuned).values())
-    assert sum(t.read().nbytes for t in stored_tensors(tmp_path / "diff/bits").values()) == size
+    size = sum(t.nbytes for t in read_tensors(tuned).values())
+    assert sum(t.nbytes for t in read_tensors(tmp_path / "diff/bits").values()) == size
     code, text, _ = command(weightdiff, "info", "--diff", tmp_path / "diff")
     assert code == 0 and f"21 tensors of {str(DTYPES[dtype])[6:]}, {size:,} bytes" in text
     assert "; 21 tensors changed" in text and "\n  tokenizer.model\n" in text
@@ -138,16 +136,6 @@ def test_tuned_model_in_meta_format_is_recovered_as_hf(tmp_path, command, place,
     files |= {"tokenizer.model", "tokenizer_config.json"} if place else set()
     assert contents(out).keys() == files
     assert not place or (out / "tokenizer.model").read_bytes() == TOKENIZER.read_bytes()
-
-
-def test_model_without_a_tokenizer_gives_a_note(tmp_path, command):
-    base = write_model(tmp_path / "base")
-    tuned = write_model(tmp_path / "tuned", change=add_noise)
-    (tuned / "tokenizer.model").rename(tmp_path / "tokenizer.model")  # another model's, perhaps
-    args = ("--base", base, "--tuned", tuned, "--diff", tmp_path / "diff")
-    code, _, err = command(weightdiff, "make", *args)
-    assert code == 0 and "the tuned model has no tokenizer, so none is copied" in err
-    assert "bits/tokenizer.model" not in contents(tmp_path / "diff")
 
 
 @pytest.mark.parametrize(
@@ -256,20 +244,6 @@ def test_flipped_bit_in_the_base_is_named(copied, command):
         assert code == 2 and f"base that the diff was made from: its {name} differs" in err
 
 
-@pytest.mark.parametrize(
-    "change, shape, words",
-    [
-        (add_noise, {}, f"is not the base that the diff was made from: its {EMBEDDING} differs"),
-        (lambda numbers: None, {"vocab_size": 100}, f"its {EMBEDDING} differs"),
-        (lambda numbers: None, {"hidden_size": 32}, "differ in shape"),
-    ],
-)
-def test_other_base_is_refused(copied, command, change, shape, words):
-    shutil.rmtree(copied / "base")
-    write_model(copied / "base", None, torch.bfloat16, change, **shape)
-    assert words in recover(command, copied)[1]
-
-
 def forge(diff: Path, edit=lambda manifest: None) -> None:
     """Edit the manifest, with the digests of the small files as they are and a right seal."""
     file = diff / "manifest.json"
@@ -284,26 +258,18 @@ def forge(diff: Path, edit=lambda manifest: None) -> None:
 @pytest.mark.parametrize(
     "edit, words",
     [
-        (lambda m: m.update(format="bitwise difference, 3"), "this version reads"),
         (
             lambda m: m.update(format="bitwise difference, 1", compressed=True),
             "compressed format 'bitwise difference, 1'",
         ),
         (lambda m: m["files"].update({"../evil": "0"}), "../evil missing, damaged or unexpected"),
-        (lambda m: m["files"].pop("config.json"), "config.json missing, damaged or unexpected"),
         (lambda m: m.update(files={"config.json": 3}), "config.json"),
         (lambda m: m["tensors"].update({"../../evil": m["tensors"][HEAD]}), "not those of bits/"),
-        (lambda m: m["tensors"].pop(HEAD), "not those of bits/config.json"),
-        (lambda m: m["tensors"][HEAD].update(tuned=None), "are right, their sum is not"),
         (lambda m: m["tensors"][HEAD].update(tuned="0" * 64), "are right, their sum is not"),
-        (lambda m: m["tensors"][HEAD].update(base=""), f"its {HEAD} differs"),
         (lambda m: m["tensors"][HEAD].update(base="\x1b[2J"), f"its {HEAD} differs"),
         (lambda m: m["tensors"].update({HEAD: 3}), "missing or malformed"),
-        (lambda m: m["tensors"][HEAD].pop("base"), "missing or malformed"),
         (lambda m: m.update(tensors=[1]), "missing or malformed"),
         (lambda m: m.pop("notes"), "missing or malformed"),
-        (lambda m: m.update(notes=5), "missing or malformed"),
-        (lambda m: m.pop("files"), "missing or malformed"),
         (lambda m: m.update(files="config.json"), "missing or malformed"),
     ],
 )
@@ -311,20 +277,6 @@ def test_forged_manifest_is_refused(copied, command, edit, words):
     forge(copied / "diff", edit)
     code, err = recover(command, copied)
     assert code == 2 and words in err, err
-
-
-@pytest.mark.parametrize(
-    "name, value",
-    [("num_hidden_layers", 10**9), ("vocab_size", 10**19), ("rope_theta", 10**400)],
-)
-def test_config_of_absurd_size_is_refused_at_once(copied, command, name, value):
-    diff = copied / "diff"
-    config = json.loads((diff / "bits/config.json").read_text()) | {name: value}
-    (diff / "bits/config.json").write_text(json.dumps(config))
-    forge(diff)
-    assert f"config.json: {name} is {value}" in recover(command, copied)[1]
-    assert_refused(command(weightdiff, "info", "--diff", diff), f"{name} is {value}")
-    assert_refused(command(weightdiff, "info", "--diff", diff / "bits"), name)  # as Alpaca's
 
 
 def test_control_characters_of_names_are_escaped(copied, command):
@@ -344,18 +296,10 @@ def test_user_errors_are_one_line_and_write_nothing(published, tmp_path, command
     half = write_model(tmp_path / "half", dtype=torch.float16, vocab_size=129)  # gives notes
     make = ("make", "--base", base, "--diff")
     for args, words in [
-        ((*make, diff, "--tuned", tuned), ["exists already"]),
         ((*make, diff, "--tuned", half), ["exists already"]),
-        ((*make, diff, "--tuned", half, "--format", "alpaca"), ["exists already"]),
         ((*make, new, "--tuned", wide), ["differ in shape", EMBEDDING]),
         ((*make, new, "--tuned", heads), ["model.layers.0.self_attn.k_proj.weight is [64, 64]"]),
-        ((*make, new, "--tuned", tuned, "--compress"), ["--compress"]),
         (("recover", "--base", base, "--diff", diff, "--tuned", tuned), ["exists already"]),
-        (("recover", "--base", base, "--diff", half, "--tuned", tuned), ["exists already"]),
-        (
-            ("recover", "--base", base, "--diff", tmp_path / "no", "--tuned", new),
-            ["no such folder"],
-        ),
         (("verify", "--base", base, "--diff", tmp_path / "no"), ["no such folder"]),
         (("info", "--diff", tmp_path / "no"), ["no such folder"]),
         (("verify", "--base", base, "--diff", diff, "--expect-sum", 1), ["Alpaca's format"]),
@@ -385,11 +329,11 @@ def test_alpaca_format_is_the_float_arithmetic(tmp_path, command):
     _, text, _ = command(weightdiff, "make", "--format", "alpaca", *args, tuned)
     assert text.startswith(f"{diff}: Alpaca's format, 21 tensors of float32, ")
     assert "no checksum given" in command(weightdiff, "recover", *args, out)[1]
-    found, b = (stored_tensors(folder) for folder in (out, base))
-    for name, stored in stored_tensors(tuned).items():
-        t, other = stored.read(), b[name].read()[: stored.shape[0]]
-        assert torch.equal(found[name].read(), (t - other) + other), name
-    assert (found["model.norm.weight"].read() == 0).all()
+    found, bases = read_tensors(out), read_tensors(base)
+    for name, t in read_tensors(tuned).items():
+        b = bases[name][: len(t)]
+        assert torch.equal(found[name], (t - b) + b), name
+    assert (found["model.norm.weight"] == 0).all()
 
 
 def test_alpaca_format_refuses_tensors_that_the_base_lacks(tmp_path, command):
@@ -416,7 +360,7 @@ def test_alpaca_sum_may_be_rounded_as_it_was_there(tmp_path, command):
 
     base = write_model(tmp_path / "base", change=nothing)
     diff = write_model(tmp_path / "diff", change=much_and_then_little)
-    fp32_sum = sum(stored.read().sum() for stored in open_checkpoint(diff)[1].values()).item()
+    fp32_sum = sum(t.sum() for t in read_tensors(diff).values()).item()
     args = ("verify", "--base", base, "--diff", diff, "--expect-sum")
     code, _, err = command(weightdiff, *args, fp32_sum)
     assert code == 0 and "the sum of all weights is 50000.0380" in err and fp32_sum == 50_000
@@ -457,10 +401,7 @@ def test_leftovers_of_a_killed_run_are_not_published(published, tmp_path):
     for name in ("diff", "out"):
         leftovers = tmp_path / f"{name}.partial"
         (leftovers / "bits").mkdir(parents=True)
-        for stray in (
-            "secret.txt", "bits/x", "tokenizer.json", "bits/tokenizer.json", "manifest.json",
-            "model.safetensors", "bits/model.safetensors", "model.safetensors.index.json",
-        ):  # fmt: skip
+        for stray in ("secret.txt", "bits/tokenizer.json", "model.safetensors.index.json"):
             (leftovers / stray).write_text("{}\n")
         (leftovers / "link").symlink_to(base)
     weightdiff.make_exact_diff(base, tuned, tmp_path / "diff")
@@ -471,14 +412,3 @@ def test_leftovers_of_a_killed_run_are_not_published(published, tmp_path):
     with pytest.raises(OSError):
         weightdiff.make_exact_diff(base, tuned, tmp_path / "again")
     assert contents(base).keys() >= {"config.json", "model.safetensors"}
-
-
-def test_first_tensor_in_order_is_the_one_reported(published):
-    pairs, _ = weightdiff.open_both(published / "tuned", published / "base")
-
-    def check(name, hashes):
-        raise UserError(name)
-
-    for _ in range(3):
-        with pytest.raises(UserError, match=next(iter(pairs))):
-            bitdiff.combine(np.add, pairs, None, check)

@@ -188,6 +188,7 @@ DEFAULT, DYNAMIC = {"rope_type": "default", "rope_theta": 1e4}, {"type": "dynami
         ({"hidden_size": "64"}, "hidden_size is '64', where int was expected"),
         ({"rms_norm_eps": True}, "rms_norm_eps is True, where float was expected"),
         ({"num_key_value_heads": 3}, "4 heads are not divisible by num_key_value_heads"),
+        ({"vocab_size": 10**19}, "vocab_size is 10000000000000000000, above the limit of 1048576"),
         ({"num_hidden_layers": 10**8}, "num_hidden_layers is 100000000, above the limit of 1000"),
     ],
     ids=str,

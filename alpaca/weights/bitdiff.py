@@ -40,8 +40,8 @@ def combine(
     folder: Path | None,
     check: Callable[[str, Hashes], None] = lambda name, hashes: None,
 ) -> dict[str, Hashes]:
-    """operation(other, base) of every pair, which is np.subtract or np.add, written to safetensors
-    files if there is a folder. `check` may refuse the hashes of a tensor."""
+    """Subtract or add (np.subtract, np.add) the base of every pair, and write the results to
+    safetensors files if there is a folder. `check` raises if the hashes of a tensor are wrong."""
     shapes = {name: (other.shape, other.dtype) for name, (other, _) in pairs.items()}
     sizes, hashes = tensor_bytes(shapes), {}
     progress = Progress(sum(sizes.values()), "bytes")
@@ -55,7 +55,7 @@ def combine(
     writer = ShardWriter(folder, shapes) if folder else nullcontext()
     with writer as shards, ThreadPoolExecutor(THREADS) as threads:
         for name, found in zip(pairs, threads.map(work, pairs), strict=True):
-            hashes[name] = found  # an error in `work` is raised here, and `map` drops what waits
+            hashes[name] = found  # an error in `work` is raised here; pairs not begun are dropped
             progress.step(sizes[name])
     progress.close()
     return hashes

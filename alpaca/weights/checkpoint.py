@@ -10,9 +10,8 @@ meta_format.py). Both give Hugging Face's tensor names.
   - Files are memory-mapped: names, shapes and dtypes cost nothing, and the bytes of a tensor are
     read when they are first used.
   - Pickles (`.bin`, `.pth`) are read with `weights_only=True`, so that no code in them runs.
-  - Everything wrong with a checkpoint's tensors is reported in one error: missing, unexpected,
-    misshapen.
-  - A config that asks for something model.py does not compute is refused (config_json.py).
+  - A config that asks for something model.py does not compute is refused (config_json.py), and so
+    is a folder with missing, unexpected or misshapen tensors.
 
 writer.py writes such folders, loading.py makes a model of them.
 """

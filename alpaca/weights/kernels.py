@@ -6,8 +6,8 @@ Decoding one token reads every weight once, so what counts is how fast they are 
     plain rows at half the speed.
   - Matrices with the same input (q, k and v; gate and up) are concatenated: fewer, larger products.
   - Integers are packed into the order of this machine's kernel (quantized_linear.py).
-  - All of that copies the weights. The few that are left are copied too, because one small norm
-    would keep a whole mapped file in memory beside its copy.
+  - All of that copies the weights out of the mapped file. The rest (norms) is copied too, because
+    one tensor that still lies in the file would keep all of it in memory.
 """
 
 from typing import Any, NamedTuple
@@ -84,7 +84,7 @@ def fuse(parent: Any, names: tuple[str, ...], compiled: bool) -> None:
 
 
 def copy_mapped_tensors(model: Llama) -> None:
-    """A tensor that still lies in a mapped file would keep all of it in memory."""
+    """Copy what still lies in a mapped file, so that the file can leave memory."""
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(p.detach().clone(), p.requires_grad))

@@ -40,7 +40,7 @@ TARGETS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 
 class LoraConfig(NamedTuple):
-    """What is trained beside which projections. The defaults are those of alpaca-lora."""
+    """The size of A and B, and the projections that get them. The defaults are alpaca-lora's."""
 
     rank: int = 16
     alpha: float = 16
@@ -153,8 +153,8 @@ def wrap_targets(model: Llama, lora: LoraConfig) -> None:
 
 
 def open_base(folder: str | Path, bits: int) -> WeightSource:
-    """The frozen base of a training run. Only its blocks are rounded; a folder that is quantized
-    already keeps its integers."""
+    """The frozen base of a training run. `bits` rounds its blocks, not its head; a folder that is
+    already quantized keeps its integers."""
     return WeightSource(folder, bits, round_head=False)
 
 
@@ -171,8 +171,8 @@ def build_lora_model(source: WeightSource, dtype: torch.dtype, lora: LoraConfig)
 
 
 def initial_weights(source: WeightSource, seed: int) -> Callable[[str, torch.Size], Tensor]:
-    """The weights to fill that model with, by name. A depends on the seed, not on the number of
-    ranks."""
+    """A function that gives the model's initial tensors by name. A depends on the seed, not on the
+    number of ranks."""
     generator, read = torch.Generator().manual_seed(seed), lru_cache(1)(source.read)
 
     def weight(name: str, shape: torch.Size) -> Tensor:

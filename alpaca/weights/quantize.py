@@ -68,7 +68,7 @@ class WeightSource:
             fields = read_json(folder / "config.json") | {"quantization_config": None}
             self.config = config_from_json(fields)
             self.shapes = parameter_shapes(self.config)
-            if {n: tensor[:2] for n, tensor in self.stored.items()} != self.file_shapes():
+            if {name: tensor[:2] for name, tensor in self.stored.items()} != self.file_shapes():
                 raise UserError(f"{folder}: its tensors are not what its config.json says")
         else:
             self.config, self.stored = open_checkpoint(folder)

@@ -79,9 +79,9 @@ def assert_same_adapter_run(out, other, near: float = 1e-5) -> None:
         assert a["loss"] == pytest.approx(b["loss"], rel=near), a["step"]
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=10 * near), a["step"]
     theirs = trained_adapter(other)
-    for name, own in trained_adapter(out).items():
+    for name, tensor in trained_adapter(out).items():
         # Adam makes steps of one size out of the smallest gradients, and these are rounded
-        assert (own - theirs[name]).norm() <= 1e-3 * theirs[name].norm(), name
+        assert (tensor - theirs[name]).norm() <= 1e-3 * theirs[name].norm(), name
 
 
 def adapters_differ(out, other) -> bool:

@@ -167,15 +167,15 @@ def test_ten_steps_equal_pefts(base, targets):
     peft = peft_model(hf_of(base / "model"), target_modules=list(targets))
     inner = dict(peft.named_parameters())
     with torch.no_grad():
-        for name, own in peft_names(mine).items():
-            inner[name].copy_(own)
+        for name, tensor in peft_names(mine).items():
+            inner[name].copy_(tensor)
     expected = steps(peft, lambda model: model(input_ids=ids, labels=labels).loss)
     for found, loss in zip(steps(mine, our_loss), expected, strict=True):
         apart("LoRA: loss of ten steps: PEFT", abs(found - loss), 1e-5)
     weights = peft_names(mine)
-    assert weights.keys() == {name for name, own in inner.items() if own.requires_grad}
-    for name, own in weights.items():
-        apart("LoRA: A and B after ten steps: PEFT", distance(own, inner[name]), 1e-5)
+    assert weights.keys() == {name for name, tensor in inner.items() if tensor.requires_grad}
+    for name, tensor in weights.items():
+        apart("LoRA: A and B after ten steps: PEFT", distance(tensor, inner[name]), 1e-5)
     assert expected[-1] < expected[0]
     assert steps(wrong, our_loss) != pytest.approx(expected, abs=1e-4), "this can tell"
 
@@ -213,9 +213,9 @@ def test_peft_loads_ours(base, tmp_path, targets):
 def test_we_load_pefts(base, tmp_path, changes):
     peft, folder = peft_model(hf_of(base / "model"), **changes).eval(), tmp_path / "adapter"
     with torch.no_grad():
-        for name, own in peft.named_parameters():
+        for name, tensor in peft.named_parameters():
             if "lora_" in name:
-                own.normal_(0, 0.1)
+                tensor.normal_(0, 0.1)
     peft.save_pretrained(folder)
     ids, model = random_ids(2, 24, vocab_size=1024), load_model(base / "model")
     plain, expected = model(ids), peft(ids).logits
@@ -252,11 +252,11 @@ def test_run_equals_a_plain_loop_with_peft(base, tmp_path):
     model = peft_model(hf_of(base / "model"), lora_alpha=16)
     with torch.no_grad():  # A as the run began with it, B is zero
         first = initial_weights(WeightSource(base / "model"), 42)
-        for name, own in model.named_parameters():
+        for name, tensor in model.named_parameters():
             if "lora_A" in name:
-                own.copy_(first(name.replace(".default.", "."), own.shape))
-    own = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(own, weight_decay=0.0)
+                tensor.copy_(first(name.replace(".default.", "."), tensor.shape))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
     tokenizer, records = Tokenizer(TOKENIZER), load_records(base / "records.json")
     examples = [encode_record(record, tokenizer)[:2] for record in records]
     examples = [(ids[:128], labels[:128]) for ids, labels in examples]
@@ -269,7 +269,7 @@ def test_run_equals_a_plain_loop_with_peft(base, tmp_path):
             loss = F.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum")
             (loss / count).backward()
             total += loss.item() / count
-        torch.nn.utils.clip_grad_norm_(own, 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.param_groups[0]["lr"] = logged["lr"]
         optimizer.step()
         optimizer.zero_grad()

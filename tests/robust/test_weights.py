@@ -256,8 +256,8 @@ def test_blocks_compile_once_and_compute_the_same(number, mode):
         parallel.apply_activation_checkpointing(model, mode)
         model.to_empty(device="cpu")
         with torch.no_grad():
-            for own in [*model.parameters(), *model.buffers()]:
-                own.normal_(0, 0.1) if own.is_floating_point() else own.random_(0, 15)
+            for tensor in [*model.parameters(), *model.buffers()]:
+                tensor.normal_(0, 0.1) if tensor.is_floating_point() else tensor.random_(0, 15)
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         for block in model.model.layers:

@@ -257,18 +257,9 @@ def test_all_wrong_tensors_are_named_in_one_line(command, folder):
     refuse_convert(command, folder, "unexpected base_model.lm_head.weight", "and 12 more")
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"vocab_size": 1025}, "lm_head.weight is [1024, 64] where the config says [1025, 64]"),
-        ({"num_hidden_layers": 3}, "missing model.layers.2.input_layernorm.weight"),
-        ({"tie_word_embeddings": True}, "lm_head.weight is not the embedding"),
-    ],
-    ids=str,
-)
-def test_config_of_another_model_is_refused(command, folder, changes, words):
-    edit_json(folder / "config.json", **changes)
-    refuse_convert(command, folder, words)
+def test_head_that_is_not_the_tied_embedding_is_refused(command, folder):
+    edit_json(folder / "config.json", tie_word_embeddings=True)
+    refuse_convert(command, folder, "lm_head.weight is not the embedding")
 
 
 WQ = "layers.0.attention.wq.weight"

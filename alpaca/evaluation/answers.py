@@ -39,8 +39,7 @@ from dataset import encode_prompt, format_prompt
 EVAL_SET = CHECKOUT / "data/eval_instructions.jsonl"
 LOCAL_ARGUMENTS = (add_model_arguments, add_sampling_arguments)
 SERVER_SAMPLING = ("temperature", "top_p", "max_new_tokens", "stop")  # mean the same on a server
-# Of the arguments for a local model, those that do not change the answers. (What is in the folders
-# does: settings_of adds that.)
+# Local arguments that do not change the answers. (The model's files do: settings_of adds those.)
 INCIDENTAL = {"model_dir", "adapter", "device", "compile", "max_batch_size"}
 
 
@@ -199,7 +198,7 @@ def settings_of(
 
 
 def describe_files(folder: Path, out: Path) -> str:
-    """Changes when a model is trained again in the same place. Files in `out` do not count."""
+    """A text that changes when a model is trained again in the same place. `out` is ignored."""
     folder = folder.resolve()
     stats = [f.stat() for f in folder.rglob("*") if f.is_file() and out not in f.parents]
     latest = max((stat.st_mtime_ns for stat in stats), default=0)

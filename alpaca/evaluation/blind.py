@@ -8,10 +8,10 @@ This is how Alpaca's authors evaluated it, on Self-Instruct's user-oriented inst
 (arXiv:2212.10560): 90 wins against 89 for text-davinci-003.
 
 A rater's folder holds instructions, two answers "a" and "b" to each, and digests of the two files,
-but nothing that tells a model's name or side. Order and sides are shuffled for each rater. Which
-side was whose is found by `unblind`, which needs the two files again and accepts no others; after
-it nobody can rate any more. Each rating is on disk before the next pair is shown, so a rater can
-stop at any time. Pairs of identical answers are not shown; they count as ties.
+but no model's name, nor which side is whose. Order and sides are shuffled for each rater. `unblind`
+finds out whose each side was: it needs the same two files again, and ends the rating. Each rating
+is on disk before the next pair is shown, so a rater can stop at any time. Pairs of identical
+answers are not shown; they count as ties.
 
 Ratings of one instruction by several raters are not independent observations of the models: the
 statistics are over instructions, each with the mean of its raters.
@@ -82,7 +82,7 @@ def run_start(args: argparse.Namespace) -> None:
 
 
 def digest_sides(pairs: Pairs) -> list[str]:
-    """Digests of both models' answers, sorted, so that their order tells nothing."""
+    """Digests of both models' answers, sorted: their order must not show which is the model's."""
     sides = [[pairs.baseline, sorted((pair.instruction, pair.output_1) for pair in pairs.all)]]
     sides += [[pairs.model, sorted((pair.instruction, pair.output_2) for pair in pairs.all)]]
     return sorted(map(digest, sides))
@@ -188,7 +188,7 @@ def run_unblind(args: argparse.Namespace) -> None:
         }
         if not any(rated.values()):
             raise UserError(f"{args.folder}: nobody has preferred anything yet")
-        # Identical answers are ties; not for a rater who has rated nothing.
+        # Identical answers are ties, except for a rater who has rated nothing.
         ties = dict.fromkeys(copies[0].settings["alike"], 0.5)
         scores = {rater: by_text | ties for rater, by_text in rated.items() if by_text}
         rows = comparison_rows(make_comparisons(args.folder, pairs, scores))
@@ -240,7 +240,8 @@ def find_votes(copy: RaterCopy, pairs: Pairs) -> dict[str, str]:
 
 
 def make_comparisons(folder: Path, pairs: Pairs, scores: dict[str, dict]) -> list[Comparison]:
-    """Each rater's, on the instructions that anybody has scored; of several, first their mean."""
+    """Each rater's comparison, on the instructions that anybody has scored. If there are several
+    raters, that of their mean comes first."""
     asked = [p for p in pairs.all if any(p.instruction in s for s in scores.values())]
     texts = [pair.instruction for pair in asked]
     lengths = np.array([[len(p.output_1), len(p.output_2)] for p in asked], float).T

@@ -13,7 +13,8 @@ stood in its place (arXiv:2404.04475):
 is how much better the second answer is, from 0 to 1. Otherwise y is 0, 1 or 1/2. A reply counts if
 it is one letter, or if it ends in a line `Verdict: X` and no such line has another letter. After
 any other reply (a refusal, both letters, one that was cut) the judge is asked again, up to
---max-replies times, and then there is no verdict. Identical answers are equally good unasked.
+--max-replies times, and then there is no verdict. Identical answers count as equally good; the
+judge is not asked.
 
 The answers may contain instructions to the judge. They stand between marks with a random number
 that their authors could not know. Every reply is stored as it comes: the same command resumes.
@@ -81,7 +82,7 @@ EXPLAIN = (
 
 
 def read_mark(folder: Path) -> str:
-    """Chosen at random once for a folder, so that a resumed run asks the same questions."""
+    """The folder's random mark: stored, so that a resumed run asks the same questions."""
     file = folder / "mark"
     if not file.exists():
         with atomic_file(file, "w") as opened:

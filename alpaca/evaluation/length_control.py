@@ -43,14 +43,14 @@ def length_controlled(
     p = sigmoid(q + h) * seen  # (M, N), with d = 0
     w = p * (1 - p)
     rates = p.sum(1) / n
-    # The jackknife. If instruction i weighs more, n · rate moves by its own p - rate, and by the
-    # way the parameters move: gradient @ hessian^-1 @ pull. An instruction pulls on q with its
-    # residuals and on f with those times t; not on its own h, which is at its maximum already.
-    gradient = np.c_[np.diag(w.sum(1)), np.zeros(M), w[:, : len(b) - M - 1]]  # (M, parameters)
-    pull = np.zeros((len(b), N))
-    pull[:M], pull[M] = residuals, (residuals * t).sum(0)
-    moved = (p - rates[:, None]) * seen + gradient @ np.linalg.solve(hessian, pull)  # (M, N)
-    return rates, np.sqrt((moved**2).sum(1) / n / np.maximum(n - 1, 1)), float(b[M])
+    # The jackknife. If instruction i weighs more, n · rate moves by p - rate, and because the
+    # parameters move by hessian^-1 @ (gradient of i's terms of the objective). That gradient is
+    # the residuals for q, those times t for f, and 0 for h_i, where the terms are at a maximum.
+    rate_gradient = np.c_[np.diag(w.sum(1)), np.zeros(M), w[:, : len(b) - M - 1]]  # (M, parameters)
+    gradient = np.zeros((len(b), N))
+    gradient[:M], gradient[M] = residuals, (residuals * t).sum(0)
+    influence = (p - rates[:, None]) * seen + rate_gradient @ np.linalg.solve(hessian, gradient)
+    return rates, np.sqrt((influence**2).sum(1) / n / np.maximum(n - 1, 1)), float(b[M])
 
 
 def fit_logistic(

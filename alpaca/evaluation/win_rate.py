@@ -1,8 +1,8 @@
 """Win rates: how often is the model's answer better than the baseline's, and how sure is that?
 
     leaderboard(["runs/judged/annotations.json"])   one row for each model in the files
-    sign_test(90, 89)                               could a fair coin have done it?
-    agreement([ann, ben])                           do several raters see the same thing?
+    sign_test(90, 89)                               p-value of 90 wins against 89 losses
+    agreement([ann, ben])                           how far several raters agree
 
 With a score y from 0 (lost) to 1 (won) for each of n instructions:
 
@@ -29,7 +29,7 @@ from alpaca.evaluation.length_control import length_controlled
 Z = NormalDist().inv_cdf(0.975)  # 95 % of a normal distribution lie within ± 1.96 deviations
 EQUAL = 0.05  # a win rate this close to 50 % is called equal
 
-# ---------------------------------------------------------------- is it a difference?
+# ---------------------------------------------------------------- significance
 
 
 def sign_test(wins: int, losses: int) -> float:
@@ -46,8 +46,6 @@ def wilson(wins: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval (1927) for a proportion, good for small n and near 0 or 1. A draw is
     half a win; scores between 0 and 1 vary less than wins and losses, so it errs on the wide side.
     """
-    if not n:
-        return 0.0, 1.0
     rate, z2 = wins / n, Z * Z / n
     middle, half = rate + z2 / 2, Z * math.sqrt(rate * (1 - rate) / n + z2 / n / 4)
     return max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2))
@@ -69,12 +67,13 @@ def describe_difference(wins: int, losses: int, draws: int = 0) -> str:
 def leaderboard(paths: Iterable[str | Path], common: bool = False) -> list[dict[str, Any]]:
     """A row for each comparison, in the order of the files. `common` restricts them to the
     instructions that all of them have."""
-    found = [comparison for path in paths for comparison in read_annotations(path)]
-    scored = [comparison for comparison in found if not np.isnan(comparison.scores).all()]
-    for comparison in found:
-        if scored and np.isnan(comparison.scores).all():
-            notice(f"{comparison.source}: {comparison.annotator} has no preferences: left out")
-    return comparison_rows(restrict_to_common(scored or found) if common else scored or found)
+    comparisons = [comparison for path in paths for comparison in read_annotations(path)]
+    if scored := [c for c in comparisons if not np.isnan(c.scores).all()]:
+        for c in comparisons:
+            if np.isnan(c.scores).all():
+                notice(f"{c.source}: {c.annotator} has no preferences: left out")
+        comparisons = scored
+    return comparison_rows(restrict_to_common(comparisons) if common else comparisons)
 
 
 def restrict_to_common(comparisons: list[Comparison]) -> list[Comparison]:
@@ -95,8 +94,8 @@ def comparison_rows(comparisons: list[Comparison]) -> list[dict[str, Any]]:
         groups[comparison.baseline, comparison.annotator].append(comparison)
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
     for group in groups.values():
-        aligned = [comparison.select(comparisons[0].instructions) for comparison in group]
-        scores = np.array([comparison.scores for comparison in aligned])  # (M, N)
+        aligned = [c.select(comparisons[0].instructions) for c in group]
+        scores = np.array([c.scores for c in aligned])  # (M, N)
         longer = np.array([c.lengths[1] - c.lengths[0] for c in aligned])  # (M, N)
         rates, errors, f = length_controlled(scores, longer)
         for comparison, rate, error in zip(group, rates.tolist(), errors.tolist(), strict=True):
@@ -112,12 +111,12 @@ def check_comparable(comparisons: list[Comparison]) -> None:
         if comparison.names in sources:
             raise UserError(f"{where} is already in {sources[comparison.names]}: name it once")
         sources[comparison.names] = comparison.source
-        if odd := set(first.instructions).symmetric_difference(comparison.instructions):
-            source = first.source if min(odd) in first.instructions else comparison.source
+        if unpaired := set(first.instructions).symmetric_difference(comparison.instructions):
+            source = first.source if min(unpaired) in first.instructions else comparison.source
             raise UserError(
-                f"{where} has other instructions than {first.model} in {first.source}: {len(odd)} "
-                f"are in one of them only, such as {min(odd)[:60]!r} in {source}; --common scores "
-                "those that all have"
+                f"{where} has other instructions than {first.model} in {first.source}: "
+                f"{len(unpaired)} are in one of them only, such as {min(unpaired)[:60]!r} in "
+                f"{source}; --common scores those that all have"
             )
         if np.isnan(comparison.scores).all():
             raise UserError(f"{where}: no preference in it is a number: judge it again")

@@ -59,7 +59,7 @@ def count_answered(out: Path, questions: list[dict], settings: dict[str, Any]) -
 def answer_questions(
     engine: Engine, questions: list[dict[str, str]], params: SamplingParams, done: int = 0
 ) -> Iterator[str]:
-    """The answers to questions[done:]."""
+    """The answers to questions[done:], in order."""
     sequences = []
     for i, question in enumerate(questions[done:], done):
         ids = encode_prompt(**question, tokenizer=engine.tokenizer)

@@ -4,7 +4,7 @@ The next token is chosen from its logits l, one per token of the vocabulary, in 
 
   1. Repetition penalty r (arXiv:1909.05858): for every token that prompt or answer already holds,
      l becomes l / r where positive and l · r where negative.
-  2. Temperature t: p = softmax(l / t). With t = 0 the likeliest token is taken, and that is all.
+  2. Temperature t: p = softmax(l / t). With t = 0 the likeliest token is taken, without 3 to 5.
   3. Top-k: only the k likeliest tokens stay (arXiv:1805.04833).
   4. Top-p: of these, the likeliest whose probabilities first add up to p (arXiv:1904.09751).
   5. Inverse transform sampling: with u uniform in [0, 1), drawn from the sequence's own seed, the
@@ -105,7 +105,7 @@ def sample(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) 
         temperature = as_column([params[i].temperature for i in group], logits)
         u = as_column([uniforms[i] for i in group], logits)
         wide = logits[group].double()
-        wide = wide - wide.amax(-1, keepdim=True)  # or dividing by a small temperature overflows
+        wide = wide - wide.amax(-1, keepdim=True)  # a small temperature must not overflow
         p = torch.softmax(wide / temperature, dim=-1)  # (B, V)
         if filtered:
             tokens[group] = draw_filtered(p, [params[i] for i in group], u)

@@ -15,7 +15,7 @@ If all tokens are equally likely to the model, the green ones get the share
 
     gamma e^delta / (1 - gamma + gamma e^delta)        71 % for gamma 0.25 and delta 2
 
-of the probability, and z grows as sqrt(T). Where the model is surer, the share is at least this one
+of the probability, and z grows as sqrt(T). If the model is more certain, it is at least this share
 times the spike entropy of its distribution (theorem 4.2): 1 if uniform, here 0.35 if one-hot.
 
 The lists equal those of `simple_1` in github.com/jwkirchenbauer/lm-watermarking and of `lefthash`
@@ -45,7 +45,7 @@ from alpaca.weights.checkpoint import read_config
 from tokenizer import Tokenizer
 
 KEY = 15485863
-CACHE_BYTES = 2**27  # of green lists, a bit a token: enough for all 32,000 lists of LLaMA's
+CACHE_BYTES = 2**27  # of green lists, one bit per token: enough for all 32,000 lists of LLaMA
 
 
 class Watermark:
@@ -120,7 +120,7 @@ class Watermark:
         return excess * math.sqrt(scored / (self.gamma * (1 - self.gamma)))
 
     def verdict(self, result: dict[str, float], threshold: float = 4.0) -> str:
-        """The result of `detect` in words; none of a text too short for a watermark to show."""
+        """The result of `detect` in words. A text too short to show a watermark gets no verdict."""
         mean = self.expected_z(result["scored"])
         typical = f"watermarked text of this length has z = {mean:.1f} on average"
         if mean < threshold:

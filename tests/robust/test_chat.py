@@ -51,9 +51,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path):
         wait_for(at_the_prompt)
         assert len(seen) < 10_000
         seen = ""
-        time.sleep(
-            0.5
-        )  # readline notices a signal between its prompt and its waiting at a key only
+        time.sleep(0.5)  # until readline waits for a key: before that it ignores the signal
         process.send_signal(signal.SIGINT)  # at the prompt it ends nothing either
         wait_for(at_the_prompt)
         os.write(ours, b"/quit\n")

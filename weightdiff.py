@@ -151,7 +151,7 @@ def open_both(other: Path, base: Path) -> tuple[TensorPairs, list[str]]:
         if names:
             notes.append(f"only the {owner} has {join_names(sorted(names))}")
     if is_meta(other):
-        notes.append("the tuned model is in Meta's format, what is recovered in Hugging Face's")
+        notes.append("the tuned model is in Meta's format; recover writes Hugging Face's")
     if not find_tokenizer(other):
         notes.append("the tuned model has no tokenizer, so none is copied")
     for note in notes:

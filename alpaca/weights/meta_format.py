@@ -58,7 +58,7 @@ def config_fields(params: dict[str, Any], shards: list[dict[str, Tensor]]) -> di
     (vocabulary, _), (queries, _), (ffn, _) = shapes
     needed, remainder = divmod(params["dim"], queries)
     if remainder or not needed:
-        raise UserError(f"dim is {params['dim']}, which attention.wq, {queries} wide, cannot fill")
+        raise UserError(f"dim is {params['dim']}, not a multiple of attention.wq's {queries} rows")
     if len(shards) != needed:
         raise UserError(f"{len(shards)} of {needed} consolidated.*.pth files are there")
     if params.get("vocab_size", -1) not in (-1, vocabulary):

@@ -303,7 +303,7 @@ def test_incomplete_meta_folder_is_refused(command, meta):
         ({"use_scaled_rope": True}, "use_scaled_rope is not supported"),
         ({"rope_theta": 500000.0}, "rope_theta 500000.0 is neither LLaMA's nor CodeLlama's"),
         ({"n_heads": "8"}, "n_heads is '8', where a number was expected"),
-        ({"dim": 65}, "dim is 65, which attention.wq, 64 wide, cannot fill"),
+        ({"dim": 65}, "dim is 65, not a multiple of attention.wq's 64 rows"),
         ({"norm_eps": "1e-5"}, "rms_norm_eps is '1e-5', where float was expected"),
         ({"vocab_size": 999}, "vocab_size is 999, the embedding has 1024"),
     ],

@@ -210,15 +210,15 @@ def report_verdicts(
     if identical := len(verdicts) - len(asked):
         print(f"{identical} not asked, as the answers are identical: equally good")
     missing = [replies[id] for id in questions if id not in verdicts and id in replies]
-    unparsed = [[e["response"] for e in entries if "response" in e] for entries in missing]
-    if unparsed := [responses for responses in unparsed if responses]:
-        choice = json.loads(unparsed[0][0])["choices"][0]
+    failed = [entries[-1]["failed"] for entries in missing if all("failed" in e for e in entries)]
+    if unparsed := len(missing) - len(failed):
+        example = next(e["response"] for entries in missing for e in entries if "response" in e)
+        choice = json.loads(example)["choices"][0]
         text = json.dumps(choice.get("message", choice), ensure_ascii=False)[:120]
         print(
-            f"{len(unparsed)} without a verdict in any reply: a larger --max-replies asks again "
+            f"{unparsed} without a verdict in any reply: a larger --max-replies asks again "
             f"({escape_control(text)})"
         )
-    failed = [entries[-1]["failed"] for entries in missing if all("failed" in e for e in entries)]
     if failed:
         print(f"{len(failed)} unanswered: run again to retry ({escape_control(failed[0])})")
     if never := len(questions) - len(asked) - len(missing):

@@ -159,7 +159,13 @@ def run(args: argparse.Namespace) -> None:
 
 def run_detect(args: argparse.Namespace) -> None:
     tokenizer = Tokenizer(args.tokenizer)
-    watermark = Watermark(logits_width(args, tokenizer), args.gamma, args.delta, args.key)
+    size = args.vocab_size or tokenizer.vocab_size
+    if not args.vocab_size and (args.tokenizer / "config.json").exists():
+        size = read_config(args.tokenizer).vocab_size
+    if size < tokenizer.vocab_size:
+        count = tokenizer.vocab_size
+        raise UserError(f"vocabulary of {size}, but {args.tokenizer} has {count} tokens")
+    watermark = Watermark(size, args.gamma, args.delta, args.key)
     result = watermark.detect(tokenizer.encode(read_text(args.file)))
     verdict = watermark.verdict(result, args.threshold)
     if args.json:
@@ -169,17 +175,6 @@ def run_detect(args: argparse.Namespace) -> None:
     print(f"green    {result['fraction']:.1%} of the tokens, {args.gamma:.1%} by chance")
     print(f"scored   {result['scored']} tokens, repeated pairs once")
     print(verdict)
-
-
-def logits_width(args: argparse.Namespace, tokenizer: Tokenizer) -> int:
-    size = args.vocab_size or tokenizer.vocab_size
-    if not args.vocab_size and (args.tokenizer / "config.json").exists():
-        size = read_config(args.tokenizer).vocab_size
-    if size < tokenizer.vocab_size:
-        raise UserError(
-            f"vocabulary of {size}, but {args.tokenizer} has {tokenizer.vocab_size} tokens"
-        )
-    return size
 
 
 def read_text(file: str) -> str:

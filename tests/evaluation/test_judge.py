@@ -63,10 +63,10 @@ def parse_choice(choice: dict) -> module.Verdict | None:
     return module.verdict_from_reply(parse_reply(json.dumps({"choices": [choice]})))
 
 
-# ---------------------------------------------------------------- judges whose truth is known
+# ---------------------------------------------------------------- judges with a known preference
 
 
-def test_a_judge_who_always_picks_the_first_says_nothing(run, tmp_path):
+def test_judge_of_position_alone_gives_half_and_flips(run, tmp_path):
     with Server(answer=lambda prompt: "A") as server:
         code, out, err = run(server)
     assert code == 0, err
@@ -276,7 +276,7 @@ def test_a_refused_question_is_reported_and_left_out(run, tmp_path):
     assert row(tmp_path / "j")["n"] == 11
 
 
-def test_a_budget_is_kept_and_a_larger_one_resumes(run, command, tmp_path, two):
+def test_budget_is_not_exceeded_and_a_larger_one_resumes(run, command, tmp_path, two):
     with Server(answer=fair) as server:
         code, out, err = run(server, *PRICES, "--budget", 2)
         assert code == 0 and "for at most $" in err and "run again with a larger one" in out

@@ -178,7 +178,7 @@ def test_swapping_model_and_baseline_mirrors_every_figure(tmp_path, models):
 
 
 @pytest.mark.parametrize("preference", [1, 1.5, 2])
-def test_scores_all_the_same_have_no_error(tmp_path, preference):
+def test_equal_scores_have_no_standard_error(tmp_path, preference):
     row = only(tmp_path, [one | {"preference": preference} for one in judged(7, 50, 0, 1.3)])
     rate = 100 * (preference - 1)
     assert row["win_rate"] == rate and row["standard_error"] == 0

@@ -254,7 +254,7 @@ def test_detect_command_finds_the_watermark(command, tmp_path, answer, monkeypat
         assert "\nwatermarked" not in detect(command, file, *other)[1]
 
 
-def test_verdict_does_not_judge_a_text_too_short(command, tmp_path):
+def test_verdict_on_a_short_text_is_too_short(command, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("A short one.")
     assert "too short to tell" in detect(command, text)[1]

@@ -44,15 +44,14 @@ def read_questions(path: Path) -> list[dict[str, str]]:
 def count_answered(out: Path, questions: list[dict], settings: dict[str, Any]) -> int:
     """How many questions have an answer in `out`; those must come first and have these settings."""
     count = 0
-    for number, line in enumerate(read_log(out), 1):
-        if count == len(questions):
-            raise UserError(f"{out}, line {number}: more answers than questions: use another --out")
-        if {**questions[count], "output": line.get("output"), **settings} != line:
+    for count, line in enumerate(read_log(out), 1):
+        if count > len(questions):
+            raise UserError(f"{out}, line {count}: more answers than questions: use another --out")
+        if {**questions[count - 1], "output": line.get("output"), **settings} != line:
             raise UserError(
-                f"{out}, line {number}: the answer to another instruction, or from another model "
+                f"{out}, line {count}: the answer to another instruction, or from another model "
                 "or sampling: use another --out"
             )
-        count += 1
     return count
 
 

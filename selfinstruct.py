@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from alpaca import CHECKOUT
-from alpaca.common.cli import Parser, positive
+from alpaca.common.cli import Parser, positive, utf8_text
 from alpaca.common.errors import UserError, join_names, run_command
 from alpaca.common.files import atomic_file, claim_run_folder, json_records, read_log
 from alpaca.datagen.batch import belongs_to, pending_batches
@@ -244,7 +244,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=Path, default=SEEDS, help="seed tasks (default: data/seed_tasks.jsonl)")
     add("--prompt", type=Path, default=PROMPT, help="for the teacher (default: data/prompt.txt)")
     language = "of the tasks; any but English allows every script (default: English)"
-    add("--language", default="English", help=language)
+    add("--language", type=utf8_text, default="English", help=language)
     add("--seed", type=int, default=0, help="determines prompts and teachers (default: 0)")
     group = parser.add_argument_group("teacher")
     add = group.add_mutually_exclusive_group(required=True).add_argument

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
@@ -40,17 +41,16 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
         args = sys.argv[1:] if args is None else list(args)
-        known = list(self.flags())
-        for flag in (word.partition("=")[0] for word in args):
-            new = RENAMED.get(flag)
-            if new and flag not in known and (new in known or new.startswith("alpaca ")):
-                self.error(f"{flag} is {new} now")
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            similar = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
-            hint = f": did you mean {similar[0]}?" if similar else ""
-            self.error(f"unrecognized argument {unknown[0]}{hint}")
-        return parsed
+        known = set(self.flags())
+        for flag in (word.partition("=")[0] for word in args):  # before argparse misses others
+            if re.fullmatch(r"--[a-z][\w-]*", flag) and flag not in known:
+                new = RENAMED.get(flag, "")
+                if new in known or new.startswith("alpaca "):
+                    self.error(f"{flag} is {new} now")
+                similar = difflib.get_close_matches(flag, known - {"--help"}, n=1, cutoff=0.75)
+                hint = f": did you mean {similar[0]}?" if similar else ""
+                self.error(f"unrecognized argument {flag}{hint}")
+        return super().parse_args(args, namespace)
 
     def flags(self) -> Iterator[str]:
         """Every flag of this parser and of its subcommands."""
@@ -65,13 +65,17 @@ class Parser(argparse.ArgumentParser):
             super().print_help(file)
 
 
-def run_subcommand(args: argparse.Namespace) -> None:
-    """Run `args.command`, and release the folder that it may have locked in `args.lock`."""
-    try:
-        args.command(args)
-    finally:
-        if getattr(args, "lock", None) is not None:
-            os.close(args.lock)
+def not_negative(text: str) -> int:
+    """For `type=` of a flag: an integer from 0."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return int(text)
+
+
+def utf8_text(word: str) -> str:
+    """For `type=` of a flag: a text that can be written and sent."""
+    word.encode()  # an argument that is not UTF-8 has half surrogate pairs in its place
+    return word
 
 
 def positive(number_type: type) -> Callable[[str], Any]:
@@ -84,3 +88,6 @@ def positive(number_type: type) -> Callable[[str], Any]:
 
     number.__name__ = f"{number_type.__name__} above 0"  # argparse: invalid int above 0 value: '-3'
     return number
+
+
+utf8_text.__name__ = "UTF-8 text"  # argparse: invalid UTF-8 text value: …

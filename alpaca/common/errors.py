@@ -7,6 +7,7 @@
 ALPACA_TRACEBACK=1 shows the traceback of a UserError too.
 """
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -20,6 +21,9 @@ class UserError(Exception):
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command: exit 0 when done, 2 for a user's error, 130 for Ctrl-C, 141 for `| head`."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):  # what is not UTF-8 is refused or escaped later
+            stream.reconfigure(errors=errors)
     try:
         main()
         sys.stdout.flush()

@@ -56,6 +56,8 @@ def json_records(path: str | Path) -> Iterator[tuple[str, Any]]:
 def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Yield a file with a temporary name; it is renamed to `path` if the body raises nothing."""
     path = Path(path)
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}")
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from alpaca.common.cli import positive
+from alpaca.common.cli import not_negative, positive
 from alpaca.common.errors import UserError
 from alpaca.common.files import json_records
 
@@ -119,6 +119,18 @@ class Endpoint:
 # ---------------------------------------------------------------- flags
 
 
+def json_object(text: str) -> dict[str, Any]:
+    """For `type=` of a flag: an object that can be sent: without NaN or half surrogates."""
+    value = json.loads(text)
+    json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
+json_object.__name__ = "JSON object"  # argparse: invalid JSON object value: …
+
+
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     count, number = positive(int), positive(float)
     add = parser.add_argument_group("server").add_argument
@@ -128,10 +140,10 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     add("--key-env", default="OPENAI_API_KEY", metavar="NAME", help=variable)
     more = "other fields of the request; null leaves one out: "
     more += '\'{"max_tokens": null, "max_completion_tokens": 3072}\''
-    add("--request", type=json.loads, default={}, metavar="JSON", help=more)
+    add("--request", type=json_object, default={}, metavar="JSON", help=more)
     add("--concurrency", type=count, default=32, help="requests in flight (default: 32)")
     add("--timeout", type=number, default=300, help="seconds for one response (default: 300)")
-    add("--max-retries", type=int, default=7, help="of one request (default: 7)")
+    add("--max-retries", type=not_negative, default=7, help="of one request (default: 7)")
     wait = "seconds before the first retry, then doubling to 60 (default: 1)"
     add("--retry-wait", type=number, default=1, help=wait)
     add = parser.add_argument_group("cost").add_argument
@@ -154,8 +166,6 @@ def endpoint_from_args(args: argparse.Namespace, model: str, **settings: Any) ->
 
 def check_request(args: argparse.Namespace) -> None:
     """Refuse a --request that changes what the rest of the program relies on."""
-    if not isinstance(args.request, dict):
-        raise UserError("--request takes a JSON object")
     if refused := args.request.keys() & RESERVED:
         raise UserError(f"--request cannot set {', '.join(sorted(refused))}")
     limits = [args.request[name] for name in TOKEN_LIMITS if args.request.get(name) is not None]
@@ -172,9 +182,15 @@ def read_teachers(path: Path, args: argparse.Namespace, **settings: Any) -> list
     for place, entry in json_records(path):
         if not isinstance(entry, dict) or "model" not in entry or entry.keys() - set(names):
             raise UserError(f"{place}: an object with {', '.join(names)} was expected")
+        for name, value in entry.items():
+            number = name in ("weight", "price_in", "price_out")
+            if type(value) not in ((int, float) if number else (str,)):
+                raise UserError(
+                    f"{place}: {name} {value!r} is not a {'number' if number else 'text'}"
+                )
         try:
             endpoints.append(endpoint_from_args(args, **settings | entry))
-        except (UserError, TypeError) as error:  # TypeError: a weight that is a string
+        except UserError as error:
             raise UserError(f"{place}: {error}") from None
     if not endpoints:
         raise UserError(f"{path}: no teachers in it")

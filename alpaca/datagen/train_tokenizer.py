@@ -58,7 +58,7 @@ def train_tokenizer(files: list[Path], vocab_size: int, out: Path) -> None:
             num_threads=1,  # for the same model every time
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         reason = str(error).rpartition("] ")[2].replace("required_chars", "the characters used")
         raise UserError(f"SentencePiece: {reason.partition(' Increase')[0]}") from None
     with atomic_file(out) as file:

@@ -100,6 +100,9 @@ class RaterCopy:
         self.folder, self.log = folder, folder / "ratings.jsonl"
         self.settings = read_json(folder / "settings.json")
         self.items = list(read_log(folder / ITEMS))
+        whole = {"rater", "answers"} <= self.settings.keys()
+        if not whole or not all({"instruction", "a", "b"} <= item.keys() for item in self.items):
+            raise UserError(f"{folder} is damaged: get the rater's folder again")
         self.choices: list[str] = []
         for number, line in enumerate(read_log(self.log), 1):
             if not self.apply(line.get("place"), line.get("choice")):

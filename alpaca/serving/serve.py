@@ -35,7 +35,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from alpaca import CHECKOUT
-from alpaca.common.cli import positive
+from alpaca.common.cli import positive, utf8_text
 from alpaca.common.errors import UserError, notice
 from alpaca.inference.engine import Engine
 from alpaca.inference.watermark import KEY, Watermark
@@ -130,7 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     count, above_0 = positive(int), positive(float)
     add_model_arguments(parser)
     add = parser.add_argument_group("answers").add_argument
-    add("--name", help="of the model, in the API (default: its folder's)")
+    add("--name", type=utf8_text, help="of the model, in the API (default: its folder's)")
     add("--max-batch-size", type=count, default=16, help="answers decoded at once (default: 16)")
     add("--max-length", type=count, help="of prompt and answer (default: the model's, up to 2048)")
     add("--max-new-tokens", type=count, default=512, help="of an answer, at most (default: 512)")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from alpaca import CHECKOUT
-from alpaca.common.cli import positive
+from alpaca.common.cli import not_negative, positive
 from alpaca.common.errors import UserError
 from alpaca.training.throughput import CHIPS
 from alpaca.weights.lora import TARGETS, LoraConfig
@@ -44,12 +44,7 @@ GROUPS = {  # titles of --help, by the first flag below them
     "plan": "plan",
 }
 DTYPE_NAMES = ("bf16", "fp32")
-
-
-def not_negative(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return int(text)
+MAX_EPOCHS = 10_000
 
 
 def flag(default: Any, help: str, type: Callable | None = None, **options: Any) -> Any:
@@ -145,6 +140,8 @@ class TrainConfig:
             raise UserError("--preset needs a --tokenizer")
         if not self.data:
             raise UserError("--data is needed: the records to train on")
+        if self.epochs > MAX_EPOCHS:
+            raise UserError(f"--epochs {self.epochs:g} is more than {MAX_EPOCHS:,}")
         if not 0 <= self.warmup_ratio < 1:
             raise UserError(f"--warmup-ratio {self.warmup_ratio} is not from 0 to below 1")
         if self.row_tokens < self.max_length:

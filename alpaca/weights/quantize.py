@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from alpaca.common.errors import UserError
-from alpaca.common.files import atomic_folder, read_json
+from alpaca.common.files import atomic_folder, read_json, refuse_existing
 from alpaca.common.progress import Progress
 from alpaca.weights.checkpoint import (
     EMBEDDING,
@@ -82,7 +82,8 @@ class WeightSource:
         """Shapes and dtypes of the buffers that hold a parameter: q and scale(s), or `weight`."""
         kind, shape = self.linear_class(name), self.shapes[name]
         if kind is None:
-            return {"weight": self.stored.get(name, (shape, None))[:2]}
+            dtype = self.stored[name].dtype if name in self.stored else None
+            return {"weight": (shape, dtype)}
         try:
             buffers = kind.quantize(torch.empty(shape, device="meta"))
         except UserError as error:
@@ -102,13 +103,11 @@ class WeightSource:
         stem, kind = name.removesuffix("weight"), self.linear_class(name)
         buffers = self.buffer_shapes(name) if self.quantized else ("weight",)
         tensors = {buffer: self.stored[stem + buffer].read() for buffer in buffers}
-        if kind is None:
-            return tensors
         for buffer, tensor in tensors.items():
             floats = tensor.is_floating_point()
             if floats and not all(extreme.isfinite() for extreme in tensor.aminmax()):
                 raise UserError(f"{stem}{buffer} holds numbers that are not finite")
-        return tensors if self.quantized else kind.quantize(tensors["weight"])
+        return tensors if self.quantized or kind is None else kind.quantize(tensors["weight"])
 
 
 def quantization_config(bits: int) -> dict[str, Any]:  # a field of config.json
@@ -156,6 +155,8 @@ def run(args: argparse.Namespace) -> None:
     source = WeightSource(args.model_dir, args.bits)
     if source.quantized:
         raise UserError(f"{args.model_dir} is quantized already")
+    if args.out:
+        refuse_existing(args.out)
     errors = []  # (‖rounded - w‖ / ‖w‖, name)
     for name in source.shapes:
         if kind := source.linear_class(name):

@@ -94,3 +94,23 @@ def test_package_without_its_checkout_says_how_to_install(tmp_path):
 
 def test_checkout_is_first_on_the_path():
     assert str(alpaca.CHECKOUT) in sys.path and alpaca.CHECKOUT == ROOT
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["answers", "--out", "x", "--model", "m", "--request", '{"temperature": NaN}'],
+            "JSON object",
+        ),
+        (
+            ["answers", "--out", "x", "--model", "m", "--request", '{"user": "\\ud800"}'],
+            "JSON object",
+        ),
+        (["answers", "--out", "x", "--model", "m", "--max-retries", "-3"], "below 0"),
+        (["serve", "--name", "a\udcff"], "UTF-8 text"),
+        (["quantize", "--bogus"], "unrecognized argument --bogus"),
+    ],
+)
+def test_flags_with_impossible_values_are_refused(command, words, message):
+    assert_refused(command(*words), message)

@@ -214,13 +214,24 @@ def test_int4_refuses_shapes_that_do_not_fit(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
-def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+@pytest.mark.parametrize("name", [f"{UP}.weight", "model.norm.weight", "model.embed_tokens.weight"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value, name):
     folder = write_folder(tmp_path / "m")
     tensors = load_file(folder / "model.safetensors")
-    tensors[f"{UP}.weight"][3, 4] = float(value)
+    tensors[name].view(-1)[3] = float(value)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=rf"{UP}\.weight .* not finite"):
+    with pytest.raises(UserError, match=rf"{name} .* not finite"):
         load(folder, 8)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("norm", (1,)), ("embed_tokens", (256, 64))])
+def test_quantized_folder_with_another_shape_is_refused(tmp_path, name, shape):
+    folder = tmp_path / "packed"
+    save_quantized(WeightSource(write_folder(tmp_path / "m"), 8), folder)
+    tensors = load_file(folder / "model.safetensors") | {f"model.{name}.weight": torch.ones(shape)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="not what its config.json says"):
+        load(folder)
 
 
 def test_damaged_or_older_quantized_folder_is_refused(tmp_path):

@@ -13,7 +13,7 @@ transforms each token by itself. Definitions run leaf to root; to read from the 
   - Three kinds of attention give the same result: for a plain batch, for documents packed into one
     row (`cu_seqlens`), and for new tokens against a key/value cache.
   - The rotary tables are computed in fp32 in each call. A buffer could be rounded by a cast to
-    bf16, left empty by a meta device, or contradicted by a checkpoint.
+    bf16, left uninitialized on a meta device, or overwritten by a checkpoint.
 
 Shapes: B batch, T tokens, C width, H query heads, K key/value heads, G = H / K, D head width,
 V vocabulary, L stored tokens, N labels that are not masked. Papers: LLaMA arXiv:2302.13971, RMSNorm
@@ -163,7 +163,7 @@ class KVCache:
         what was there. Prompts of different lengths need no padding.
       - Decode: `model(ids, cache=cache)`, ids (slots, T), appends T tokens to every slot.
       - `lengths[i]` is the number of tokens in slot i. Setting it to 0 frees the slot until its
-        next prefill; what decoding computes for it meanwhile is to be ignored.
+        next prefill; ignore what decoding computes for it meanwhile.
       - `cache[2:5]` is a view of slots 2 to 4, to prefill prompts there while others are decoded.
       - It may be fp32 where the model is bf16: a CPU is slow at attention with one bf16 query.
     """

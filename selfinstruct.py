@@ -10,7 +10,7 @@
 Alpaca's recipe: show the teacher three seed tasks and ask for 20; parse its answer; drop what a
 text model cannot do; drop what has a ROUGE-L above 0.7 with a seed or an earlier instruction.
 
-  - Request i follows from --seed and i, and answers are judged in the order of their numbers:
+  - --seed and i determine request i, and answers are judged in the order of their numbers:
     whatever the order of arrival, the same answers make the same records.
   - DIR/responses.jsonl has every answer as it came, on disk before it is used. The same command
     resumes after a kill, also with a larger --num, and asks only what is missing.

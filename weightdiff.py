@@ -5,11 +5,12 @@
     python weightdiff.py verify  --base llama-7b --diff alpaca-diff    # checks, writes nothing
     python weightdiff.py info    --diff alpaca-diff
 
-A diff is useless without the base, so it can be published where the weights cannot. Two formats:
+A diff is useless without the base, so it may be published even where the weights may not. There
+are two formats:
 
   - Alpaca's (`--format alpaca`): tuned - base in fp32, with the sum of all weights as a checksum.
     Floats are rounded, so the last bits of the recovered model may differ.
-  - exact (the default): the same with bit patterns as integers (alpaca/weights/bitdiff.py), so that
+  - exact (the default): the same between bit patterns read as integers (alpaca/weights/bitdiff.py):
     every bit comes back. manifest.json has the SHA-256 of each tensor of base, diff and tuned
     model, so an error names the tensor and the side that is wrong. The diff is as large as the
     tuned model: 13.5 GB for 7B in bf16, where Alpaca's format takes 27 GB.
@@ -17,8 +18,8 @@ A diff is useless without the base, so it can be published where the weights can
 A base of another dtype is converted to the tuned model's. Where the tuned model's vocabulary is
 larger, the base's missing rows count as its mean row (Alpaca's format) or as zero (exact). A tensor
 that the base lacks counts as zero (exact) or is refused. If only the base ties its head to the
-embedding, the embedding is its head. The output appears under its name when it is complete and
-checked.
+embedding, the embedding is its head. The output gets its name only when it is complete
+and checked.
 """
 
 import argparse

@@ -50,11 +50,7 @@ def main() -> None:
         hint = f"did you mean {similar[0]}?" if similar else f"one of {', '.join(VERBS)}"
         notice(f"error: unknown verb {verb!r}: {hint}")
         sys.exit(2)
-    module = importlib.import_module(VERBS[verb][0])
-    if not hasattr(module, "add_arguments"):
-        sys.argv = [f"alpaca {verb}", *sys.argv[2:]]
-        return run_command(module.main)
-    _, parser = load_verb(verb)
+    module, parser = load_verb(verb)
     arguments, sys.argv = sys.argv[2:], [f"alpaca {verb}"]  # the name that errors begin with
     run_command(lambda: module.run(parser.parse_args(arguments)))
 

@@ -1,4 +1,4 @@
-"""Instruction data: made by a teacher, read in its published formats, inspected and cleaned.
+"""Instruction data: made by a teacher, read in published formats, inspected. Read in this order:
 
     prompts           the prompt with three seed tasks, the parser of its answer, the filters
     four_stage        the recipe of the Self-Instruct paper, of which Alpaca's is the short form
@@ -10,5 +10,5 @@
     curate, lint      `alpaca curate`: reports on a data set, known defects
     train_tokenizer   `alpaca train-tokenizer`
 
-Begin with selfinstruct.py at the root, which says the loop.
+Begin with selfinstruct.py at the root, which contains the main loop.
 """

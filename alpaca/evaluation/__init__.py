@@ -1,4 +1,4 @@
-"""Is one model better than another, and how sure is that? Read in this order:
+"""Is one model better than another, and how certain is that? Read in this order:
 
 outputs          evaluation sets, and two models' answers side by side
 answers          `alpaca answers`: a model answers a set

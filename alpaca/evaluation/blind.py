@@ -78,7 +78,7 @@ def run_start(args: argparse.Namespace) -> None:
     print(f"{len(shown)} pairs to rate. Each rater runs, at any time and as often as needed:")
     for rater in args.raters:
         print(f"  alpaca blind rate {args.out / rater}")
-    print(f"Then run: alpaca blind unblind {args.out} with the same two files")
+    print(f"Then: alpaca blind unblind {args.out} {args.model} {args.baseline}")
 
 
 def digest_sides(pairs: Pairs) -> list[str]:
@@ -282,7 +282,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="new folder, for the raters' folders")
     add("--raters", nargs="+", default=["rater"], help="names (default: rater)")
     add("--num", type=positive(int), help="number of pairs, chosen at random (default: all)")
-    add("--seed", help="repeats a shuffle; who knows it can unblind (default: a secret one)")
+    add("--seed", help="repeats a shuffle; keep it secret: it tells the sides (default: random)")
     rate = steps.add_parser("rate", help="rate pairs, from where the last session stopped")
     rate.add_argument("copy", type=Path, help="the rater's folder")
     unblind = steps.add_parser("unblind", help="count the votes, test them, close the ratings")

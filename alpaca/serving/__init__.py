@@ -1,4 +1,4 @@
-"""A web page and OpenAI's API over one model, for strangers. Read in this order:
+"""A web page and OpenAI's API over one model, for untrusted users. Read in this order:
 
 serve           `alpaca serve`: the command, and what it puts together
 app             the endpoints: completions, the page, watermark detection, reports

@@ -144,11 +144,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help = "another name of this server, such as its proxy's; repeatable"
     add("--allow-host", action="append", default=[], metavar="NAME", help=help)
     add("--client-header", metavar="NAME", help="header in which your proxy names the client")
-    help = "answers per minute for a client, and a quarter of the queue; 0: no limit (default: 60)"
+    help = "a client's answers per minute, and a quarter of --queue; 0: no limit (default: 60)"
     add("--rate", type=float, default=60, help=help)
     add("--queue", type=count, default=48, help="answers that may wait (default: 48)")
     add("--timeout", type=above_0, default=120, help="seconds for an answer (default: 120)")
-    add("--drain", type=above_0, default=30, help="seconds for the last answers (default: 30)")
+    add(
+        "--drain",
+        type=above_0,
+        default=30,
+        help="seconds for answers at shutdown (default: 30)",
+    )
     add = parser.add_argument_group("page").add_argument
     add("--examples", type=Path, help="JSON or JSONL of instructions (default: the project's)")
     add("--notice", help="about the model and its terms (default: its size, a caution)")

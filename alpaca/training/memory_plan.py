@@ -216,4 +216,4 @@ def report_plan(work: Workload) -> str:
         f"{trained}, {config.gpus} x {chip or 'this machine'}, checkpointing "
         f"{config.checkpointing}, rows of up to {work.row_tokens} {config.dtype} tokens"
     )
-    return "\n".join([settings, "", *sizes, "", time, verdict])
+    return "\n".join([settings, "", "at the peak of a step:", *sizes, "", time, verdict])

@@ -1,7 +1,7 @@
 """The whole road, offline: seeds, teacher, training, adapter, diff, watermark, comparison.
 
     make tour                               shows each step's command and its result: minutes
-    pytest tests/robust/test_pipeline.py    the same with shorter trainings
+    pytest -m robust tests/robust/test_pipeline.py   the same with shorter trainings
 
 Teacher and judge are large models. Here they are scripts behind a local server, because a model of
 a million parameters can be neither: the teacher combines words into tasks, the judge looks up the

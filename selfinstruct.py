@@ -221,10 +221,10 @@ def print_report(args: argparse.Namespace) -> None:
             if row := row_of.get(line["item"].split(".")[0]):
                 row[name] += 1
     for (teacher, url, endpoint, licence), row in rows.items():
-        kept, tasks = row["records"], row["records"] + row["rejected"]
+        accepted, tasks = row["records"], row["records"] + row["rejected"]
         print(f"{teacher} at {url} ({endpoint}{', ' + licence if licence else ''})")
         print(f"  {row['answers']:,} requests, {row['failed']:,} without an answer")
-        print(f"  {kept:,} of {tasks:,} tasks kept ({kept / max(tasks, 1):.0%})")
+        print(f"  {accepted:,} of {tasks:,} tasks kept ({accepted / max(tasks, 1):.0%})")
         print(f"  {row['prompt']:,} tokens in, {row['completion']:,} out: ${row['cost']:.4f}")
         if row["unmetered"]:
             print(f"  {row['unmetered']:,} answers without usage, at the most they can cost")

@@ -78,7 +78,7 @@ def run_start(args: argparse.Namespace) -> None:
     print(f"{len(shown)} pairs to rate. Each rater runs, at any time and as often as needed:")
     for rater in args.raters:
         print(f"  alpaca blind rate {args.out / rater}")
-    print(f"Then: alpaca blind unblind {args.out} {args.model} {args.baseline}")
+    print(f"Then, with the same two files: alpaca blind unblind {args.out} MODEL BASELINE")
 
 
 def digest_sides(pairs: Pairs) -> list[str]:

@@ -105,8 +105,9 @@ def test_two_machines_equal_one(base, reference, tmp_path):
 
 FAILING_RANK = """
 import os, sys
-from alpaca.common.errors import UserError, run_command
+from alpaca.common.errors import UserError
 from alpaca.training.parallel import process_group, run_on_all_ranks
+from alpaca.training.process import run_rank
 
 def work():
     if os.environ["RANK"] in sys.argv[2]:
@@ -116,7 +117,7 @@ def main():
     with process_group("cpu", 1):
         run_on_all_ranks(work)
 
-run_command(main)
+run_rank(main)
 """
 
 

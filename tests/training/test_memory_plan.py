@@ -21,7 +21,7 @@ from alpaca.weights.checkpoint import DTYPES
 from alpaca.weights.lora import ATTENTION, TARGETS, LoraConfig, add_lora
 from model import Llama, LlamaConfig
 
-DOCUMENTS = [100, 30, 200, 170, 12]
+DOCUMENTS = [50, 15, 100, 85, 6]
 
 
 def bytes_saved_for_backward(model_config: LlamaConfig, config: TrainConfig) -> int:

@@ -103,6 +103,8 @@ class WeightSource:
         stem, kind = name.removesuffix("weight"), self.linear_class(name)
         buffers = self.buffer_shapes(name) if self.quantized else ("weight",)
         tensors = {buffer: self.stored[stem + buffer].read() for buffer in buffers}
+        if self.bits == 16:  # nothing is rounded: every bit is as stored
+            return tensors
         for buffer, tensor in tensors.items():
             floats = tensor.is_floating_point()
             if floats and not all(extreme.isfinite() for extreme in tensor.aminmax()):

@@ -62,10 +62,8 @@ class LlamaConfig:
             self.num_key_value_heads = heads
         if self.head_dim is None:
             if heads < 1 or width % heads:
-                raise ValueError(
-                    f"hidden_size {self.hidden_size} is not divisible by {heads} heads"
-                )
-            self.head_dim = self.hidden_size // heads
+                raise ValueError(f"hidden_size {width} is not divisible by {heads} heads")
+            self.head_dim = width // heads
         for name, value in vars(self).items():
             number = type(value) in (int, float) and not name.endswith("token_id")
             if number and not 0 < value < float("inf"):

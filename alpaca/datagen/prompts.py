@@ -7,9 +7,12 @@
 A completion model continues where the prompt stopped, in the middle of task 4. Chat models start
 over, each in its own format: markdown, other numbers, no numbers, no ###, code fences. The parser
 relies on the labels (Instruction, Input, Output) at the start of a line. If labels are numbered, a
-label without a number, or with the number of an earlier task, is part of a task's text.
+label without a number, or with the number of an earlier task, is part of a task's text. A line that
+begins with ### ends a task, as in Alpaca's script, so that a task without labels is not taken for
+the output of the one before; longer headings (####) are text.
 """
 
+import itertools
 import json
 import re
 import string
@@ -19,6 +22,7 @@ from alpaca.common.errors import replace_surrogates
 from rougel import tokenize_unicode
 
 NO_INPUT = "<noinput>"
+LABEL_ORDER = ("instruction", "input", "output")
 BEYOND_TEXT = re.compile(  # asks for what a text model cannot do
     r"\b(images?|graphs?|pictures?|files?|maps?|draw|plot|go to|video|audio|music|flowchart"
     r"|diagram)\b",
@@ -43,7 +47,7 @@ SEPARATOR = re.compile(  # a line between two tasks that belongs to neither
     r"|\*\*[ \t]*(task|example|item)?[ \t]*#?\d+\b.*\*\*:?|(task|example|item)[ \t]*#?\d+\b.{0,60}",
     re.IGNORECASE,
 )
-END_MARK = re.compile(r"^[ \t]*###[ \t]*$", re.MULTILINE)
+END_MARK = re.compile(r"^[ \t]*###(?=\s|\Z)", re.MULTILINE)
 NO_INPUT_TEXT = re.compile(  # what teachers write instead of an input
     r"""[\s`*"'(\[<_\\]*(?:no[\s_-]*input(?:[ ](?:is[ ])?(?:needed|required))?|none|n/a|n\.a
     |not[ ]applicable|-)?[\s`*"')\]>._\\]*""",
@@ -173,25 +177,38 @@ def task_from_labels(text: str, labels: list[Label]) -> Task:
     return make_task(instruction, fields.get("input", ""), output)
 
 
-def parse_labels(text: str) -> list[Task]:
-    """The tasks between the labels. After the last ### there may be a closing remark."""
+def split_sections(text: str) -> list[str]:
+    """Split at the lines with ###, except where such a line is the next label of the same task:
+    ### Output after ### Input."""
+    starts = [0]
+    for mark in END_MARK.finditer(text):
+        labels = TASK_LABEL.finditer(text, starts[-1], mark.start())
+        seen = [LABEL_ORDER.index(label["field"].lower()) for label in labels]
+        label = TASK_LABEL.match(text, mark.start())
+        if not label or not seen or LABEL_ORDER.index(label["field"].lower()) <= max(seen):
+            starts.append(mark.start())
+    return [text[start:end] for start, end in itertools.pairwise([*starts, len(text)])]
+
+
+def parse_section(text: str) -> list[Task]:
+    """The tasks between the labels."""
     groups = group_labels(text)
-    if not groups:
-        return []
-    ends = [*(before_heading(text, labels[0].start) for labels in groups[1:]), len(text)]
-    closing = [mark.start() for mark in END_MARK.finditer(text, groups[-1][-1].end)]
-    ends[-1] = before_heading(text, closing[-1] if closing else len(text))
-    return [task_from_labels(text[:end], labels) for labels, end in zip(groups, ends, strict=True)]
+    next_starts = [*(labels[0].start for labels in groups), len(text)][1:]
+    ends = (before_heading(text, start) for start in next_starts)
+    return [task_from_labels(text[:end], labels) for end, labels in zip(ends, groups, strict=True)]
 
 
 def parse_tasks(text: str, truncated: bool = False) -> list[Task]:
     """The tasks of an answer, in order. If it was truncated, its last task is incomplete."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").rpartition("</think>")[2]
     text = remove_outer_fence(text)
-    tasks = parse_json(text) or parse_labels(restore_first_label(text))
-    if tasks and (truncated or CUT_AT_20.fullmatch(tasks[-1].output)):
-        tasks[-1] = tasks[-1]._replace(reason="cut")
-    return tasks
+    if tasks := parse_json(text):
+        return tasks
+    sections = [parse_section(part) for part in split_sections(restore_first_label(text))]
+    last = sections[-1]
+    if last and (truncated or CUT_AT_20.fullmatch(last[-1].output)):
+        last[-1] = last[-1]._replace(reason="cut")
+    return [task for tasks in sections for task in tasks]
 
 
 # ---------------------------------------------------------------- the filters

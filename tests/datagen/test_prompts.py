@@ -1,6 +1,8 @@
 """The prompt, the parser on the formats that teachers send, and Alpaca's filters."""
 
 import json
+import random
+import re
 
 import pytest
 from helpers.commands import ROOT
@@ -88,9 +90,10 @@ def test_parse_tasks_reads_every_format(form, newline):
 
 
 def test_parse_tasks_rejects_the_last_task_of_a_truncated_answer():
-    for text in SENT.values():
+    complete = ("completion", "titles and a closing remark", "JSON")  # ### or ] follows the last
+    for form, text in SENT.items():
         first, last = parse_tasks(text, truncated=True)
-        assert first == TWO[0] and last.reason == "cut"
+        assert first == TWO[0] and last.reason == ("" if form in complete else "cut")
 
 
 def test_parse_tasks_reads_our_own_prompt():
@@ -139,7 +142,7 @@ def test_alpaca_prompt_has_alpaca_s_layout():
         # an instruction that is missing does not end up in the task before
         (
             "4. Instruction: Kept.\n4. Output: y\n###\n5. Input:\nx\n5. Output: z",
-            [Task("Kept.", "", "y"), Task("", "x", "z", "format")],
+            [Task("Kept.", "", "y")],
         ),
         # two tasks of one number
         (
@@ -164,11 +167,23 @@ def test_alpaca_prompt_has_alpaca_s_layout():
         ("Instruction: A\nOutput: 42\nInstruction: B\nOutput: 7", [
             Task("A", "", "42"), Task("B", "", "7")
         ]),
-        # so does a year before a word, a heading at the end, an input that resembles none
+        # so does a year before a word, a long heading at the end, an input that resembles none
         (
-            "4. Instruction: A\n4. Output:\n2020 output: 30 tons\n### done\n5. Instruction: B\n"
+            "4. Instruction: A\n4. Output:\n2020 output: 30 tons\n#### done\n5. Instruction: B\n"
             "5. Input: Na\n5. Output: Sodium",
-            [Task("A", "", "2020 output: 30 tons\n### done"), Task("B", "Na", "Sodium")],
+            [Task("A", "", "2020 output: 30 tons\n#### done"), Task("B", "Na", "Sodium")],
+        ),
+        # a task without labels is not part of the output before it
+        (
+            "4. Instruction: A\n4. Output:\nApple\n\n### Tell me a joke.\nWhy not?\n###\n"
+            "6. Instruction: B\n6. Output: b\n### Output\nc",
+            [Task("A", "", "Apple"), Task("B", "", "b")],
+        ),
+        # ### may mark a task's own labels
+        (
+            "4. Instruction: A\n### Input:\nx\n### Output:\ny\n"
+            "### 5. Instruction: B\n### Output: z",
+            [Task("A", "x", "y"), Task("B", "", "z")],
         ),
         # tasks without a label for the instruction: not one long output
         (
@@ -223,3 +238,65 @@ def test_reject_reason_allows_any_script():
     assert reject_reason("Écris une phrase en français", any_script=True) == ""
     assert reject_reason("翻译它", any_script=True) == "short"
     assert reject_reason("翻译这句话并且解释一下", any_script=True) == ""
+
+
+# ---------------------------------------------------------------- against the published script
+
+
+def published(text: str, truncated: bool) -> list[tuple[str, str, str]]:
+    """What Alpaca's script makes of an answer: it cuts at every ###, and of a part it takes what
+    has the three labels, each with the number that belongs to the part's place."""
+    parts = f"4. Instruction:{text}".split("###")
+    found = []
+    for number, part in enumerate(parts[:-1] if truncated else parts, 4):
+        fields = re.split(rf"{number}\.\s+(?:Instruction|Input|Output):", part)
+        if len(fields) == 4:
+            instruction, given, output = (field.strip() for field in fields[1:])
+            found.append((instruction, "" if given.lower() == "<noinput>" else given, output))
+    return found
+
+
+def made_up_answer(rng: random.Random) -> tuple[str, set[str]]:
+    """An answer with defects, and the instructions of those tasks that our parser may keep and the
+    script drops: with another number than their place's, or without the label of the input."""
+    parts, tolerated, place, number = [], set(), 4, 4
+    for _ in range(rng.randint(2, 9)):
+        text = f"Tell me number {rng.random()}"
+        given = rng.choice(["<noinput>", f"{rng.random()}\n\n{rng.random()}"])
+        output = "\n".join(f"line {n} of {rng.random()}" for n in range(rng.randint(1, 3)))
+        labels = [f"{number}. {field}:" for field in ("Instruction", "Input", "Output")]
+        missing = rng.choice([[0], [1], [2], [0, 1, 2]]) if rng.random() < 0.2 else []
+        unnumbered = bool(parts) and rng.random() < 0.5
+        for field in missing:
+            labels[field] = labels[field].partition(" ")[2] if unnumbered else ""
+        if number != place or missing == [1] or (missing and unnumbered):
+            tolerated.add(text)
+        heading = rng.choice(["###", "### Part", "### Input", "# Part", "#### Part", *[""] * 9])
+        output += f"\n{heading}\nmore {rng.random()}" if heading else ""
+        parts.append(f" {labels[0]} {text}\n{labels[1]}\n{given}\n{labels[2]}\n{output}\n")
+        place += 2 if re.match("###(?!#)", heading) else 1
+        number = rng.choice([place, place, place, place, number + 1, number, 1])
+    parts[0] = parts[0].removeprefix(" 4. Instruction:")
+    between, end = rng.choice(["###", "###\n"]), rng.choice(["", "###", "###\n", "###\nBye"])
+    return between.join(parts) + end, tolerated
+
+
+@pytest.mark.parametrize("defect", ["none", "Windows", "cut"])
+def test_parse_tasks_keeps_what_alpaca_s_script_keeps(defect):
+    rng, total = random.Random(defect), 0
+    for _ in range(120):
+        text, tolerated = made_up_answer(rng)
+        if defect == "cut":
+            text = text[: rng.randrange(len(text))]
+        theirs = published(text.replace("####", "(four)"), defect == "cut")
+        sent = text.replace("\n", "\r\n") if defect == "Windows" else text
+        ours = [
+            (task.instruction, task.input, task.output.replace("####", "(four)"))
+            for task in parse_tasks(sent, defect == "cut")
+            if not task.reason
+        ]
+        assert [task for task in ours if task in theirs] == theirs, text
+        more = {task[0].split("\n")[0] for task in ours if task not in theirs}
+        assert more <= tolerated, text
+        total += len(theirs)
+    assert total > 120

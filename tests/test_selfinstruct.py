@@ -312,6 +312,19 @@ def test_bad_servers_and_folders_are_refused(tmp_path, command):
         assert code == 2 and "does not exist" in err and "Traceback" not in err
 
 
+def test_missing_key_is_refused_before_anything_is_sent(tmp_path, command, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    openai = ("generate", "--out", tmp_path / "r", "--teacher", "m")
+    assert_refused(command(selfinstruct, *openai), "$OPENAI_API_KEY is not set")
+    with Server() as server:
+        result = command(
+            selfinstruct, *arguments(tmp_path / "r", server, 3, "--key-env", "gsk_aB1")
+        )
+        assert_refused(result, "--key-env takes the name of an environment variable")
+        assert "gsk" not in result[2] and not server.bodies
+    assert not (tmp_path / "r").exists()
+
+
 def test_folder_of_another_run_is_refused(run_folder, tmp_path, command):
     with Server() as server:
         args = arguments(run_folder, server, 300, "--seed", 4)

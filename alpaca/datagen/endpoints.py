@@ -9,8 +9,9 @@ The JSON file is a list. Each entry names a model; what it leaves out comes from
     [{"model": "gpt-4.1-mini", "weight": 3, "price_in": 0.4, "price_out": 1.6},
      {"model": "my-model", "base_url": "http://localhost:8000/v1", "kind": "completions"}]
 
-The API key is read from an environment variable. `mask_key` removes it from what a server sends
-back, before that is shown or stored.
+The API key is read from an environment variable, which must be set for OpenAI's server, or if its
+name is given. `mask_key` removes the key from what a server sends back, before that is shown or
+stored.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from alpaca.common.cli import not_negative, positive
 from alpaca.common.errors import UserError
 from alpaca.common.files import json_records
 
-OPENAI_URL = "https://api.openai.com/v1"
+OPENAI_URL, OPENAI_KEY = "https://api.openai.com/v1", "OPENAI_API_KEY"
 API_PATHS = {"completions": "completions", "chat": "chat/completions"}  # by kind
 TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
 RESERVED = {"model", "messages", "prompt", "stream", "n", "best_of"}  # not for --request
@@ -53,7 +54,7 @@ class Endpoint:
     model: str
     base_url: str
     kind: str = "chat"
-    key_env: str = "OPENAI_API_KEY"  # environment variable with the key
+    key_env: str = OPENAI_KEY  # environment variable with the key
     weight: float = 1.0  # share of the requests, relative to the other teachers
     price_in: float = 0.0
     price_out: float = 0.0
@@ -74,8 +75,10 @@ class Endpoint:
         for name in ("weight", "price_in", "price_out"):
             if not 0 <= getattr(self, name) < 1e9 or (name == "weight" and not self.weight):
                 raise UserError(f"{self.model}: {name} {getattr(self, name)} makes no sense")
-        if not re.fullmatch(r"[A-Za-z_]\w*", self.key_env):  # perhaps a key: do not print it
-            raise UserError("--key-env takes the name of an environment variable, not a key")
+        if not re.fullmatch("[A-Z_][A-Z0-9_]*", self.key_env) and self.key_env not in os.environ:
+            raise UserError(  # perhaps it is a key: do not print it
+                "--key-env takes the name of an environment variable, not a key: none has this name"
+            )
         base_url = self.base_url.rstrip("/").removesuffix("/" + API_PATHS[self.kind])
         object.__setattr__(self, "base_url", base_url)
 
@@ -85,6 +88,15 @@ class Endpoint:
         if not re.fullmatch(r"[!-~]*", key):
             raise UserError(f"${self.key_env} holds a space or a special character: it is no key")
         return key
+
+    def check_key(self) -> None:
+        """Refuse a malformed key, and a missing one where it is needed."""
+        host = "." + httpx.URL(self.base_url).host
+        needed = self.key_env != OPENAI_KEY or host.endswith(".api.openai.com")
+        if not self.api_key() and needed:
+            raise UserError(
+                f"${self.key_env} is not set: it is to hold the key for {self.base_url}"
+            )
 
     def headers(self) -> dict[str, str]:
         key = self.api_key()
@@ -136,8 +148,8 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("server").add_argument
     add("--base-url", default=OPENAI_URL, metavar="URL", help="up to /v1 (default: OpenAI's)")
     add("--kind", choices=API_PATHS, default="chat", help="API to use (default: chat)")
-    variable = "environment variable with the key (default: OPENAI_API_KEY)"
-    add("--key-env", default="OPENAI_API_KEY", metavar="NAME", help=variable)
+    variable = f"environment variable with the key (default: {OPENAI_KEY})"
+    add("--key-env", default=OPENAI_KEY, metavar="NAME", help=variable)
     more = "other fields of the request; null leaves one out: "
     more += '\'{"max_tokens": null, "max_completion_tokens": 3072}\''
     add("--request", type=json_object, default={}, metavar="JSON", help=more)
@@ -158,7 +170,7 @@ def endpoint_from_args(args: argparse.Namespace, model: str, **settings: Any) ->
     check_request(args)
     names = ("base_url", "kind", "key_env", "price_in", "price_out")
     endpoint = Endpoint(model, **{name: getattr(args, name) for name in names} | settings)
-    endpoint.api_key()  # refuse a malformed key before anything is written
+    endpoint.check_key()  # before anything is written
     if args.budget is not None and not (endpoint.price_in and endpoint.price_out):
         raise UserError(f"--budget needs the prices of {model}: --price-in, --price-out")
     return endpoint
@@ -185,9 +197,7 @@ def read_teachers(path: Path, args: argparse.Namespace, **settings: Any) -> list
         for name, value in entry.items():
             number = name in ("weight", "price_in", "price_out")
             if type(value) not in ((int, float) if number else (str,)):
-                raise UserError(
-                    f"{place}: {name} {value!r} is not a {'number' if number else 'text'}"
-                )
+                raise UserError(f"{place}: {name} is not a {'number' if number else 'text'}")
         try:
             endpoints.append(endpoint_from_args(args, **settings | entry))
         except UserError as error:

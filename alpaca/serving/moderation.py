@@ -25,7 +25,7 @@ from pathlib import Path
 from alpaca import CHECKOUT
 from alpaca.common.errors import UserError, join_names, notice, replace_surrogates
 from alpaca.datagen.client import Client, RefusedError, RequestFailedError, RetryableError
-from alpaca.datagen.endpoints import OPENAI_URL, Endpoint
+from alpaca.datagen.endpoints import OPENAI_KEY, OPENAI_URL, Endpoint
 from tokenizer import SPACE
 
 RULES_FILE = CHECKOUT / "data/filter_rules.txt"
@@ -185,13 +185,13 @@ def add_filter_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("filter").add_argument
     kinds = "service: ask --moderation-url; rules: search for --rules; off: no filter "
     kinds += "(default: service if its URL or its key is set, else rules)"
-    model, key = "omni-moderation-latest", "OPENAI_API_KEY"
+    model = "omni-moderation-latest"
     add("--filter", choices=("service", "rules", "off"), help=kinds)
     add("--rules", type=Path, default=RULES_FILE, help="(default: data/filter_rules.txt)")
     add("--moderation-url", metavar="URL", help=f"up to /v1 (default: {OPENAI_URL})")
     add("--moderation-model", default=model, metavar="NAME", help=f"(default: {model})")
-    help = f"environment variable with the key (default: {key})"
-    add("--moderation-key-env", default=key, metavar="NAME", help=help)
+    help = f"environment variable with the key (default: {OPENAI_KEY})"
+    add("--moderation-key-env", default=OPENAI_KEY, metavar="NAME", help=help)
 
 
 def make_filter(args: argparse.Namespace) -> Filter:
@@ -203,11 +203,12 @@ def make_filter(args: argparse.Namespace) -> Filter:
             "--moderation-url must be http(s)://HOST[:PORT]/v1, --moderation-key-env a variable"
         )
         raise UserError(message) from None
-    wanted = args.moderation_url or endpoint.api_key()
+    wanted = args.moderation_url or endpoint.key_env != OPENAI_KEY or endpoint.api_key()
     kind = args.filter or ("service" if wanted else "rules")
-    if kind == "service" and "//api.openai.com" in url.lower() and not endpoint.api_key():
-        variable = args.moderation_key_env
-        raise UserError(f"OpenAI's moderation needs a key: set ${variable}, or --filter rules")
-    if kind == "off":
-        return Filter()
-    return ServiceFilter(endpoint) if kind == "service" else RuleFilter(args.rules)
+    if kind == "service":
+        try:
+            endpoint.check_key()
+        except UserError as error:
+            raise UserError(f"{error}; --filter rules needs none") from None
+        return ServiceFilter(endpoint)
+    return Filter() if kind == "off" else RuleFilter(args.rules)

@@ -171,7 +171,8 @@ def test_a_run_resumes_only_with_the_same_model_and_set(command, tmp_path, monke
     assert_refused(answer(command, tmp_path / "o", *flags), "another run", "set")
 
 
-def test_answers_errors_are_one_line_and_write_nothing(command, tmp_path):
+def test_answers_errors_are_one_line_and_write_nothing(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-tests-0123")
     out = tmp_path / "o"
 
     def refuse(words, *flags):
@@ -181,6 +182,7 @@ def test_answers_errors_are_one_line_and_write_nothing(command, tmp_path):
     refuse("--bits is for", "--model", "m", "--bits", 4)
     refuse("--seed is for", "--model", "m", "--seed", 3)
     refuse("the model has no name", "--model", "")
+    refuse("$MY_KEY2 is not set", "--model", "m", "--key-env", "MY_KEY2")
     refuse("--price-in", "--model", "m", "--budget", 3)
     for more in (["--base-url", "http://x/v1"], ["--budget", 1], ["--request", '{"a": 1}']):
         refuse(f"{more[0]} is for a server", *more)

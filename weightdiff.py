@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alpaca.common.cli import Parser
+from alpaca.common.cli import Parser, finite
 from alpaca.common.errors import UserError, escape_control, join_names, notice, run_command
 from alpaca.common.files import atomic_folder, read_json, refuse_existing
 from alpaca.common.progress import Progress
@@ -42,6 +42,7 @@ from alpaca.weights.checkpoint import (
     HEAD,
     OBSOLETE,
     StoredTensor,
+    is_finite,
     is_meta,
     open_checkpoint,
     open_file,
@@ -84,6 +85,8 @@ def recover_float_diff(
         total = sum_of_rotary_tables(diff)
         for name, d, b in fp32_pairs(diff, base):
             weight = d + b
+            if not is_finite(weight) and is_finite(d) and is_finite(b):
+                raise UserError(f"{name}: base and diff add up to more than fp32 can hold")
             total += weight.sum().item()
             yield name, weight
         text = f"the sum of all weights is {total:.4f}"
@@ -92,7 +95,8 @@ def recover_float_diff(
         notice(text)
 
     if tuned:
-        save_model(weights(), read_config(diff), tuned, dtype, find_tokenizer(diff))
+        config, tokenizer = read_config(diff), find_tokenizer(diff)
+        save_model(weights(), config, tuned, dtype, tokenizer, keep_nonfinite=True)
     else:
         for _ in weights():
             pass
@@ -317,7 +321,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recover("--dtype", choices=DTYPES, help="to write, for Alpaca's format (default: fp32)")
     for flag in (recover, verify):
         text = "the sum of all weights, for Alpaca's format (50637.1836 for its 7B)"
-        flag("--expect-sum", type=float, metavar="SUM", help=text)
+        flag("--expect-sum", type=finite, metavar="SUM", help=text)
     verbs.choices["verify"].set_defaults(tuned=None, dtype=None)
 
 

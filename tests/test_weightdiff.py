@@ -365,7 +365,28 @@ def test_alpaca_sum_may_be_rounded_as_it_was_there(tmp_path, command):
     code, _, err = command(weightdiff, *args, fp32_sum)
     assert code == 0 and "the sum of all weights is 50000.0380" in err and fp32_sum == 50_000
     assert command(weightdiff, *args, fp32_sum + 0.1)[0] == 2
-    assert command(weightdiff, *args, "nan")[0] == 2
+    assert_refused(command(weightdiff, *args, "nan"), "--expect-sum: invalid number value: 'nan'")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_alpaca_format_writes_no_new_infinity(tmp_path, command, number):
+    def large(numbers, value):
+        numbers["model.norm.weight"][3] = value
+
+    base = write_model(tmp_path / "base", change=lambda n: large(n, 3e38))
+    tuned = write_model(tmp_path / "tuned", change=lambda n: large(n, -3e38))
+    args = ("--base", base, "--diff", tmp_path / "diff", "--tuned")
+    made = command(weightdiff, "make", "--format", "alpaca", *args, tuned)
+    assert made[0] == 2 and "model.norm.weight would be written with NaN" in made[2]
+    write_model(tmp_path / "diff", change=lambda n: large(n, 3e38))
+    code, _, err = command(weightdiff, "recover", *args, tmp_path / "out")
+    assert code == 2 and "model.norm.weight: base and diff add up to more than fp32" in err
+    assert not list(tmp_path.glob("out*"))
+    shutil.rmtree(tmp_path / "diff")
+    write_model(tmp_path / "diff", change=lambda n: large(n, number))
+    code, _, err = command(weightdiff, "recover", *args, tmp_path / "out")
+    assert code == 0 and "NaN or infinity is kept in model.norm.weight" in err
+    assert not read_tensors(tmp_path / "out")["model.norm.weight"][3].isfinite()
 
 
 # ---------------------------------------------------------------- interrupted

@@ -90,4 +90,12 @@ def positive(number_type: type) -> Callable[[str], Any]:
     return number
 
 
+def finite(text: str) -> float:
+    """For `type=` of a flag: a number that is neither NaN nor infinite."""
+    if not math.isfinite(float(text)):
+        raise ValueError
+    return float(text)
+
+
+finite.__name__ = "number"  # argparse: invalid number value: 'nan'
 utf8_text.__name__ = "UTF-8 text"  # argparse: invalid UTF-8 text value: …

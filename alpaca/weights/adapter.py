@@ -19,7 +19,7 @@ from torch import Tensor
 
 from alpaca.common.errors import UserError, join_names
 from alpaca.common.files import atomic_folder, read_json
-from alpaca.weights.checkpoint import open_file
+from alpaca.weights.checkpoint import is_finite, open_file
 from alpaca.weights.lora import LoraConfig, ThinLinear, target_shapes, wrap_targets
 from alpaca.weights.writer import dump_json
 from model import Llama, LlamaConfig
@@ -93,8 +93,8 @@ def read_adapter(folder: str | Path, config: LlamaConfig) -> tuple[LoraConfig, d
             problems.append(f"{name} is {list(tensor.shape)} where this model needs {shape}")
         elif not tensor.is_floating_point() or tensor.itemsize < 2:
             problems.append(f"{name} is {tensor.dtype}, which is not supported")
-        elif not tensor.isfinite().all():
-            problems.append(f"{name} holds numbers that are not finite")
+        elif not is_finite(tensor.float()):
+            problems.append(f"{name} holds numbers that are not finite in fp32")
     if problems:
         raise UserError(f"{files[0]}: {join_names(problems, 3)}")
     return lora, {name: found[name].float() for name in wanted}
@@ -115,6 +115,8 @@ def save_adapter(
 ) -> None:
     """Write (name, tensor) pairs as a folder that PEFT reads."""
     weights = {PREFIX + name: tensor.detach().float().cpu().contiguous() for name, tensor in pairs}
+    if bad := [name for name, tensor in weights.items() if not is_finite(tensor)]:
+        raise UserError(f"{join_names(bad, 3)} would be written with NaN or infinity in it")
     fields: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -190,11 +190,20 @@ def same_bits(a: StoredTensor, b: StoredTensor) -> bool:
     return a[:2] == b[:2] and torch.equal(first, second)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity. NaN and infinity stay in a sum, so a finite
+    sum is proof, at the speed of memory; the sum of large numbers overflows, their extremes do not.
+    """
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.sum().isfinite():
+        return True
+    return all(extreme.isfinite() for extreme in tensor.aminmax())
+
+
 def as_dtype(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """The tensor in another dtype; an error if its numbers are too large for fp16."""
+    """The tensor in another dtype; an error if finite numbers are too large for it."""
     result = tensor.to(dtype)
-    if dtype == torch.float16 != tensor.dtype and tensor.numel():
-        finite = all(extreme.isfinite() for extreme in result.aminmax())  # false for a NaN too
-        if not finite and (result.isinf() & tensor.isfinite()).any():
-            raise UserError(f"{name} holds numbers too large for fp16: use bf16 or fp32")
+    narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+    if narrower and not is_finite(result) and (result.isinf() & tensor.isfinite()).any():
+        names = {stored: short for short, stored in DTYPES.items()}
+        raise UserError(f"{name} holds numbers too large for {names[dtype]}: use fp32")
     return result

@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> None:
             yield name, tensor.read()
             progress.step(tensor.shape.numel())
 
-    save_model(pairs(), config, args.target, DTYPES.get(args.dtype), tokenizer)
+    dtype = DTYPES.get(args.dtype)
+    save_model(pairs(), config, args.target, dtype, tokenizer, keep_nonfinite=True)
     guessed = is_meta(args.source) and args.positions is None
     hint = " (params.json does not give them: see --positions)" if guessed else ""
     progress.close(f"{args.target}, {config.max_position_embeddings} positions{hint}")

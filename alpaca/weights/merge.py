@@ -16,7 +16,7 @@ from torch import Tensor
 from alpaca.common.errors import UserError
 from alpaca.common.progress import Progress
 from alpaca.weights.adapter import read_adapter
-from alpaca.weights.checkpoint import DTYPES, EMBEDDING, as_dtype, open_checkpoint
+from alpaca.weights.checkpoint import DTYPES, EMBEDDING, as_dtype, is_finite, open_checkpoint
 from alpaca.weights.lora import target_shapes
 from alpaca.weights.quantize import stored_bits
 from alpaca.weights.writer import require_tokenizer, save_model
@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> None:
     def pairs() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in stored.items():
             weight, path = tensor.read(), name.removesuffix(".weight")
+            if not is_finite(weight):
+                raise UserError(f"{args.base}: {name} holds NaN or infinity")
             if path in targets:
                 change = adapter[f"{path}.lora_B.weight"] @ adapter[f"{path}.lora_A.weight"]
                 merged = as_dtype(weight.float() + change * lora.scale, dtype, name)

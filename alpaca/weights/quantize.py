@@ -26,6 +26,7 @@ from alpaca.common.progress import Progress
 from alpaca.weights.checkpoint import (
     EMBEDDING,
     HEAD,
+    is_finite,
     open_checkpoint,
     parameter_shapes,
     stored_tensors,
@@ -106,8 +107,7 @@ class WeightSource:
         if self.bits == 16:  # nothing is rounded: every bit is as stored
             return tensors
         for buffer, tensor in tensors.items():
-            floats = tensor.is_floating_point()
-            if floats and not all(extreme.isfinite() for extreme in tensor.aminmax()):
+            if not is_finite(tensor):
                 raise UserError(f"{stem}{buffer} holds numbers that are not finite")
         return tensors if self.quantized or kind is None else kind.quantize(tensors["weight"])
 
@@ -165,6 +165,8 @@ def run(args: argparse.Namespace) -> None:
             weight = source.stored[name].read().float()
             rounded = kind(**source.read(name)).dequantize()
             error = (rounded - weight).norm() / weight.norm().clamp_min(1e-30)
+            if not error.isfinite():
+                raise UserError(f"{args.model_dir}: {name} holds numbers too large to round")
             errors.append((error.item(), name))
     mean, (largest, name) = sum(error for error, _ in errors) / len(errors), max(errors)
     before, after = (sum(tensor_bytes(t).values()) for t in (source.stored, source.file_shapes()))

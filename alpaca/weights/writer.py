@@ -13,6 +13,8 @@ and dtypes alone, before any tensor has been read, and `ShardWriter` writes all 
 
   - tensors may come in any order, and only one of them has to be in memory;
   - parts of tensors may come, from several threads (`write_part`).
+
+A whole tensor with NaN or infinity in it is refused, unless the caller copies what it was given.
 """
 
 import json
@@ -20,6 +22,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -29,9 +32,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alpaca.common.errors import UserError, join_names
+from alpaca.common.errors import UserError, join_names, notice
 from alpaca.common.files import atomic_folder
-from alpaca.weights.checkpoint import DTYPES, as_dtype, is_meta, parameter_shapes
+from alpaca.weights.checkpoint import DTYPES, as_dtype, is_finite, is_meta, parameter_shapes
 from alpaca.weights.config_json import config_to_json
 from model import Llama, LlamaConfig
 
@@ -88,8 +91,16 @@ def plan_shards(shapes: dict[str, tuple], shard_bytes: int) -> dict[str, list[st
 class ShardWriter(ExitStack):
     """A folder's safetensors files, open for writing: headers first, then tensors in any order."""
 
-    def __init__(self, folder: Path, shapes: dict[str, tuple], shard_bytes: int = SHARD_BYTES):
+    def __init__(
+        self,
+        folder: Path,
+        shapes: dict[str, tuple],
+        shard_bytes: int = SHARD_BYTES,
+        keep_nonfinite: bool = False,
+    ):
         super().__init__()
+        self.keep_nonfinite, self.nonfinite = keep_nonfinite, []
+        self.thread = self.enter_context(ThreadPoolExecutor(1))
         sizes, shards = tensor_bytes(shapes), plan_shards(shapes, shard_bytes)
         self.pending = {}  # tensor not yet written → (file, offset, shape, dtype)
         for file_name, names in shards.items():
@@ -120,8 +131,13 @@ class ShardWriter(ExitStack):
         if tensor.shape != shape:
             raise UserError(f"{name} is {list(tensor.shape)}, not {list(shape)}")
         assert tensor.dtype == dtype, f"{name} is {tensor.dtype}, not {dtype}"
+        finite = self.thread.submit(is_finite, tensor)  # meanwhile, at no cost in time
         file.seek(offset)
         file.write(tensor.contiguous().view(torch.uint8).numpy())
+        if not finite.result():
+            if not self.keep_nonfinite:
+                raise UserError(f"{name} would be written with NaN or infinity in it")
+            self.nonfinite.append(name)
 
     def write_part(self, name: str, start: int, numbers: np.ndarray) -> None:
         """Write a part of a tensor, `start` bytes into it; any thread may call this."""
@@ -143,18 +159,23 @@ def save_model(
     dtype: torch.dtype | None = None,
     tokenizer: str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
+    keep_nonfinite: bool = False,
 ) -> None:
     """Write a Hugging Face folder from a model, or from (name, tensor) pairs in any order.
 
     `dtype` None keeps the first tensor's; `tokenizer` is a folder, or a file, to copy the tokenizer
-    from. The folder appears under its name only when it is complete."""
+    from. The folder appears under its name only when it is complete. NaN and infinity are refused,
+    or kept with a notice (`keep_nonfinite`); a cast that overflows is refused."""
     pairs = iter(source.named_parameters() if isinstance(source, Llama) else source)
     first = next(pairs, ("", torch.empty(0)))
     dtype = dtype or first[1].dtype
     if dtype not in DTYPES.values():
         raise UserError(f"weights are written as {', '.join(DTYPES)}, not as {dtype}")
     shapes = {name: (shape, dtype) for name, shape in parameter_shapes(config).items()}
-    with atomic_folder(folder) as partial, ShardWriter(partial, shapes, shard_bytes) as shards:
+    with (
+        atomic_folder(folder) as partial,
+        ShardWriter(partial, shapes, shard_bytes, keep_nonfinite) as shards,
+    ):
         if tokenizer is not None:
             copy_tokenizer(Path(tokenizer), partial)
         dump_json(partial / "config.json", config_to_json(config, dtype))
@@ -164,6 +185,8 @@ def save_model(
             shards.write(name, as_dtype(tensor.detach().cpu(), dtype, name))
         if shards.pending:
             raise UserError(f"{folder}: missing {join_names(shards.pending)}")
+    if shards.nonfinite:
+        notice(f"NaN or infinity is kept in {join_names(shards.nonfinite)}")
 
 
 def dump_json(file: Path, content: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ def write_model(
     model = model or small_model(**shape)
     numbers = {n: p.detach().to(dtype).clone() for n, p in model.named_parameters()}
     change(numbers)
-    save_model(numbers.items(), model.config, folder, dtype, shard_bytes=shard_bytes)
+    save_model(numbers.items(), model.config, folder, dtype, None, shard_bytes, True)
     (folder / "tokenizer.model").write_bytes(b"a tokenizer")
     return folder
 

@@ -17,7 +17,8 @@ from helpers.lora import (
 from helpers.models import random_ids
 from safetensors.torch import load_file, save_file
 
-from alpaca.weights.adapter import load_adapter, read_adapter, read_lora_config
+from alpaca.common.errors import UserError
+from alpaca.weights.adapter import load_adapter, read_adapter, read_lora_config, save_adapter
 from alpaca.weights.checkpoint import read_config
 from alpaca.weights.loading import load_model, optimize_layout
 from alpaca.weights.lora import LoraConfig, ThinLinear
@@ -116,10 +117,11 @@ B2 = B0.replace("layers.0", "layers.2")
         (lambda w: {PREFIX + B0: None}, [f"missing {B0}"]),
         (lambda w: {PREFIX + B2: torch.ones(64, 4)}, [f"unexpected {B2}"]),
         (lambda w: {PREFIX + B0: w[PREFIX + B0] / 0}, [B0, "not finite"]),
+        (lambda w: {PREFIX + B0: w[PREFIX + B0].double() * 1e99}, [B0, "not finite in fp32"]),
         (lambda w: {B0: w[PREFIX + B0] + 1}, [f"{B0} is there twice"]),
         (lambda w: {PREFIX + B0: w[PREFIX + B0].to(torch.float8_e4m3fn)}, ["float8", "not supp"]),
     ],
-    ids=["shape", "missing", "unexpected", "not finite", "twice", "dtype"],
+    ids=["shape", "missing", "unexpected", "not finite", "too large", "twice", "dtype"],
 )
 def test_tensors_that_do_not_fit_are_refused(base, adapter, command, tmp_path, change, words):
     file = shutil.copytree(adapter, tmp_path / "adapter") / WEIGHTS
@@ -204,6 +206,41 @@ def test_merge_has_the_dtype_of_the_embedding_or_of_the_flag(base, adapter, comm
     assert {t.dtype for t in read_tensors(tmp_path / "out").values()} == {torch.bfloat16}
     merge(command, folder, adapter, tmp_path / "wide", "--dtype", "fp32")
     assert {t.dtype for t in read_tensors(tmp_path / "wide").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor", "word"),
+    [
+        (torch.float32, 1e38, "would be written with NaN or infinity"),
+        (torch.bfloat16, 1e38, "would be written with NaN or infinity"),
+        (torch.float16, 1e4, "too large for fp16"),
+    ],
+)
+def test_merge_that_overflows_is_refused(base, adapter, command, tmp_path, dtype, factor, word):
+    file = shutil.copytree(adapter, tmp_path / "adapter") / WEIGHTS
+    save_file({name: tensor * factor for name, tensor in load_file(file).items()}, file)
+    folder = base_in(base, tmp_path / "base", dtype)
+    words = "--base", folder, "--adapter", tmp_path / "adapter", "--out", tmp_path / "out"
+    assert_refused(command("merge", *words), f"{Q_PROJ}.weight", word)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("name", [f"{Q_PROJ}.weight", "model.norm.weight"])
+def test_merge_refuses_a_base_that_is_not_finite(base, adapter, command, tmp_path, name):
+    file = shutil.copytree(base / "model", tmp_path / "base") / "model.safetensors"
+    weights = load_file(file)
+    weights[name].view(-1)[5] = float("nan")
+    save_file(weights, file, {"format": "pt"})
+    words = "--base", tmp_path / "base", "--adapter", adapter, "--out", tmp_path / "out"
+    assert_refused(command("merge", *words), f"base: {name} holds NaN or infinity")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_adapter_that_is_not_finite_is_not_written(tmp_path):
+    pairs = [("a.lora_A.weight", torch.ones(2)), ("a.lora_B.weight", torch.ones(2) / 0)]
+    with pytest.raises(UserError, match=r"a\.lora_B\.weight would be written with NaN"):
+        save_adapter(pairs, LoraConfig(), tmp_path / "adapter", "base")
+    assert not list(tmp_path.iterdir())
 
 
 def test_merge_that_changes_nothing_is_refused(base, adapter, command, tmp_path):

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from alpaca.common.errors import UserError
-from alpaca.weights.checkpoint import DTYPES, read_config
+from alpaca.weights.checkpoint import DTYPES, is_finite, read_config
 from alpaca.weights.loading import load_model
 from alpaca.weights.meta_format import context_length
 from alpaca.weights.writer import TOKENIZER_FILES, save_model
@@ -360,10 +360,11 @@ def test_save_load_save_gives_the_same_bytes(tmp_path, dtype, tied):
     model = small_model(tie_word_embeddings=tied).to(dtype)
     with torch.no_grad():  # bit patterns that arithmetic would not keep
         model.model.norm.weight[:3] = torch.tensor([float("nan"), -0.0, float("inf")])
-    save_model(model, model.config, tmp_path / "a", shard_bytes=50_000)
+    options = {"shard_bytes": 50_000, "keep_nonfinite": True}
+    save_model(model, model.config, tmp_path / "a", **options)
     loaded = load_model(tmp_path / "a")
     assert same_tensors(loaded.named_parameters(), model.named_parameters())
-    save_model(loaded, read_config(tmp_path / "a"), tmp_path / "b", shard_bytes=50_000)
+    save_model(loaded, read_config(tmp_path / "a"), tmp_path / "b", **options)
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
     largest = max(model.parameters(), key=lambda p: p.numel())
     for file in (tmp_path / "a").glob("*.safetensors"):
@@ -431,12 +432,46 @@ def test_convert_refuses_another_or_no_tokenizer(command, folder, tmp_path):
     refuse_convert(command, folder, "absent: no tokenizer.model", args=given)
 
 
-def test_convert_refuses_numbers_too_large_for_fp16(command, tmp_path):
-    model = small_model(vocab_size=1024).bfloat16()
+@pytest.mark.parametrize(
+    ("stored", "number", "dtype"),
+    [(torch.bfloat16, 1e5, "fp16"), (torch.float32, 1e5, "fp16"), (torch.float32, 3.4e38, "bf16")],
+)
+def test_convert_refuses_numbers_too_large_for_the_dtype(command, tmp_path, stored, number, dtype):
+    model = small_model(vocab_size=1024).to(stored)
     with torch.no_grad():
-        model.model.norm.weight[3] = 1e5
+        model.model.norm.weight[3] = number
     save_model(model, model.config, tmp_path / "m", tokenizer=TOKENIZER)
-    words = f"{NORM} holds numbers too large for fp16"
-    refuse_convert(command, tmp_path / "m", words, args=["--dtype", "fp16"])
+    words = f"{NORM} holds numbers too large for {dtype}"
+    refuse_convert(command, tmp_path / "m", words, args=["--dtype", dtype])
     with pytest.raises(UserError, match=words):
-        load_model(tmp_path / "m", dtype=torch.float16)
+        load_model(tmp_path / "m", dtype=DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_convert_keeps_nan_and_infinity_and_says_so(command, folder, tmp_path, dtype):
+    weights = copied_tensors(folder)
+    weights[NORM][:3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    replace_weights(folder, weights)
+    code, _, err = command("convert", folder, tmp_path / "out", "--dtype", dtype)
+    assert code == 0 and f"NaN or infinity is kept in {NORM}\n" in err
+    assert same_tensors(
+        read_tensors(tmp_path / "out"), {n: t.to(DTYPES[dtype]) for n, t in weights.items()}
+    )
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_one_number_that_is_not_finite_is_found(dtype, number):
+    numbers = torch.full((1000, 33), 0.9 * torch.finfo(dtype).max, dtype=dtype)  # the sum overflows
+    assert is_finite(numbers) and is_finite(-numbers) and is_finite(numbers[:0])
+    numbers[517, 11] = number
+    assert not is_finite(numbers) and not is_finite(numbers.T) and is_finite(numbers[518:])
+
+
+def test_tensors_that_are_not_finite_are_not_written(tmp_path):
+    model = small_model()
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("inf")
+    with pytest.raises(UserError, match=f"{NORM} would be written with NaN or infinity in it"):
+        save_model(model, model.config, tmp_path / "out")
+    assert not list(tmp_path.iterdir())

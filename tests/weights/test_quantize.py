@@ -224,6 +224,18 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value, name):
         load(folder, 8)
 
 
+@pytest.mark.parametrize("numbers", [(3.4e38, -3.4e38), (3.402e38, 3.402e38), (1e30, -1e30)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_too_large_to_round_are_refused(tmp_path, command, bits, numbers):
+    folder = write_folder(tmp_path / "m", torch.float32)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{UP}.weight"][3] = torch.tensor(numbers).repeat(32)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    words = "--model-dir", folder, "--bits", bits, "--out", tmp_path / "out"
+    assert_refused(command("quantize", *words), f"{UP}.weight holds numbers too large to round")
+    assert not list(tmp_path.glob("out*"))
+
+
 @pytest.mark.parametrize(("name", "shape"), [("norm", (1,)), ("embed_tokens", (256, 64))])
 def test_quantized_folder_with_another_shape_is_refused(tmp_path, name, shape):
     folder = tmp_path / "packed"

@@ -28,7 +28,9 @@ import math
 import signal
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -320,25 +322,26 @@ def main() -> None:
         work = measure(job.config, job.model_config, job.train, job.steps)
         return print(report_plan(work))
     keep_freed_memory()
-    with process_group(config.device, config.replicas) as (mesh, device):
-        job = run_on_all_ranks(lambda: prepare(config))
-        config, settings = job.config, job.config.settings(job.train.digest())
-        other = dist.get_rank() > 0
-        run = run_on_all_ranks(lambda: RunDir(config.out, settings, config.resume, other))
-        finished = run_on_all_ranks(run.finished)
-        dist.barrier()  # every rank has looked before one of them writes
-        if finished:
-            notice(f"{config.out} is finished; remove it to train again")
-            run.start_log(job.steps + 1, job.steps)
-            remove_snapshots(config.snapshots)  # if the last run was killed at its very end
-        else:
-            counts = ", ".join(f"{number} {what}" for what, number in job.train.report.items())
-            notice(f"examples: {counts}")
-            with StopSignal() as stop:
-                train(job, run, mesh, device, stop)
-    if not other:
-        report_result(job, run, mesh.size(), device)
-    run.close()
+    with ExitStack() as lock:
+        with process_group(config.device, config.replicas) as (mesh, device):
+            job = run_on_all_ranks(lambda: prepare(config))
+            config, settings = job.config, job.config.settings(job.train.digest())
+            other = dist.get_rank() > 0
+            make = partial(RunDir, config.out, settings, config.resume, other)
+            run = lock.enter_context(run_on_all_ranks(make))
+            finished = run_on_all_ranks(run.finished)
+            dist.barrier()  # every rank has looked before one of them writes
+            if finished:
+                notice(f"{config.out} is finished; remove it to train again")
+                run.start_log(job.steps + 1, job.steps)
+                remove_snapshots(config.snapshots)  # if the last run was killed at its very end
+            else:
+                counts = ", ".join(f"{number} {what}" for what, number in job.train.report.items())
+                notice(f"examples: {counts}")
+                with StopSignal() as stop:
+                    train(job, run, mesh, device, stop)
+        if not other:
+            report_result(job, run, mesh.size(), device)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ import argparse
 import asyncio
 import hashlib
 import json
-import os
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -34,7 +33,9 @@ from typing import Any
 from alpaca import CHECKOUT
 from alpaca.common.cli import Parser, positive, utf8_text
 from alpaca.common.errors import UserError, join_names, run_command
-from alpaca.common.files import atomic_file, claim_run_folder, json_records, read_log
+from alpaca.common.files import atomic_file, read_text
+from alpaca.common.json_files import json_records, read_log
+from alpaca.common.run_folder import run_folder
 from alpaca.datagen.batch import belongs_to, pending_batches
 from alpaca.datagen.client import Reply
 from alpaca.datagen.endpoints import (
@@ -43,11 +44,11 @@ from alpaca.datagen.endpoints import (
     endpoint_from_args,
     read_teachers,
 )
-from alpaca.datagen.formats import normalize_all
+from alpaca.datagen.formats import normalize_all, read_source
 from alpaca.datagen.four_stage import SelfInstruct
 from alpaca.datagen.generation import RecordStore, Scheduler
 from alpaca.datagen.prompts import Task, alpaca_prompt, parse_tasks, reject_reason
-from alpaca.datagen.request_log import RequestLog, Teachers, reply_of
+from alpaca.datagen.request_log import ENTRY, RequestLog, Teachers, reply_of
 from rougel import Pool, most_similar, tokenize, tokenize_unicode
 
 MAX_ROUGE_L = 0.7  # with the most similar earlier instruction
@@ -161,17 +162,13 @@ def endpoints_from_args(args: argparse.Namespace) -> list[Endpoint]:
 
 def generate_command(args: argparse.Namespace) -> None:
     endpoints, seeds = endpoints_from_args(args), read_seeds(args.seeds)
-    try:
-        header = args.prompt.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{args.prompt}: not UTF-8: save the file as UTF-8") from None
+    header = read_text(args.prompt)
     recipe = RECIPES[args.pipeline](seeds, header, args.language, args.seed, args.request)
     texts = {"seeds.json": json.dumps(seeds, ensure_ascii=False, indent=1), "prompt.txt": header}
     settings = {"pipeline": args.pipeline, "seed": args.seed, "language": args.language}
     for name, text in texts.items():
         settings[f"{name} (SHA-256)"] = hashlib.sha256(text.encode()).hexdigest()
-    lock = claim_run_folder(args.out, settings, "generating")  # refused with other settings
-    try:
+    with run_folder(args.out, settings, "generating"):  # refused with other settings
         for name, text in texts.items():  # the folder has everything that it was made from
             with atomic_file(args.out / name, "w") as file:
                 file.write(text)
@@ -182,8 +179,6 @@ def generate_command(args: argparse.Namespace) -> None:
         poll = args.poll if args.batch else 0
         scheduler = Scheduler(recipe, store, Teachers(log, endpoints, args), args.num, poll)
         asyncio.run(generate(recipe, store, scheduler))
-    finally:
-        os.close(lock)
     print(f"{store.count:,} records in {store.records}, ${log.spent:.2f} spent")
     if store.count < args.num:
         print(f"The budget of ${args.budget:g} does not allow another request: raise it to resume.")
@@ -193,11 +188,9 @@ def export_command(args: argparse.Namespace) -> None:
     """write the records as Alpaca's JSON list"""
     extra = ("most_similar_instructions", "avg_similarity_score", "provenance") if args.full else ()
     exported = []
-    for record in read_log(args.folder / "records.jsonl"):
-        for case in record.get("instances", [record]):
-            fields = {"instruction": record["instruction"]}
-            fields |= {"input": case["input"], "output": case["output"]}
-            exported.append(fields | {name: record[name] for name in extra if name in record})
+    for record, cases in read_source(args.folder):
+        kept = {name: record[name] for name in extra if name in record}
+        exported += [case | kept for case in cases]
     if not exported:
         raise UserError(f"{args.folder} has no records yet: generate some first")
     with atomic_file(args.out, "w") as file:
@@ -209,7 +202,7 @@ def print_report(args: argparse.Namespace) -> None:
     """print the requests, records, tokens and dollars of each teacher"""
     rows: dict[tuple, Counter] = {}
     row_of = {}
-    for entry in read_log(args.folder / "responses.jsonl"):
+    for entry in read_log(args.folder / "responses.jsonl", ENTRY):
         source = entry["provenance"]
         key = tuple(source[name] for name in ("teacher", "url", "endpoint", "licence"))
         row = row_of[entry["id"]] = rows.setdefault(key, Counter())
@@ -217,7 +210,7 @@ def print_report(args: argparse.Namespace) -> None:
     if not rows:
         raise UserError(f"{args.folder} has no answers: is it the --out of a generate?")
     for name in ("records", "rejected"):
-        for line in read_log(args.folder / f"{name}.jsonl"):
+        for line in read_log(args.folder / f"{name}.jsonl", {"item": str}):
             if row := row_of.get(line["item"].split(".")[0]):
                 row[name] += 1
     for (teacher, url, endpoint, licence), row in rows.items():

@@ -33,7 +33,8 @@ from torch import Tensor
 
 from alpaca.common.cli import Parser, finite
 from alpaca.common.errors import UserError, escape_control, join_names, notice, run_command
-from alpaca.common.files import atomic_folder, read_json, refuse_existing
+from alpaca.common.files import atomic_folder, refuse_existing
+from alpaca.common.json_files import read_json
 from alpaca.common.progress import Progress
 from alpaca.weights.bitdiff import Hashes, TensorPairs, combine
 from alpaca.weights.checkpoint import (
@@ -150,7 +151,7 @@ def open_both(other: Path, base: Path) -> tuple[TensorPairs, list[str]]:
         if dtype != base_dtype:
             dtypes.add(f"the base is converted from {base_dtype} to {dtype}".replace("torch.", ""))
     if misfits:
-        raise UserError(f"base and tuned model differ in shape: {join_names(misfits, 3)}")
+        raise UserError(f"base and tuned model differ in shape: {join_names(misfits)}")
     notes += sorted(dtypes)
     for owner, names in (("tuned model", others.keys() - bases), ("base", bases.keys() - others)):
         if names:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rouge_score import rouge_scorer
 
-from alpaca.common.files import read_jsonl
+from alpaca.common.json_files import read_log
 from alpaca.datagen.formats import load_records
 from bench.measure import ROOT, PeakMemory, bench_parser, run_in_turns, table, table_line
 from rougel import Pool, tokenize
@@ -29,7 +29,7 @@ CANDIDATES, THRESHOLD = 200, 0.7
 def synthetic_instructions(count: int) -> list[str]:
     """Instructions of Alpaca's length, most of which differ enough to stay in the pool."""
     rng = random.Random(0)
-    seeds = [tokenize(seed["instruction"]) for seed in read_jsonl(ROOT / "data/seed_tasks.jsonl")]
+    seeds = [tokenize(seed["instruction"]) for seed in read_log(ROOT / "data/seed_tasks.jsonl")]
     seeds = [tokens for tokens in seeds if 5 <= len(tokens) <= 20]
     words = [word for tokens in seeds for word in tokens]  # as frequent as in the seeds
     texts = []

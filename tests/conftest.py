@@ -14,6 +14,7 @@ from helpers.parity import DISTANCES
 
 import alpaca.__main__
 from alpaca.common.errors import run_command
+from alpaca.common.files import INPUTS
 
 HERE = Path(__file__).parent
 
@@ -30,6 +31,7 @@ def pytest_collection_modifyitems(items):
 def clean_state():
     """Every test starts from the same seed and leaves no dtype or process group behind."""
     torch.manual_seed(0)
+    INPUTS.clear()
     yield
     torch.set_default_dtype(torch.float32)
     if torch.distributed.is_initialized():
@@ -55,6 +57,7 @@ def command(monkeypatch, capsys):
         else:
             name, main = module.__name__ + ".py", module.main
         monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        INPUTS.clear()  # of another command, which had a process to itself
         code = 0
         try:
             run_command(main)

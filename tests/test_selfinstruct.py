@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import threading
 from collections import Counter
 from pathlib import Path
@@ -15,7 +16,8 @@ from helpers.generation import SEEDS, arguments, check_whole, comparable, read
 from helpers.teacher_server import Server, answer
 
 import selfinstruct
-from alpaca.common.files import lock_folder, read_jsonl, read_log
+from alpaca.common.files import lock_path
+from alpaca.common.json_files import read_log
 from rougel import rouge_l, tokenize_unicode
 
 EXPENSIVE = ("--price-in", 1000, "--price-out", 9000)  # dollars per million tokens
@@ -44,7 +46,7 @@ def numbered(*tasks: tuple[str, str, str]) -> str:
 
 def test_records_have_alpaca_s_fields_and_provenance(run_folder):
     check_whole(run_folder, 200)
-    seeds = {seed["id"]: seed for seed in read_jsonl(SEEDS)}
+    seeds = {seed["id"]: seed for seed in read_log(SEEDS)}
     responses = {entry["id"]: entry for entry in read(run_folder, "responses")}
     for record in read(run_folder, "records"):
         source = record["provenance"]
@@ -152,6 +154,35 @@ def test_answers_are_judged_in_another_thread(tmp_path, command, monkeypatch):
 
 
 # ---------------------------------------------------------------- export and report
+
+
+@pytest.mark.parametrize("name", ["records.jsonl", "responses.jsonl", "link.json"])
+def test_export_never_replaces_the_run(run_folder, tmp_path, command, name):
+    copy = shutil.copytree(run_folder, tmp_path / "copy")
+    (copy / "link.json").symlink_to(copy / "records.jsonl")
+    before = (copy / name).read_bytes()
+    result = command(selfinstruct, "export", copy, "--out", tmp_path / "copy/../copy" / name)
+    assert_refused(result, name, "name another output")
+    assert (copy / name).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ('{"item": "0.0", "instruction": 5, "input": "", "output": "x"}', "instruction is 5"),
+        ('{"item": "0.0", "instruction": NaN, "input": "", "output": "x"}', "instruction is NaN"),
+        ('{"item": "0.0", "instruction": "a"}', "it has no output"),
+        ("[1]", "line 1 is [1], an object was expected"),
+        ("[" * 100_000, "nested more than 64 deep"),
+    ],
+    ids=["number", "NaN", "no output", "list", "deep"],
+)
+def test_export_and_report_refuse_damaged_records(tmp_path, command, line, words):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/records.jsonl").write_text(line + "\n")
+    result = command(selfinstruct, "export", tmp_path / "r", "--out", tmp_path / "x.json")
+    assert_refused(result, "records.jsonl, line 1", words)
+    assert_refused(command("curate", "report", tmp_path / "r"), "records.jsonl, line 1", words)
 
 
 def test_export_writes_alpaca_s_list(run_folder, tmp_path, command):
@@ -333,13 +364,13 @@ def test_folder_of_another_run_is_refused(run_folder, tmp_path, command):
         (tmp_path / "o/thesis.txt").write_text("precious")
         assert_refused(command(selfinstruct, *arguments(tmp_path / "o", server, 3)), "thesis", "o")
         assert command(selfinstruct, *arguments(tmp_path / "r", server, 3))[0] == 0
-        lock = lock_folder(tmp_path / "r", "")
+        lock = lock_path(tmp_path / "r", "")
         result = command(selfinstruct, *arguments(tmp_path / "r", server, 5))
         os.close(lock)
         assert_refused(result, "another process is generating in")
         (tmp_path / "r/responses.jsonl").write_text('{"id": "0"}\n')
         result = command(selfinstruct, *arguments(tmp_path / "r", server, 5))
-        assert_refused(result, "responses.jsonl, line 1: not an entry of a request log")
+        assert_refused(result, "responses.jsonl, line 1: provenance is missing")
     assert_refused(command(selfinstruct, "report", tmp_path / "nothing"), "nothing")
     result = command(selfinstruct, "export", tmp_path / "nothing", "--out", tmp_path / "x.json")
     assert_refused(result, "nothing")
@@ -349,7 +380,7 @@ def test_folder_of_another_run_is_refused(run_folder, tmp_path, command):
 
 
 def test_seed_tasks_are_175_different_tasks():
-    seeds = list(read_jsonl(SEEDS))
+    seeds = list(read_log(SEEDS))
     assert [seed["id"] for seed in seeds] == [f"seed_task_{n}" for n in range(175)]
     assert len({seed["name"] for seed in seeds}) == 175
     for seed in seeds:

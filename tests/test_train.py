@@ -218,15 +218,15 @@ def test_finished_run_is_not_trained_again(base, reference):
 
 
 def test_progress_line_shows_recent_means_and_the_log_every_step(tmp_path, monkeypatch):
-    run, shown = RunDir(tmp_path / "run", {}, resume=False, quiet=False), []
-    run.start_log(0, 30)
-    assert "lost" in run.summary()
-    monkeypatch.setattr(run.progress, "step", lambda extra: shown.append(extra))
-    rates = [90_000] * 10 + [1000, 3000] * 10  # the last twenty steps count
-    for step, rate in enumerate(rates, 1):
-        record = {"step": step, "loss": 2 / step, "lr": 1e-3, "grad_norm": 1.0, "memory_GiB": 2}
-        run.log_step({**record, "tokens": 9000, "tokens_per_s": rate, "mfu": rate / 1e4})
-    run.close()
+    shown = []
+    with RunDir(tmp_path / "run", {}, resume=False, quiet=False) as run:
+        run.start_log(0, 30)
+        assert "lost" in run.summary()
+        monkeypatch.setattr(run.progress, "step", lambda extra: shown.append(extra))
+        rates = [90_000] * 10 + [1000, 3000] * 10  # the last twenty steps count
+        for step, rate in enumerate(rates, 1):
+            record = {"step": step, "loss": 2 / step, "lr": 1e-3, "grad_norm": 1.0, "memory_GiB": 2}
+            run.log_step({**record, "tokens": 9000, "tokens_per_s": rate, "mfu": rate / 1e4})
     assert "90,000 tok/s" in shown[0]
     assert shown[-1].endswith("1,500 tok/s  MFU 15.0%  peak memory 2.0 GiB"), "weighted by time"
     assert [record["tokens_per_s"] for record in metrics(tmp_path / "run")] == rates

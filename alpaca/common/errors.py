@@ -41,10 +41,12 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def describe_error(error: Exception) -> str:
+    """One line of at most 400 characters: a name in it may be a page long."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
-    return " ".join(text.split())
+    text = escape_control(" ".join(text.split()))
+    return text if len(text) <= 400 else f"{text[:250]} … {text[-147:]}"
 
 
 def notice(text: str, any_rank: bool = False) -> None:
@@ -67,7 +69,7 @@ def replace_surrogates(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def join_names(names: Iterable[str], limit: int = 8) -> str:
-    """`a, b, c and 12 more`."""
-    names = list(names)
+def join_names(names: Iterable[str], limit: int = 3) -> str:
+    """`a, b, c and 12 more`, each name cut at 80 characters."""
+    names = [name if len(name) <= 80 else name[:79] + "…" for name in names]
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if names[limit:] else "")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.common.errors import notice
-from alpaca.common.files import append_jsonl, read_log
+from alpaca.common.json_files import append_jsonl, check_shape, read_log
 from alpaca.common.progress import duration
 from alpaca.datagen.client import (
     Client,
@@ -31,6 +31,7 @@ from alpaca.datagen.request_log import BudgetExceeded, Result, Teachers, log_ent
 
 PRICE = 0.5  # of what single requests cost
 MAX_REQUESTS = 20_000  # in a batch; the server's own limits are 50,000 and 200 MB
+BATCH = {"name": str, "model": str, "url": str, "kind": str, "ids": [str]}
 FINAL = ("completed", "expired", "cancelled", "failed")
 Question = Callable[[str], tuple[str, dict, list[str]]]  # id -> prompt, options, ids of its seeds
 
@@ -141,9 +142,12 @@ async def find_batch(client: Client, endpoint: Endpoint, name: str) -> dict[str,
 
 def pending_batches(file: Path) -> list[dict]:
     """The batches whose results are not stored yet."""
-    lines = list(read_log(file))
+    lines = list(read_log(file, {"name": str}))
     over = {line["name"] for line in lines if "over" in line}
-    return [line for line in lines if line["name"] not in over]
+    pending = [line for line in lines if line["name"] not in over]
+    for line in pending:
+        check_shape(line, BATCH, f"{file}, batch {line['name']}")
+    return pending
 
 
 def belongs_to(endpoint: Endpoint, batch: dict) -> bool:

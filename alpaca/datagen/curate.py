@@ -26,21 +26,20 @@ from collections.abc import Iterable, Iterator
 from html import escape
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from alpaca.common.charts import Bars, sunburst
 from alpaca.common.cli import positive
 from alpaca.common.errors import UserError, escape_control
-from alpaca.common.files import atomic_file, json_records, read_json, read_log
-from alpaca.datagen.formats import normalize_all
+from alpaca.common.files import atomic_file
+from alpaca.common.json_files import read_json, read_log
+from alpaca.datagen.formats import read_source
 from alpaca.datagen.lint import RULES, find_defects
 from rougel import Pool, tokenize, tokenize_unicode
 
 TOP_VERBS, TOP_OBJECTS = 20, 4  # shown: verbs, and objects of each
 WORD_BINS = (1, 5, 9, 17, 33, 65, 129, 257, 513)  # lower ends of the bars of the histograms
-LOGS = ("records.jsonl", "rejected.jsonl", "responses.jsonl")
 ASKS_FOR = "asks for "  # the reasons that are shown as one group
 
 
@@ -48,18 +47,6 @@ def printable(text: str, width: int = 100) -> str:
     """Text from the data, cut and escaped for the terminal."""
     text = " ".join(text[: 4 * width].split())
     return escape_control(text if len(text) <= width else text[: width - 1] + "…")
-
-
-def read_source(source: Path) -> list[tuple[Any, list[dict]]]:
-    """Each record as it is in the file, and normalized: one dict for each of its instances."""
-    if source.is_dir():
-        if not any((source / name).exists() for name in LOGS):
-            raise UserError(f"{source} holds no {LOGS[0]}: is it the --out of selfinstruct.py?")
-        log = read_log(source / LOGS[0])
-        records = ((f"{source / LOGS[0]}, line {i}", raw) for i, raw in enumerate(log, 1))
-    else:
-        records = json_records(source)
-    return [(raw, cases) for _, raw, cases in normalize_all(records)]
 
 
 # ---------------------------------------------------------------- verbs and their objects
@@ -161,10 +148,11 @@ def seed_similarity(instructions: list[str], folder: Path) -> Iterator[str]:
 
 def generation_lines(folder: Path, accepted: int, wanted: int) -> Iterator[str]:
     """Requests of a run of selfinstruct.py, what became of its tasks, and the cost."""
-    log = list(read_log(folder / "responses.jsonl"))
+    log = list(read_log(folder / "responses.jsonl", {"cost": int | float}))
     failed = sum("response" not in entry for entry in log)
     yield f"{len(log):,} requests: {len(log) - failed:,} answers, {failed:,} failed"
-    reasons = Counter(str(task.get("why")) for task in read_log(folder / "rejected.jsonl"))
+    rejected = read_log(folder / "rejected.jsonl", {"why": str})
+    reasons = Counter(task["why"] for task in rejected)
     total = accepted + reasons.total()
     yield f"{accepted:,} of {total:,} tasks kept" + (f" ({accepted / total:.1%})" if total else "")
     groups: Counter[str] = Counter()
@@ -175,7 +163,7 @@ def generation_lines(folder: Path, accepted: int, wanted: int) -> Iterator[str]:
         for reason, n in reasons.most_common() if group == ASKS_FOR + "…" else ():
             if reason.startswith(ASKS_FOR):
                 yield f"{n:20,}  {printable(reason)}"
-    cost, left = sum(entry.get("cost", 0) for entry in log), max(wanted - accepted, 0)
+    cost, left = sum(entry["cost"] for entry in log), max(wanted - accepted, 0)
     each = f": ${1000 * cost / accepted:.4f} a thousand records" if accepted else ""
     rest = (
         f", about ${left * cost / accepted:.2f} for the {left:,} to come"

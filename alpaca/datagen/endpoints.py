@@ -27,7 +27,7 @@ import httpx
 
 from alpaca.common.cli import not_negative, positive
 from alpaca.common.errors import UserError
-from alpaca.common.files import json_records
+from alpaca.common.json_files import json_records
 
 OPENAI_URL, OPENAI_KEY = "https://api.openai.com/v1", "OPENAI_API_KEY"
 API_PATHS = {"completions": "completions", "chat": "chat/completions"}  # by kind

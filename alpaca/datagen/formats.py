@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.common.errors import UserError
-from alpaca.common.files import json_records
+from alpaca.common.json_files import json_records, read_log
 
+RUN_LOGS = ("records.jsonl", "rejected.jsonl", "responses.jsonl")  # of selfinstruct.py
 ROLES = {"human": "user", "user": "user", "system": "system"}  # names of a speaker → role
 ROLES |= dict.fromkeys(("gpt", "chatgpt", "assistant"), "assistant")
 
@@ -87,6 +88,17 @@ def normalize_all(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any
             yield place, raw, normalize_record(raw)
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
+
+
+def read_source(source: Path) -> list[tuple[Any, list[dict]]]:
+    """Each record of a file, or of a run of selfinstruct.py, as it is there and normalized."""
+    records = json_records(source)
+    if source.is_dir():
+        file = source / RUN_LOGS[0]
+        if not any((source / name).exists() for name in RUN_LOGS):
+            raise UserError(f"{source} holds no {file.name}: is it the --out of selfinstruct.py?")
+        records = ((f"{file}, line {i}", record) for i, record in enumerate(read_log(file), 1))
+    return [(raw, cases) for _, raw, cases in normalize_all(records)]
 
 
 def load_records(path: str | Path) -> list[dict]:

@@ -12,11 +12,12 @@ run was interrupted. `RecordStore` has what an earlier run decided.
 import asyncio
 import itertools
 import math
+import re
 from collections import deque
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from alpaca.common.files import append_jsonl, read_log
+from alpaca.common.json_files import append_jsonl, read_log
 from alpaca.common.progress import Progress
 from alpaca.datagen.batch import ask_in_batches
 from alpaca.datagen.client import RefusedError
@@ -24,6 +25,11 @@ from alpaca.datagen.four_stage import DROPPED_LATER
 from alpaca.datagen.request_log import BudgetExceeded, Teachers
 from rougel import Pool
 
+TASK = {  # the shape of a line of records.jsonl and rejected.jsonl
+    "item": re.compile(r"\d{1,9}\.\d{1,9}"),
+    "instruction": str,
+    "why": str | None,
+}
 MAX_USELESS = 50  # answers in a row without a new instruction, after which a run stops
 
 
@@ -36,7 +42,7 @@ class RecordStore:
         self.decided: set[str] = set()  # "12.3" is the fourth task of answer 12
         self.accepted: list[tuple[int, str]] = []  # number of the answer, instruction
         self.count = 0
-        lines = [*read_log(self.records), *read_log(self.rejected)]
+        lines = [*read_log(self.records, TASK), *read_log(self.rejected, TASK)]
         for line in sorted(lines, key=lambda line: [int(part) for part in line["item"].split(".")]):
             self.count += "why" not in line
             self.decide(line)

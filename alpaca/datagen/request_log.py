@@ -22,13 +22,28 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.common.errors import UserError, notice
-from alpaca.common.files import append_jsonl, read_log
+from alpaca.common.json_files import append_jsonl, read_log
 from alpaca.common.progress import Progress
-from alpaca.datagen.client import Client, RefusedError, Reply, RequestFailedError, parse_reply
+from alpaca.datagen.client import (
+    Client,
+    RefusedError,
+    Reply,
+    RequestFailedError,
+    RetryableError,
+    parse_reply,
+)
 from alpaca.datagen.endpoints import Endpoint
 
 Result = Reply | RequestFailedError
 MAX_FAILURES = 10  # requests in a row without a response, after which a run stops
+ENTRY = {  # the shape of a line of responses.jsonl
+    "id": str,
+    "provenance": {"teacher": str, "url": str, "endpoint": str, "licence": str},
+    "usage": {"prompt": int, "completion": int, "unmetered": int},
+    "cost": int | float,
+    "response": str | None,
+    "failed": str | None,
+}
 
 
 class BudgetExceeded(Exception):
@@ -41,10 +56,11 @@ class RequestLog:
     def __init__(self, file: Path):
         self.file = file
         self.entries: dict[str, dict] = {}
-        for number, entry in enumerate(read_log(file), 1):
-            result = entry.keys() & {"response", "failed"}
-            if not result or not {"id", "provenance", "usage", "cost"} <= entry.keys():
-                raise UserError(f"{file}, line {number}: not an entry of a request log")
+        for number, entry in enumerate(read_log(file, ENTRY), 1):
+            try:
+                reply_of(entry)
+            except (RetryableError, ValueError, RecursionError):
+                raise UserError(f"{file}, line {number}: response is not a server's") from None
             self.entries[entry["id"]] = entry
         self.spent = sum(entry["cost"] for entry in self.entries.values())
         self.new: set[str] = set()  # stored by this run
@@ -177,7 +193,7 @@ def log_entry(
 
 def reply_of(entry: dict) -> Reply | None:
     """The reply in an entry of the log; None if there was no answer."""
-    return parse_reply(entry["response"]) if "response" in entry else None
+    return None if "failed" in entry else parse_reply(entry.get("response", ""))
 
 
 async def ask_all(

@@ -16,19 +16,14 @@ from pathlib import Path
 from sentencepiece import SentencePieceTrainer
 
 from alpaca.common.errors import UserError, join_names
-from alpaca.common.files import atomic_file
+from alpaca.common.files import atomic_file, read_text
 from tokenizer import Tokenizer
 
 FIXED = 3 + 256  # entries of every vocabulary: <unk>, <s>, </s> and the bytes
 
 
 def read_lines(files: list[Path]) -> list[str]:
-    lines = []
-    for file in files:
-        try:
-            lines += file.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}: not UTF-8 at byte {error.start}") from None
+    lines = [line for file in files for line in read_text(file).splitlines()]
     if not any(line.strip() for line in lines):
         raise UserError(f"no text in {join_names(map(str, files))}")
     return lines
@@ -37,8 +32,6 @@ def read_lines(files: list[Path]) -> list[str]:
 def train_tokenizer(files: list[Path], vocab_size: int, out: Path) -> None:
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"{out}: a file name in an existing folder was expected")
-    if out.exists() and any(out.samefile(file) for file in files):
-        raise UserError(f"{out} is one of the texts: the model would overwrite it")
     if vocab_size <= FIXED:
         raise UserError(f"--vocab-size {vocab_size}: {FIXED} entries are fixed, name a larger one")
     model = io.BytesIO()

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from alpaca.common.errors import UserError
-from alpaca.common.files import json_records
+from alpaca.common.json_files import json_records
 from alpaca.evaluation.outputs import Pair, Pairs
 
 ANNOTATIONS = "annotations.json"

@@ -14,7 +14,6 @@ is sampled with --seed + i: it depends neither on the answers decoded beside it 
 
 import argparse
 import asyncio
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -24,8 +23,9 @@ from typing import Any, NamedTuple
 from alpaca import CHECKOUT
 from alpaca.common.cli import Parser
 from alpaca.common.errors import UserError, notice
-from alpaca.common.files import append_jsonl, claim_run_folder, read_log
+from alpaca.common.json_files import append_jsonl, read_log
 from alpaca.common.progress import Progress
+from alpaca.common.run_folder import run_folder
 from alpaca.datagen import request_log
 from alpaca.datagen.endpoints import add_server_arguments, endpoint_from_args
 from alpaca.datagen.request_log import RequestLog, Teachers
@@ -48,12 +48,15 @@ class Answer(NamedTuple):
     cut: bool  # by the limit of tokens
 
 
+ANSWER = {"id": str, "output": str, "cut": bool}  # the shape of a line of answers.jsonl
+
+
 # ---------------------------------------------------------------- a model in a folder
 
 
 def generate_local(items: dict[str, Item], args: argparse.Namespace, log: Path) -> dict:
     """id → Answer. A prompt that is too long for the model is left out."""
-    answers = {e["id"]: Answer(e["output"], e["cut"]) for e in read_log(log)}
+    answers = {e["id"]: Answer(e["output"], e["cut"]) for e in read_log(log, ANSWER)}
     todo = {id: item for id, item in items.items() if id not in answers}
     if not todo:
         return answers
@@ -129,8 +132,7 @@ def run(args: argparse.Namespace) -> None:
     name = args.name or args.model or "+".join(map(folder_name, folders))
     settings = settings_of(args, items, folders, name)
     log = args.out / ("answers.jsonl" if args.model is None else "responses.jsonl")
-    lock = claim_run_folder(args.out, settings, "answering", log.name)
-    try:
+    with run_folder(args.out, settings, "answering"):
         answers = (generate_local if args.model is None else generate_remote)(items, args, log)
         if not answers:
             raise UserError(f"{args.out}: none of the {len(items)} instructions has an answer")
@@ -145,8 +147,6 @@ def run(args: argparse.Namespace) -> None:
             if id in answers
         ]
         save_json(args.out / OUTPUTS, outputs)
-    finally:
-        os.close(lock)
     print(f"{len(answers)} answers of {name} in {args.out / OUTPUTS}")
     reason = "their prompts are too long" if args.model is None else "run again to retry"
     cut = sum(answer.cut for answer in answers.values())

@@ -19,7 +19,6 @@ statistics are over instructions, each with the mean of its raters.
 
 import argparse
 import math
-import os
 import random
 import re
 import secrets
@@ -31,7 +30,9 @@ import numpy as np
 
 from alpaca.common.cli import positive
 from alpaca.common.errors import UserError, escape_control, notice
-from alpaca.common.files import append_jsonl, atomic_folder, claim_run_folder, read_json, read_log
+from alpaca.common.files import atomic_folder
+from alpaca.common.json_files import append_jsonl, read_json, read_log
+from alpaca.common.run_folder import run_folder
 from alpaca.evaluation.annotations import ANNOTATIONS, Comparison, make_annotation
 from alpaca.evaluation.outputs import Pairs, add_pair_arguments, digest, pair_outputs, save_json
 from alpaca.evaluation.score import format_table
@@ -98,14 +99,12 @@ class RaterCopy:
         if not (folder / ITEMS).exists():
             raise UserError(f"{folder} is not a rater's folder: `alpaca blind start` makes them")
         self.folder, self.log = folder, folder / "ratings.jsonl"
-        self.settings = read_json(folder / "settings.json")
-        self.items = list(read_log(folder / ITEMS))
-        whole = {"rater", "answers"} <= self.settings.keys()
-        if not whole or not all({"instruction", "a", "b"} <= item.keys() for item in self.items):
-            raise UserError(f"{folder} is damaged: get the rater's folder again")
+        shape = {"rater": str, "answers": [str], "alike": [str]}
+        self.settings = read_json(folder / "settings.json", shape)
+        self.items = list(read_log(folder / ITEMS, {"instruction": str, "a": str, "b": str}))
         self.choices: list[str] = []
-        for number, line in enumerate(read_log(self.log), 1):
-            if not self.apply(line.get("place"), line.get("choice")):
+        for number, line in enumerate(read_log(self.log, {"place": int}), 1):
+            if not self.apply(line["place"], line.get("choice")):
                 raise UserError(f"{self.log}, line {number}: not a rating of this copy")
 
     @property
@@ -131,15 +130,12 @@ class RaterCopy:
 def run_rate(args: argparse.Namespace) -> None:
     """Ask for one choice per line, from where the last session stopped to the end."""
     RaterCopy(args.copy)  # refuse another folder before locking it
-    lock = claim_run_folder(args.copy, {}, "rating")
-    try:
+    with run_folder(args.copy, {}, "rating"):
         if (args.copy.absolute().parent / ANNOTATIONS).exists():
             raise UserError(f"{args.copy} has been unblinded: ratings are closed")
         copy = RaterCopy(args.copy)  # read again, now that nobody else can write
         while (answer := ask(copy)) != "q":
             copy.rate(None if answer == "u" else CHOICES[answer])
-    finally:
-        os.close(lock)
     print(f"{copy.left} left: run the same command to resume" if copy.left else "Thank you!")
 
 
@@ -181,7 +177,7 @@ def run_unblind(args: argparse.Namespace) -> None:
         raise UserError(f"{args.folder} has no rater's folders: `alpaca blind start` makes them")
     with ExitStack() as locks:
         for folder in folders:
-            locks.callback(os.close, claim_run_folder(folder, {}, "rating"))
+            locks.enter_context(run_folder(folder, {}, "rating"))
         copies = [RaterCopy(folder) for folder in folders]
         check_copies(copies, pairs, args.early)
         votes = {copy.settings["rater"]: find_votes(copy, pairs) for copy in copies}

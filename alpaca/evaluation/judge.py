@@ -24,7 +24,6 @@ import argparse
 import asyncio
 import json
 import math
-import os
 import random
 import re
 import secrets
@@ -34,8 +33,9 @@ from typing import Any, NamedTuple
 
 from alpaca.common.cli import positive
 from alpaca.common.errors import UserError, escape_control, notice
-from alpaca.common.files import atomic_file, claim_run_folder
+from alpaca.common.files import atomic_file, read_text
 from alpaca.common.progress import short_number
+from alpaca.common.run_folder import run_folder
 from alpaca.datagen import request_log
 from alpaca.datagen.client import Reply
 from alpaca.datagen.endpoints import Endpoint, add_server_arguments, endpoint_from_args
@@ -87,7 +87,7 @@ def read_mark(folder: Path) -> str:
     if not file.exists():
         with atomic_file(file, "w") as opened:
             opened.write("=====" + secrets.token_hex(8))
-    return file.read_text()
+    return read_text(file)
 
 
 def make_question(pair: Pair, swapped: bool, explain: bool, mark: str) -> str:
@@ -258,8 +258,7 @@ def run(args: argparse.Namespace) -> None:
     settings["seed"] = args.seed if args.single_order else None
     log, file = args.out / "responses.jsonl", args.out / ANNOTATIONS
     plan = plan_orders(pairs.all, args)
-    lock = claim_run_folder(args.out, settings, "judging", log.name)
-    try:
+    with run_folder(args.out, settings, "judging"):
         verdicts, enough = run_judge(plan, endpoint, args, log)
         annotations, per_pair = [], Counter()
         for id, (pair, swapped) in plan.items():
@@ -275,8 +274,6 @@ def run(args: argparse.Namespace) -> None:
                 reason = f"{len(verdicts)} verdicts, but no pair has one in both orders"
             raise UserError(f"no verdict on any pair: {reason}; nothing is written")
         save_json(file, annotations)
-    finally:
-        os.close(lock)
     if not enough:
         print(f"The budget of ${args.budget:g} is spent: run again with a larger one to resume")
     print(f"{file}\n{format_table(leaderboard([file]))}")

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alpaca.common.errors import UserError, notice
-from alpaca.common.files import atomic_file, json_records
+from alpaca.common.files import atomic_file
+from alpaca.common.json_files import json_records
 from alpaca.datagen.formats import normalize_record, string_field
 
 OUTPUTS = "model_outputs.json"

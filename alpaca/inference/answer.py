@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.common.errors import UserError
-from alpaca.common.files import json_records, read_log
+from alpaca.common.json_files import json_records, read_log
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
 from alpaca.weights.loading import load_from_args

@@ -16,12 +16,14 @@ import argparse
 import json
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from alpaca.common.cli import positive
 from alpaca.common.errors import UserError, notice
-from alpaca.common.files import append_jsonl
+from alpaca.common.files import lock_output
+from alpaca.common.json_files import append_jsonl
 from alpaca.common.progress import Progress
 from alpaca.inference.answer import (
     answer_questions,
@@ -98,6 +100,13 @@ def generate_file(args: argparse.Namespace, params: SamplingParams) -> None:
     settings["sampling"] = vars(params) | {"stop": list(params.stop)}  # JSON has no tuples
     if args.adapter:
         settings["adapter"] = str(args.adapter.absolute())
+    with lock_output(args.out) if args.out else nullcontext():
+        write_answers(args, params, questions, settings)
+
+
+def write_answers(
+    args: argparse.Namespace, params: SamplingParams, questions: list[dict], settings: dict
+) -> None:
     done = count_answered(args.out, questions, settings) if args.out else 0
     engine = engine_from_args(args, args.max_batch_size)
     progress = Progress(len(questions), "answers", done=done)

@@ -40,7 +40,7 @@ from torch import Tensor
 from alpaca.common import charts
 from alpaca.common.cli import positive
 from alpaca.common.errors import UserError
-from alpaca.common.files import atomic_file
+from alpaca.common.files import atomic_file, read_text
 from alpaca.weights.checkpoint import read_config
 from tokenizer import Tokenizer
 
@@ -166,7 +166,7 @@ def run_detect(args: argparse.Namespace) -> None:
         count = tokenizer.vocab_size
         raise UserError(f"vocabulary of {size}, but {args.tokenizer} has {count} tokens")
     watermark = Watermark(size, args.gamma, args.delta, args.key)
-    result = watermark.detect(tokenizer.encode(read_text(args.file)))
+    result = watermark.detect(tokenizer.encode(read_input(args.file)))
     verdict = watermark.verdict(result, args.threshold)
     if args.json:
         return print(json.dumps({**result, "verdict": verdict}))
@@ -177,12 +177,8 @@ def run_detect(args: argparse.Namespace) -> None:
     print(verdict)
 
 
-def read_text(file: str) -> str:
-    raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 at byte {error.start}") from None
+def read_input(file: str) -> str:
+    text = sys.stdin.read() if file == "-" else read_text(file)
     if not text.strip():
         raise UserError(f"{file}: no text in it")
     return text

@@ -24,7 +24,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from alpaca import CHECKOUT
-from alpaca.common.files import append_jsonl
+from alpaca.common.json_files import append_jsonl
 from alpaca.datagen.formats import load_records
 from alpaca.inference.engine import Engine, Sequence
 from alpaca.inference.watermark import Watermark

@@ -178,7 +178,7 @@ def parse_verdict(response: str) -> str:
     if not flagged:
         return ""
     names = sorted(str(name)[:40] for name, found in categories.items() if found is True)
-    return replace_surrogates(join_names(names, 3)) or "flagged"
+    return replace_surrogates(join_names(names)) or "flagged"
 
 
 def add_filter_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,8 @@ import torch
 
 from alpaca import CHECKOUT
 from alpaca.common.errors import UserError
-from alpaca.common.files import atomic_file, json_records
+from alpaca.common.files import atomic_file
+from alpaca.common.json_files import json_records
 from alpaca.datagen.formats import parse_weight
 from alpaca.training.config import TrainConfig
 from alpaca.training.throughput import adapter_parameters, model_parameters

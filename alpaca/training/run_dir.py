@@ -8,8 +8,7 @@ The lock keeps a second process out; it ends with the process that holds it.
 """
 
 import json
-import math
-import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,19 @@ import numpy as np
 
 from alpaca.common import charts
 from alpaca.common.errors import UserError
-from alpaca.common.files import append_jsonl, atomic_file, claim_run_folder, read_jsonl
+from alpaca.common.files import atomic_file
+from alpaca.common.json_files import append_jsonl, read_log
 from alpaca.common.progress import Progress, duration
+from alpaca.common.run_folder import run_folder
 
 STEP_FORMAT = "loss {loss:.3f}  lr {lr:.2e}  grad norm {grad_norm:.2f}  {tokens_per_s:,.0f} tok/s"
+STEP = {  # the shape of a line of metrics.jsonl
+    "step": int,
+    "loss": int | float | None,
+    "held_out_loss": int | float | None,
+    "tokens": int | None,
+    "tokens_per_s": int | float | None,
+}
 RECENT = 20  # steps that the progress line averages tok/s and MFU over
 
 
@@ -35,12 +43,12 @@ class RunDir:
         self.folder, self.quiet = folder, quiet
         self.metrics, self.chart = folder / "metrics.jsonl", folder / "loss.svg"
         self.records: list[dict[str, Any]] = []
-        self.lock: int | None = None
+        self.lock = ExitStack()
         if quiet:
             return
         if resume and not (folder / "settings.json").exists():
             raise UserError(f"--resume: there is no run in {folder}")
-        self.lock = claim_run_folder(folder, settings, "training")
+        self.lock.enter_context(run_folder(folder, settings, "training"))
         for leftover in folder.glob("*.json*.partial"):  # of a kill during a write
             leftover.unlink()
 
@@ -49,10 +57,11 @@ class RunDir:
             raise UserError(f"--out {self.folder} must be one folder that all machines see")
         return any((self.folder / name).exists() for name in ("model", "adapter"))
 
-    def close(self) -> None:
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
+    def __enter__(self) -> "RunDir":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.lock.__exit__(*exception)
 
     def start_log(self, done: int, steps: int) -> None:
         """Continue the log after `done` steps; drop later ones, which will run again."""
@@ -60,8 +69,7 @@ class RunDir:
             return
         self.records = []
         if done and self.metrics.exists():
-            logged = read_jsonl(self.metrics, skip_torn=True)
-            self.records = [r for r in logged if r.get("step", math.inf) <= done]
+            self.records = [r for r in read_log(self.metrics, STEP) if r["step"] <= done]
             if done == steps and self.records and "held_out_loss" in self.records[-1]:
                 self.records.pop()  # of the trained model; it is measured again
         with atomic_file(self.metrics, "w") as file:

@@ -18,7 +18,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from alpaca.common.errors import UserError, join_names
-from alpaca.common.files import atomic_folder, read_json
+from alpaca.common.files import atomic_folder
+from alpaca.common.json_files import read_json
 from alpaca.weights.checkpoint import is_finite, open_file
 from alpaca.weights.lora import LoraConfig, ThinLinear, target_shapes, wrap_targets
 from alpaca.weights.writer import dump_json
@@ -96,7 +97,7 @@ def read_adapter(folder: str | Path, config: LlamaConfig) -> tuple[LoraConfig, d
         elif not is_finite(tensor.float()):
             problems.append(f"{name} holds numbers that are not finite in fp32")
     if problems:
-        raise UserError(f"{files[0]}: {join_names(problems, 3)}")
+        raise UserError(f"{files[0]}: {join_names(problems)}")
     return lora, {name: found[name].float() for name in wanted}
 
 

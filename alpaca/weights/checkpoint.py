@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from alpaca.common.errors import UserError, join_names
-from alpaca.common.files import read_json
+from alpaca.common.json_files import read_json
 from alpaca.weights import meta_format
 from alpaca.weights.config_json import config_from_json, typed_config
 from model import Llama, LlamaConfig

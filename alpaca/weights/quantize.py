@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from alpaca.common.errors import UserError
-from alpaca.common.files import atomic_folder, read_json, refuse_existing
+from alpaca.common.files import atomic_folder, refuse_existing
+from alpaca.common.json_files import read_json
 from alpaca.common.progress import Progress
 from alpaca.weights.checkpoint import (
     EMBEDDING,

@@ -1,13 +1,13 @@
-"""Files that are complete or absent, logs that survive a kill."""
+"""Files that are complete or absent, and inputs that are never written over."""
 
-import subprocess
-import sys
+import errno
+import os
 
 import pytest
-from helpers.commands import ROOT
 
 from alpaca.common import files
 from alpaca.common.errors import UserError
+from alpaca.common.json_files import append_jsonl
 
 
 def test_atomic_file_keeps_the_old_content_on_failure(tmp_path):
@@ -67,20 +67,6 @@ def test_atomic_folder_makes_its_parents(tmp_path):
     assert (tmp_path / "deep" / "er" / "out").is_dir()
 
 
-def test_append_jsonl_survives_a_torn_line(tmp_path):
-    path = tmp_path / "log.jsonl"
-    files.append_jsonl(path, {"n": 1}, {"text": "zwölf\u2028\n"})
-    whole = path.read_bytes()
-    for cut in range(len(whole) + 1):
-        path.write_bytes(whole[:cut])
-        intact = list(files.read_jsonl(path, skip_torn=True))
-        files.append_jsonl(path, {"n": 3})
-        assert list(files.read_jsonl(path)) == [*intact, {"n": 3}], whole[:cut]
-    path.write_bytes(b'{"n": 1}\n' + b'{"torn": "' + b"x" * 200_000)
-    files.append_jsonl(path, {"n": 2})
-    assert list(files.read_jsonl(path)) == [{"n": 1}, {"n": 2}]
-
-
 def test_atomic_folder_renamed_during_locking_is_refused(tmp_path, monkeypatch):
     def slow_lock(handle, how, flock=files.fcntl.flock):
         (tmp_path / "out.partial").rename(tmp_path / "elsewhere")
@@ -98,48 +84,67 @@ def test_atomic_folder_refuses_a_symlink(tmp_path):
         pass
 
 
-APPENDING = """
-import sys
-from alpaca.common import files
-for n in range(40):
-    files.append_jsonl(sys.argv[1], {"who": sys.argv[2], "n": n, "x": "x" * 20_000})
-"""
-
-
-def test_append_jsonl_from_four_processes_loses_nothing(tmp_path):
-    path = tmp_path / "log.jsonl"
-    writers = [
-        subprocess.Popen([sys.executable, "-c", APPENDING, path, str(who)], cwd=ROOT)
-        for who in range(4)
-    ]
-    assert [writer.wait() for writer in writers] == [0] * 4
-    written = {(record["who"], record["n"]) for record in files.read_jsonl(path)}
-    assert len(written) == 160
-
-
-def test_append_jsonl_is_synced(tmp_path, monkeypatch):
-    synced = []
-    monkeypatch.setattr(files.os, "fsync", synced.append)
-    files.append_jsonl(tmp_path / "log.jsonl", {})
-    assert len(synced) == 2  # the file, and the folder that holds its new name
-    files.append_jsonl(tmp_path / "log.jsonl", {})
-    assert len(synced) == 3
-    with files.atomic_file(tmp_path / "file") as file:
+def test_an_input_is_never_written_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paper = tmp_path / "paper.txt"
+    paper.write_text("paid for")
+    (tmp_path / "link").symlink_to(paper)
+    (tmp_path / "hard").hardlink_to(paper)
+    (tmp_path / "folder").mkdir()
+    assert files.read_text("folder/../paper.txt") == "paid for"
+    for name in ("paper.txt", "./paper.txt", paper, "link", "hard", "folder/../link"):
+        with pytest.raises(UserError, match="is an input of this command"), files.atomic_file(name):
+            pass
+        with pytest.raises(UserError, match="is an input of this command"):
+            append_jsonl(name, {})
+    assert paper.read_text() == "paid for" and (tmp_path / "link").is_symlink()
+    with files.atomic_file("other.txt") as file:
         file.write(b"x")
-    assert len(synced) == 5
 
 
-def test_read_jsonl_names_the_line_of_an_error(tmp_path):
-    path = tmp_path / "user.jsonl"
-    path.write_text('{"n": 1}\n\n{"n": 2}')
-    assert list(files.read_jsonl(path)) == [{"n": 1}, {"n": 2}]
-    for content, words in (
-        ('{"n": 1}\n{"n": ', "line 2: not JSON"),
-        ("[1]\n", "line 1: a JSON object was expected"),
+def test_a_file_of_another_run_is_never_replaced(tmp_path):
+    (tmp_path / "settings.json").write_text("{}")
+    (tmp_path / "responses.jsonl").write_text("{}")
+    with (
+        pytest.raises(UserError, match="belongs to a run: name another output"),
+        files.atomic_file(tmp_path / "responses.jsonl"),
     ):
-        path.write_text(content)
-        with pytest.raises(UserError, match=words):
-            list(files.read_jsonl(path))
-    path.write_bytes(b'{"n": "caf\xe9"}\n')
-    with pytest.raises(UserError, match="line 1: not JSON"):
-        list(files.read_jsonl(path))
+        pass
+    with files.atomic_file(tmp_path / "export.json") as file:
+        file.write(b"x")
+    assert (tmp_path / "responses.jsonl").read_text() == "{}"
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", "/dev/zero", tmp_path):
+        with pytest.raises(UserError, match="is not a regular file"):
+            files.input_file(path)
+    with pytest.raises(FileNotFoundError, match="none"):
+        files.input_file(tmp_path / "none")
+
+
+def test_an_error_of_a_write_names_its_file(tmp_path):
+    for write in (files.atomic_file, files.atomic_folder):
+        with (
+            pytest.raises(OSError, match="No space left on device: '.*/big'"),
+            write(tmp_path / "big"),
+        ):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_failed_outputs_leave_no_folder_behind(tmp_path):
+    with pytest.raises(RuntimeError), files.atomic_folder(tmp_path / "deep/er/out"):
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
+def test_lock_output_keeps_a_second_writer_out(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text("")
+    with files.lock_output(path):
+        files.input_file(path)  # a locked output may be read and written
+        append_jsonl(path, {"n": 1})
+        with pytest.raises(UserError, match="another process is writing"), files.lock_output(path):
+            pass
+    assert [file.name for file in tmp_path.iterdir()] == ["answers.jsonl"]

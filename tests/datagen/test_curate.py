@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 from helpers.commands import assert_refused
 
-from alpaca.common.files import read_jsonl
+from alpaca.common.json_files import read_log
 from alpaca.datagen import curate
 from alpaca.datagen.curate import opening, printable
 from alpaca.datagen.lint import RULES, find_defects
@@ -361,7 +361,7 @@ def test_fix_splits_the_records_and_changes_nothing_else(command, folder, tmp_pa
     assert (kept.read_bytes(), dropped.read_bytes()) == before
     kept.unlink(), dropped.unlink()
     command("curate", "lint", folder, "--fix", kept, "--dropped", dropped)  # a run's records
-    assert json.loads(kept.read_text()) == list(read_jsonl(folder / "records.jsonl"))
+    assert json.loads(kept.read_text()) == list(read_log(folder / "records.jsonl"))
     assert json.loads(dropped.read_text()) == []
 
 

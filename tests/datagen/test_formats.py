@@ -61,7 +61,7 @@ BROKEN = {
     "an object over several lines": ("{\n" + ALPACA[1:], "line 1: not JSON"),
     "text after the list": (f"[{ALPACA}]\n{ALPACA}", "not JSON", "line 2"),
     "list of lists": (f"[[{ALPACA}]]", "record 1: an object"),
-    "endless nesting": ("[\n" + "[" * 10**5, "not JSON"),
+    "endless nesting": ("[\n" + "[" * 10**5, "nested more than 64 deep"),
     "number": (f"[{ALPACA},\n\n 5]", "record 2: an object"),
     "no output": (f'{ALPACA}\n{{"instruction": "x"}}', "line 2: it has no output"),
     "no instruction": ('[{"output": "x"}]', "record 1: it has no instruction"),

@@ -12,7 +12,7 @@ from helpers.teacher_server import Server, answer
 
 import selfinstruct
 from alpaca.common.errors import UserError
-from alpaca.common.files import read_jsonl
+from alpaca.common.json_files import read_log
 from alpaca.datagen.client import FREE, Reply
 from alpaca.datagen.four_stage import SelfInstruct, filter_instances, parse_instances
 
@@ -109,7 +109,7 @@ def test_prompts_show_seeds_in_the_order_of_the_stage():
 
 
 def test_prompt_shows_generated_instructions_of_long_before():
-    stages = SelfInstruct(list(read_jsonl(SEEDS)), "", "English", 0, {})
+    stages = SelfInstruct(list(read_log(SEEDS)), "", "English", 0, {})
     early, late = [(3, "early one"), (9, "early two")], [(10, "late one"), (400, "late two")]
     prompt, _, seeds = stages.prompt(9 + 8, early + late)
     assert "early one" in prompt and "early two" in prompt and "late" not in prompt
@@ -122,7 +122,7 @@ def reply(text: str, truncated: bool = False) -> Reply:
 
 
 def test_parse_reads_a_numbered_list():
-    parse = SelfInstruct(list(read_jsonl(SEEDS)), "", "English", 0, {}).parse
+    parse = SelfInstruct(list(read_log(SEEDS)), "", "English", 0, {}).parse
     for text in (
         " Do a.\n10. Do b.",
         "9. Do a.\r\n10) **Do b.**",

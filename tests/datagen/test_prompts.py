@@ -7,7 +7,7 @@ import re
 import pytest
 from helpers.commands import ROOT
 
-from alpaca.common.files import read_jsonl
+from alpaca.common.json_files import read_log
 from alpaca.datagen.prompts import Task, alpaca_prompt, parse_tasks, reject_reason
 
 BEYOND_TEXT = (
@@ -97,7 +97,7 @@ def test_parse_tasks_rejects_the_last_task_of_a_truncated_answer():
 
 
 def test_parse_tasks_reads_our_own_prompt():
-    seeds = list(read_jsonl(ROOT / "data/seed_tasks.jsonl"))
+    seeds = list(read_log(ROOT / "data/seed_tasks.jsonl"))
     for start in range(0, 175, 7):
         some = seeds[start : start + 7]
         text = alpaca_prompt("", some).removesuffix("###\n8. Instruction:")

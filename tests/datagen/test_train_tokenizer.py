@@ -26,9 +26,9 @@ def test_train_tokenizer_refuses_in_one_line_and_writes_nothing(tmp_path, comman
     refuse(tmp_path / "absent.txt", out, "absent.txt: No such file")
     for target in (tmp_path, tmp_path / "absent" / "t.model"):
         refuse(corpus, target, "a file name in an existing folder was expected")
-    refuse(corpus, corpus, "is one of the texts")
+    refuse(corpus, corpus, "is an input of this command")
     corpus.write_bytes(b" \n\n")
     refuse(corpus, out, "no text in")
     corpus.write_bytes(b"caf\xe9\n")
-    refuse(corpus, out, "corpus.txt: not UTF-8 at byte 3")
+    refuse(corpus, out, "corpus.txt, line 1: not UTF-8")
     assert [entry.name for entry in tmp_path.iterdir()] == ["corpus.txt"]

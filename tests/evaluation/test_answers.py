@@ -10,7 +10,7 @@ from helpers.models import expected
 from helpers.teacher_server import Server
 
 from alpaca.common.errors import UserError
-from alpaca.common.files import read_log
+from alpaca.common.json_files import read_log
 from alpaca.evaluation.outputs import pair_outputs, read_items
 from alpaca.inference.engine import Engine
 from alpaca.weights.loading import load_model

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from helpers.annotations import write_outputs
 from helpers.commands import assert_refused
 
-from alpaca.common.files import claim_run_folder
+from alpaca.common.run_folder import run_folder
 from alpaca.evaluation import blind, win_rate
 from alpaca.evaluation.blind import RaterCopy
 
@@ -120,10 +119,9 @@ def test_sessions_stop_resume_undo_and_finish(rate, start, unblind, tmp_path):
 
 def test_rate_and_unblind_refuse_while_another_rates(rate, start, unblind, tmp_path):
     start("blind", "--raters", "ann")
-    lock = claim_run_folder(tmp_path / "blind/ann", {}, "rating")
-    assert_refused(rate(tmp_path / "blind/ann", "a"), "another process is rating")
-    assert_refused(unblind("blind", "--early"), "another process is rating")
-    os.close(lock)
+    with run_folder(tmp_path / "blind/ann", {}, "rating"):
+        assert_refused(rate(tmp_path / "blind/ann", "a"), "another process is rating")
+        assert_refused(unblind("blind", "--early"), "another process is rating")
     assert_refused(rate(tmp_path / "blind", "a"), "not a rater's folder")
     assert rate(tmp_path / "blind/ann", "a")[0] == 0
 
@@ -138,9 +136,9 @@ def test_rate_reads_its_state_under_the_lock(rate, start, tmp_path, meanwhile):
             RaterCopy(folder).rate("a")
         else:
             (tmp_path / "blind/annotations.json").write_text("[]")
-        return claim_run_folder(*args)
+        return run_folder(*args)
 
-    with mock.patch.object(blind, "claim_run_folder", claim_late):
+    with mock.patch.object(blind, "run_folder", claim_late):
         result = rate(folder, "b", "q")
     if meanwhile == "unblinded":
         return assert_refused(result, "closed")

@@ -82,6 +82,7 @@ def test_bars_are_95_percent_and_missing_where_unknown(score, tmp_path):
 
 def test_names_from_files_are_escaped(score, tmp_path):
     file = write(tmp_path / "a.json", [entry(n, 2, generator_2="<script>\x1b[2J") for n in "abc"])
+    assert_refused(score(file, "--plot", file), "is an input of this command")
     code, out, _ = score(file, "--plot", tmp_path / "p.svg")
     assert code == 0 and "\x1b" not in out and "\\x1b" in out
     svg = (tmp_path / "p.svg").read_text()

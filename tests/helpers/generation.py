@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from alpaca.common.files import read_jsonl
+from alpaca.common.json_files import read_log
 from helpers.commands import ROOT
 from helpers.teacher_server import Server
 
@@ -20,7 +20,7 @@ def arguments(out: Path, server: Server, num: int, *more) -> list[str]:
 
 
 def read(folder: Path, name: str) -> list[dict]:
-    return list(read_jsonl(folder / f"{name}.jsonl"))
+    return list(read_log(folder / f"{name}.jsonl"))
 
 
 def comparable(folder: Path) -> list[dict]:

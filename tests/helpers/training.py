@@ -15,7 +15,7 @@ import torch
 
 import fsdp_train
 from alpaca.common.errors import run_command
-from alpaca.training.run_dir import RunDir
+from alpaca.common.files import INPUTS
 from alpaca.weights.writer import save_model
 from helpers.checkpoints import read_tensors
 from helpers.commands import ROOT
@@ -76,20 +76,15 @@ def flags(base, out, **changes) -> list[str]:
 
 def train(words: list[str]) -> tuple[int, str, str]:
     """The command in this process, as one rank: (exit code, stdout, stderr)."""
-    code, out, err, opened = 0, io.StringIO(), io.StringIO(), []
+    code, out, err = 0, io.StringIO(), io.StringIO()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     threads = torch.get_num_threads()
-
-    def open_run(*args):
-        opened.append(RunDir(*args))
-        return opened[-1]
-
+    INPUTS.clear()
     torch.set_num_threads(1)  # as `launch` has it
     try:
         with (
             mock.patch.object(sys, "argv", ["fsdp_train.py", *map(str, words)]),
             mock.patch.object(fsdp_train, "keep_freed_memory"),
-            mock.patch.object(fsdp_train, "RunDir", open_run),
             redirect_stdout(out),
             redirect_stderr(err),
         ):
@@ -102,8 +97,6 @@ def train(words: list[str]) -> tuple[int, str, str]:
             signal.signal(number, handler)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        for run in opened:
-            run.close()
     return code, out.getvalue(), err.getvalue()
 
 

@@ -11,6 +11,7 @@ from helpers.commands import ROOT, assert_refused
 from helpers.models import expected
 
 from alpaca import CHECKOUT
+from alpaca.common.files import lock_output
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
 from alpaca.weights import loading
@@ -111,7 +112,9 @@ def test_file_is_answered_in_order_and_resumes(command, engine, tmp_path):
     assert_refused(other, "line 1", "another instruction")
     cooler = generate(command, *flags, "--out", out, "--temperature", 1)
     assert_refused(cooler, "line 1", "sampling")
-    assert_refused(generate(command, *flags, "--out", file), "line 1", "--out")
+    assert_refused(generate(command, *flags, "--out", file), "q.jsonl is an input", "output")
+    with lock_output(out):
+        assert_refused(generate(command, *flags, "--out", out), "another process is writing")
     file.write_text(json.dumps(questions[0]))
     assert_refused(generate(command, *flags, "--out", out), "line 2", "more answers")
 

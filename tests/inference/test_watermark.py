@@ -293,11 +293,11 @@ def test_user_errors_are_one_line(command, tmp_path):
     good, bad = tmp_path / "good.txt", tmp_path / "bad.txt"
     good.write_text("Some text that is fine.")
     bad.write_bytes(b"abc \xff")
-    assert_refused(detect(command, bad), "bad.txt", "not UTF-8 at byte 4")
+    assert_refused(detect(command, bad), "bad.txt", "line 1: not UTF-8")
     bad.write_text(" \n")
     assert_refused(detect(command, bad), "no text")
     assert_refused(detect(command, tmp_path / "none.txt"), "none.txt", "No such file")
-    assert_refused(detect(command, tmp_path), "Is a directory")
+    assert_refused(detect(command, tmp_path), "not a regular file")
     for flag, word in (
         ("--gamma=1.5", "gamma"),
         ("--gamma=nan", "gamma"),

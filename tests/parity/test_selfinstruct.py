@@ -6,7 +6,7 @@ from helpers.teacher_server import Server
 from rouge_score import rouge_scorer
 
 import selfinstruct
-from alpaca.common.files import read_jsonl
+from alpaca.common.json_files import read_log
 from rougel import tokenize
 
 
@@ -14,7 +14,7 @@ def test_similarities_are_rouge_score_s(tmp_path, command):
     with Server() as server:
         assert command(selfinstruct, *arguments(tmp_path / "r", server, 200))[0] == 0
     records = read(tmp_path / "r", "records")
-    texts = [line["instruction"] for line in (*read_jsonl(SEEDS), *records)]
+    texts = [line["instruction"] for line in (*read_log(SEEDS), *records)]
     for place, record in [*enumerate(records, 175)][::6]:
         pool = texts[:place]
         scores = [

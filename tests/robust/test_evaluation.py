@@ -10,7 +10,7 @@ from helpers.commands import ROOT, begin
 from helpers.judges import fair, judge
 from helpers.teacher_server import Server
 
-from alpaca.common.files import read_log
+from alpaca.common.json_files import read_log
 
 
 def kill_when(process, condition) -> None:

@@ -8,10 +8,10 @@ from helpers.commands import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alpaca.common.files import read_jsonl
+from alpaca.common.json_files import read_log
 from alpaca.datagen.prompts import alpaca_prompt, parse_tasks, reject_reason
 
-SEEDS = list(read_jsonl(ROOT / "data/seed_tasks.jsonl"))
+SEEDS = list(read_log(ROOT / "data/seed_tasks.jsonl"))
 JUNK = ["###", "\n", "4. ", "Instruction:", "Output", "```", "\x00", "**", "é", " " * 500, "😀"]
 
 

@@ -17,7 +17,7 @@ from helpers.generation import FOUR_STAGES, SEEDS, arguments, check_whole, compa
 from helpers.teacher_server import ODD, THINGS, Server, answer
 
 import selfinstruct
-from alpaca.common.files import read_log
+from alpaca.common.json_files import read_log
 from alpaca.datagen.four_stage import SelfInstruct
 
 EVERY_FAULT = ["429", "500", "503", "reset", "half", "stall", *ODD]

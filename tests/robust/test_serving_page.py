@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 from helpers.demo_server import ScriptedEngine, running, tiny_engine
 
-from alpaca.common.files import read_jsonl
+from alpaca.common.json_files import read_log
 from alpaca.serving.moderation import Filter, FilterUnavailable, RuleFilter
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -93,7 +93,7 @@ def test_page_streams_stops_copies_reports_and_checks(browser, tmp_path):
         assert page.text_content("#tokens") == shown
         assert page.get_attribute("#tab-check", "aria-selected") == "true"
         assert page.locator("#tokens .is-plain").count() > 0
-    (report,) = read_jsonl(file)
+    (report,) = read_log(file)
     assert (report["instruction"], report["input"], report["why"]) == ("Say words.", "many", "dull")
     assert report["output"] == shown and report["temperature"] == 0.7
 
@@ -137,7 +137,7 @@ def test_page_keeps_the_focus_and_the_answer(browser, tmp_path):
         page.fill("#why", "dull")
         page.keyboard.press("Control+Enter")
         expect_text(page, "Reported")
-    (report,) = read_jsonl(file)
+    (report,) = read_log(file)
     assert report["why"] == "dull"
 
 

@@ -26,7 +26,7 @@ from helpers.demo_server import (
 )
 
 import selfinstruct
-from alpaca.common.files import read_jsonl
+from alpaca.common.json_files import read_log
 from alpaca.inference.sampling import SamplingParams
 from alpaca.serving import app, scheduler, serve
 from alpaca.serving.moderation import Filter, FilterUnavailable, RuleFilter, make_filter
@@ -146,7 +146,7 @@ def test_the_server_is_a_teacher_for_selfinstruct(command, tmp_path):
             "--teacher", "tiny", "--base-url", f"{server.url}/v1", "--retry-wait", 0.05,
         )  # fmt: skip
     assert code == 0, err
-    log = list(read_jsonl(tmp_path / "run/responses.jsonl"))
+    log = list(read_log(tmp_path / "run/responses.jsonl"))
     assert log and all(entry["usage"]["completion"] > 50 for entry in log)
 
 
@@ -472,7 +472,7 @@ def test_reports_are_appended_to_a_private_file(tmp_path, monkeypatch):
         monkeypatch.setattr(app, "MAX_REPORTS_SIZE", 100)
         assert server.post("/api/flag", {"output": "a"}).status == 503
     assert file.stat().st_mode & 0o777 == 0o600
-    reports = list(read_jsonl(file))
+    reports = list(read_log(file))
     assert [report["output"] for report in reports] == ["<b>", "x\n中"]
     assert first.items() <= reports[0].items() and reports[0]["model"] == "tiny"
 

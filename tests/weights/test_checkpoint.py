@@ -162,9 +162,9 @@ def test_missing_config_or_weights_are_refused(tmp_path, command, folder):
 def test_damaged_config_is_refused(command, folder):
     config = folder / "config.json"
     start = config.read_text()[:50]
-    for content in (start, "[" * 200_000, "\xff"):
+    for content, words in ((start, "not JSON"), ("[" * 200_000, "deep"), ("\xff", "not UTF-8")):
         config.write_bytes(content.encode("latin-1"))
-        refuse_convert(command, folder, "config.json", "not JSON")
+        refuse_convert(command, folder, "config.json", words)
 
 
 DEFAULT, DYNAMIC = {"rope_type": "default", "rope_theta": 1e4}, {"type": "dynamic", "factor": 4.0}
@@ -254,7 +254,7 @@ def test_all_wrong_tensors_are_named_in_one_line(command, folder):
         "model.embed_tokens.weight is torch.int8, not one of fp32, bf16, fp16",
     )
     replace_weights(folder, {f"base_model.{name}": t for name, t in weights.items()})
-    refuse_convert(command, folder, "unexpected base_model.lm_head.weight", "and 12 more")
+    refuse_convert(command, folder, "unexpected base_model.lm_head.weight", "and 17 more")
 
 
 def test_head_that_is_not_the_tied_embedding_is_refused(command, folder):

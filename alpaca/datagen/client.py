@@ -63,10 +63,14 @@ class Reply(NamedTuple):
 
 
 class Client:
-    def __init__(self, timeout: float = 300, max_retries: int = 7, retry_wait: float = 1.0):
+    def __init__(
+        self, timeout: float = 300, max_retries: int | None = None, retry_wait: float = 1.0
+    ):
         """`timeout`: seconds for a whole response. `retry_wait`: seconds before the first retry."""
         self.timeout, self.retry_wait = timeout, retry_wait
-        self.attempts = max(max_retries, 0) + 1
+        self.attempts, self.first_attempts = 8, 3  # the latter if no server is there
+        if max_retries is not None:
+            self.attempts = self.first_attempts = max_retries + 1
         self.not_before: dict[str, float] = {}  # server -> when it wants the next request
         self.answered: set[Endpoint] = set()
         self.retries = 0
@@ -91,7 +95,7 @@ class Client:
         """Send a request, with retries, and return the parsed response. `may_retry` is called
         before every retry: is there money for it?"""
         wasted, attempt, error, unreachable = FREE, 0, "none was made", False
-        while attempt < self.attempts and not (unreachable and attempt == 3):
+        while attempt < self.attempts and not (unreachable and attempt == self.first_attempts):
             await self._wait(endpoint, attempt)
             if self.closing or (attempt and may_retry and not may_retry()):
                 break

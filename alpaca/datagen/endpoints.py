@@ -155,7 +155,8 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     add("--request", type=json_object, default={}, metavar="JSON", help=more)
     add("--concurrency", type=count, default=32, help="requests in flight (default: 32)")
     add("--timeout", type=number, default=300, help="seconds for one response (default: 300)")
-    add("--max-retries", type=not_negative, default=7, help="of one request (default: 7)")
+    retries = "of one request (default: 7, but 2 if no server is there)"
+    add("--max-retries", type=not_negative, help=retries)
     wait = "seconds before the first retry, then doubling to 60 (default: 1)"
     add("--retry-wait", type=number, default=1, help=wait)
     add = parser.add_argument_group("cost").add_argument

@@ -88,7 +88,7 @@ def generate_one(args: argparse.Namespace, params: SamplingParams) -> None:
 
 
 def as_json(sequence: Sequence) -> str:
-    fields = {"text": sequence.text, "reason": sequence.finish_reason}
+    fields = {"text": sequence.text, "finish_reason": sequence.finish_reason}
     fields["tokens"] = [sequence.tokenizer.piece(token) for token in sequence.ids]
     fields["logprobs"] = [round(logprob, 4) for logprob in sequence.logprobs]
     return json.dumps(fields, ensure_ascii=False)

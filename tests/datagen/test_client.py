@@ -158,9 +158,11 @@ def test_status_error_tells_refusals_from_failures():
     assert type(error) is RequestFailedError and str(error).endswith("says 400: too long")
 
 
-def test_unreachable_server_is_refused_after_three_attempts():
-    with pytest.raises(RefusedError, match=r"127\.0\.0\.1:9/v1: no answer in 3 attempts"):
-        ask("http://127.0.0.1:9/v1", max_retries=49)
+@pytest.mark.parametrize("max_retries, attempts", [(None, 3), (0, 1), (5, 6)])
+def test_unreachable_server_is_refused_after_few_attempts(max_retries, attempts):
+    words = rf"127\.0\.0\.1:9/v1: no answer in {attempts} attempts"
+    with pytest.raises(RefusedError, match=words):
+        ask("http://127.0.0.1:9/v1", max_retries=max_retries)
 
 
 def test_may_retry_is_asked_before_another_attempt():

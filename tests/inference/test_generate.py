@@ -68,7 +68,7 @@ def test_json_has_tokens_and_logprobs(command, engine):
     first, second = map(json.loads, out.splitlines())
     assert first == second and first["text"] == expected(engine, "Name a fruit.")
     assert len(first["tokens"]) == len(first["logprobs"]) > 0
-    assert first["reason"] in ("stop", "length") and max(first["logprobs"]) <= 0
+    assert first["finish_reason"] in ("stop", "length") and max(first["logprobs"]) <= 0
 
 
 def test_model_flags_and_stats(command):

@@ -10,7 +10,7 @@
   the end of what came before it, prompt included. Parts end between words, and for a service they
   are long enough to be judged.
 - How far back it looks is counted after normalization, so that 250 spaces, or characters that are
-  invisible, push nothing out of sight.
+  invisible, push nothing out of sight. Only the filter drops them: the reader gets every character.
 """
 
 import argparse
@@ -31,6 +31,12 @@ from tokenizer import SPACE
 RULES_FILE = CHECKOUT / "data/filter_rules.txt"
 LAST_WORD = re.compile(r"[^\W\u2e80-\u9fff\uf900-\ufaff]*\Z")  # Chinese may be cut anywhere
 MAX_WORD_LENGTH = 40
+BLANK_CELL = "\u2800"  # stands for all of BLANKS, which show nothing and may be as wide as a space
+BLANKS = "\u2800\u115f\u1160\u3164\uffa0"  # Braille's empty cell, Hangul's fillers
+SPACES = re.compile(rf"[\s{BLANK_CELL}]+")
+INVISIBLE = re.compile(  # a joiner, Khmer's inherent vowels, variation selectors, a null note
+    "[\u034f\u17b4\u17b5\u180b-\u180d\u180f\ufe00-\ufe0f\U0001d159\U000e0100-\U000e01ef]"
+)
 RETRY_WAIT = 0.2  # s
 NOTICE_INTERVAL = 60  # s between two notices that the service cannot be reached
 UNAVAILABLE = (
@@ -119,21 +125,34 @@ class RuleFilter(Filter):
 
     async def check(self, text: str) -> str:
         text = to_plain(text)
-        return next((category for category, rule in self.rules if rule.search(text)), "")
+        readings = {text.replace(BLANK_CELL, ""), text.replace(BLANK_CELL, " ")}
+        found = (c for c, rule in self.rules if any(rule.search(one) for one in readings))
+        return next(found, "")
 
 
-def collapse_spaces(text: str, invisible: tuple[str, ...] = ("Cf",)) -> str:
-    """One space for several, the tokenizer's space included, and no invisible characters."""
-    if not text.isascii():
-        drop = {ord(c): None for c in set(text) if unicodedata.category(c) in invisible}
-        text = text.translate({**drop, ord(SPACE): " "})
-    return re.sub(r"(\s)\s+", r"\1", text)
+def replacement(char: str) -> str:
+    """What the filter reads for a character: nothing for one that shows nothing."""
+    if char == SPACE:
+        return " "
+    if char in BLANKS:
+        return BLANK_CELL
+    if char.isspace() and not "\x1c" <= char <= "\x1f":
+        return char
+    # category C: controls, formats, surrogates, private use and what has no character yet
+    return "" if unicodedata.category(char)[0] == "C" or INVISIBLE.match(char) else char
+
+
+def collapse_spaces(text: str) -> str:
+    """One space for several, the tokenizer's space included, and nothing that is invisible."""
+    text = text.translate({ord(char): replacement(char) for char in set(text)})
+    return SPACES.sub(lambda run: run[0].strip(BLANK_CELL)[:1] or BLANK_CELL, text)
 
 
 def to_plain(text: str) -> str:
     """The same on one line, in lower case, in compatible characters without accents."""
-    text = collapse_spaces(unicodedata.normalize("NFKD", text), ("Cf", "Mn")).casefold()
-    return re.sub(r"\s", " ", text)
+    text = unicodedata.normalize("NFKD", text)
+    text = "".join(char for char in text if unicodedata.category(char) not in ("Mn", "Me"))
+    return re.sub(r"\s", " ", collapse_spaces(text).casefold())
 
 
 class ServiceFilter(Filter):

@@ -5,7 +5,7 @@
     GET  /v1/models              and /v1/models/NAME
     POST /v1/completions         and /v1/chat/completions, streamed or not
     POST /api/detect             {"text": …} → z, p-value and the color of every token
-    POST /api/flag               a report about an answer, appended to a file
+    POST /api/flag               a report about an answer, appended to a file of bounded size
 
 An answer passes these steps, each of which can refuse it: the client's rate, the schema, room in
 the queue, the filter on the prompt, and the filter on every part of the answer before it is shown.
@@ -14,8 +14,10 @@ the queue, the filter on the prompt, and the filter on every part of the answer 
 import argparse
 import asyncio
 import base64
+import fcntl
 import hashlib
 import math
+import os
 import re
 import time
 from collections.abc import AsyncGenerator, Iterable
@@ -37,7 +39,7 @@ from alpaca.weights.loading import DEFAULT_MODEL
 
 PAGE_FILE = Path(__file__).with_name("page.html")
 MAX_DETECT_LENGTH = 20_000  # characters
-MAX_REPORTS_SIZE = 64 << 20  # bytes
+MAX_REPORTS_SIZE = 64 << 20  # bytes of a file; as many are kept in the one before it
 PAGE_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 PAGE_POLICY += "; connect-src 'self'; img-src data:"
 NOTICE = (
@@ -231,15 +233,18 @@ class App:
             report[name] = api.get_number(body, name, None, 0, 1 << 30)
         if not report["output"] and not report["why"]:
             raise HTTPError(400, "the report is empty", param="output")
+        """A full reports.jsonl becomes reports.1.jsonl, in place of the one before."""
         async with self.one_at_a_time:
             await asyncio.to_thread(self.append_report, report)
+        with open(file, "rb") as opened:
+            fcntl.flock(opened, fcntl.LOCK_EX)  # or another server could move the new file, too
+            if file.stat().st_size >= MAX_REPORTS_SIZE:
+                os.replace(file, file.with_name(f"{file.stem}.1{file.suffix}"))
+                create_private(file)
         return json_response({"stored": True}, 201)
 
     def append_report(self, report: dict) -> None:
         file = self.args.reports
-        if file.exists() and file.stat().st_size > MAX_REPORTS_SIZE:
-            message = "no more reports can be stored"
-            raise HTTPError(503, message, "server_error", retry_after=3600)
         create_private(file)
         append_jsonl(file, report)
 

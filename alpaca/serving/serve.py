@@ -157,8 +157,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("page").add_argument
     add("--examples", type=Path, help="JSON or JSONL of instructions (default: the project's)")
     add("--notice", help="about the model and its terms (default: its size, a caution)")
-    reports = CHECKOUT / "runs/demo/reports.jsonl"
-    add("--reports", type=Path, default=reports, help=f"file for reports (default: {reports})")
+    reports = "runs/demo/reports.jsonl"
+    help = f"file for reports (default: {reports})"
+    add("--reports", type=Path, default=CHECKOUT / reports, help=help)
 
 
 def check_arguments(args: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ RENAMED = {  # flags, or flags that are a verb now: the error names the new one
     "--rows": "--max-batch-size",
     "--moderation-key": "--moderation-key-env",
     "--tries": "--max-replies",
+    "--client-header": "--trusted-proxy",
     "--chat": "alpaca chat",
 }
 

@@ -91,14 +91,9 @@ class App:
         return json_response(content, 200 if healthy else 503)
 
     def charge(self, request: Request, cost: int) -> None:
-        if wait := self.rates.wait(self.client(request), cost):
+        if wait := self.rates.wait(request.address, cost):
             message = f"too many requests: try again in {max(1, round(wait))} s"
             raise HTTPError(429, message, "rate_limit_error", retry_after=wait)
-
-    def client(self, request: Request) -> str:
-        """Behind a proxy all requests come from one address; a header names the client, last."""
-        forwarded = request.headers.get((self.args.client_header or "").lower(), "")
-        return forwarded.rpartition(",")[2].strip()[:64] or request.address
 
     # ------------------------------------------------------------ answers
 
@@ -113,7 +108,7 @@ class App:
         if request.params[0].logprobs and self.filter.name != "off":
             message = "top logprobs show unfiltered tokens: they need --filter off"
             raise HTTPError(400, message, param="logprobs", code="unsupported_parameter")
-        (prompts, params), client = request.sequences, self.client(http_request)
+        (prompts, params), client = request.sequences, http_request.address
         self.charge(http_request, len(params) - 1)
         deadline = asyncio.get_running_loop().time() + self.args.timeout
         async with self.http_errors(deadline):
@@ -233,19 +228,19 @@ class App:
             report[name] = api.get_number(body, name, None, 0, 1 << 30)
         if not report["output"] and not report["why"]:
             raise HTTPError(400, "the report is empty", param="output")
-        """A full reports.jsonl becomes reports.1.jsonl, in place of the one before."""
         async with self.one_at_a_time:
             await asyncio.to_thread(self.append_report, report)
+        return json_response({"stored": True}, 201)
+
+    def append_report(self, report: dict) -> None:
+        """A full reports.jsonl becomes reports.1.jsonl, in place of the one before."""
+        file = self.args.reports
+        create_private(file)
         with open(file, "rb") as opened:
             fcntl.flock(opened, fcntl.LOCK_EX)  # or another server could move the new file, too
             if file.stat().st_size >= MAX_REPORTS_SIZE:
                 os.replace(file, file.with_name(f"{file.stem}.1{file.suffix}"))
                 create_private(file)
-        return json_response({"stored": True}, 201)
-
-    def append_report(self, report: dict) -> None:
-        file = self.args.reports
-        create_private(file)
         append_jsonl(file, report)
 
 

@@ -1,13 +1,15 @@
 """HTTP/1.1 on asyncio, for many clients of which some are slow, broken or hostile.
 
     server = Server(app, Limits(), LOOPBACK)     # async def app(request: Request) -> Response
-    await server.start(listening_socket)
+    server.start(listening_socket)
     await server.drain(30)                 # no new requests; running ones have 30 s to finish
 
 h11 parses and writes the protocol (RFC 9112) and knows each connection's state. This file adds:
 
   - A bound on everything a client can occupy: connections, bytes of a request's head and body,
-    seconds to send a request, seconds to read the response.
+    seconds to send a request, seconds to read the response. Where there are too many connections,
+    the one that has waited longest for a request goes, and never one that is being answered.
+  - Behind a trusted proxy a client is who X-Forwarded-For says: limits of a client are its own.
   - A client that closes its connection, or its sending half, cancels the app's coroutine. To
     notice it, the server keeps reading while the app works, and disconnects a client that sends
     more than `head_bytes` ahead of its response.
@@ -19,13 +21,16 @@ h11 parses and writes the protocol (RFC 9112) and knows each connection's state.
 
 import asyncio
 import json
+import math
 import re
 import socket
+import time
 import traceback
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Any
 
 import h11
@@ -46,11 +51,12 @@ SECURITY_HEADERS = {
 @dataclass(frozen=True)
 class Limits:
     connections: int = 512
-    per_address: int = 128  # connections from one address of another machine
+    per_address: int = 128  # of a client on another machine
     head_bytes: int = 16 << 10  # request line and headers
     body_bytes: int = 128 << 10
     idle_s: float = 30  # between two requests
-    read_s: float = 10  # for a whole request, from its first byte
+    head_s: float = 5  # for a head, from its first byte or, on a new connection, from its start
+    body_s: float = 10
     write_s: float = 20  # for the client to read what was sent
 
 
@@ -78,7 +84,7 @@ class Request:
     path: str  # without the query
     headers: dict[str, str]  # names in lower case
     body: bytes
-    address: str
+    address: str  # of the client, also behind a trusted proxy
 
 
 @dataclass
@@ -94,10 +100,24 @@ def json_response(content: dict, status: int = 200, headers: dict | None = None)
     return Response(body, status=status, headers=headers or {})
 
 
+def too_many() -> HTTPError:
+    return HTTPError(503, "too many connections", "overloaded", retry_after=1)
+
+
 def parse_host(host: str) -> str:
     """Name or address of NAME[:PORT], in lower case; "" if it has another form."""
     match = HOST_PORT.fullmatch(host)
     return (match[1] or match[2]).lower() if match else ""
+
+
+def parse_address(text: str) -> str:
+    """An IP address in its one usual form, without a port; "" if it is none."""
+    text = text.strip()
+    try:
+        address = ip_address(parse_host(text) or text)
+    except ValueError:
+        return ""
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 class Connection:
@@ -106,11 +126,16 @@ class Connection:
     def __init__(self, server: "Server", reader, writer: asyncio.StreamWriter):
         self.server, self.reader, self.writer = server, reader, writer
         self.limits = server.limits
-        self.address = (writer.get_extra_info("peername") or ["?"])[0]
+        self.peer = parse_address((writer.get_extra_info("peername") or ["0.0.0.0"])[0])
         self.protocol = h11.Connection(h11.SERVER, self.limits.head_bytes)
         self.method = b""  # of the newest request
         self.idle = False  # waits for a request, so that it can be closed at any time
         self.task: asyncio.Task = asyncio.current_task()  # type: ignore
+        self.wait_for_request()
+
+    def wait_for_request(self) -> None:
+        self.address = self.peer  # until a proxy names the client
+        self.waiting_since = time.monotonic()  # math.inf: a request is being answered
 
     async def exchange(self) -> bool:
         """One request and its response; True if another request may follow."""
@@ -120,12 +145,14 @@ class Connection:
         except HTTPError as error:
             await self.send(error.response, close=True)
             return False
+        self.waiting_since = math.inf
         watcher = asyncio.create_task(self.cancel_if_client_leaves())
         try:
             await self.send(await self.run_app(request), close=self.server.draining)
         finally:
             watcher.cancel()
             await asyncio.wait([watcher])  # meanwhile other connections get their turn
+            self.wait_for_request()
         if self.server.draining or self.protocol.our_state is not h11.DONE:
             return False
         self.protocol.start_next_cycle()
@@ -159,26 +186,30 @@ class Connection:
 
     async def read_request(self) -> Request | None:
         """The next request, or None if the client left or was silent for too long."""
+        loop, limits, first = asyncio.get_running_loop(), self.limits, not self.method
         started = self.protocol.trailing_data[0]  # sent ahead
-        with suppress(TimeoutError):
-            self.idle = True
-            async with asyncio.timeout(self.limits.idle_s):
-                started = started or await self.read()
-        self.idle = False
-        if not started:
-            return None
         try:
-            async with asyncio.timeout(self.limits.read_s):
+            async with asyncio.timeout(limits.head_s if first else limits.idle_s) as deadline:
+                self.idle = True
+                started = started or await self.read()
+                self.idle = False
+                if not started:
+                    return None
+                if not first:
+                    deadline.reschedule(loop.time() + limits.head_s)
                 head = await self.next_event()
                 self.method = head.method
                 headers = self.check_head(head)
+                deadline.reschedule(loop.time() + limits.body_s)
                 if self.protocol.they_are_waiting_for_100_continue:
                     self.write(h11.InformationalResponse(status_code=100, headers=[]))
                 body = bytearray()
                 while isinstance(event := await self.next_event(), h11.Data):
                     body += event.data
         except TimeoutError:
-            raise HTTPError(408, f"no whole request in {self.limits.read_s:g} s") from None
+            if self.idle:
+                return None
+            raise HTTPError(408, "the request did not arrive in time") from None
         except h11.RemoteProtocolError as error:
             message = f"not an HTTP/1.1 request ({str(error).partition(':')[0]})"
             if error.error_status_hint == 431:
@@ -191,16 +222,22 @@ class Connection:
         """The headers; an HTTPError if this server does not answer such a request."""
         if head.http_version not in (b"1.0", b"1.1") or not head.target.startswith(b"/"):
             raise HTTPError(400, "the request line is not METHOD /PATH HTTP/1.1")
-        names = [name.decode() for name, _ in head.headers]
+        pairs = [(name.decode(), value.decode("latin-1")) for name, value in head.headers]
+        names = [name for name, _ in pairs]
         for name in ("origin", "content-type"):  # h11 looks at Host and Content-Length
             if names.count(name) > 1:
                 raise HTTPError(400, f"two {name} headers")
-        headers = {name.decode(): value.decode("latin-1") for name, value in head.headers}
+        headers: dict[str, str] = {}
+        for name, value in pairs:
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
         if "transfer-encoding" in headers:
             raise HTTPError(411, "send a Content-Length: chunked bodies are not read")
         if int(headers.get("content-length", 0)) > self.limits.body_bytes:
             raise HTTPError(413, f"the body is larger than {self.limits.body_bytes} bytes")
         self.server.check_sender(headers)
+        self.address = self.server.client_address(self.peer, headers.get("x-forwarded-for", ""))
+        if not self.server.make_room(self):
+            raise too_many()
         return headers
 
     def write(self, event: h11.Event) -> None:
@@ -240,38 +277,57 @@ class Connection:
 
 class Server:
     def __init__(
-        self, app: Callable[[Request], Awaitable[Response]], limits: Limits, hosts: set[str] | None
+        self,
+        app: Callable[[Request], Awaitable[Response]],
+        limits: Limits,
+        hosts: set[str] | None,
+        proxies: Iterable[IPv4Network | IPv6Network] = (),
     ):
         self.app, self.limits = app, limits
         self.hosts = hosts  # names that it answers to; None: any
+        self.proxies = proxies  # whose X-Forwarded-For is believed
         self.connections: set[Connection] = set()
         self.draining = False
 
-    async def start(self, bound: socket.socket) -> None:
-        self.listener = await asyncio.start_server(self.handle_connection, sock=bound, backlog=256)
+    def start(self, bound: socket.socket) -> None:
+        bound.setblocking(False)
+        bound.listen(1024)
+        self.listener = asyncio.create_task(self.accept(bound))
+
+    async def accept(self, bound: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+
+        def protocol() -> asyncio.StreamReaderProtocol:
+            return asyncio.StreamReaderProtocol(asyncio.StreamReader(), self.handle_connection)
+
+        with bound:
+            while True:
+                try:
+                    client, _ = await loop.sock_accept(bound)
+                    await loop.connect_accepted_socket(protocol, client)
+                except OSError:  # most likely this process may open no more files
+                    closed = self.close_longest_waiting(self.connections)
+                    await asyncio.sleep(0.001 if closed else 0.1)
 
     async def drain(self, seconds: float) -> None:
         """Accept no more; give running requests this long."""
         self.draining = True
-        self.listener.close()
+        self.listener.cancel()
         tasks = [connection.task for connection in self.connections]
         for connection in self.connections:
             if connection.idle:
                 connection.task.cancel()
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=seconds)
-            for task in late:
-                task.cancel()
-            await asyncio.wait(tasks)
+        await asyncio.wait([self.listener, *tasks], timeout=seconds)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait([self.listener, *tasks])
 
     async def handle_connection(self, reader, writer: asyncio.StreamWriter) -> None:
         connection = Connection(self, reader, writer)
-        full = self.is_full(connection.address)
-        self.connections.add(connection)
         try:
-            if full:
-                busy = HTTPError(503, "too many connections", "overloaded", retry_after=1)
-                return await connection.send(busy.response, close=True)
+            if not self.make_room(connection):
+                return await connection.send(too_many().response, close=True)
+            self.connections.add(connection)
             while await connection.exchange():
                 pass
             await connection.close()
@@ -283,10 +339,36 @@ class Server:
             writer.transport.abort()  # does nothing if it is closed already
             self.connections.discard(connection)
 
-    def is_full(self, address: str) -> bool:
-        same = [other for other in self.connections if other.address == address]
-        too_many = len(same) >= self.limits.per_address and address not in LOOPBACK
-        return too_many or len(self.connections) >= self.limits.connections
+    def make_room(self, new: Connection) -> bool:
+        """Close another connection if there are too many; False if all are being answered."""
+        others = self.connections - {new}
+        if new.address not in LOOPBACK and not self.is_proxy(new.address):
+            own = [other for other in others if other.address == new.address]
+            if len(own) >= self.limits.per_address:
+                return self.close_longest_waiting(own)
+        return len(others) < self.limits.connections or self.close_longest_waiting(others)
+
+    def close_longest_waiting(self, connections: Iterable[Connection]) -> bool:
+        """Close the one that has waited longest for a request; False if none waits."""
+        waiting = [one for one in connections if one.waiting_since < math.inf]
+        if waiting:
+            oldest = min(waiting, key=lambda one: one.waiting_since)
+            self.connections.discard(oldest)
+            oldest.task.cancel()
+        return bool(waiting)
+
+    def is_proxy(self, address: str) -> bool:
+        return any(ip_address(address) in network for network in self.proxies)
+
+    def client_address(self, peer: str, forwarded: str) -> str:
+        """Every proxy appends to X-Forwarded-For who sent it the request: the client is the last
+        address that is no trusted proxy. What stands before it, the client may have invented."""
+        address = peer
+        for name in reversed(forwarded.split(",")):
+            if not self.is_proxy(address) or not (named := parse_address(name)):
+                break
+            address = named
+        return address
 
     def check_sender(self, headers: dict[str, str]) -> None:
         host = headers.get("host", "")

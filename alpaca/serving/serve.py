@@ -13,8 +13,8 @@ Alpaca's demo was taken down after a week, because of its cost and its filter's 
     are sent, if $OPENAI_API_KEY is set, else a small list of rules.
   - Every answer is watermarked (watermark.py) unless --no-watermark is given, and the page detects
     it. The default key is public: set your own in $ALPACA_WATERMARK_KEY.
-  - Only this machine can connect, unless --host says otherwise. SIGTERM and Ctrl-C let running
-    answers finish; a second one does not wait.
+  - Only this machine can connect, but for --host; --allow-host and --trusted-proxy name a proxy.
+    SIGTERM and Ctrl-C let running answers finish; a second one does not wait.
 
 The served model can be the teacher of Self-Instruct, if it knows more than 2,000 tokens:
 
@@ -28,6 +28,7 @@ import asyncio
 import ipaddress
 import math
 import os
+import resource
 import signal
 import socket
 import threading
@@ -83,6 +84,15 @@ def fill_green_lists(watermark: Watermark, stop: threading.Event) -> None:
         watermark.green_list(token)
 
 
+def max_connections() -> int:
+    """512, or half of the files that this process may open where that is less."""
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files < 1024 and files != resource.RLIM_INFINITY:
+        files = 1024 if most == resource.RLIM_INFINITY else min(1024, most)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
+    return 512 if files == resource.RLIM_INFINITY else min(512, files // 2)
+
+
 @asynccontextmanager
 async def running_server(args, bound: socket.socket, engine: Engine, filter: Filter, watermark):
     """The server and its app; at the end running answers may finish."""
@@ -98,8 +108,9 @@ async def running_server(args, bound: socket.socket, engine: Engine, filter: Fil
         hosts = {*LOOPBACK, address, *args.allow_host} if local or args.allow_host else None
         if not local:
             notice(f"other machines can send requests: it listens at {address}")
-        server = Server(app.handle, Limits(), hosts)
-        await server.start(bound)
+        limits = Limits(connections=max_connections())
+        server = Server(app.handle, limits, hosts, args.trusted_proxy)
+        server.start(bound)
         if engine.watermark:
             filler.start()
         try:
@@ -143,7 +154,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=7860, help="0: any free port (default: 7860)")
     help = "another name of this server, such as its proxy's; repeatable"
     add("--allow-host", action="append", default=[], metavar="NAME", help=help)
-    add("--client-header", metavar="NAME", help="header in which your proxy names the client")
+    help = "address or network of your proxy, which names clients in X-Forwarded-For; repeatable"
+    add("--trusted-proxy", action="append", default=[], metavar="ADDRESS", help=help)
     help = "a client's answers per minute, and a quarter of --queue; 0: no limit (default: 60)"
     add("--rate", type=float, default=60, help=help)
     add("--queue", type=count, default=48, help="answers that may wait (default: 48)")
@@ -170,6 +182,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         if not parse_host(name):
             raise UserError(f"--allow-host {name!r} is not a host name")
     args.allow_host = [parse_host(name) for name in args.allow_host]
+    for number, proxy in enumerate(args.trusted_proxy):
+        try:
+            args.trusted_proxy[number] = ipaddress.ip_network(proxy)
+        except ValueError:
+            message = f"--trusted-proxy {proxy!r} is not an address or a network like 10.0.0.0/8"
+            raise UserError(message) from None
     folder = args.model_dir.absolute()
     args.name = args.name or (folder.parent if folder.name == "model" else folder).name
 

@@ -6,6 +6,8 @@ import json
 import os
 import random
 import re
+import resource
+import select
 import signal
 import socket
 import subprocess
@@ -13,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 from helpers.commands import ROOT
@@ -143,7 +145,7 @@ def test_64_clients_of_all_kinds_at_once(seconds, alone):
         assert counts.keys() <= {-2, -1, 0, 200, 400, 404, 408, 413, 431, 503}, counts
         memory, objects = (b - a for a, b in zip(before, memory_held(), strict=True))
         assert memory < 40_000 and objects < 1000, (memory, objects)
-        assert len(asyncio.all_tasks(server.loop)) == 1
+        assert len(asyncio.all_tasks(server.loop)) == 2  # the server's, and the listener
         for instruction, (tokens, text) in expected.items():
             answer = server.answer(instruction, temperature=0, max_tokens=tokens)
             assert answer["choices"][0]["text"] == text
@@ -153,12 +155,19 @@ def test_64_clients_of_all_kinds_at_once(seconds, alone):
 
 
 @contextmanager
-def serve_process(*flags):
+def serve_process(*flags, files: int | None = None):
+    """`alpaca serve`, which may have so many open files."""
+
+    def limit_files() -> None:
+        if files:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files // 2, files))
+
     command = [sys.executable, "-m", "alpaca", "serve", "--model-dir", TINY, "--port", "0", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENAI_API_KEY": ""}
     process = subprocess.Popen(
-        list(map(str, command)), stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
-    )
+        list(map(str, command)), stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
+        preexec_fn=limit_files,
+    )  # fmt: skip
     try:
         line = process.stderr.readline()
         url = re.search(r"http://\S+", line)
@@ -198,3 +207,100 @@ def test_a_signal_lets_answers_finish_and_then_ends_the_server(number):
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port))
         assert "Traceback" not in process.stderr.read()
+
+
+# ---------------------------------------------------------------- idle connections
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """Its port; 127.0.0.1 is a proxy, 127.0.0.2 a client like those of other machines."""
+    with serve_process("--trusted-proxy", "127.0.0.1") as (process, port):
+        yield port
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()
+
+
+def connect(port: int, address: str) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), 10, (address, 0))
+
+
+def hold_connections(port: int, address: str, sent: bytes, count: int) -> list[socket.socket]:
+    held = []
+    for _ in range(count):
+        held.append(connect(port, address))
+        held[-1].sendall(sent)
+    return held
+
+
+def send_to_all(held: list[socket.socket], data: bytes) -> None:
+    for one in held:
+        with suppress(OSError):  # it was closed for another
+            one.sendall(data)
+
+
+def seconds_to_be_answered(port: int, address: str, client: str) -> float:
+    start = time.monotonic()
+    body, headers = b'{"instruction": "hello", "max_tokens": 4}', f"X-Forwarded-For: {client}\r\n"
+    with connect(port, address) as one:
+        one.sendall(raw_request(body, headers=headers))
+        assert one.recv(4096).startswith(b"HTTP/1.1 200 ")
+    return time.monotonic() - start
+
+
+HEAD = b"HEAD /health HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-For: 1.2.3.4\r\n"
+IDLE = {
+    "silent": b"",
+    "a byte a second": HEAD + b"X-Slow: ",
+    "kept after a request": HEAD + b"\r\n",
+    "half a body": raw_request(b"{" * 500, headers="X-Forwarded-For: 1.2.3.4\r\n")[:-9],
+}
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2"])
+@pytest.mark.parametrize("kind", IDLE)
+def test_a_visitor_is_answered_beside_1000_idle_connections(demo, kind, address):
+    held = hold_connections(demo, address, IDLE[kind], 1000)
+    for visitor in (("127.0.0.2", ""), ("127.0.0.1", "5.6.7.8"), ("127.0.0.3", "")):
+        send_to_all(held, b"a" if kind == "a byte a second" else b"")
+        assert seconds_to_be_answered(demo, *visitor) < 5
+    for one in held:
+        one.close()
+
+
+@pytest.mark.parametrize("kind", ["silent", "a byte a second"])
+def test_a_connection_without_a_request_is_closed_within_seconds(demo, kind):
+    held = hold_connections(demo, "127.0.0.2", IDLE[kind], 10)
+    end = time.monotonic() + 12
+    while held and time.monotonic() < end:
+        send_to_all(held, b"a" if kind == "a byte a second" else b"")
+        time.sleep(1)
+        readable, _, _ = select.select(held, [], [], 0)
+        held = [one for one in held if one not in readable]
+    assert not held
+
+
+def test_a_visitor_is_answered_by_a_process_without_files_to_open():
+    with serve_process("--trusted-proxy", "127.0.0.1", files=300) as (process, port):
+        held = hold_connections(port, "127.0.0.1", b"", 600)  # 150 may be open
+        assert seconds_to_be_answered(port, "127.0.0.1", "5.6.7.8") < 5
+        files = len(os.listdir(f"/proc/{process.pid}/fd"))
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (files, files))
+        held += hold_connections(port, "127.0.0.1", b"", 600)
+        assert seconds_to_be_answered(port, "127.0.0.1", "5.6.7.8") < 5
+        send_to_all(held, b"a")
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (10, files))  # none at all
+        with connect(port, "127.0.0.1"):
+            before = cpu_seconds(process)
+            time.sleep(2)
+            assert cpu_seconds(process) - before < 0.5
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (files, files))
+        assert seconds_to_be_answered(port, "127.0.0.1", "5.6.7.8") < 5
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()
+
+
+def cpu_seconds(process: subprocess.Popen) -> float:
+    with open(f"/proc/{process.pid}/stat") as file:
+        user, system = file.read().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")

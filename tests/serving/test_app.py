@@ -405,7 +405,7 @@ def test_beyond_the_queue_the_response_is_503_at_once():
 
 
 def test_each_client_has_its_own_rate():
-    flags = ("--rate", 6, "--client-header", "X-Forwarded-For")
+    flags = ("--rate", 6, "--trusted-proxy", "127.0.0.1")
     with running(ScriptedEngine("fine"), *flags) as server:
 
         def ask(client: str):
@@ -418,6 +418,8 @@ def test_each_client_has_its_own_rate():
         assert 8 <= int(refused.headers["Retry-After"]) <= 10
         assert json.loads(refused.read())["error"]["type"] == "rate_limit_error"
         assert server.get("/health", X_Forwarded_For="1.2.3.4").status == 200
+    with running(ScriptedEngine("fine"), "--rate", 6) as server:  # anybody may invent a header
+        assert [ask(f"1.2.3.{i}").status for i in range(3)] == [200, 200, 429]
 
 
 def test_a_rate_recovers_and_the_memory_of_clients_is_bounded(monkeypatch):
@@ -477,8 +479,6 @@ def test_reports_are_appended_to_a_private_file(tmp_path):
     assert first.items() <= reports[0].items() and reports[0]["model"] == "tiny"
 
 
-def test_the_page_is_self_contained_and_its_policy_allows_nothing_else(tiny):
-    response = tiny.get("/")
 def test_a_full_file_of_reports_makes_room_for_later_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(app, "MAX_REPORTS_SIZE", 1000)
     file, before = tmp_path / "reports.jsonl", tmp_path / "reports.1.jsonl"
@@ -494,6 +494,8 @@ def test_a_full_file_of_reports_makes_room_for_later_ones(tmp_path, monkeypatch)
         assert one.stat().st_mode & 0o777 == 0o600 and 200 < one.stat().st_size < 1400
 
 
+def test_the_page_is_self_contained_and_its_policy_allows_nothing_else(tiny):
+    response = tiny.get("/")
     html = response.read().decode()
     assert not re.findall(r"""(?:src|href)=(?!["']?data:)""", html)
     assert not re.findall(r"innerHTML|insertAdjacentHTML|document\.write|eval\(|\son\w+=", html)
@@ -522,13 +524,13 @@ def test_the_watermark_key_comes_from_flag_or_environment(monkeypatch):
     assert engine.watermark is None and watermark.key == 777
 
 
-def test_errors_are_one_line(command, tmp_path):
-    def refused(*parts: str, flags=()):
 def test_help_names_no_folder_of_this_machine():
     _, parser = load_verb("serve")
     assert str(ROOT) not in parser.format_help()
 
 
+def test_errors_are_one_line(command, tmp_path):
+    def refused(*parts: str, flags=()):
         assert_refused(command("serve", *flags), *parts)
 
     tiny = ("--model-dir", TINY, "--port", 0)

@@ -12,11 +12,14 @@ from helpers.commands import assert_refused
 from helpers.demo_server import ENDLESS, ScriptedEngine, arguments, raw_request, running, wait_until
 
 from alpaca.common.errors import UserError
+from alpaca.serving import serve
 from alpaca.serving.http import LOOPBACK, HTTPError, Limits, Server
 from alpaca.serving.moderation import Filter
 from alpaca.serving.serve import bind_socket
 
-QUICK = Limits(connections=12, idle_s=0.5, read_s=0.4, write_s=0.5, body_bytes=4000)
+QUICK = Limits(
+    connections=12, idle_s=0.5, head_s=0.4, body_s=0.4, write_s=0.5, body_bytes=4000
+)  # fmt: skip
 HOST, CLOSE = b"Host: localhost\r\n", b"Connection: close\r\n\r\n"
 GET = b"GET /health HTTP/1.1\r\n" + HOST
 POST = b"POST /v1/completions HTTP/1.1\r\n" + HOST + b"Content-Type: application/json\r\n"
@@ -147,6 +150,8 @@ def test_names_of_the_server_follow_from_the_flags(flags, hosts, capsys):
 def test_allowed_hosts_are_normalized(command):
     names = ("--allow-host", "Demo.Example", "--allow-host", "a.example:8443")
     assert arguments(*names).allow_host == ["demo.example", "a.example"]
+    for wrong in ("localhost", "10.0.0.1/8", "127.0.0.1:80", ""):
+        assert_refused(command("serve", "--trusted-proxy", wrong), "not an address or a network")
     for wrong in ("https://a.example", "a/b", ""):
         assert_refused(command("serve", "--allow-host", wrong), "not a host name")
 
@@ -306,19 +311,102 @@ def test_a_silent_connection_is_closed(server):
     assert send(server, b"") == b"" and time.monotonic() - start < 4
 
 
-@pytest.mark.parametrize("limits", [QUICK, Limits(connections=99, per_address=12)])
-def test_too_many_connections_are_refused_at_once(server, limits, monkeypatch):
-    monkeypatch.setattr("alpaca.serving.http.LOOPBACK", set())  # as if this machine were another
+def connect_from(address: str, server) -> socket.socket:
+    """Not from 127.0.0.1, which has no limit of its own."""
+    return socket.create_connection(("127.0.0.1", server.port), 10, (address, 0))
+
+
+def is_open(one: socket.socket) -> bool:
+    one.sendall(b"HEAD /health HTTP/1.1\r\n" + HOST + b"\r\n")
+    try:
+        return status(one.recv(4096)) == 200
+    except ConnectionResetError:
+        return False
+
+
+@pytest.mark.parametrize("limits", [Limits(connections=5), Limits(per_address=5)])
+def test_when_full_the_connection_that_waited_longest_is_closed(server, limits, monkeypatch):
     monkeypatch.setattr(server.http, "limits", limits)
     server.wait_until_left()
-    held = [server.connect() for _ in range(12)]
-    wait_until(lambda: len(server.http.connections) == 12)
-    response = send(server, GET + b"\r\n")
-    assert status(response) == 503 and b"Retry-After: 1" in response
-    for one in held:
+    held = [connect_from("127.0.0.2", server) for _ in range(5)]
+    wait_until(lambda: len(server.http.connections) == 5)
+    assert is_open(held[0])
+    held[1].sendall(b"GET /")  # no request yet
+    visitor = connect_from("127.0.0.2", server)
+    assert is_open(visitor)
+    assert [is_open(one) for one in held] == [True, False, True, True, True]
+    for one in (visitor, *held):
         one.close()
     server.wait_until_left()
-    assert status(send(server, GET + CLOSE)) == 200
+
+
+@pytest.mark.parametrize(
+    ("limits", "share", "others"),
+    [(Limits(connections=3), 503, 503), (Limits(per_address=3), 503, 200)],
+)
+def test_a_request_that_is_answered_is_not_closed_for_another(limits, share, others):
+    flags = ("--trusted-proxy", "127.0.0.1")
+    engine = ScriptedEngine(ENDLESS, batch_size=1, pace=0.005)
+    body = b'{"prompt": "a", "stream": true}'
+    headers = "X-Forwarded-For: 1.2.3.4\r\nX-Forwarded-For: 127.0.0.1\r\n"  # by two proxies
+    with running(engine, *flags, "--max-new-tokens", 3000, limits=limits) as server:
+        held = [server.connect() for _ in range(3)]
+        for one in held:
+            one.sendall(raw_request(body, headers=headers))
+        wait_until(lambda: server.app.worker.load == 3)
+        refused = server.get("/health", X_Forwarded_For="1.2.3.4")
+        assert refused.status == share and refused.headers["Retry-After"] == "1"
+        assert server.get("/health", X_Forwarded_For="1.2.3.5").status == others
+        assert status(held[0].recv(4096)) == 200 and held[0].recv(4096)
+        for one in held:
+            one.close()
+
+
+PROXIES = ("10.0.0.0/8", "127.0.0.1", "fd00::1")
+FORWARDED = [  # peer, X-Forwarded-For, client
+    ("127.0.0.1", "1.2.3.4", "1.2.3.4"),
+    ("127.0.0.1", "9.9.9.9, 1.2.3.4", "1.2.3.4"),  # what the client itself sent comes first
+    ("127.0.0.1", "9.9.9.9, 1.2.3.4, 10.1.2.3", "1.2.3.4"),
+    ("127.0.0.1", "10.0.0.7,10.1.2.3", "10.0.0.7"),
+    ("127.0.0.1", "9.9.9.9, 127.0.0.1", "9.9.9.9"),
+    ("127.0.0.1", " 1.2.3.4:5678", "1.2.3.4"),
+    ("127.0.0.1", "[2001:DB8::1]:443", "2001:db8::1"),
+    ("127.0.0.1", "2001:db8:0::1", "2001:db8::1"),
+    ("fd00::1", "::ffff:1.2.3.4", "1.2.3.4"),
+    ("10.9.9.9", "1.2.3.4", "1.2.3.4"),
+    ("1.2.3.4", "5.6.7.8", "1.2.3.4"),  # no proxy of ours
+    ("127.0.0.1", "", "127.0.0.1"),
+    ("127.0.0.1", "unknown", "127.0.0.1"),
+    ("127.0.0.1", "1.2.3.4, \xff;<script>", "127.0.0.1"),
+    ("127.0.0.1", "1.2.3.4, , 10.0.0.1", "10.0.0.1"),
+    ("127.0.0.1", "," * 9000, "127.0.0.1"),
+]
+
+
+@pytest.mark.parametrize(("peer", "forwarded", "client"), FORWARDED)
+def test_a_client_is_who_the_last_trusted_proxy_names(peer, forwarded, client):
+    flags = [flag for proxy in PROXIES for flag in ("--trusted-proxy", proxy)]
+    server = Server(None, Limits(), None, arguments(*flags).trusted_proxy)
+    assert server.client_address(peer, forwarded) == client
+
+
+@pytest.mark.parametrize(
+    ("allowed", "raised", "connections"),
+    [
+        ((256, 4096), (1024, 4096), 512),
+        ((100, 100), (100, 100), 50),
+        ((4096, 4096), None, 512),
+        ((256, -1), (1024, -1), 512),
+        ((-1, -1), None, 512),
+    ],
+)
+def test_connections_are_at_most_half_of_the_files(monkeypatch, allowed, raised, connections):
+    changes = []
+    monkeypatch.setattr(serve.resource, "RLIM_INFINITY", -1)
+    monkeypatch.setattr(serve.resource, "getrlimit", lambda kind: allowed)
+    monkeypatch.setattr(serve.resource, "setrlimit", lambda kind, new: changes.append(new))
+    assert serve.max_connections() == connections
+    assert changes == ([raised] if raised else [])
 
 
 def test_a_client_that_does_not_read_is_cut_off():

@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from alpaca.common.errors import UserError
+from alpaca.common.json_files import bounded_json
 from alpaca.inference.engine import Sequence
 from alpaca.inference.sampling import SamplingParams
 from alpaca.serving.http import HTTPError
@@ -65,9 +67,9 @@ def invalid(param: str, message: str, code: str | None = None) -> HTTPError:
 
 def parse_body(body: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        raise HTTPError(400, "the body is not JSON") from None
+        content = bounded_json(body, "the body")
+    except UserError as error:
+        raise HTTPError(400, str(error)) from None
     if not isinstance(content, dict):
         raise HTTPError(400, "the body is not a JSON object")
     return content

@@ -186,3 +186,11 @@ def test_a_filtered_answer_has_no_logprobs():
     s = finished("secret", request.params[0])
     response = api.full_response(request, [s], [""], ["content_filter"])
     assert "secret" not in str(response) and response["choices"][0]["logprobs"] is None
+
+
+@pytest.mark.parametrize("depth", [70, 900, 100_000])
+def test_a_deep_body_is_refused(depth):
+    for body in ("[" * depth, f'{{"tools": {"[" * depth}{"]" * depth}}}'):
+        with pytest.raises(HTTPError) as refused:
+            api.parse_body(body.encode())
+        assert refused.value.status == 400 and len(str(refused.value)) < 200

@@ -120,7 +120,12 @@ class Engine:
         weight = model.model.norm.weight
         self.device = weight.device
         dtype = weight.dtype if weight.is_cuda else torch.float32
-        self.cache = KVCache(model.config, max_batch_size, self.max_length, self.device, dtype)
+        size = max_batch_size, self.max_length
+        try:
+            self.cache = KVCache(model.config, *size, self.device, dtype)
+        except RuntimeError:  # what torch raises when there is no memory
+            text = f"no memory for the keys and values of {size[0]} sequences of {size[1]} tokens"
+            raise UserError(f"{text}: decode fewer together, or have fewer positions") from None
         self.cache.static = compile or weight.is_cuda
         self.waiting: deque[Sequence] = deque()
         self.active: list[Sequence] = []  # sequence i is in slot i of the cache

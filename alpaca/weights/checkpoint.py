@@ -16,7 +16,6 @@ meta_format.py). Both give Hugging Face's tensor names.
 writer.py writes such folders, loading.py makes a model of them.
 """
 
-import os
 import pickle
 import re
 import zipfile
@@ -36,6 +35,7 @@ from model import Llama, LlamaConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+SHARD = re.compile(r"[^/\0]+\.(safetensors|bin)")  # a file's name in an index
 OBSOLETE = re.compile(r"rotary_emb\.inv_freq|rope\.freqs")  # rotary tables that old files contain
 
 
@@ -72,9 +72,20 @@ def open_file(file: Path) -> Iterable[tuple[str, Tensor]]:
     except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{file}: not a readable file of plain tensors ({reason})") from None
-    if not isinstance(table, dict) or not all(isinstance(t, Tensor) for t in table.values()):
-        raise UserError(f"{file}: not a flat table of tensors")
-    return table.items()
+    if not isinstance(table, dict):
+        raise UserError(f"{file}: not a table of tensors")
+    for name, tensor in table.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or not is_plain(tensor):
+            raise UserError(f"{file}: {name!r} is not a plain tensor: save a flat state_dict")
+    return [(name, tensor.detach()) for name, tensor in table.items()]
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a pickle's tensor is dense numbers, each of them in the file."""
+    dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not dense or tensor.is_nested or tensor.is_quantized or tensor.is_neg() or tensor.is_conj():
+        return False
+    return tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def weight_files(folder: Path) -> dict[Path, set[str] | None]:
@@ -91,7 +102,7 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index}: no weight_map in it")
         for tensor, file in weight_map.items():
-            if not isinstance(file, str) or file != os.path.basename(file):
+            if not isinstance(file, str) or not SHARD.fullmatch(file):
                 raise UserError(f"{index}: {file!r} is not the name of a file beside it")
             files.setdefault(folder / file, set()).add(tensor)
         if missing := [file.name for file in files if not file.exists()]:
@@ -163,9 +174,9 @@ def open_checkpoint(folder: str | Path) -> tuple[LlamaConfig, dict[str, StoredTe
         if EMBEDDING in stored and not same_bits(stored[HEAD], stored[EMBEDDING]):
             problems.append(f"{HEAD} is not the embedding, though tie_word_embeddings is on")
     if missing := [name for name in wanted if name not in stored]:
-        problems.append(f"missing {join_names(missing)}")
+        problems.append(f"missing {join_names(missing, 3)}")
     if extra:
-        problems.append(f"unexpected {join_names(sorted(extra))}")
+        problems.append(f"unexpected {join_names(sorted(extra), 3)}")
     for name in (name for name in wanted if name in stored):
         shape, dtype = list(stored[name].shape), stored[name].dtype
         if shape != list(wanted[name]):
@@ -173,7 +184,7 @@ def open_checkpoint(folder: str | Path) -> tuple[LlamaConfig, dict[str, StoredTe
         elif dtype not in DTYPES.values():
             misfits.append(f"{name} is {dtype}, not one of {', '.join(DTYPES)}")
     if misfits:
-        problems.append(join_names(misfits))
+        problems.append(join_names(misfits, 3))
     if problems:
         raise UserError(f"{folder}: {'; '.join(problems)}")
     return config, {name: stored[name] for name in wanted}

@@ -34,10 +34,14 @@ REQUIRED = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-LIMITS = {  # above 1 << 20, or these, a damaged config would take hours to build a model for
-    "num_hidden_layers": 1000,
-    "max_position_embeddings": 1 << 40,
-    "rope_theta": 1e30,
+LIMITS = {  # from 1 to 1 << 20, or as here; a damaged config would take hours to build a model for
+    "num_hidden_layers": (1, 1000),
+    "max_position_embeddings": (2, 1 << 24),  # a prompt and its answer; fp32 counts no further
+    "rope_theta": (1, 1e30),  # beyond, fp32 has no number for the angles
+    "rms_norm_eps": (1e-30, 1),  # below, fp32 divides a row of zeros by zero
+    "initializer_range": (0, 100),
+    "bos_token_id": (-1, 1 << 20),  # -1: SentencePiece has none
+    "eos_token_id": (-1, 1 << 20),
 }
 
 
@@ -71,8 +75,9 @@ def typed_config(fields: dict[str, Any]) -> LlamaConfig:
             continue
         if type(value) is not kind and (kind, type(value)) != (float, int):
             raise UserError(f"{name} is {value!r}, where {kind.__name__} was expected")
-        if value > (limit := LIMITS.get(name, 1 << 20)):
-            raise UserError(f"{name} is {value}, above the limit of {limit}")
+        low, high = LIMITS.get(name, (1, 1 << 20))
+        if kind is not bool and not low <= value <= high:
+            raise UserError(f"{name} is {value!r}, not from {low} to {high}")
         known[name] = value
     try:
         return LlamaConfig(**known)
@@ -81,6 +86,7 @@ def typed_config(fields: dict[str, Any]) -> LlamaConfig:
 
 
 def config_to_json(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The spelling that transformers 4 and 5 both read."""
+    """The spelling that transformers 4 and 5 both read, if this project's reader would read it."""
+    typed_config(vars(config))
     fixed = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
     return {**fixed, **vars(config), "torch_dtype": str(dtype).removeprefix("torch.")}

@@ -17,6 +17,7 @@ from torch import Tensor
 from alpaca.common.cli import positive
 from alpaca.common.progress import Progress
 from alpaca.weights.checkpoint import DTYPES, is_meta, open_checkpoint
+from alpaca.weights.config_json import typed_config
 from alpaca.weights.writer import require_tokenizer, save_model, tokenizer_files
 from tokenizer import Tokenizer
 
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace) -> None:
     config, stored = open_checkpoint(args.source)
     tokenizer = require_tokenizer(args.source, args.tokenizer)
     if args.positions is not None:
-        config = replace(config, max_position_embeddings=args.positions)
+        fields = vars(config) | {"max_position_embeddings": args.positions}
+        config = typed_config(fields)  # within its limits
     if file := tokenizer_files(tokenizer).get("tokenizer.model"):
         sentencepiece = Tokenizer(file)
         sentencepiece.check(config)

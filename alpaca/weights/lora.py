@@ -19,7 +19,6 @@ can be trained as a product of rank r from the start, while W is frozen:
 adapter.py reads and writes adapters as PEFT does. Papers: LoRA arXiv:2106.09685, QLoRA 2305.14314.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +36,7 @@ from model import Llama, LlamaConfig
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 TARGETS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+LARGEST = 1 << 20  # rank and alpha; no model is wider
 
 
 class LoraConfig(NamedTuple):
@@ -56,10 +56,10 @@ class LoraConfig(NamedTuple):
         if unknown or not self.targets:
             what = join_names(unknown) or "none"
             raise UserError(f"LoRA targets are {', '.join(TARGETS)}, not {what}")
-        if self.rank < 1:
-            raise UserError(f"LoRA rank must be above 0, not {self.rank}")
-        if not 0 < self.alpha < math.inf:
-            raise UserError(f"LoRA alpha must be above 0, not {self.alpha}")
+        if not 1 <= self.rank <= LARGEST:
+            raise UserError(f"LoRA rank must be from 1 to {LARGEST}, not {self.rank}")
+        if not 0 < self.alpha <= LARGEST:
+            raise UserError(f"LoRA alpha must be above 0 and at most {LARGEST}, not {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"LoRA dropout must be from 0 to below 1, not {self.dropout}")
         return self

@@ -56,7 +56,7 @@ def config_fields(params: dict[str, Any], shards: list[dict[str, Tensor]]) -> di
     if bad := [name for name, shape in zip(names, shapes, strict=True) if len(shape) != 2]:
         raise UserError(f"consolidated.00.pth: no matrix {bad[0]}.weight in it")
     (vocabulary, _), (queries, _), (ffn, _) = shapes
-    needed, remainder = divmod(params["dim"], queries)
+    needed, remainder = divmod(params["dim"], max(queries, 1))
     if remainder or not needed:
         raise UserError(f"dim is {params['dim']}, not a multiple of attention.wq's {queries} rows")
     if len(shards) != needed:
@@ -98,7 +98,7 @@ def rename_tensors(shards: list[dict[str, Tensor]], config: LlamaConfig) -> dict
     heads = {"attention.wq": config.num_attention_heads, "attention.wk": config.num_key_value_heads}
     found = {}
     for name in shards[0]:
-        layer, short = re.findall(r"^(layers\.\d+\.)?(.*?)(?:\.weight)?$", name)[0]
+        layer, short = re.findall(r"(?s)^(layers\.\d+\.)?(.*?)(?:\.weight)?$", name)[0]
         parts = [shard[name] for shard in shards]
         if short not in META_NAMES:  # `open_checkpoint` reports it as unexpected
             found[name] = (parts[0].shape, parts[0].dtype, lambda part=parts[0]: part)

@@ -25,6 +25,11 @@ def test_user_error_is_one_line_and_exit_2(command, tmp_path):
     assert_refused(command(tool), f"{tmp_path}/absent: No such file or directory")
 
 
+def test_long_error_keeps_its_beginning_and_its_end(command):
+    error = UserError("config.json: " + 99_999 * "\x1b" + " is not a name")
+    assert_refused(command(failing(error)), r"config.json: \x1b\x1b", r"\x1b is not a name")
+
+
 def test_bug_keeps_its_traceback(command):
     for bug in (AssertionError("a bug"), ValueError("numpy's, not the user's")):
         with pytest.raises(type(bug)):

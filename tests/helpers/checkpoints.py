@@ -4,9 +4,10 @@ import hashlib
 import json
 
 import torch
+from safetensors.torch import save_file
 
 from alpaca.weights.checkpoint import stored_tensors
-from helpers.commands import ROOT
+from helpers.commands import ROOT, assert_refused
 from model import Llama
 
 TOKENIZER = ROOT / "data/tokenizer.model"
@@ -30,6 +31,22 @@ def same_tensors(a, b) -> bool:
 
 def digests(folder) -> dict[str, str]:
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
+
+
+def replace_weights(folder, tensors: dict) -> None:
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    save_file(tensors, folder / "model.safetensors")
+
+
+def copied_tensors(folder) -> dict:
+    return {name: tensor.clone() for name, tensor in read_tensors(folder).items()}
+
+
+def refuse_convert(command, source, *words, args=()):
+    target = source.parent / "target"
+    assert_refused(command("convert", source, target, *args), *words)
+    assert not list(source.parent.glob("target*")), "something was written"
 
 
 def edit_json(path, **changes) -> None:

@@ -181,6 +181,9 @@ def test_prompt_that_cannot_be_answered_is_refused():
     assert not engine.busy
     with pytest.raises(UserError, match="24 positions"):
         Engine(engine.model, TOKENIZER, max_length=25)
+    endless = new_model(max_position_embeddings=1 << 24)
+    with pytest.raises(UserError, match="no memory for the keys and values of 65536 sequences"):
+        Engine(endless, TOKENIZER, max_batch_size=1 << 16)
 
 
 def test_sequence_with_nan_fails_alone():

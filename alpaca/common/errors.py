@@ -70,6 +70,6 @@ def replace_surrogates(text: str) -> str:
 
 
 def join_names(names: Iterable[str], limit: int = 3) -> str:
-    """`a, b, c and 12 more`, each name cut at 80 characters."""
-    names = [name if len(name) <= 80 else name[:79] + "…" for name in names]
+    """`a, b, c and 12 more`, each name cut at 120 characters."""
+    names = [name if len(name) <= 120 else name[:119] + "…" for name in names]
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if names[limit:] else "")

@@ -117,7 +117,7 @@ def save_adapter(
     """Write (name, tensor) pairs as a folder that PEFT reads."""
     weights = {PREFIX + name: tensor.detach().float().cpu().contiguous() for name, tensor in pairs}
     if bad := [name for name, tensor in weights.items() if not is_finite(tensor)]:
-        raise UserError(f"{join_names(bad, 3)} would be written with NaN or infinity in it")
+        raise UserError(f"{join_names(bad)} would be written with NaN or infinity in it")
     fields: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -174,9 +174,9 @@ def open_checkpoint(folder: str | Path) -> tuple[LlamaConfig, dict[str, StoredTe
         if EMBEDDING in stored and not same_bits(stored[HEAD], stored[EMBEDDING]):
             problems.append(f"{HEAD} is not the embedding, though tie_word_embeddings is on")
     if missing := [name for name in wanted if name not in stored]:
-        problems.append(f"missing {join_names(missing, 3)}")
+        problems.append(f"missing {join_names(missing)}")
     if extra:
-        problems.append(f"unexpected {join_names(sorted(extra), 3)}")
+        problems.append(f"unexpected {join_names(sorted(extra))}")
     for name in (name for name in wanted if name in stored):
         shape, dtype = list(stored[name].shape), stored[name].dtype
         if shape != list(wanted[name]):
@@ -184,7 +184,7 @@ def open_checkpoint(folder: str | Path) -> tuple[LlamaConfig, dict[str, StoredTe
         elif dtype not in DTYPES.values():
             misfits.append(f"{name} is {dtype}, not one of {', '.join(DTYPES)}")
     if misfits:
-        problems.append(join_names(misfits, 3))
+        problems.append(join_names(misfits))
     if problems:
         raise UserError(f"{folder}: {'; '.join(problems)}")
     return config, {name: stored[name] for name in wanted}

@@ -61,4 +61,4 @@ def test_closed_pipe_is_no_error():
 def test_join_names_cuts_a_long_list():
     assert join_names("abc") == "a, b, c"
     assert join_names("abcdefghij") == "a, b, c and 7 more"
-    assert join_names(["x" * 99]) == "x" * 79 + "…"
+    assert join_names(["x" * 199]) == "x" * 119 + "…"

@@ -13,7 +13,8 @@ text model cannot do; drop what has a ROUGE-L above 0.7 with a seed or an earlie
   - --seed and i determine request i, and answers are judged in the order of their numbers:
     whatever the order of arrival, the same answers make the same records.
   - DIR/responses.jsonl has every answer as it came, on disk before it is used. The same command
-    resumes after a kill, also with a larger --num, and asks only what is missing.
+    resumes after a kill, also with a larger --num, and asks only what is missing: at most the
+    requests in flight at the kill are asked again. Ctrl-C and SIGTERM wait for these.
   - Several teachers (--teachers FILE, see alpaca/datagen/endpoints.py) share the requests by
     weight. The provenance in a record has its teacher, prompt seeds and time.
 
@@ -48,7 +49,7 @@ from alpaca.datagen.formats import normalize_all, read_source
 from alpaca.datagen.four_stage import SelfInstruct
 from alpaca.datagen.generation import RecordStore, Scheduler
 from alpaca.datagen.prompts import Task, alpaca_prompt, parse_tasks, reject_reason
-from alpaca.datagen.request_log import ENTRY, RequestLog, Teachers, reply_of
+from alpaca.datagen.request_log import ENTRY, RequestLog, Teachers, reply_of, run_until_signal
 from rougel import Pool, most_similar, tokenize, tokenize_unicode
 
 MAX_ROUGE_L = 0.7  # with the most similar earlier instruction
@@ -178,7 +179,7 @@ def generate_command(args: argparse.Namespace) -> None:
         log = RequestLog(args.out / "responses.jsonl")
         poll = args.poll if args.batch else 0
         scheduler = Scheduler(recipe, store, Teachers(log, endpoints, args), args.num, poll)
-        asyncio.run(generate(recipe, store, scheduler))
+        run_until_signal(generate(recipe, store, scheduler))
     print(f"{store.count:,} records in {store.records}, ${log.spent:.2f} spent")
     if store.count < args.num:
         print(f"The budget of ${args.budget:g} does not allow another request: raise it to resume.")

@@ -110,9 +110,10 @@ def parse_line(line: str | bytes, place: str) -> Any:
     return bounded_json(line, place)
 
 
-def append_jsonl(path: str | Path, *records: dict) -> None:
-    """Append records, one per line, durable on return. A line torn by an earlier kill is cut off
-    first; the lock keeps other writers from mistaking our unfinished line for such a one."""
+def append_jsonl(path: str | Path, *records: dict, durable: bool = True) -> None:
+    """Append records, one per line. On return they survive a kill, and a power cut if `durable`,
+    which waits for the disk. A line torn by an earlier kill is cut off first; the lock keeps other
+    writers from mistaking our unfinished line for such a one."""
     path = Path(path)
     refuse_input(path)
     new = not path.exists()
@@ -125,7 +126,8 @@ def append_jsonl(path: str | Path, *records: dict) -> None:
             file.truncate(start)
         file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
     if new:
         fsync_path(path.parent)
 

@@ -92,10 +92,12 @@ async def run_batch(
         if state.get(field):
             path = f"files/{state[field]}/content"
             replies |= await client.call(endpoint, "GET", path, parse_results)
-    for id in bodies:
-        if id in replies and id not in teachers.log.entries:
-            max_cost, seeds = endpoint.max_cost(bodies[id]), question(id)[2]
-            teachers.log.store(log_entry(id, endpoint, seeds, replies[id], max_cost, PRICE))
+    new = [id for id in bodies if id in replies and id not in teachers.log.entries]
+    for id in new:
+        max_cost, seeds = endpoint.max_cost(bodies[id]), question(id)[2]
+        teachers.log.store(log_entry(id, endpoint, seeds, replies[id], max_cost, PRICE))
+    if new:
+        await teachers.log.sync()
     append_jsonl(file, {"name": batch["name"], "over": state["status"]})
     if not any(isinstance(reply, Reply) for reply in replies.values()):
         why = str(next(iter(replies.values()), state.get("errors")))[:300]

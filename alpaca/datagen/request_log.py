@@ -1,13 +1,14 @@
-"""Sends each request to a teacher once: every response is on disk before it is used.
+"""Sends each request to a teacher once: every response is stored as it arrives.
 
     teachers = Teachers(RequestLog(file), endpoints, args)
     entry = await teachers.ask("7", prompt, options)        # read from the log, or asked and stored
     value = await teachers.ask_until("7", parse, 3, prompt, options)   # up to 3 responses
     done = await ask_all(log, endpoint, args, work, one, "answers")    # many items concurrently
 
-An entry of the log is a response as it came, with its cost and provenance, so a killed run asks
-only what is missing. The seed and the request's number determine its teacher. The total never
-exceeds the budget: the most that an attempt can cost is reserved before it is sent.
+An entry of the log is a response as it came, with its cost and provenance. A run that was killed
+asks only what is missing: at most the requests in flight at the kill are asked again. Ctrl-C and
+SIGTERM wait for these and store them. The seed and the request's number determine its teacher. The
+total never exceeds the budget: the most that an attempt can cost is reserved before it is sent.
 """
 
 import argparse
@@ -15,13 +16,15 @@ import asyncio
 import itertools
 import math
 import random
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from alpaca.common.errors import UserError, notice
+from alpaca.common.files import fsync_path
 from alpaca.common.json_files import append_jsonl, read_log
 from alpaca.common.progress import Progress
 from alpaca.datagen.client import (
@@ -66,10 +69,14 @@ class RequestLog:
         self.new: set[str] = set()  # stored by this run
 
     def store(self, entry: dict) -> None:
-        append_jsonl(self.file, entry)
+        """Write an entry: it survives a kill from here on, and a power cut after `sync`."""
+        append_jsonl(self.file, entry, durable=False)
         self.entries[entry["id"]] = entry
         self.new.add(entry["id"])
         self.spent += entry["cost"]
+
+    async def sync(self) -> None:
+        await asyncio.to_thread(fsync_path, self.file)
 
 
 class Teachers:
@@ -117,7 +124,8 @@ class Teachers:
             try:
                 result = await self._send(id, endpoint, body, max_cost)
                 entry = log_entry(id, endpoint, seeds, result, max_cost)
-                await asyncio.to_thread(self.log.store, entry)
+                self.log.store(entry)  # at once: while the disk is slow, others arrive
+                await self.log.sync()
                 if "failed" in entry and self.failures >= MAX_FAILURES:
                     text = f"{MAX_FAILURES} requests in a row without an answer. {result}"
                     raise RefusedError(text)
@@ -194,6 +202,21 @@ def log_entry(
 def reply_of(entry: dict) -> Reply | None:
     """The reply in an entry of the log; None if there was no answer."""
     return None if "failed" in entry else parse_reply(entry.get("response", ""))
+
+
+def run_until_signal(main: Coroutine) -> Any:
+    """Run a coroutine. SIGTERM, which a cluster sends before it kills, ends it as Ctrl-C does: by a
+    CancelledError, so that what is in flight can be stored."""
+
+    async def cancellable() -> Any:
+        task = asyncio.ensure_future(main)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await task
+
+    try:
+        return asyncio.run(cancellable())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
 
 
 async def ask_all(

@@ -13,7 +13,6 @@ is sampled with --seed + i: it depends neither on the answers decoded beside it 
 """
 
 import argparse
-import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -28,7 +27,7 @@ from alpaca.common.progress import Progress
 from alpaca.common.run_folder import run_folder
 from alpaca.datagen import request_log
 from alpaca.datagen.endpoints import add_server_arguments, endpoint_from_args
-from alpaca.datagen.request_log import RequestLog, Teachers
+from alpaca.datagen.request_log import RequestLog, Teachers, run_until_signal
 from alpaca.evaluation.outputs import OUTPUTS, Item, digest, read_items, save_json
 from alpaca.inference.answer import engine_from_args
 from alpaca.inference.engine import Sequence
@@ -105,7 +104,8 @@ def generate_remote(items: dict[str, Item], args: argparse.Namespace, log: Path)
             answers[id] = Answer(reply.text, reply.truncated)
 
     requests = RequestLog(log)
-    if not asyncio.run(request_log.ask_all(requests, endpoint, args, items, ask, "answers")):
+    work = request_log.ask_all(requests, endpoint, args, items, ask, "answers")
+    if not run_until_signal(work):
         notice(f"the budget of ${args.budget:g} is spent: run again with a larger one to resume")
     notice(f"${requests.spent:.4f} spent")
     return answers

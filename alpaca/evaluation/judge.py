@@ -21,7 +21,6 @@ that their authors could not know. Every reply is stored as it comes: the same c
 """
 
 import argparse
-import asyncio
 import json
 import math
 import random
@@ -39,7 +38,7 @@ from alpaca.common.run_folder import run_folder
 from alpaca.datagen import request_log
 from alpaca.datagen.client import Reply
 from alpaca.datagen.endpoints import Endpoint, add_server_arguments, endpoint_from_args
-from alpaca.datagen.request_log import RequestLog, Teachers
+from alpaca.datagen.request_log import RequestLog, Teachers, run_until_signal
 from alpaca.evaluation.annotations import ANNOTATIONS, make_annotation
 from alpaca.evaluation.outputs import Pair, add_pair_arguments, digest, pair_outputs, save_json
 from alpaca.evaluation.score import format_table
@@ -192,7 +191,8 @@ def run_judge(
         ):
             verdicts[id] = found
 
-    enough = asyncio.run(request_log.ask_all(requests, endpoint, args, questions, ask, "verdicts"))
+    work = request_log.ask_all(requests, endpoint, args, questions, ask, "verdicts")
+    enough = run_until_signal(work)
     report_verdicts(questions, verdicts, requests, endpoint)
     return verdicts, enough
 

@@ -1,4 +1,4 @@
-"""Answers, judging and rating killed at any point: nothing is lost, nothing is asked twice."""
+"""Answers, judging and rating killed at any point: what has arrived is not lost or asked again."""
 
 import signal
 import subprocess

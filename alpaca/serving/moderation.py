@@ -33,7 +33,7 @@ LAST_WORD = re.compile(r"[^\W\u2e80-\u9fff\uf900-\ufaff]*\Z")  # Chinese may be 
 MAX_WORD_LENGTH = 40
 BLANK_CELL = "\u2800"  # stands for all of BLANKS, which show nothing and may be as wide as a space
 BLANKS = "\u2800\u115f\u1160\u3164\uffa0"  # Braille's empty cell, Hangul's fillers
-SPACES = re.compile(rf"[\s{BLANK_CELL}]+")
+SPACES = re.compile(rf"[\s{BLANK_CELL}]{{2,}}")
 INVISIBLE = re.compile(  # a joiner, Khmer's inherent vowels, variation selectors, a null note
     "[\u034f\u17b4\u17b5\u180b-\u180d\u180f\ufe00-\ufe0f\U0001d159\U000e0100-\U000e01ef]"
 )
@@ -130,8 +130,9 @@ class RuleFilter(Filter):
         return next(found, "")
 
 
-def replacement(char: str) -> str:
+def replacement(char: str, dropped: tuple[str, ...]) -> str:
     """What the filter reads for a character: nothing for one that shows nothing."""
+    category = unicodedata.category(char)
     if char == SPACE:
         return " "
     if char in BLANKS:
@@ -139,20 +140,20 @@ def replacement(char: str) -> str:
     if char.isspace() and not "\x1c" <= char <= "\x1f":
         return char
     # category C: controls, formats, surrogates, private use and what has no character yet
-    return "" if unicodedata.category(char)[0] == "C" or INVISIBLE.match(char) else char
+    return "" if category[0] == "C" or category in dropped or INVISIBLE.match(char) else char
 
 
-def collapse_spaces(text: str) -> str:
+def collapse_spaces(text: str, dropped: tuple[str, ...] = ()) -> str:
     """One space for several, the tokenizer's space included, and nothing that is invisible."""
-    text = text.translate({ord(char): replacement(char) for char in set(text)})
+    if changes := {ord(c): new for c in set(text) if (new := replacement(c, dropped)) != c}:
+        text = text.translate(changes)
     return SPACES.sub(lambda run: run[0].strip(BLANK_CELL)[:1] or BLANK_CELL, text)
 
 
 def to_plain(text: str) -> str:
     """The same on one line, in lower case, in compatible characters without accents."""
-    text = unicodedata.normalize("NFKD", text)
-    text = "".join(char for char in text if unicodedata.category(char) not in ("Mn", "Me"))
-    return re.sub(r"\s", " ", collapse_spaces(text).casefold())
+    text = collapse_spaces(unicodedata.normalize("NFKD", text), ("Mn", "Me")).casefold()
+    return re.sub(r"\s", " ", text)
 
 
 class ServiceFilter(Filter):

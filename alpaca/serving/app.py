@@ -26,6 +26,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from alpaca import CHECKOUT
+from alpaca.common.errors import UserError
 from alpaca.common.json_files import append_jsonl
 from alpaca.datagen.formats import load_records
 from alpaca.inference.engine import Engine, Sequence
@@ -248,6 +249,10 @@ def create_private(file: Path) -> None:
     """Create the file, if it is missing, for its owner only: it will hold what people wrote."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch(mode=0o600)
+    if not file.is_file():
+        raise UserError(
+            f"{file} is not a file that reports can be stored in: use another --reports"
+        )
 
 
 def load_page(file: Path) -> Response:

@@ -545,5 +545,8 @@ def test_errors_are_one_line(command, tmp_path):
     refused("key", flags=(*tiny, "--watermark-key", 0))
     (tmp_path / "file").write_text("")
     refused("file", flags=(*tiny, "--reports", tmp_path / "file/r.jsonl"))
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("", "pipe"):
+        refused("--reports", flags=(*tiny, "--reports", tmp_path / name))
     refused("--rate", flags=("--rate", -1))
     refused("--max-batch-size", flags=("--rows", 4))

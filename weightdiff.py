@@ -71,8 +71,15 @@ SUM_TOLERANCE = 0.05  # Alpaca added up in fp32: near 50,000 the order alone mov
 
 def make_float_diff(base: Path, tuned: Path, diff: Path) -> None:
     """diff = tuned - base, a Hugging Face folder in fp32."""
-    differences = ((name, t - b) for name, t, b in fp32_pairs(tuned, base))
-    save_model(differences, read_config(tuned), diff, torch.float32, find_tokenizer(tuned))
+
+    def differences() -> Iterator[tuple[str, Tensor]]:
+        total = 0.0
+        for name, t, b in fp32_pairs(tuned, base):
+            total += t.sum().item()
+            yield name, t - b
+        notice(f"the sum of all weights is {total:.4f}: others check theirs with --expect-sum")
+
+    save_model(differences(), read_config(tuned), diff, torch.float32, find_tokenizer(tuned))
 
 
 def recover_float_diff(

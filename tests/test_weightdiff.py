@@ -326,9 +326,12 @@ def test_alpaca_format_is_the_float_arithmetic(tmp_path, command):
     tuned = write_model(tmp_path / "tuned", change=tiny)
     diff, out = tmp_path / "diff", tmp_path / "out"
     args = ("--base", base, "--diff", diff, "--tuned")
-    _, text, _ = command(weightdiff, "make", "--format", "alpaca", *args, tuned)
+    _, text, err = command(weightdiff, "make", "--format", "alpaca", *args, tuned)
     assert text.startswith(f"{diff}: Alpaca's format, 21 tensors of float32, ")
     assert "no checksum given" in command(weightdiff, "recover", *args, out)[1]
+    total = re.search(r"the sum of all weights is (\S+):", err)[1]
+    code, text, _ = command(weightdiff, "verify", *args[:4], "--expect-sum", total)
+    assert code == 0 and "the sum is as expected" in text
     found, bases = read_tensors(out), read_tensors(base)
     for name, t in read_tensors(tuned).items():
         b = bases[name][: len(t)]

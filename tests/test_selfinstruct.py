@@ -356,6 +356,15 @@ def test_missing_key_is_refused_before_anything_is_sent(tmp_path, command, monke
     assert not (tmp_path / "r").exists()
 
 
+def test_unusable_proxy_is_refused(tmp_path, command, monkeypatch):
+    for proxy in ("socks5://me:secret@localhost:1", "odd://me:secret@localhost:1"):
+        monkeypatch.setenv("ALL_PROXY", proxy)
+        with Server() as server:
+            result = command(selfinstruct, *arguments(tmp_path / "r", server, 3))
+        assert_refused(result, "proxy of the environment")
+        assert "secret@" not in result[2] and not (tmp_path / "r").exists()
+
+
 def test_folder_of_another_run_is_refused(run_folder, tmp_path, command):
     with Server() as server:
         args = arguments(run_folder, server, 300, "--seed", 4)

@@ -77,7 +77,10 @@ class Client:
         self.closing = False  # no further attempt is started
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
         connect = httpx.Timeout(timeout, connect=min(20, timeout))
-        self.http = httpx.AsyncClient(timeout=connect, limits=limits)
+        try:
+            self.http = httpx.AsyncClient(timeout=connect, limits=limits)
+        except (ImportError, ValueError) as error:  # its messages hide the password in a URL
+            raise UserError(f"the proxy of the environment cannot be used: {error}") from None
 
     async def __aenter__(self) -> "Client":
         return self

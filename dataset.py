@@ -21,6 +21,7 @@ Self-Instruct arXiv:2212.10560; Alpaca: crfm.stanford.edu/2023/03/13/alpaca.html
 """
 
 import hashlib
+import heapq
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -198,23 +199,25 @@ def pack_rows(lengths: np.ndarray, ranks: int, row_tokens: int) -> list[list[lis
 
     Longest first, each document goes to the row that is shortest so far. Row lengths then differ by
     at most about one document. Every rank gets as many rows as the others, because they reduce
-    gradients together; if a row exceeds row_tokens, every rank gets one more.
+    gradients together; if a row exceeds row_tokens, every rank gets more.
 
     >>> pack_rows(np.array([5, 3, 2, 4]), ranks=1, row_tokens=8)
     [[[0, 2], [3, 1]]]
     """
     assert lengths.max(initial=0) <= row_tokens, "no row can hold the longest document"
-    longest_first = np.argsort(-lengths, kind="stable")
-    per_rank = max(1, -(-int(lengths.sum()) // (ranks * row_tokens)))
+    longest_first = np.argsort(-lengths, kind="stable").tolist()
+    sizes = lengths.tolist()
+    per_rank = max(1, -(-sum(sizes) // (ranks * row_tokens)))
     while True:
-        rows, filled = [[] for _ in range(ranks * per_rank)], np.zeros(ranks * per_rank, int)
+        rows = [[] for _ in range(ranks * per_rank)]
+        filled = [(0, row) for row in range(len(rows))]  # a heap: the shortest row comes first
         for document in longest_first:
-            shortest = int(filled.argmin())
-            rows[shortest].append(int(document))
-            filled[shortest] += lengths[document]
-        if filled.max() <= row_tokens:
+            tokens, shortest = filled[0]
+            rows[shortest].append(document)
+            heapq.heapreplace(filled, (tokens + sizes[document], shortest))
+        if max(filled)[0] <= row_tokens:
             return [rows[rank::ranks] for rank in range(ranks)]
-        per_rank += 1
+        per_rank += 1 + per_rank // 64
 
 
 class Row(NamedTuple):

@@ -269,6 +269,24 @@ def test_pack_rows_of_exact_fits_and_too_few_documents():
         pack_rows(np.array([5, 17]), 2, 16)
 
 
+def test_pack_rows_gives_a_document_to_the_first_of_the_shortest_rows():
+    def by_search(lengths, ranks, row_tokens):  # as pack_rows, without its heap
+        per_rank = max(1, -(-lengths.sum() // (ranks * row_tokens)))
+        while True:
+            rows, filled = [[] for _ in range(ranks * per_rank)], np.zeros(ranks * per_rank, int)
+            for document in np.argsort(-lengths, kind="stable"):
+                rows[filled.argmin()].append(document)
+                filled[filled.argmin()] += lengths[document]
+            if filled.max() <= row_tokens:
+                return [rows[rank::ranks] for rank in range(ranks)]
+            per_rank += 1
+
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        lengths, ranks = rng.integers(1, 33, rng.integers(0, 60)), int(rng.integers(1, 9))
+        assert pack_rows(lengths, ranks, 40) == by_search(lengths, ranks, 40)
+
+
 @pytest.fixture(scope="module")
 def examples():
     rng = random.Random(0)

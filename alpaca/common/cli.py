@@ -37,7 +37,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **options)
 
     def error(self, message: str):
-        notice(f"error: {message} (see --help)")
+        cut = message if len(message) <= 400 else message[:399] + "…"
+        notice(f"error: {cut} (see --help)")
         self.exit(2)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
@@ -67,9 +68,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def not_negative(text: str) -> int:
-    """For `type=` of a flag: an integer from 0."""
+    """For `type=` of a flag: an integer from 0 that fits in 64 bits."""
     if int(text) < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")
+    if int(text) > (most := 2**63 - 1):
+        raise argparse.ArgumentTypeError(f"{text} is more than {most:,}")
     return int(text)
 
 
@@ -79,12 +82,14 @@ def utf8_text(word: str) -> str:
     return word
 
 
-def positive(number_type: type) -> Callable[[str], Any]:
-    """For `type=` of a flag: an int or a float above 0."""
+def positive(number_type: type, most: float = math.inf) -> Callable[[str], Any]:
+    """For `type=` of a flag: an int or a float above 0, and at most `most`."""
 
     def number(text: str) -> Any:
         if not 0 < number_type(text) < math.inf:
             raise ValueError
+        if number_type(text) > most:
+            raise argparse.ArgumentTypeError(f"{text} is more than {most:,}")
         return number_type(text)
 
     number.__name__ = f"{number_type.__name__} above 0"  # argparse: invalid int above 0 value: '-3'
@@ -98,5 +103,6 @@ def finite(text: str) -> float:
     return float(text)
 
 
-finite.__name__ = "number"  # argparse: invalid number value: 'nan'
-utf8_text.__name__ = "UTF-8 text"  # argparse: invalid UTF-8 text value: …
+not_negative.__name__ = "int from 0"  # argparse: invalid int from 0 value: 'x'
+finite.__name__ = "number"
+utf8_text.__name__ = "UTF-8 text"

@@ -11,7 +11,8 @@ integers, whole on every rank and dequantized one matrix at a time. A step has i
     reduce       no activations; the gradients of embedding and head whole, and a copy in fp32
 
 The estimate counts the tensors of model.py and FSDP in eager mode, within 10 % of a real step;
-compiled blocks need less, the allocator adds some. Activations: arXiv:2205.05198.
+compiled blocks need less, the allocator adds some. The longest row is that of
+the run's first thousands of steps. Activations: arXiv:2205.05198.
 """
 
 from dataclasses import dataclass, replace
@@ -22,11 +23,12 @@ from alpaca.training import throughput as counts
 from alpaca.training.config import TrainConfig
 from alpaca.training.throughput import CHIPS, GIB, find_device, flops_per_token, mean_length
 from alpaca.weights.checkpoint import DTYPES
-from dataset import Examples, pack_rows, step_examples
+from dataset import Examples, pack_rows, shuffle_epoch, step_examples
 from model import LOGITS_CHUNK, LlamaConfig
 
 ASSUMED_MFU = 0.45  # the share of a GPU's peak that the hours assume
 USABLE = 0.95  # of a GPU's memory: the rest is the allocator's and the driver's
+PACKED = 2**27  # bounds the steps that are packed to find the longest row: about a second
 IN_HOST_MEMORY = ("weights", "moments", "gradients")  # with --offload
 INTEGER_BYTES = {8: 1.0, 4: 0.625}  # of a quantized weight, see quantized_linear.py
 DEQUANTIZED_BYTES = {8: 8, 4: 12}  # of a weight on its way to fp32
@@ -176,16 +178,20 @@ def suggest(work: Workload, limit: float) -> str:
 
 
 def measure(config: TrainConfig, model: LlamaConfig, examples: Examples, steps: int) -> Workload:
-    """By the packed rows that the run would have."""
+    """By the packed rows that the run would have, or those of its first steps if it has many."""
     if config.gpus % config.replicas:
         raise UserError(f"--replicas {config.replicas} does not divide the {config.gpus} --gpus")
-    lengths = examples.lengths
-    longest = rows = tokens = 0
-    for step in range(steps):
-        batch = step_examples(len(examples), config.batch_size, config.epochs, config.seed, step)
-        ranks = pack_rows(lengths[batch], config.gpus, config.row_tokens)
+    lengths, count, batch_size = examples.lengths, len(examples), config.batch_size
+    epochs, rest = divmod(min(steps * batch_size, round(count * config.epochs)), count)
+    tokens = int(lengths[shuffle_epoch(count, config.seed, epochs)[:rest]].sum())
+    tokens += int(lengths.sum()) * epochs
+    longest, rows = (int(lengths.max()) if epochs else 0), 0
+    # The more examples a step has, the less do its rows differ from another step's.
+    for step in range(min(steps, PACKED // (batch_size + 64) ** 2 + 1)):
+        batch = step_examples(count, batch_size, config.epochs, config.seed, step)
+        ranks = pack_rows(lengths[batch], min(config.gpus, batch_size), config.row_tokens)
         longest = max(longest, *(int(lengths[batch[row]].sum()) for own in ranks for row in own))
-        rows, tokens = max(rows, len(ranks[0])), tokens + int(lengths[batch].sum())
+        rows = max(rows, len(ranks[0]))
     share = float(examples.supervised.sum() / lengths.sum())
     return Workload(config, model, longest, share, rows, steps, tokens, mean_length(lengths))
 
@@ -214,6 +220,7 @@ def report_plan(work: Workload) -> str:
     verdict = "It fits." if fits else f"It does not fit. {suggest(work, USABLE * memory)}"
     settings = (
         f"{trained}, {config.gpus} x {chip or 'this machine'}, checkpointing "
-        f"{config.checkpointing}, rows of up to {work.row_tokens} {config.dtype} tokens"
+        f"{config.checkpointing}, rows of up to {work.row_tokens} {config.dtype} tokens "
+        f"(--row-tokens {config.row_tokens})"
     )
     return "\n".join([settings, "", "at the peak of a step:", *sizes, "", time, verdict])

@@ -14,7 +14,7 @@ import fsdp_train
 import selfinstruct
 import weightdiff
 from alpaca.__main__ import VERBS, load_verb
-from alpaca.common.cli import RENAMED, Parser
+from alpaca.common.cli import RENAMED, Parser, not_negative
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -38,6 +38,15 @@ def test_unknown_flag_is_answered_with_the_closest(capsys):
         with pytest.raises(SystemExit):
             parser.parse_args([word])
         assert hint in capsys.readouterr().err
+
+
+def test_error_is_short_however_long_an_argument_is(capsys):
+    parser = Parser(prog="tool")
+    parser.add_argument("--num", type=not_negative)
+    for value in ("9" * 5000, "9" * 400):  # Python reads no number of more than 4,300 digits
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"--num={value}"])
+        assert len(error := capsys.readouterr().err) <= 500 and "--num" in error
 
 
 def test_renamed_flags_exist():

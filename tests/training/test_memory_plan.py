@@ -6,19 +6,27 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers.commands import ROOT
 from helpers.models import random_ids
 from torch.utils.flop_counter import FlopCounterMode
 
-from alpaca.training import throughput
+from alpaca.training import memory_plan, throughput
 from alpaca.training.config import TrainConfig
-from alpaca.training.memory_plan import Workload, memory_by_phase, peak_bytes, report_plan
+from alpaca.training.memory_plan import (
+    Workload,
+    measure,
+    memory_by_phase,
+    peak_bytes,
+    report_plan,
+)
 from alpaca.training.parallel import apply_activation_checkpointing
 from alpaca.training.throughput import CHIPS, GIB, flops_per_token
 from alpaca.weights.checkpoint import DTYPES
 from alpaca.weights.lora import ATTENTION, TARGETS, LoraConfig, add_lora
+from dataset import Examples, pack_rows, step_examples, total_steps
 from model import Llama, LlamaConfig
 
 DOCUMENTS = [50, 15, 100, 85, 6]
@@ -180,6 +188,57 @@ def test_chip_is_found_by_device_name(monkeypatch):
     sixteen = SimpleNamespace(total_memory=16 * GIB)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: sixteen)
     assert " of 16 GiB" in report_plan(seven(chip=None)), "its own memory"
+
+
+# ---------------------------------------------------------------- a run's rows and tokens
+
+
+def random_examples(count: int, last: int = 30) -> Examples:
+    lengths = np.random.default_rng(0).integers(2, 60, count)
+    lengths[-1] = last
+    tokens = np.ones(lengths.sum(), np.int32)
+    return Examples(tokens, tokens, np.array([0, *lengths.cumsum()]), [], {})
+
+
+@pytest.mark.parametrize(
+    ("gpus", "batch", "epochs", "most"),
+    [(1, 7, 2.4, 10**9), (3, 1, 3, 10**9), (50, 16, 0.6, 10**9), (2, 500, 7, 10**9), (4, 5, 3, 9)],
+)
+def test_plan_equals_packing_every_step(gpus, batch, epochs, most):
+    examples = random_examples(40)
+    config = TrainConfig(gpus=gpus, batch_size=batch, epochs=epochs, row_tokens=130)
+    steps = min(most, total_steps(40, batch, epochs))
+    batches = [step_examples(40, batch, epochs, config.seed, step) for step in range(steps)]
+    lengths = [examples.lengths[batch] for batch in batches]
+    packed = [pack_rows(each, gpus, 130) for each in lengths]
+    rows = [
+        each[row].sum()
+        for each, ranks in zip(lengths, packed, strict=True)
+        for own in ranks
+        for row in own
+    ]
+    work = measure(config, LlamaConfig.preset("tiny"), examples, steps)
+    assert (work.row_tokens, work.steps) == (max(rows), steps)
+    assert work.tokens == sum(each.sum() for each in lengths)
+    assert work.rows == max(len(ranks[0]) for ranks in packed)
+
+
+def test_plan_packs_a_bounded_number_of_examples(monkeypatch):
+    packed = []
+
+    def watched(lengths, ranks, row_tokens):
+        packed.append((len(lengths), ranks, max(lengths)))
+        return pack_rows(lengths, ranks, row_tokens)
+
+    monkeypatch.setattr(memory_plan, "pack_rows", watched)
+    monkeypatch.setattr(memory_plan, "PACKED", 2**19)
+    examples = random_examples(4000, last=70)
+    config = TrainConfig(gpus=2**20, batch_size=2, epochs=10_000, row_tokens=100)
+    work = measure(config, LlamaConfig.preset("tiny"), examples, total_steps(4000, 2, 10_000))
+    counts, ranks, longest = zip(*packed, strict=True)
+    assert sum(counts) < 1000 and max(ranks) == 2 and max(longest) < 70
+    assert work.steps == 20_000_000 and work.tokens == 10_000 * examples.lengths.sum()
+    assert work.row_tokens == examples.lengths.max() == 70, "every epoch has it"
 
 
 # ---------------------------------------------------------------- the report

@@ -22,8 +22,10 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from alpaca.common.errors import UserError, notice
+from alpaca.common.files import input_file
 
 SPACE = "\u2581"  # how SentencePiece writes a space
+MAX_BYTES = 100 << 20  # of a tokenizer.model; those of 250,000 tokens have 5 MB
 
 
 class Tokenizer:
@@ -31,17 +33,19 @@ class Tokenizer:
         """`path` is a tokenizer.model, or a folder that contains one."""
         path = Path(path)
         file = path / "tokenizer.model" if path.is_dir() else path
-        if not file.is_file():
+        if not file.exists():
             hint = ""
             if (path / "tokenizer.json").exists():
                 hint = " (tokenizer.json is not read: get the SentencePiece file it was made from)"
             raise UserError(f"{file}: no such file{hint}")
         self.sentencepiece = SentencePieceProcessor()
         try:
-            self.sentencepiece.LoadFromSerializedProto(file.read_bytes())
-        except RuntimeError:
-            raise UserError(f"{file}: not a SentencePiece model") from None
-        self.path, self.vocab_size = file, self.sentencepiece.vocab_size()
+            self.sentencepiece.LoadFromSerializedProto(input_file(file, MAX_BYTES).read_bytes())
+            self.vocab_size = self.sentencepiece.vocab_size()
+            self.sentencepiece.id_to_piece(list(range(self.vocab_size)))  # a damaged one is no text
+        except (RuntimeError, UnicodeDecodeError):
+            raise UserError(f"{file}: not a SentencePiece model, or a damaged one") from None
+        self.path = file
         self.unk_id, self.bos_id = self.sentencepiece.unk_id(), self.sentencepiece.bos_id()
         self.eos_id = self.sentencepiece.eos_id()
         for name, token in (("unk", self.unk_id), ("bos", self.bos_id), ("eos", self.eos_id)):
@@ -68,7 +72,10 @@ class Tokenizer:
         return ids[count:]
 
     def decode(self, ids: list[int]) -> str:
-        return self.sentencepiece.decode(ids)
+        try:
+            return self.sentencepiece.decode(ids)
+        except IndexError:
+            raise UserError(f"{self.path} has only the tokens 0 to {self.vocab_size - 1}") from None
 
     def stream(self, after: Sequence[int] = ()) -> "TextStream":
         """A decoder that takes one id at a time; its text continues that of the ids `after`."""

@@ -33,8 +33,8 @@ from torch import Tensor
 
 from alpaca.common.cli import Parser, finite
 from alpaca.common.errors import UserError, escape_control, join_names, notice, run_command
-from alpaca.common.files import atomic_folder, refuse_existing
-from alpaca.common.json_files import read_json
+from alpaca.common.files import atomic_folder, input_file, refuse_existing
+from alpaca.common.json_files import MAX_OBJECT, check_shape, read_json
 from alpaca.common.progress import Progress
 from alpaca.weights.bitdiff import Hashes, TensorPairs, combine
 from alpaca.weights.checkpoint import (
@@ -240,32 +240,32 @@ def hash_of(content: bytes) -> str:
 
 def seal_of(manifest: Path) -> bytes:
     """For manifest.sha256, which `sha256sum -c` can check too."""
-    return f"{hash_of(manifest.read_bytes())}  {manifest.name}\n".encode()
+    content = input_file(manifest, MAX_OBJECT).read_bytes()
+    return f"{hash_of(content)}  {manifest.name}\n".encode()
 
 
 def read_exact_diff(diff: Path) -> tuple[dict[str, Hashes], list[str], dict[str, bytes]]:
     """The manifest's hashes of (diff, base, tuned) and its notes, and the files beside the tensors,
     after a check of all but the tensors."""
     file = diff / "manifest.json"
-    if seal_of(file) != (diff / "manifest.sha256").read_bytes():
+    if seal_of(file) != input_file(diff / "manifest.sha256", MAX_OBJECT).read_bytes():
         raise UserError(f"{file} does not match manifest.sha256: download both again")
     manifest = read_json(file)
     if manifest.get("format") != FORMAT:
         old = "compressed " if manifest.get("compressed") else ""
         old += f"format {manifest.get('format')!r}"
         raise UserError(f"{file}: {old}, this version reads {FORMAT!r}: make the diff again")
-    try:
-        hashes = {n: (t["diff"], t["base"], t["tuned"]) for n, t in manifest["tensors"].items()}
-        notes, expected = [str(note) for note in manifest["notes"]], dict(manifest["files"])
-    except (LookupError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{file}: missing or malformed fields") from None
-    files = other_files(diff / BITS)
+    check_shape(manifest, {"notes": [str], "files": dict, "tensors": dict}, str(file))
+    for name, entry in manifest["tensors"].items():
+        check_shape(entry, {"diff": str, "base": str, "tuned": str}, f"{file}: {name}")
+    hashes = {n: (t["diff"], t["base"], t["tuned"]) for n, t in manifest["tensors"].items()}
+    files, expected = other_files(diff / BITS), manifest["files"]
     found = {name: hash_of(content) for name, content in files.items()}
     if bad := [name for name in {**found, **expected} if found.get(name) != expected.get(name)]:
         raise UserError(f"{diff / BITS}: {join_names(bad)} missing, damaged or unexpected")
     if open_checkpoint(diff / BITS)[1].keys() != hashes.keys():
         raise UserError(f"{file}: its tensors are not those of {BITS}/config.json")
-    return hashes, notes, files
+    return hashes, manifest["notes"], files
 
 
 # ---------------------------------------------------------------- commands

@@ -1,5 +1,6 @@
 """The tokenizer against SentencePiece, and streams against whole decodes."""
 
+import os
 import random
 from functools import lru_cache
 
@@ -129,6 +130,12 @@ def test_check_compares_the_vocabulary_with_the_model(capsys):
     assert "the tokenizer's bos 1 and eos 2 are used" in capsys.readouterr().err
 
 
+def test_decode_names_the_tokenizer_of_an_id_it_lacks():
+    for ids in ([5, 1024], [-1]):
+        with pytest.raises(UserError, match=r"tokenizer\.model has only the tokens 0 to 1023"):
+            Tokenizer(ROOT / "data").decode(ids)
+
+
 def test_tokenizer_refuses_files_that_are_no_llama_tokenizer(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         Tokenizer(tmp_path / "absent.model")
@@ -139,6 +146,15 @@ def test_tokenizer_refuses_files_that_are_no_llama_tokenizer(tmp_path):
         (tmp_path / "tokenizer.model").write_bytes(content)
         with pytest.raises(UserError, match=r"tokenizer\.model: not a SentencePiece model"):
             Tokenizer(tmp_path)
+    whole, word = (ROOT / "data/tokenizer.model").read_bytes(), "▁the".encode()
+    (tmp_path / "tokenizer.model").write_bytes(whole.replace(word, word[1:] + b"x", 1))
+    with pytest.raises(UserError, match=r"tokenizer\.model: .* or a damaged one"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    os.mkfifo(tmp_path / "tokenizer.model")
+    for path in (tmp_path, "/dev/zero"):
+        with pytest.raises(UserError, match="is not a regular file"):
+            Tokenizer(path)
     with open(tmp_path / "t.model", "wb") as file:
         options = {"vocab_size": 6, "bos_id": -1, "eos_id": 1, "minloglevel": 2}
         SentencePieceTrainer.train(sentence_iterator=iter(["a b c"]), model_writer=file, **options)

@@ -1,6 +1,7 @@
 """base + diff is the tuned model in every bit, or an error that names what is wrong."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -213,6 +214,13 @@ def test_damaged_or_missing_files_of_the_diff_are_named(published, copied, comma
     assert recover(command, copied)[0] == 0
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.sha256", "bits/model.safetensors"])
+def test_pipes_of_the_diff_are_not_read(copied, command, name):
+    (copied / "diff" / name).unlink()
+    os.mkfifo(copied / "diff" / name)
+    assert f"{name} is not a regular file" in recover(command, copied)[1]
+
+
 def test_flipped_bit_in_a_tensor_of_the_diff_is_named(copied, command):
     file, rng = copied / "diff/bits/model.safetensors", random.Random(0)
     header = int.from_bytes(file.read_bytes()[:8], "little")
@@ -267,10 +275,12 @@ def forge(diff: Path, edit=lambda manifest: None) -> None:
         (lambda m: m["tensors"].update({"../../evil": m["tensors"][HEAD]}), "not those of bits/"),
         (lambda m: m["tensors"][HEAD].update(tuned="0" * 64), "are right, their sum is not"),
         (lambda m: m["tensors"][HEAD].update(base="\x1b[2J"), f"its {HEAD} differs"),
-        (lambda m: m["tensors"].update({HEAD: 3}), "missing or malformed"),
-        (lambda m: m.update(tensors=[1]), "missing or malformed"),
-        (lambda m: m.pop("notes"), "missing or malformed"),
-        (lambda m: m.update(files="config.json"), "missing or malformed"),
+        (lambda m: m["tensors"].update({HEAD: 3}), f"{HEAD} is 3, an object was expected"),
+        (lambda m: m["tensors"][HEAD].update(base=3), f"{HEAD}: base is 3, a string was expected"),
+        (lambda m: m.update(tensors=[1]), "tensors is [1], an object was expected"),
+        (lambda m: m.pop("notes"), "notes is missing, a list was expected"),
+        (lambda m: m.update(notes=[3]), "notes is 3, a string was expected"),
+        (lambda m: m.update(files=[[1, 2]]), "files is [[1, 2]], an object was expected"),
     ],
 )
 def test_forged_manifest_is_refused(copied, command, edit, words):
@@ -280,7 +290,7 @@ def test_forged_manifest_is_refused(copied, command, edit, words):
 
 
 def test_control_characters_of_names_are_escaped(copied, command):
-    forge(copied / "diff", lambda m: m.update(notes=["\x1b[2Jgone\u202e\n", 3]))
+    forge(copied / "diff", lambda m: m.update(notes=["\x1b[2Jgone\u202e\n", "3"]))
     code, out, _ = command(weightdiff, "info", "--diff", copied / "diff")
     assert code == 0 and "\x1b" not in out and "\n  \\x1b[2Jgone\\u202e\\n\n  3\n" in out
     numbers = load_file(copied / "base/model.safetensors") | {"\x1b]0;x\x07": torch.ones(1)}

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from alpaca.common.errors import UserError, join_names
+from alpaca.common.files import input_file
 from alpaca.common.json_files import read_json
 from alpaca.weights import meta_format
 from alpaca.weights.config_json import config_from_json, typed_config
@@ -52,7 +53,7 @@ class StoredTensor(NamedTuple):
 
 def open_file(file: Path) -> Iterable[tuple[str, Tensor]]:
     """The tensors of one file, memory-mapped. A pickle that would run code is refused."""
-    with file.open("rb") as opened:
+    with input_file(file).open("rb") as opened:
         start = opened.read(32)
     if not start:
         raise UserError(f"{file}: empty")

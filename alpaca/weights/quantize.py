@@ -38,9 +38,10 @@ from alpaca.weights.writer import (
     ShardWriter,
     copy_tokenizer,
     dump_json,
-    find_tokenizer,
+    require_tokenizer,
     tensor_bytes,
 )
+from tokenizer import Tokenizer
 
 METHOD = "round to nearest"  # quant_method in config.json
 
@@ -149,9 +150,11 @@ def save_quantized(source: WeightSource, folder: Path, tokenizer: Path | None = 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model-dir", type=Path, required=True, help="folder of the model")
-    parser.add_argument("--bits", type=int, choices=(8, 4), required=True, help="of the blocks")
-    parser.add_argument("--out", type=Path, help="folder to write (default: only report)")
+    add = parser.add_argument
+    add("--model-dir", type=Path, required=True, help="folder of the model")
+    add("--bits", type=int, choices=(8, 4), required=True, help="of the blocks")
+    add("--out", type=Path, help="folder to write (default: only report)")
+    add("--tokenizer", type=Path, help="file or folder to copy it from (default: the model's)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -160,6 +163,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.model_dir} is quantized already")
     if args.out:
         refuse_existing(args.out)
+        tokenizer = require_tokenizer(args.model_dir, args.tokenizer)
+        Tokenizer(tokenizer).check(source.config)  # only this project opens the folder, with it
     errors = []  # (‖rounded - w‖ / ‖w‖, name)
     for name in source.shapes:
         if kind := source.linear_class(name):
@@ -177,4 +182,4 @@ def run(args: argparse.Namespace) -> None:
         f"{before:,} bytes as stored, {after:,} bytes quantized"
     )
     if args.out:
-        save_quantized(source, args.out, find_tokenizer(args.model_dir))
+        save_quantized(source, args.out, tokenizer)

@@ -120,6 +120,18 @@ def test_missing_config_or_weights_are_refused(tmp_path, command, folder):
     refuse_convert(command, folder, "no model.safetensors, pytorch_model.bin")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json"])
+def test_pipes_and_devices_are_not_read(command, folder, name):
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    refuse_convert(command, folder, f"{name} is not a regular file")
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    refuse_convert(command, folder, f"{name} is not a regular file")
+
+
 def test_damaged_config_is_refused(command, folder):
     config = folder / "config.json"
     start = config.read_text()[:50]

@@ -267,6 +267,20 @@ def test_damaged_or_older_quantized_folder_is_refused(tmp_path):
             load(folder)
 
 
+def test_quantize_needs_a_tokenizer_that_the_result_is_opened_with(tmp_path, command):
+    folder, out = write_folder(tmp_path / "m"), tmp_path / "out"
+    (folder / "tokenizer.model").unlink()
+    words = "--model-dir", folder, "--bits", 8, "--out", out
+    assert_refused(command("quantize", *words), f"{folder}: no tokenizer in it", "--tokenizer")
+    (folder / "tokenizer.json").write_text("{}")
+    assert_refused(command("quantize", *words), "tokenizer.model: no such file", "tokenizer.json")
+    other = write_folder(tmp_path / "other", vocab_size=1000)
+    assert_refused(command("quantize", "--model-dir", other, *words[2:]), "only 1000 embeddings")
+    assert not list(tmp_path.glob("out*"))
+    assert command("quantize", *words, "--tokenizer", TOKENIZER)[0] == 0
+    assert command("generate", "--model-dir", out, "--max-new-tokens", 2, "Hello")[0] == 0
+
+
 def test_quantize_errors_are_one_line(tmp_path, command):
     folder = write_folder(tmp_path / "m")
     code, out, _ = command("quantize", "--model-dir", folder, "--bits", 4)

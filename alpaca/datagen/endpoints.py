@@ -197,8 +197,9 @@ def read_teachers(path: Path, args: argparse.Namespace, **settings: Any) -> list
             raise UserError(f"{place}: an object with {', '.join(names)} was expected")
         for name, value in entry.items():
             number = name in ("weight", "price_in", "price_out")
-            if type(value) not in ((int, float) if number else (str,)):
-                raise UserError(f"{place}: {name} is not a {'number' if number else 'text'}")
+            right = type(value) in ((int, float) if number else (str,))
+            if not right or not str(value).isprintable():
+                raise UserError(f"{place}: {name} is not a {'number' if number else 'plain text'}")
         try:
             endpoints.append(endpoint_from_args(args, **settings | entry))
         except UserError as error:

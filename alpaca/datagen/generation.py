@@ -50,7 +50,7 @@ class RecordStore:
     def decide(self, line: dict) -> None:
         """Note a decision. A kept instruction joins the pool, also if it is dropped later."""
         self.decided.add(line["item"])
-        if line.get("why", DROPPED_LATER).startswith(DROPPED_LATER):
+        if (line.get("why") or DROPPED_LATER).startswith(DROPPED_LATER):
             self.pool.add(line["instruction"])
             self.accepted.append((int(line["item"].split(".")[0]), line["instruction"]))
 

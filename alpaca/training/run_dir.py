@@ -17,18 +17,14 @@ import numpy as np
 from alpaca.common import charts
 from alpaca.common.errors import UserError
 from alpaca.common.files import atomic_file
-from alpaca.common.json_files import append_jsonl, read_log
+from alpaca.common.json_files import append_jsonl, check_shape, read_log
 from alpaca.common.progress import Progress, duration
 from alpaca.common.run_folder import run_folder
 
 STEP_FORMAT = "loss {loss:.3f}  lr {lr:.2e}  grad norm {grad_norm:.2f}  {tokens_per_s:,.0f} tok/s"
-STEP = {  # the shape of a line of metrics.jsonl
-    "step": int,
-    "loss": int | float | None,
-    "held_out_loss": int | float | None,
-    "tokens": int | None,
-    "tokens_per_s": int | float | None,
-}
+NUMBER = int | float
+STEP = {"step": int, "loss": NUMBER, "tokens": int, "tokens_per_s": NUMBER}  # of metrics.jsonl
+HELD_OUT = {"step": int, "held_out_loss": NUMBER}
 RECENT = 20  # steps that the progress line averages tok/s and MFU over
 
 
@@ -69,7 +65,10 @@ class RunDir:
             return
         self.records = []
         if done and self.metrics.exists():
-            self.records = [r for r in read_log(self.metrics, STEP) if r["step"] <= done]
+            for record in read_log(self.metrics):
+                check_shape(record, STEP if "loss" in record else HELD_OUT, str(self.metrics))
+                if record["step"] <= done:
+                    self.records.append(record)
             if done == steps and self.records and "held_out_loss" in self.records[-1]:
                 self.records.pop()  # of the trained model; it is measured again
         with atomic_file(self.metrics, "w") as file:

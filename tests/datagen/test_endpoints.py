@@ -137,7 +137,7 @@ def test_teachers_file_overrides_the_flags(tmp_path, monkeypatch):
         ('[{"model": "a", "weight": 0}]', "record 1: a: weight 0 makes no sense"),
         ('[{"model": "a", "kind": "voice"}]', "'voice' is no kind of endpoint"),
         ('[{"model": "a", "key_env": "sk-secret-9"}]', "variable, not a key"),
-        ('[{"model": "a", "key_env": ["sk-secret-9"]}]', "record 1: key_env is not a text"),
+        ('[{"model": "a", "key_env": ["sk-secret-9"]}]', "record 1: key_env is not a plain text"),
         ('[{"model": "a", "key_env": "MY_KEY2"}]', r"record 1: \$MY_KEY2 is not set"),
         ('[{"model": "a", "key": "sk-secret-9"}]', "record 1: an object with"),
     ],

@@ -1,6 +1,7 @@
 """The house of CONTRIBUTING.md: which module may import which, and names that mean one thing."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -100,3 +101,13 @@ def test_reading_records_does_not_load_torch():
     code = "import sys, selfinstruct, alpaca.datagen.curate, alpaca.evaluation.win_rate; "
     code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_no_pickle_is_read_but_as_plain_tensors():
+    """Unpickling runs code. `torch.load(weights_only=True)` does not; its error is a pickle's."""
+    words = r"pickle\.\w+|from pickle|distributed\.checkpoint|\b(?:dill|joblib|marshal|shelve)\b"
+    for name, file in FILES.items():
+        text = file.read_text()
+        assert set(re.findall(words, text)) <= {"pickle.UnpicklingError"}, name
+        calls = re.findall(r"torch\.load.*", text)
+        assert all("weights_only=True)" in call for call in calls), name

@@ -108,17 +108,20 @@ def trained_parameters(model: Llama) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def first_row(tensor: Tensor, mesh: DeviceMesh) -> int:
+    """The number of this rank's first row in the whole tensor: FSDP divides as torch.chunk does."""
+    return mesh["shard"].get_local_rank() * -(-len(tensor) // mesh["shard"].size())
+
+
 @torch.no_grad()
 def load_sharded_weights(
     model: Llama, mesh: DeviceMesh, read: Callable[[str, torch.Size], Tensor]
 ) -> None:
     """Give every parameter this rank's rows of `read(name, shape)`; mapped files are read no
     further. Buffers, which hold quantized matrices, are whole on every rank."""
-    rank, ranks = mesh["shard"].get_local_rank(), mesh["shard"].size()
     for name, parameter in model.named_parameters():
-        rows = -(-len(parameter) // ranks)  # FSDP divides as torch.chunk does
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        local.copy_(read(name, parameter.shape)[rank * rows : (rank + 1) * rows])
+        local.copy_(read(name, parameter.shape)[first_row(parameter, mesh) :][: len(local)])
         assert local.dtype == torch.float32 or not parameter.requires_grad
     for name, buffer in model.named_buffers():
         buffer.copy_(read(name, buffer.shape))
@@ -180,7 +183,7 @@ def process_group(device_type: str, replicas: int) -> Iterator[tuple[DeviceMesh,
     dist.destroy_process_group()
 
 
-def run_on_all_ranks(work: Callable[[], Any]) -> Any:
+def run_on_all_ranks(work: Callable[[], Any], group: Any = None) -> Any:
     """Call `work` on every rank. If one rank fails, all raise, so that none waits for it: a
     UserError for a user's error, and for a bug its traceback on the rank that has it."""
     result, user_error, bug = None, None, None
@@ -191,7 +194,7 @@ def run_on_all_ranks(work: Callable[[], Any]) -> Any:
     except Exception as error:
         bug = error
     errors: list = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, (user_error, bug and describe_error(bug)))
+    dist.all_gather_object(errors, (user_error, bug and describe_error(bug)), group)
     if bug:
         raise bug
     for rank, (user_error, bug_text) in enumerate(errors):

@@ -1,33 +1,40 @@
 """A training run's state on disk, to resume from: written in the background, whole or not at all.
 
-  checkpoints/step-000100/    every rank's part of weights and Adam moments after 100 steps
+  checkpoints/step-000100/    the state after 100 steps
+      rank-00000.safetensors  one rank's rows of the weights and of Adam's moments
+      index.json              {"step": 100, "ranks": 1}, written when all ranks have written
   checkpoints/*.partial       being written, or cut off by a kill; removed at the next start
 
-- `torch.distributed.checkpoint` has each rank write its own shards, and reads them back for any
-  other number of ranks.
+- Each rank writes the rows it has. A tensor's rows follow one another from file to file, so any
+  other number of ranks finds its rows by counting; it maps the files and reads no other rows.
 - `save` copies the state and returns; files are written while training continues. The writers use a
   process group of their own: in the training's, their messages would mix with its collectives.
-- A folder gets its name when all ranks have written and synced their parts, so a kill or a full
-  disk costs the newest state at most.
-- It holds tensors only; all else that a run must know is JSON, in the run's folder. (Reading uses
-  the checkpoint library's own pickled index: resume from your own folders only.)
+- A folder gets its name when all its files are written and synced, so a kill or a full disk costs
+  the newest state at most.
+- A state is numbers and never code, and names no file. All else that a run must know is JSON, in
+  the run's folder.
 """
 
+import json
 import os
+import re
 import shutil
-from concurrent.futures import Future
+from collections import defaultdict
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from alpaca.common.errors import UserError, notice
-from alpaca.common.files import fsync_path
-from alpaca.training.parallel import is_peer_failure, trained_parameters
+from alpaca.common.errors import UserError, describe_error, join_names, notice
+from alpaca.common.files import atomic_file, fsync_path
+from alpaca.common.json_files import read_json
+from alpaca.training.parallel import first_row, run_on_all_ranks, trained_parameters
+from alpaca.weights.checkpoint import open_file
+from alpaca.weights.writer import safetensors_head
 from model import Llama
 
 
@@ -37,17 +44,12 @@ class Snapshots:
     def __init__(self, folder: Path, limit: int, model: Llama, optimizer: torch.optim.Optimizer):
         self.folder, self.limit, self.model, self.optimizer = folder, limit, model, optimizer
         self.group: Any = dist.new_group(backend="gloo")
-        self.first = dist.get_rank() == 0  # the rank that names and removes folders
-        self.writing: Any = None  # a Future
-        self.renaming: Thread | None = None
-        self.rename_error: OSError | None = None
+        self.writer = ThreadPoolExecutor(1)
+        self.writing: Future | None = None
 
-    def _states(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*[0-9]"), key=step_number)
-
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def _tensors(self) -> dict[str, DTensor]:
         """What a state holds."""
-        tensors = {}
+        tensors: dict[str, Any] = {}
         for name, parameter in trained_parameters(self.model).items():
             moments = self.optimizer.state[parameter]
             tensors[f"weight.{name}"] = parameter.detach()
@@ -58,21 +60,15 @@ class Snapshots:
     def load(self) -> int:
         """Load the newest state, the same on every rank. Returns the number of steps that it was
         saved after, 0 if there is none."""
-        if self.first:
+        if dist.get_rank() == 0:
             for partial in self.folder.glob("*.partial"):
                 shutil.rmtree(partial)
-        found = [self._states()[-1:]]
+        found = [states(self.folder)[-1:]]
         dist.broadcast_object_list(found, src=0, group=self.group)
         if not found[0]:
             return 0
         (folder,) = found[0]
-        try:
-            dcp.load(self._tensors(), checkpoint_id=folder, process_group=self.group)
-        except (CheckpointException, OSError, RuntimeError, KeyError, ValueError) as error:
-            raise UserError(
-                f"{folder} cannot be read ({root_cause(error)}): remove it to resume from an older "
-                "one"
-            ) from None
+        run_on_all_ranks(lambda: read_state(folder, self._tensors()))
         done = step_number(folder)
         for moments in self.optimizer.state.values():
             moments["step"].fill_(done)
@@ -82,32 +78,26 @@ class Snapshots:
     def save(self, step: int) -> None:
         """Start to write a state, when the one before is written."""
         self.finish()
-        final = self.folder / f"step-{step:06}"
-        partial = final.with_name(final.name + ".partial")
-        if self.first:
-            partial.mkdir(parents=True, exist_ok=True)
-        dist.barrier(self.group)
-        # A writer of our own: the default one would open a context on GPU 0 from every rank.
-        writer = dcp.FileSystemWriter(partial)
-        self.writing = dcp.async_save(
-            self._tensors(), storage_writer=writer, process_group=self.group
-        )
-        if self.first:
-            self.renaming = Thread(target=self._rename, args=(self.writing, partial, final))
-            self.renaming.start()
+        tensors = list(self._tensors().items())
+        shards = tensors[0][1].device_mesh["shard"].size()
+        replica, replicas = dist.get_rank() // shards, dist.get_world_size() // shards
+        mine = tensors[replica::replicas]  # each replica writes other tensors
+        parts = {name: tensor.to_local().to("cpu", copy=True) for name, tensor in mine}
+        self.writing = self.writer.submit(self._write, step, parts)
 
-    def _rename(self, writing: Future, partial: Path, final: Path) -> None:
-        """The first rank coordinates the others: when its part is written, so are all."""
-        if writing.exception() is not None:
-            return  # `finish` raises it
-        try:
-            fsync_path(partial)
-            os.replace(partial, final)
-            fsync_path(self.folder)
-            for old in self._states()[: -self.limit]:
-                shutil.rmtree(old)
-        except OSError as error:
-            self.rename_error = error
+    def _write(self, step: int, parts: dict[str, Tensor]) -> None:
+        partial = self.folder / f"step-{step:06}.partial"
+        run_on_all_ranks(lambda: write_part(partial, parts), self.group)
+        run_on_all_ranks(lambda: dist.get_rank() > 0 or self._publish(partial, step), self.group)
+
+    def _publish(self, partial: Path, step: int) -> None:
+        """When all ranks have written: give the folder its name, and remove the oldest."""
+        with atomic_file(partial / "index.json", "w") as file:
+            json.dump({"step": step, "ranks": dist.get_world_size()}, file)
+        os.replace(partial, partial.with_suffix(""))
+        fsync_path(self.folder)
+        for old in states(self.folder)[: -self.limit]:
+            shutil.rmtree(old)
 
     def finish(self) -> None:
         """Wait for the state that is being written, if any, and raise its error. All ranks must
@@ -117,19 +107,24 @@ class Snapshots:
         writing, self.writing = self.writing, None
         try:
             writing.result()
-        except (CheckpointException, OSError, RuntimeError) as error:
-            reason = root_cause(error)
-            if is_peer_failure(reason):
-                raise RuntimeError(reason) from None
+        except UserError as error:
             raise UserError(
-                f"{self.folder}: a snapshot could not be written ({reason}); the one before it is "
+                f"{self.folder}: a snapshot could not be written ({error}); the one before it is "
                 "kept"
             ) from None
-        if self.renaming:
-            self.renaming.join()
-        if self.rename_error:
-            raise self.rename_error
-        dist.barrier(self.group)  # no rank ends, and others with it, before the folder has its name
+
+
+# ---------------------------------------------------------------- files
+
+
+def states(folder: Path) -> list[Path]:
+    """A run's snapshots, the newest last."""
+    paths = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,9}", path.name)]
+    return sorted(paths, key=step_number)
+
+
+def step_number(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def remove_snapshots(folder: Path) -> None:
@@ -138,12 +133,54 @@ def remove_snapshots(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def step_number(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+def write_part(folder: Path, parts: dict[str, Tensor]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)  # by whichever rank is first
+    head, _ = safetensors_head({name: (part.shape, part.dtype) for name, part in parts.items()})
+    with atomic_file(folder / f"rank-{dist.get_rank():05}.safetensors") as file:
+        file.write(head)
+        for part in parts.values():
+            file.write(part.numpy())
 
 
-def root_cause(error: BaseException) -> str:
-    """The first line of the error that a failed checkpoint began with."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
+def read_state(folder: Path, tensors: dict[str, DTensor]) -> None:
+    """Fill this rank's rows of all tensors from a snapshot of any number of ranks."""
+    try:
+        stored = stored_parts(folder)
+        if differing := sorted(stored.keys() ^ tensors.keys()):
+            raise UserError(f"{folder}: missing or unexpected {join_names(differing)}")
+        for name, tensor in tensors.items():
+            row = tensor.ndim, tensor.shape[1:], tensor.dtype
+            parts = [p for p in stored[name] if (p.ndim, p.shape[1:], p.dtype) == row]
+            if len(tensor) != sum(map(len, parts)):
+                raise UserError(f"{folder}: {name} is not {list(tensor.shape)} in fp32")
+            copy_rows(parts, first_row(tensor, tensor.device_mesh), tensor.to_local())
+    except (UserError, OSError) as error:
+        raise UserError(
+            f"{describe_error(error)}: remove {folder.name} to resume from an older snapshot, or "
+            "start anew with another --out"
+        ) from None
+
+
+def stored_parts(folder: Path) -> dict[str, list[Tensor]]:
+    """The parts that each tensor's rows are divided into, in order, memory-mapped."""
+    index, files = folder / "index.json", sorted(folder.glob("rank-*.safetensors"))
+    for file in folder.iterdir():
+        if folder.is_symlink() or file.is_symlink() or not file.is_file():
+            raise UserError(f"{file}: a link, or not a regular file")
+    if not index.exists():
+        raise UserError(f"{folder}: made by an older version (it has no index.json)")
+    if read_json(index) != {"step": step_number(folder), "ranks": len(files)}:
+        raise UserError(f"{index}: not the index of the {len(files)} files beside it")
+    stored = defaultdict(list)
+    for file in files:
+        for name, part in open_file(file):
+            stored[name].append(part)
+    return stored
+
+
+def copy_rows(parts: list[Tensor], start: int, rows: Tensor) -> None:
+    """Fill `rows` with those from `start` on of a tensor whose rows are divided into `parts`."""
+    for part in parts:
+        found = part[start:][: len(rows)]
+        rows[: len(found)].copy_(found)
+        start, rows = max(0, start - len(part)), rows[len(found) :]

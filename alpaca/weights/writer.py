@@ -75,6 +75,20 @@ def tensor_bytes(shapes: Mapping[str, tuple]) -> dict[str, int]:
     return {name: math.prod(entry[0]) * entry[1].itemsize for name, entry in shapes.items()}
 
 
+def safetensors_head(shapes: Mapping[str, tuple]) -> tuple[bytes, dict[str, int]]:
+    """The bytes before the numbers of a file, and each tensor's offset in the file."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts, end = {}, 0
+    for name, size in tensor_bytes(shapes).items():
+        (shape, dtype), starts[name], end = shapes[name], end, end + size
+        position = {"shape": list(shape), "data_offsets": [starts[name], end]}
+        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], **position}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+    head = len(text).to_bytes(8, "little") + text
+    return head, {name: len(head) + start for name, start in starts.items()}
+
+
 def plan_shards(shapes: dict[str, tuple], shard_bytes: int) -> dict[str, list[str]]:
     """File name → names of the tensors in it."""
     groups, space_left = [], 0
@@ -104,21 +118,13 @@ class ShardWriter(ExitStack):
         sizes, shards = tensor_bytes(shapes), plan_shards(shapes, shard_bytes)
         self.pending = {}  # tensor not yet written → (file, offset, shape, dtype)
         for file_name, names in shards.items():
-            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-            end = 0
-            for name in names:
-                (shape, dtype), start, end = shapes[name], end, end + sizes[name]
-                position = {"shape": list(shape), "data_offsets": [start, end]}
-                header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], **position}
-            text = json.dumps(header).encode()
-            text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+            head, offsets = safetensors_head({name: shapes[name] for name in names})
             file = self.enter_context((folder / file_name).open("wb"))
-            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(head)
             file.flush()
-            file.truncate(8 + len(text) + end)
+            file.truncate(len(head) + sum(sizes[name] for name in names))
             for name in names:
-                offset = 8 + len(text) + header[name]["data_offsets"][0]
-                self.pending[name] = file, offset, *shapes[name]
+                self.pending[name] = file, offsets[name], *shapes[name]
         if len(shards) > 1:
             weight_map = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import torch
 from safetensors.torch import save_file
@@ -53,6 +54,16 @@ def edit_json(path, **changes) -> None:
     """Change fields of a JSON file; the value "remove" removes one."""
     fields = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({n: value for n, value in fields.items() if value != "remove"}))
+
+
+class Hostile:
+    """Its pickle makes a folder when it is read."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
 
 
 def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:

@@ -233,6 +233,60 @@ def test_two_ranks_stop_together_and_one_resumes(base, long_reference, tmp_path)
     assert_same_run(out, long_reference, norm=1e-5, weight=1e-4)
 
 
+RESHARDING = """
+import os, sys
+from pathlib import Path
+import torch
+import torch._dynamo  # fully_shard needs it: once, before the ranks are forked
+from alpaca.training.parallel import apply_fsdp, full_tensor, process_group
+from alpaca.training.process import run_rank
+from alpaca.training.snapshots import Snapshots
+from fsdp_train import build_optimizer
+from helpers.models import small_config
+from model import Llama
+
+def check_and_save(folder, replicas, step):
+    with process_group("cpu", replicas) as (mesh, _):
+        model = Llama(small_config(vocab_size=5, hidden_size=8, intermediate_size=7))
+        apply_fsdp(model, mesh, torch.float32, offload=False)
+        snapshots = Snapshots(folder, 1, model, build_optimizer(model))
+        assert snapshots.load() == step
+        torch.manual_seed(0)
+        for name, tensor in snapshots._tensors().items():
+            whole = torch.randn(tensor.shape)
+            assert not step or torch.equal(full_tensor(tensor), whole), name
+            rows = [*whole.chunk(mesh["shard"].size()), *[whole[:0]] * mesh.size()]
+            tensor.to_local().copy_(rows[mesh["shard"].get_local_rank()])
+        snapshots.save(step + 1)
+        snapshots.finish()
+
+folder, port = Path(sys.argv[1]), int(sys.argv[2])
+for step, (ranks, replicas) in enumerate([(2, 1), (1, 1), (4, 1), (4, 2), (3, 1)]):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port + step)}
+    children = []
+    for rank in range(ranks):
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        if not (child := os.fork()):
+            run_rank(lambda: check_and_save(folder, replicas, step))
+        children.append(child)
+    assert not any(os.waitpid(child, 0)[1] for child in children)
+    (state,) = folder.glob("step-*")
+    assert len(list(state.glob("rank-*"))) == ranks
+"""
+
+
+def test_snapshot_is_read_by_any_number_of_ranks(tmp_path):
+    """Of 4, 5, 7 or 8 rows some ranks have fewer than others; of 5 rows one of 4 ranks has none."""
+    (tmp_path / "resharding.py").write_text(RESHARDING)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        words = [tmp_path / "resharding.py", tmp_path, str(free.getsockname()[1])]
+    run = [sys.executable, *words]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_rank_that_dies_ends_the_others_and_loses_nothing(base, long_reference, tmp_path):
     out = tmp_path / "run"
     process = started(base, out, snapshots, ranks=2)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.checkpoints import (
     TOKENIZER,
+    Hostile,
     copied_tensors,
     digests,
     edit_json,
@@ -295,14 +296,6 @@ def test_unsupported_meta_params_are_refused(command, meta, changes, words):
     source, _ = meta(1)
     edit_json(source / "params.json", **changes)
     refuse_convert(command, source, f"params.json: {words}")
-
-
-class Hostile:
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return os.mkdir, (self.marker,)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth"])

@@ -42,8 +42,9 @@ TASK_LABEL = re.compile(
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
 FENCE = re.compile(r"^[ \t]*```.*$", re.MULTILINE)
-SEPARATOR = re.compile(  # a line between two tasks that belongs to neither
-    r"```\w*|#{2,}|[-*_=]{3,}|#{2,}[ \t]*(task|example|item)?[ \t]*#?\d+\b.*"
+SEPARATOR = re.compile(r"```\w*|#{2,}|[-*_=]{3,}")  # a line between two tasks, part of neither
+HEADING = re.compile(  # a line before a task
+    r"#{2,}[ \t]*(task|example|item)?[ \t]*#?\d+\b.*"
     r"|\*\*[ \t]*(task|example|item)?[ \t]*#?\d+\b.*\*\*:?|(task|example|item)[ \t]*#?\d+\b.{0,60}",
     re.IGNORECASE,
 )
@@ -109,21 +110,22 @@ def parse_json(text: str) -> list[Task]:
 
 def remove_outer_fence(text: str) -> str:
     """The inside of a code fence around all tasks."""
-    fences, label = list(FENCE.finditer(text)), TASK_LABEL.search(text)
-    if label and fences and fences[0].start() < label.start() and len(fences) % 2 == 0:
-        return text[fences[0].end() : fences[-1].start()]
-    return text
+    fences, labels = ([m.start() for m in p.finditer(text)] for p in (FENCE, TASK_LABEL))
+    if len(fences) % 2 or not fences or not labels:
+        return text
+    outer = fences[0] < labels[0] < fences[1] and labels[-1] < fences[-1]
+    return text[text.find("\n", fences[0]) : fences[-1]] if outer else text
 
 
 def restore_first_label(text: str) -> str:
     """Put the prompt's last words before an answer that continues from them."""
     labels = list(TASK_LABEL.finditer(text))
-    if not labels or labels[0]["field"].lower() == "instruction":
+    numbered = [label for label in labels if label["number"]]  # others may be part of a text
+    first = next(iter(numbered or labels), None)
+    if not first or first["field"].lower() == "instruction":
         return text
-    if number := labels[0]["number"] or labels[0]["after"]:
-        return f"{number}. Instruction: {text}"
-    numbered = any(x["number"] and x["field"].lower() == "instruction" for x in labels)
-    return text if numbered else f"Instruction: {text}"
+    number = first["number"] or first["after"]
+    return f"{number}. Instruction: {text}" if number else f"Instruction: {text}"
 
 
 def group_labels(text: str) -> list[list[Label]]:
@@ -149,11 +151,13 @@ def group_labels(text: str) -> list[list[Label]]:
 
 
 def before_heading(text: str, start: int) -> int:
-    """Where the lines before a task start that belong to no task: ###, headings, fences, blanks."""
+    """Where the lines before a task start that belong to no task: ###, headings, fences, blanks.
+    At the end of the text there is no task, and so no heading."""
+    at_end = start == len(text)
     while start > 0:
         line_start = text.rfind("\n", 0, start - 1) + 1
         line = text[line_start:start].strip()
-        if line and not SEPARATOR.fullmatch(line):
+        if line and not SEPARATOR.fullmatch(line) and (at_end or not HEADING.fullmatch(line)):
             break
         start = line_start
     return start

@@ -256,6 +256,13 @@ def published(text: str, truncated: bool) -> list[tuple[str, str, str]]:
     return found
 
 
+ODD = [  # parts of a text that resemble labels, headings and separators
+    "```\nx = 1\n```", "**1. First**", "Input: five\nOutput: six", "> Output: x",
+    "The sum is:\n**42**", "Task 1: buy milk\nTask 2: cook it", "Item 3 of the list",
+    "1. Instruction: sit\n2. Output: stay",
+]  # fmt: skip
+
+
 def made_up_answer(rng: random.Random) -> tuple[str, set[str]]:
     """An answer with defects, and the instructions of those tasks that our parser may keep and the
     script drops: with another number than their place's, or without the label of the input."""
@@ -266,11 +273,13 @@ def made_up_answer(rng: random.Random) -> tuple[str, set[str]]:
         output = "\n".join(f"line {n} of {rng.random()}" for n in range(rng.randint(1, 3)))
         labels = [f"{number}. {field}:" for field in ("Instruction", "Input", "Output")]
         missing = rng.choice([[0], [1], [2], [0, 1, 2]]) if rng.random() < 0.2 else []
+        if not missing and rng.random() < 0.3:
+            text, output = f"{text}\n{rng.choice(ODD[:4])}", f"{output}\n{rng.choice(ODD)}"
         unnumbered = bool(parts) and rng.random() < 0.5
         for field in missing:
             labels[field] = labels[field].partition(" ")[2] if unnumbered else ""
         if number != place or missing == [1] or (missing and unnumbered):
-            tolerated.add(text)
+            tolerated.add(text.split("\n")[0])
         heading = rng.choice(["###", "### Part", "### Input", "# Part", "#### Part", *[""] * 9])
         output += f"\n{heading}\nmore {rng.random()}" if heading else ""
         parts.append(f" {labels[0]} {text}\n{labels[1]}\n{given}\n{labels[2]}\n{output}\n")

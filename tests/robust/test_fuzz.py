@@ -92,6 +92,8 @@ READERS = {  # a file, and the command that reads it
     "answered/answers.jsonl": f"{ANSWERS} --out answered",
     "trained/settings.json": "TRAIN trained",
     "trained/metrics.jsonl": "TRAIN trained",
+    "stopped/checkpoints/step-000002/index.json": "TRAIN stopped",
+    "stopped/checkpoints/step-000002/rank-00000.safetensors": "TRAIN stopped",
 }
 
 
@@ -113,7 +115,7 @@ def invoke(server):
         name, *words = text.replace("URL", server.url).split()
         if name == "TRAIN":
             out, *more = words
-            return train([*flags(Path("base"), Path(out), epochs=0.5, sample_answers=0), *more])
+            return train([*flags(Path("base"), Path(out), epochs=0.5, save_every=1), *more])
         main = ROOT_COMMANDS[name].main if name in ROOT_COMMANDS else alpaca.__main__.main
         words = words if name in ROOT_COMMANDS else [name, *words]
         code, out, err = 0, io.StringIO(), io.StringIO()
@@ -179,6 +181,8 @@ def world(tmp_path_factory, invoke):
     ):
         code, _, err = invoke(text)
         assert code == 0, (text, err)
+    with mock.patch.object(fsdp_train, "save_result", side_effect=OSError("no space")):
+        assert invoke("TRAIN stopped")[0] == 2
     lines = [json.dumps(batch), json.dumps({"name": "b", "over": "completed"})]
     Path("run/batches.jsonl").write_text("\n".join(lines) + "\n")
     yield folder
@@ -236,10 +240,13 @@ def restore(world: Path, contents: dict[Path, bytes]) -> None:
     now = contents_of(world)
     for path in now.keys() - contents.keys():
         path.unlink()
+    for path in sorted(world.rglob("*"), reverse=True):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
     for path, content in contents.items():
         if now.get(path) != content:
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-    shutil.rmtree(world / "new", ignore_errors=True)
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -80,7 +80,7 @@ def train(job: Job, run: RunDir, mesh: DeviceMesh, device: torch.device, stop: S
     examples; the learning rate warms up linearly and decays along a cosine; gradients are clipped.
     """
     config, examples, supervised = job.config, job.train, job.train.supervised
-    model = build_model(config, job.model_config, mesh)
+    model = run_on_all_ranks(lambda: build_model(config, job.model_config, mesh))
     optimizer = build_optimizer(model)
     snapshots = Snapshots(config.snapshots, config.save_total_limit, model, optimizer)
     done = snapshots.load()  # steps

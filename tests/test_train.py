@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers.checkpoints import copied_tensors, replace_weights
 from helpers.commands import assert_refused
 from helpers.models import small_config
 from helpers.training import (
@@ -157,6 +158,18 @@ def test_loss_that_is_not_finite_changes_no_weights(base, tmp_path, watch):
     assert [r["step"] for r in metrics(out)] == list(range(1, step))
     saved = [int(p.name[5:]) for p in (out / "checkpoints").glob("step-??????")]
     assert saved and max(saved) < step and not (out / "model").exists()
+
+
+def test_base_that_is_not_finite_is_refused_at_once(base, tmp_path):
+    """An unused row harms no step, but the result would not be written hours later."""
+    weights = copied_tensors(base / "model")
+    weights["model.embed_tokens.weight"][700] = float("nan")
+    shutil.copytree(base / "model", tmp_path / "model")
+    replace_weights(tmp_path / "model", weights)
+    words = flags(base, tmp_path / "run", model_dir=tmp_path / "model")
+    code, _, err = train(words)
+    assert code == 2 and "the base's model.embed_tokens.weight holds NaN or infinity" in err
+    assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------- the run

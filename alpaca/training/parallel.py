@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from alpaca.common.errors import UserError, describe_error
-from alpaca.weights.checkpoint import stored_tensors
+from alpaca.weights.checkpoint import is_finite, stored_tensors
 from model import Block, Llama, LlamaConfig
 
 MATMULS = [torch.ops.aten.mm.default] + [
@@ -123,6 +123,8 @@ def load_sharded_weights(
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         local.copy_(read(name, parameter.shape)[first_row(parameter, mesh) :][: len(local)])
         assert local.dtype == torch.float32 or not parameter.requires_grad
+        if not is_finite(local):
+            raise UserError(f"the base's {name} holds NaN or infinity as {local.dtype}")
     for name, buffer in model.named_buffers():
         buffer.copy_(read(name, buffer.shape))
 

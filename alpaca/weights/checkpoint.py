@@ -133,8 +133,8 @@ def is_meta(folder: Path) -> bool:
     return not (folder / "config.json").exists() and (folder / "params.json").exists()
 
 
-def read_config(folder: str | Path) -> LlamaConfig:
-    """The architecture of a checkpoint folder."""
+def read_config(folder: str | Path, quantized: bool = False) -> LlamaConfig:
+    """The architecture of a checkpoint folder; quantize.py alone reads `quantized` ones."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
@@ -142,6 +142,8 @@ def read_config(folder: str | Path) -> LlamaConfig:
     if not file.exists():
         raise UserError(f"{folder}: no config.json (Hugging Face) or params.json (Meta) in it")
     fields, shards = read_json(file), meta_files(folder) if is_meta(folder) else []
+    if quantized:
+        del fields["quantization_config"]
     try:
         if shards:
             return typed_config(meta_format.config_fields(fields, shards))

@@ -34,13 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     config, stored = open_checkpoint(args.source)
-    tokenizer = require_tokenizer(args.source, args.tokenizer)
+    tokenizer = require_tokenizer(args.source, args.tokenizer, config)
     if args.positions is not None:
         fields = vars(config) | {"max_position_embeddings": args.positions}
         config = typed_config(fields)  # within its limits
     if file := tokenizer_files(tokenizer).get("tokenizer.model"):
         sentencepiece = Tokenizer(file)
-        sentencepiece.check(config)
         ids = {"bos_token_id": sentencepiece.bos_id, "eos_token_id": sentencepiece.eos_id}
         config = replace(config, **ids)
     progress = Progress(sum(t.shape.numel() for t in stored.values()), "weights")

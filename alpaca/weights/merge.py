@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.base} is quantized: merge into the model that it was made from")
     config, stored = open_checkpoint(args.base)
     lora, adapter = read_adapter(args.adapter, config)
-    tokenizer = require_tokenizer(args.base, args.tokenizer)
+    tokenizer = require_tokenizer(args.base, args.tokenizer, config)
     dtype = DTYPES.get(args.dtype) or stored[EMBEDDING].dtype
     dtype_name = str(dtype).removeprefix("torch.")
     targets, changed = dict(target_shapes(config, lora)), []

@@ -30,9 +30,10 @@ from alpaca.weights.checkpoint import (
     is_finite,
     open_checkpoint,
     parameter_shapes,
+    read_config,
     stored_tensors,
 )
-from alpaca.weights.config_json import config_from_json, config_to_json
+from alpaca.weights.config_json import config_to_json
 from alpaca.weights.quantized_linear import GROUP, LINEAR, Int4Linear, Int8Linear
 from alpaca.weights.writer import (
     ShardWriter,
@@ -68,8 +69,7 @@ class WeightSource:
         self.linear_class = partial(linear_class, bits=self.bits, round_head=round_head)
         if self.quantized:
             self.stored = stored_tensors(folder)
-            fields = read_json(folder / "config.json") | {"quantization_config": None}
-            self.config = config_from_json(fields)
+            self.config = read_config(folder, quantized=True)
             self.shapes = parameter_shapes(self.config)
             if {name: tensor[:2] for name, tensor in self.stored.items()} != self.file_shapes():
                 raise UserError(f"{folder}: its tensors are not what its config.json says")
@@ -163,8 +163,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.model_dir} is quantized already")
     if args.out:
         refuse_existing(args.out)
-        tokenizer = require_tokenizer(args.model_dir, args.tokenizer)
-        Tokenizer(tokenizer).check(source.config)  # only this project opens the folder, with it
+        tokenizer = require_tokenizer(args.model_dir, args.tokenizer, source.config)
+        Tokenizer(tokenizer)  # tokenizer.json is not enough: only this project opens the result
     errors = []  # (‖rounded - w‖ / ‖w‖, name)
     for name in source.shapes:
         if kind := source.linear_class(name):

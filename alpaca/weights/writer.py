@@ -37,6 +37,7 @@ from alpaca.common.files import atomic_folder
 from alpaca.weights.checkpoint import DTYPES, as_dtype, is_finite, is_meta, parameter_shapes
 from alpaca.weights.config_json import config_to_json
 from model import Llama, LlamaConfig
+from tokenizer import Tokenizer
 
 SAFETENSORS_DTYPES = {
     torch.float32: "F32",
@@ -220,11 +221,14 @@ def find_tokenizer(folder: Path) -> Path | None:
     return above if is_meta(folder) and above.is_file() else None
 
 
-def require_tokenizer(folder: Path, given: Path | None) -> Path:
-    """The tokenizer to copy for a model made from the one in `folder`."""
-    if found := given or find_tokenizer(folder):
-        return found
-    raise UserError(f"{folder}: no tokenizer in it: give one with --tokenizer FILE")
+def require_tokenizer(folder: Path, given: Path | None, config: LlamaConfig) -> Path:
+    """The tokenizer to copy for a model made from the one in `folder`, checked to fit it."""
+    found = given or find_tokenizer(folder)
+    if not found:
+        raise UserError(f"{folder}: no tokenizer in it: give one with --tokenizer FILE")
+    if file := tokenizer_files(found).get("tokenizer.model"):
+        Tokenizer(file).check(config)
+    return found
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

@@ -275,5 +275,7 @@ def test_merge_refuses_bases_it_cannot_use(base, adapter, command, tmp_path):
     bare = shutil.copytree(base / "model", tmp_path / "bare")
     (bare / "tokenizer.model").unlink()
     assert_refused(command("merge", *words, bare), "no tokenizer", "--tokenizer")
+    (bare / "tokenizer.model").write_bytes(TOKENIZER.read_bytes()[:-100])
+    assert_refused(command("merge", *words, bare), "tokenizer.model: not a SentencePiece model")
     merge(command, bare, adapter, tmp_path / "out", "--tokenizer", TOKENIZER)
     assert_refused(command("merge", *words, base / "model"), "exists already")

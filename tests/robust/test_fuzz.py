@@ -220,7 +220,7 @@ def complaint(world: Path, invoke, file: Path, text: str) -> str:
     if code == 0:
         if re.search(r"\b(nan|inf)\b", out):
             return f"not finite: {out[:300]}"
-        damaged = load_file(file) if file.suffix == ".safetensors" else {}
+        damaged = load_file(file) if file.suffix == ".safetensors" and file in after else {}
         new = (load_file(p) for p in after.keys() - before.keys() if p.suffix == ".safetensors")
         written = [tensor for tensors in new for tensor in tensors.values()]
         if all(map(is_finite, damaged.values())) and not all(map(is_finite, written)):

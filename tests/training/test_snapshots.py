@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from helpers.models import small_config
 from safetensors.torch import load_file, save_file
 
 from alpaca.common.errors import UserError
+from alpaca.training import snapshots as module
 from alpaca.training.parallel import apply_fsdp, process_group
 from alpaca.training.snapshots import Snapshots, copy_rows
 from fsdp_train import build_optimizer
@@ -45,12 +47,15 @@ def state(snapshots: Snapshots) -> dict[str, torch.Tensor]:
     return {name: tensor.to_local() for name, tensor in snapshots._tensors().items()}
 
 
-def test_state_comes_back_bit_for_bit(snapshots):
+def test_state_comes_back_bit_for_bit(snapshots, monkeypatch):
+    write, training = module.write_part, threading.Event()
+    monkeypatch.setattr(module, "write_part", lambda *args: training.wait() and write(*args))
     state(snapshots)[NORM][:3] = torch.tensor([torch.nan, -torch.inf, -0.0])
     saved = {name: tensor.clone() for name, tensor in state(snapshots).items()}
     snapshots.save(7)
     for tensor in state(snapshots).values():  # what training does while the state is written
         tensor.fill_(5)
+    training.set()
     snapshots.finish()
     assert snapshots.load() == 7
     for name, tensor in state(snapshots).items():

@@ -56,6 +56,7 @@ from alpaca.training.parallel import (
     process_group,
     random_weights,
     run_on_all_ranks,
+    squared_gradient_norm,
     trained_parameters,
 )
 from alpaca.training.process import StopSignal, keep_freed_memory, run_rank
@@ -149,20 +150,21 @@ def train_step(
 
     `targets` is the number of supervised tokens of the whole step. FSDP averages gradients over
     ranks; the factor world size makes them a sum."""
-    totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss, ranks that stop
+    totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, ranks that stop, norm²
     for row in rows:
         loss = model(**row)
         (loss * (dist.get_world_size() / targets)).backward()
         totals[0] += loss.detach()
     totals[1] = stop.number
+    totals[2] = squared_gradient_norm(model)
     dist.all_reduce(totals)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-    norm = full_tensor(norm).item()
-    loss, stopping = totals[0].item() / targets, totals[1].item() > 0
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), CLIP, totals[2].sqrt().float())
+    total_loss, stopping, squared_norm = totals.tolist()
+    loss, norm = total_loss / targets, math.sqrt(squared_norm)
     if math.isfinite(loss + norm):
         optimizer.step()
     optimizer.zero_grad()
-    return loss, norm, stopping
+    return loss, norm, stopping > 0
 
 
 def divergence(

@@ -15,6 +15,7 @@ from helpers.models import small_config
 from helpers.training import (
     LONG,
     TOKENIZER,
+    assert_clipping_is_exact,
     assert_identical,
     assert_same_run,
     finish,
@@ -85,6 +86,10 @@ def test_step_does_not_depend_on_how_it_is_divided(base, reference, tmp_path, ch
 def test_two_ranks_equal_one(base, reference, tmp_path):
     succeeded(finish(launch(flags(base, tmp_path / "run"), ranks=2)))
     assert_same_run(tmp_path / "run", reference)
+
+
+def test_clipping_is_exact_for_large_gradients():
+    assert_clipping_is_exact()
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])

@@ -113,6 +113,22 @@ def first_row(tensor: Tensor, mesh: DeviceMesh) -> int:
     return mesh["shard"].get_local_rank() * -(-len(tensor) // mesh["shard"].size())
 
 
+def squared_gradient_norm(model: Llama) -> Tensor:
+    """This rank's part of Σ g² over all gradients; the parts of all ranks add up to it.
+
+    Summed in fp32, millions of squares are off by a thousandth, and differently for another number
+    of ranks. A row is short enough for fp32, and whole on one rank: its norm is the same however
+    many there are, and the squares of these norms are summed in fp64."""
+    norms, copies = [], 1
+    for parameter in trained_parameters(model).values():
+        gradient = parameter.grad
+        assert isinstance(gradient, DTensor)
+        rows = gradient.to_local()[..., None].flatten(1)  # a vector has rows of one number
+        norms.append(torch.linalg.vector_norm(rows, dim=1))
+        copies = gradient.device_mesh.size() // gradient.device_mesh["shard"].size()
+    return torch.cat(norms).double().square().sum() / copies  # each replica has all rows
+
+
 @torch.no_grad()
 def load_sharded_weights(
     model: Llama, mesh: DeviceMesh, read: Callable[[str, torch.Size], Tensor]

@@ -2,25 +2,29 @@
 
 import io
 import json
+import math
 import os
 import random
 import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from unittest import mock
 
 import pytest
 import torch
+from torch.distributed.tensor import distribute_tensor
 
 import fsdp_train
 from alpaca.common.errors import run_command
 from alpaca.common.files import INPUTS
+from alpaca.training import parallel
 from alpaca.weights.writer import save_model
 from helpers.checkpoints import read_tensors
 from helpers.commands import ROOT
 from helpers.models import small_config
-from model import Llama
+from model import Llama, LlamaConfig
 
 TOKENIZER = ROOT / "data/tokenizer.model"
 LINE = "the red fox and a small dog went home over the old bridge in the evening rain"
@@ -134,6 +138,32 @@ def metrics(out) -> list[dict]:
 def figures(out) -> list[dict]:
     """What does not depend on how fast the machine was."""
     return [{k: r[k] for k in EXACT if k in r} for r in metrics(out)]
+
+
+def assert_clipping_is_exact() -> None:
+    """Clip random gradients of a wide vocabulary, divided among the ranks; compare with fp64."""
+    with parallel.process_group("cpu", 1) as (mesh, device):
+        model = Llama(LlamaConfig(32000, 128, 64, 1, 4))
+        parallel.apply_fsdp(model, mesh, torch.float32, False)
+        random = torch.Generator().manual_seed(0)
+        whole = [torch.randn(p.shape, generator=random) for p in model.parameters()]
+        for parameter, gradient in zip(model.parameters(), whole, strict=True):
+            where = parameter.device_mesh, parameter.placements
+            parameter.grad = distribute_tensor(gradient, *where)
+        optimizer = mock.Mock()
+        step = partial(fsdp_train.train_step, model, optimizer, [], 1, device, mock.Mock(number=0))
+        _, norm, _ = step()
+        exact = math.sqrt(sum((g.numpy().astype(float) ** 2).sum() for g in whole))
+        assert norm == pytest.approx(exact, rel=1e-6)
+        for parameter, gradient in zip(model.parameters(), whole, strict=True):
+            torch.testing.assert_close(
+                parameter.grad.full_tensor(), gradient / exact, rtol=1e-6, atol=0
+            )
+        optimizer.step.assert_called_once()
+        for value in (math.inf, math.nan):
+            parameter.grad.to_local()[-1] = value  # of every rank's rows
+            assert not math.isfinite(step()[1])
+        optimizer.step.assert_called_once()
 
 
 def assert_same_run(out, other, loss=1e-6, norm=1e-6, weight=1e-5) -> None:

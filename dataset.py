@@ -22,6 +22,7 @@ Self-Instruct arXiv:2212.10560; Alpaca: crfm.stanford.edu/2023/03/13/alpaca.html
 
 import hashlib
 import heapq
+from array import array
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -151,7 +152,8 @@ def encode_all(
     records: list[dict], origins: list[str], tokenizer: Tokenizer, max_length: int
 ) -> Examples:
     """Tokenize and truncate all records; one that truncation leaves without a label is dropped."""
-    all_ids, all_labels, starts, kept_origins = [], [], [0], []
+    all_ids, all_labels = array("i"), array("i")  # lists take six times as much
+    starts, kept_origins = [0], []
     report = {"kept": 0, "truncated": 0, "dropped": 0, "merges undone": 0}
     for record, origin in zip(records, origins, strict=True):
         ids, labels, unmerged = encode_record(record, tokenizer)
@@ -161,8 +163,8 @@ def encode_all(
             continue
         report["kept"] += 1
         report["merges undone"] += unmerged
-        all_ids += ids[:max_length]
-        all_labels += labels[:max_length]
+        all_ids.extend(ids[:max_length])
+        all_labels.extend(labels[:max_length])
         starts.append(len(all_ids))
         kept_origins.append(origin)
     if not kept_origins:

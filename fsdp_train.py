@@ -67,6 +67,7 @@ from alpaca.training.throughput import Throughput
 from alpaca.weights import lora
 from alpaca.weights.adapter import save_adapter
 from alpaca.weights.checkpoint import DTYPES, open_checkpoint
+from alpaca.weights.presets import preset
 from alpaca.weights.writer import save_model
 from dataset import Examples, encode_all, make_row, pack_rows, step_examples, total_steps
 from model import Llama, LlamaConfig
@@ -275,7 +276,7 @@ class Job(NamedTuple):
 def prepare(config: TrainConfig) -> Job:
     """Read the inputs; everything that a user can have got wrong is an error here."""
     if config.preset:
-        model_config = LlamaConfig.preset(config.preset)
+        model_config = preset(config.preset)
     elif config.lora:
         base = lora.open_base(config.base, config.bits)
         model_config, config = base.config, replace(config, bits=base.bits)

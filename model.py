@@ -1,6 +1,6 @@
 """The LLaMA transformer in one file: configuration, layers, key/value cache, attention and loss.
 
-    model = Llama(LlamaConfig.preset("tiny"))
+    model = Llama(LlamaConfig(vocab_size=1024, hidden_size=128, …))
     logits = model(ids)                   # ids (B, T) → (B, T, V)
     loss = model(ids, labels=labels)      # cross-entropy, summed over the labels that are not -100
 
@@ -20,6 +20,7 @@ V vocabulary, L stored tokens, N labels that are not masked. Papers: LLaMA arXiv
 1910.07467, RoPE 2104.09864, grouped-query attention 2305.13245, SwiGLU 2002.05202.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,13 +29,6 @@ from torch import Tensor, nn
 
 IGNORE = -100  # the label of a masked token: no loss, no gradient
 LOGITS_CHUNK = 2**23  # logits in memory at once: 32 MiB in fp32, 262 tokens of LLaMA's vocabulary
-
-SIZES = {  # LLaMA 1 as released: width, ffn width, layers, heads, norm eps
-    "7B": (4096, 11008, 32, 32, 1e-6),
-    "13B": (5120, 13824, 40, 40, 1e-6),
-    "30B": (6656, 17920, 60, 52, 1e-6),
-    "65B": (8192, 22016, 80, 64, 1e-5),
-}
 
 
 @dataclass
@@ -51,6 +45,7 @@ class LlamaConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: dict = None  # type: ignore  # Llama 3.1's factors: see `stretch`
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     bos_token_id: int = 1
@@ -73,17 +68,6 @@ class LlamaConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding rotates pairs")
 
-    @classmethod
-    def preset(cls, name: str) -> "LlamaConfig":
-        """`tiny` trains on two CPU cores in about a minute; the others are LLaMA 1's four sizes."""
-        if name == "tiny":  # its vocabulary is data/tokenizer.model's
-            # Narrow layers start wider, or attention is too even for heads that copy to form.
-            return cls(1024, 128, 352, 4, 4, max_position_embeddings=512, initializer_range=0.06)
-        if name not in SIZES:
-            raise ValueError(f"no preset {name!r}: choose from tiny, {', '.join(SIZES)}")
-        width, ffn, layers, heads, eps = SIZES[name]
-        return cls(32000, width, ffn, layers, heads, rms_norm_eps=eps)
-
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight: LayerNorm without mean and bias, statistics in fp32."""
@@ -99,10 +83,27 @@ class RMSNorm(nn.Module):
         return self.weight * normed.type_as(x)
 
 
+def stretch(
+    frequencies: Tensor,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_position_embeddings: int,
+    rope_type: str = "llama3",
+) -> Tensor:
+    """Llama 3.1's longer context: pairs that made few turns in the original context turn `factor`
+    times slower, those that made many as before, and those between by a share of both."""
+    turns = original_max_position_embeddings * frequencies / (2 * math.pi)
+    fast = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return frequencies * (fast + (1 - fast) / factor)
+
+
 def rotary_tables(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
     """cos and sin of position · theta^(-2i/D), the angle by which channel pair i is rotated."""
     even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
     frequencies = 1.0 / config.rope_theta ** (even / config.head_dim)  # (D/2)
+    if config.rope_scaling:
+        frequencies = stretch(frequencies, **config.rope_scaling)
     angles = (positions[..., None].float() * frequencies)[:, :, None]  # (B, T, 1, D/2)
     return angles.cos(), angles.sin()
 

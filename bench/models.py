@@ -26,10 +26,11 @@ def write_random(folder: Path, shape: dict | str, dtype: str = "bf16", tokenizer
     import torch  # only here: other scripts measure how much memory imports take
 
     from alpaca.weights.checkpoint import DTYPES, parameter_shapes
+    from alpaca.weights.presets import preset
     from alpaca.weights.writer import save_model
     from model import LlamaConfig
 
-    config = LlamaConfig.preset(shape) if isinstance(shape, str) else LlamaConfig(**shape)
+    config = preset(shape) if isinstance(shape, str) else LlamaConfig(**shape)
     generator = torch.Generator().manual_seed(0)
     noise = 0.02 * torch.randn(1 << 24, generator=generator, dtype=torch.bfloat16)
 

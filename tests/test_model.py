@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from helpers.models import random_ids, small_config, small_model
 
 import model as model_module
+from alpaca.weights.presets import preset
 from model import IGNORE, KVCache, Llama, LlamaConfig, RMSNorm, plain_context, rotary_tables
 
 
@@ -169,7 +170,7 @@ def test_rotary_tables_are_fp32_in_a_bf16_model_from_meta():
     frequencies = 10000.0 ** -(torch.arange(0, 128, 2, dtype=torch.float64) / 128)
     exact = torch.cos(2047 * frequencies)
     # fp32 resolves 2047 rad to 1.2e-4; tables rounded to bf16 would be off by up to 1
-    assert distance(rotary_tables(position, LlamaConfig.preset("7B"))[0][0, 0, 0], exact) < 2.5e-4
+    assert distance(rotary_tables(position, preset("7B"))[0][0, 0, 0], exact) < 2.5e-4
 
     with torch.device("meta"):
         model = Llama(small_config(max_position_embeddings=2048))
@@ -253,13 +254,14 @@ def test_labels_give_the_summed_cross_entropy_of_shifted_logits():
 
 def test_presets_have_the_published_parameter_counts():
     published = {"7B": 6_738_415_616, "13B": 13_015_864_320, "30B": 32_528_943_616}
-    for name, count in {**published, "65B": 65_285_660_672}.items():
+    published |= {"65B": 65_285_660_672, "smollm2-135m": 134_515_008}
+    published |= {"llama-3.2-1b": 1_235_814_400, "llama-3.1-8b": 8_030_261_248}
+    for name, count in published.items():
         with torch.device("meta"):
-            assert sum(p.numel() for p in Llama(LlamaConfig.preset(name)).parameters()) == count
-        assert LlamaConfig.preset(name).rms_norm_eps == (1e-5 if name == "65B" else 1e-6)
-    assert sum(p.numel() for p in Llama(LlamaConfig.preset("tiny")).parameters()) < 3e6
-    with pytest.raises(ValueError, match="no preset '8B': choose from tiny, 7B, 13B, 30B, 65B"):
-        LlamaConfig.preset("8B")
+            assert sum(p.numel() for p in Llama(preset(name)).parameters()) == count
+        old = name in ("7B", "13B", "30B")
+        assert preset(name).rms_norm_eps == (1e-6 if old else 1e-5)
+    assert sum(p.numel() for p in Llama(preset("tiny")).parameters()) < 3e6
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from alpaca.common.errors import UserError
+from alpaca.weights.presets import preset
 from model import LlamaConfig
 from tokenizer import SPACE, Tokenizer
 
@@ -118,7 +119,7 @@ def test_encode_after_newline_refuses_tokens_across_it():
 
 
 def test_check_compares_the_vocabulary_with_the_model(capsys):
-    tokenizer, tiny = Tokenizer(ROOT / "data"), LlamaConfig.preset("tiny")
+    tokenizer, tiny = Tokenizer(ROOT / "data"), preset("tiny")
     assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
     tokenizer.check(tiny)
     assert tokenizer.vocab_size == tiny.vocab_size and capsys.readouterr().err == ""

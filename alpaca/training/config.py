@@ -19,7 +19,7 @@ from alpaca.common.cli import not_negative, positive
 from alpaca.common.errors import UserError
 from alpaca.training.throughput import CHIPS
 from alpaca.weights.lora import TARGETS, LoraConfig
-from model import SIZES
+from alpaca.weights.presets import SIZES
 
 TINY_RECIPE = {  # the embedded model; paths of defaults are relative to the checkout
     "model_dir": Path("data/tiny-llama"),
@@ -61,7 +61,7 @@ def flag(default: Any, help: str, type: Callable | None = None, **options: Any) 
 @dataclass(frozen=True)
 class TrainConfig:
     model_dir: Path | None = flag(None, "base model, a Hugging Face or Meta folder", Path)
-    preset: str | None = flag(None, "or random weights of this size", choices=("tiny", *SIZES))
+    preset: str | None = flag(None, "or random weights of this size", choices=SIZES)
     tokenizer: Path | None = flag(None, "a tokenizer.model (default: the base model's)", Path)
     data: tuple[str, ...] = flag(
         (), "JSON or JSONL; FILE:2 counts twice", nargs="+", metavar="FILE[:WEIGHT]"

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from alpaca.common.errors import UserError, join_names
+from alpaca.common.json_files import check_shape
 from model import LlamaConfig
 
 SUPPORTED = {
-    "model_type": ("llama",),
+    "model_type": ("llama", "mistral"),  # Mistral's is a LLaMA where it has no window
     "hidden_act": ("silu", None),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
@@ -34,6 +35,20 @@ REQUIRED = (
     "num_hidden_layers",
     "num_attention_heads",
 )
+LLAMA3_ROPE: dict[str, Any] = dict.fromkeys(
+    ("factor", "low_freq_factor", "high_freq_factor"), int | float
+)
+LLAMA3_ROPE |= {"original_max_position_embeddings": int}
+NEEDS = {  # what other architectures compute that model.py does not
+    "qwen2": "biases of q, k and v",
+    "qwen3": "norms of q and k",
+    "gemma": "a scaled embedding, GeGLU, and norms with weight + 1",
+    "gemma2": "soft-capped logits and a window on attention",
+    "gemma3_text": "norms of q and k and a window on attention",
+    "phi3": "fused projections",
+    "mixtral": "experts",
+    "gpt2": "learned positions, LayerNorm and biases",
+}
 LIMITS = {  # from 1 to 1 << 20, or as here; a damaged config would take hours to build a model for
     "num_hidden_layers": (1, 1000),
     "max_position_embeddings": (2, 1 << 24),  # a prompt and its answer; fp32 counts no further
@@ -45,17 +60,32 @@ LIMITS = {  # from 1 to 1 << 20, or as here; a damaged config would take hours t
 }
 
 
+def stretching(rope: dict[str, Any]) -> dict[str, Any] | None:
+    """The factors of Llama 3.1's rotary embedding; None for the plain one."""
+    kinds = {rope.get("rope_type"), rope.get("type")} - {None, "default"}
+    if not kinds:
+        return None
+    if kinds != {"llama3"}:
+        raise UserError(
+            f"rope scaling {join_names(map(repr, kinds))} is not supported, only llama3"
+        )
+    check_shape(rope, LLAMA3_ROPE, "rope scaling")
+    if not rope["low_freq_factor"] < rope["high_freq_factor"] or rope["factor"] < 1:
+        raise UserError(f"rope scaling {rope} stretches nothing")
+    return {"rope_type": "llama3"} | {name: rope[name] for name in LLAMA3_ROPE}
+
+
 def config_from_json(fields: dict[str, Any]) -> LlamaConfig:
     """The architecture in a config.json, if model.py computes everything that it asks for."""
-    flat = dict(fields)
+    flat = fields | {"rope_scaling": None}
     for key in ("rope_parameters", "rope_scaling"):  # transformers 5; transformers 4
         rope = fields.get(key) or {}
         if not isinstance(rope, dict):
             raise UserError(f"{key} is {rope!r}, where an object was expected")
-        for kind in (rope.get("rope_type"), rope.get("type")):
-            if kind not in ("default", None):
-                raise UserError(f"rope scaling {kind!r} is not supported")
         flat |= {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
+        flat["rope_scaling"] = flat["rope_scaling"] or stretching(rope)
+    if needed := NEEDS.get(str(flat.get("model_type"))):
+        raise UserError(f"model_type {flat['model_type']!r} is not supported: it has {needed}")
     for name, values in SUPPORTED.items():
         if flat.get(name) not in values:
             raise UserError(f"{name} {flat.get(name)!r} is not supported, only {values[0]!r} is")
@@ -73,6 +103,9 @@ def typed_config(fields: dict[str, Any]) -> LlamaConfig:
             value = value[0]  # of several end tokens the first is the tokenizer's
         if value is None:
             continue
+        if name == "rope_scaling":  # `stretching` has checked it
+            known[name] = value
+            continue
         if type(value) is not kind and (kind, type(value)) != (float, int):
             raise UserError(f"{name} is {value!r}, where {kind.__name__} was expected")
         low, high = LIMITS.get(name, (1, 1 << 20))
@@ -89,4 +122,5 @@ def config_to_json(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The spelling that transformers 4 and 5 both read, if this project's reader would read it."""
     typed_config(vars(config))
     fixed = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-    return {**fixed, **vars(config), "torch_dtype": str(dtype).removeprefix("torch.")}
+    given = {name: value for name, value in vars(config).items() if value is not None}
+    return {**fixed, **given, "torch_dtype": str(dtype).removeprefix("torch.")}

@@ -26,6 +26,15 @@ SMALL = {
     "max_position_embeddings": 64,
     "initializer_range": 0.2,
 }
+# A Llama 3.2 in small: positions 0 to 23 see fast, slow and in-between pairs.
+LLAMA3 = {"rope_theta": 5e5, "tie_word_embeddings": True, "head_dim": 32}
+LLAMA3["rope_scaling"] = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 
 
 def small_config(**changes) -> LlamaConfig:
@@ -46,8 +55,8 @@ def hf_model(config: LlamaConfig, dtype: torch.dtype = torch.float32):
     from transformers import LlamaConfig as HFConfig
     from transformers import LlamaForCausalLM
 
-    fields = {k: v for k, v in vars(config).items() if k != "rope_theta"}
-    rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    fields = {k: v for k, v in vars(config).items() if not k.startswith("rope_")}
+    rope = {"rope_theta": config.rope_theta, "rope_type": "default"} | (config.rope_scaling or {})
     torch.manual_seed(0)
     model = LlamaForCausalLM(HFConfig(**fields, rope_parameters=rope, pad_token_id=None))
     with torch.no_grad():  # norms start at 1, where a wrong product with the weight would not show

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.models import hf_model, random_ids, small_config
+from helpers.models import LLAMA3, hf_model, random_ids, small_config
 from helpers.parity import apart
 
 import model as model_module
@@ -23,6 +23,7 @@ SHAPES = {
         "num_attention_heads": 5,
         "num_key_value_heads": 5,
     },
+    "Llama 3.2": LLAMA3,
     "wide heads": {"head_dim": 24, "rms_norm_eps": 1e-5},
 }
 

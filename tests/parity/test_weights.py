@@ -16,7 +16,7 @@ from helpers.lora import (
     write_adapter,
     write_lora_base,
 )
-from helpers.models import hf_model, random_ids, small_config, small_model
+from helpers.models import LLAMA3, hf_model, random_ids, small_config, small_model
 from helpers.parity import apart
 from helpers.training import metrics, succeeded, train
 from safetensors.torch import load_file
@@ -62,7 +62,9 @@ def test_hugging_face_folder_loads_bit_for_bit(tmp_path, shard, tied):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"tie_word_embeddings": True}, {"rope_theta": 1e6, "head_dim": 24}], ids=str
+    "changes",
+    [{}, {"tie_word_embeddings": True}, {"rope_theta": 1e6, "head_dim": 24}, LLAMA3],
+    ids=str,
 )
 @pytest.mark.parametrize("shard_bytes", [10**9, 100_000])
 def test_transformers_opens_what_we_write(tmp_path, changes, shard_bytes):

@@ -72,10 +72,11 @@ import json, os, sys, torch
 from bench.measure import PeakMemory
 from alpaca.weights.checkpoint import read_config, stored_tensors
 from alpaca.weights.loading import load_model
+from alpaca.weights.presets import preset
 from alpaca.weights.writer import save_model
-from model import Llama, LlamaConfig
+from model import Llama
 with torch.device("meta"):
-    Llama(LlamaConfig.preset("tiny"))  # loads what torch needs on first use
+    Llama(preset("tiny"))  # loads what torch needs on first use
 for work, *folders, dtype in json.loads(sys.argv[1]):
     if not (child := os.fork()):
         code = 1

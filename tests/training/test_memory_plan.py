@@ -26,6 +26,7 @@ from alpaca.training.parallel import apply_activation_checkpointing
 from alpaca.training.throughput import CHIPS, GIB, flops_per_token
 from alpaca.weights.checkpoint import DTYPES
 from alpaca.weights.lora import ATTENTION, TARGETS, LoraConfig, add_lora
+from alpaca.weights.presets import preset
 from dataset import Examples, pack_rows, step_examples, total_steps
 from model import Llama, LlamaConfig
 
@@ -217,7 +218,7 @@ def test_plan_equals_packing_every_step(gpus, batch, epochs, most):
         for own in ranks
         for row in own
     ]
-    work = measure(config, LlamaConfig.preset("tiny"), examples, steps)
+    work = measure(config, preset("tiny"), examples, steps)
     assert (work.row_tokens, work.steps) == (max(rows), steps)
     assert work.tokens == sum(each.sum() for each in lengths)
     assert work.rows == max(len(ranks[0]) for ranks in packed)
@@ -234,7 +235,7 @@ def test_plan_packs_a_bounded_number_of_examples(monkeypatch):
     monkeypatch.setattr(memory_plan, "PACKED", 2**19)
     examples = random_examples(4000, last=70)
     config = TrainConfig(gpus=2**20, batch_size=2, epochs=10_000, row_tokens=100)
-    work = measure(config, LlamaConfig.preset("tiny"), examples, total_steps(4000, 2, 10_000))
+    work = measure(config, preset("tiny"), examples, total_steps(4000, 2, 10_000))
     counts, ranks, longest = zip(*packed, strict=True)
     assert sum(counts) < 1000 and max(ranks) == 2 and max(longest) < 70
     assert work.steps == 20_000_000 and work.tokens == 10_000 * examples.lengths.sum()
@@ -248,7 +249,7 @@ def seven(work: dict | None = None, **settings) -> Workload:
     """Alpaca's 7B, by default on eight GPUs."""
     config = TrainConfig(**{"gpus": 8, "chip": "A100 80GB", **settings})
     values = {"row_tokens": 4096, "supervised": 0.5, "steps": 100, "tokens": 10**6, "length": 120}
-    return Workload(config, LlamaConfig.preset("7B"), **{**values, **(work or {})})
+    return Workload(config, preset("7B"), **{**values, **(work or {})})
 
 
 def test_lora_base_is_sharded_and_an_integer_base_is_not():
@@ -272,7 +273,7 @@ def test_report_shows_categories_in_gib():
     for name in ("moments", "activations", "gathered", "logits"):
         assert f"\n{name}" in report
     assert "GB " not in report.split("\n", 1)[1] and "It fits." in report
-    flops = flops_per_token(LlamaConfig.preset("7B"), 120, 0.5) * 10**6
+    flops = flops_per_token(preset("7B"), 120, 0.5) * 10**6
     hours = flops / (8 * CHIPS["A100 80GB"].flops * 0.45) / 3600
     assert f"100 steps of 10,000 tokens, {flops:.2e} operations: {hours:.2f} hours" in report
     one, copies = (

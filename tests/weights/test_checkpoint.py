@@ -18,7 +18,7 @@ from helpers.checkpoints import (
     replace_weights,
     same_tensors,
 )
-from helpers.models import random_ids, small_config
+from helpers.models import LLAMA3, random_ids, small_config
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -62,6 +62,18 @@ def test_config_is_read_in_old_and_new_spellings(folder):
     assert read_config(folder) == expected
     edit_json(file, rope_scaling=None, num_key_value_heads="remove", eos_token_id=[2, 7])
     expected = small_config(vocab_size=1024, rope_theta=1e6, num_key_value_heads=4)
+    assert read_config(folder) == expected
+
+
+def test_llama_3_and_mistral_configs_are_read(folder):
+    file, scaling = folder / "config.json", LLAMA3["rope_scaling"]
+    edit_json(file, model_type="mistral", sliding_window=None)
+    assert read_config(folder) == small_config(vocab_size=1024)
+    expected = small_config(vocab_size=1024, rope_theta=5e5, rope_scaling=scaling)
+    edit_json(file, model_type="llama", rope_scaling=scaling, rope_theta=500000)  # transformers 4
+    assert read_config(folder) == expected
+    edit_json(file, rope_scaling="remove", rope_theta="remove")
+    edit_json(file, rope_parameters=scaling | {"rope_theta": 5e5})  # transformers 5
     assert read_config(folder) == expected
 
 
@@ -141,13 +153,21 @@ def test_damaged_config_is_refused(command, folder):
         refuse_convert(command, folder, "config.json", words)
 
 
+STRETCH = LLAMA3["rope_scaling"]
 DEFAULT, DYNAMIC = {"rope_type": "default", "rope_theta": 1e4}, {"type": "dynamic", "factor": 4.0}
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "mistral"}, "model_type 'mistral' is not supported, only 'llama' is"),
+        ({"model_type": "falcon"}, "model_type 'falcon' is not supported, only 'llama' is"),
+        (
+            {"model_type": "qwen2"},
+            "model_type 'qwen2' is not supported: it has biases of q, k and v",
+        ),
+        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window 4096"),
+        ({"rope_scaling": STRETCH | {"factor": "8"}}, 'factor is "8", an integer or'),
+        ({"rope_scaling": STRETCH | {"low_freq_factor": 4.0}}, "stretches nothing"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling 'linear'"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope scaling 'yarn'"),
         ({"rope_parameters": DEFAULT, "rope_scaling": DYNAMIC}, "rope scaling 'dynamic'"),

@@ -42,7 +42,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from alpaca.common.cli import Parser
 from alpaca.common.errors import UserError, join_names, notice
-from alpaca.datagen.formats import load_mixture, load_records
+from alpaca.datagen.formats import Reading, load_mixture, load_records
 from alpaca.training.config import TrainConfig, add_arguments
 from alpaca.training.memory_plan import measure, report_plan
 from alpaca.training.model_card import write_card
@@ -291,14 +291,16 @@ def prepare(config: TrainConfig) -> Job:
             f"--max-length {config.max_length} is more than the model's "
             f"{model_config.max_position_embeddings} positions"
         )
-    train = encode_all(*load_mixture(config.data, config.seed), tokenizer, config.max_length)
+    reading = Reading(config.oasst, config.languages)
+    mixture = load_mixture(config.data, config.seed, reading)
+    train = encode_all(*mixture, tokenizer, config.max_length)
     steps = total_steps(len(train), config.batch_size, config.epochs)
     steps = min(steps, config.max_steps or steps)
     if not steps:
         raise UserError(f"--epochs {config.epochs} of {len(train)} examples is not one step")
     records, held_out = [], None
     if config.eval_data:
-        records = load_records(config.eval_data)
+        records = load_records(config.eval_data, reading)
         origins = [f"{config.eval_data} record {number}" for number in range(1, len(records) + 1)]
         held_out = encode_all(records, origins, tokenizer, config.max_length)
     return Job(config, model_config, tokenizer, train, held_out, records, steps)

@@ -6,9 +6,12 @@ lock_output                  keeps a second process from writing the same file
 """
 
 import fcntl
+import gzip
+import io
 import os
 import shutil
 import stat
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import IO
 
 from alpaca.common.errors import UserError
 
+MAX_UNZIPPED = 2 << 30
 INPUTS: set[Path] = set()  # what this command has read
 OWNED: set[Path] = set()  # files and folders that it has locked, to write and to read again
 
@@ -38,13 +42,26 @@ def input_file(path: str | Path, max_bytes: float = float("inf")) -> Path:
 
 
 def read_text(path: str | Path, max_bytes: float = float("inf")) -> str:
-    """The text of a UTF-8 file; a byte-order mark is not part of it."""
+    """The text of a UTF-8 file, perhaps gzipped; a byte-order mark is not part of it."""
     data = input_file(path, max_bytes).read_bytes()
+    if data.startswith(b"\x1f\x8b"):
+        data = unzip(data, Path(path))
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{path}, line {line}: not UTF-8: save the file as UTF-8") from None
+
+
+def unzip(data: bytes, path: Path) -> bytes:
+    try:
+        with gzip.open(io.BytesIO(data)) as file:
+            data = file.read(MAX_UNZIPPED + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: damaged gzip ({error})") from None
+    if len(data) > MAX_UNZIPPED:
+        raise UserError(f"{path}: more than {MAX_UNZIPPED:,} bytes when unzipped: divide it")
+    return data
 
 
 def refuse_input(path: Path) -> None:

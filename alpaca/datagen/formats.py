@@ -2,26 +2,52 @@
 
     {"instruction": "Name a colour.", "input": "", "output": "Red"}          Alpaca
     {"instruction": …, "instances": [{"input": …, "output": …}]}             Self-Instruct's seeds
+    {"instruction": …, "context": …, "response": …}                          Dolly
+    {"prompt": "Name a colour.", "completion": "Red"}                        TRL; texts or messages
+    {"question": …, "human_answers": […], "chatgpt_answers": […]}            HC3, as Koala used it
+    {"messages": [{"role": "user", "content": …}, …]}                        OpenAI, Hugging Face
     {"conversations": [{"from": "human", "value": …}, {"from": "gpt", …}]}   ShareGPT, Vicuna
+    {"message_tree_id": …, "prompt": {"text": …, "replies": […]}}            OpenAssistant's trees
+    {"message_id": …, "parent_id": …, "role": "prompter", "text": …}         and its flat messages
     {"text": "Once upon a time"}                                             plain text
 
-A file is a JSON list or JSONL. `load_records` reads one file, `load_mixture` several with weights:
-`FILE:2` repeats every record, `FILE:0.5` takes a seeded half. Each error names the file and the
-record ("data.json, record 17") or line ("data.jsonl, line 17").
+A file is a JSON list or JSONL, perhaps gzipped. `load_records` reads one file, `load_mixture`
+several with weights: `FILE:2` repeats every record, `FILE:0.5` takes a seeded half. An error names
+the file and the record ("data.json, record 17") or line ("data.jsonl, line 17"). Conversations that
+cannot be used are skipped and counted; a file with more than a tenth of them is refused.
 """
 
 import json
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from alpaca.common.errors import UserError
+from alpaca.common.errors import UserError, join_names, notice
 from alpaca.common.json_files import json_records, read_log
+from alpaca.datagen.conversations import (
+    OddConversation,
+    join_messages,
+    parse_turns,
+    tree_paths,
+)
 
 RUN_LOGS = ("records.jsonl", "rejected.jsonl", "responses.jsonl")  # of selfinstruct.py
-ROLES = {"human": "user", "user": "user", "system": "system"}  # names of a speaker → role
-ROLES |= dict.fromkeys(("gpt", "chatgpt", "assistant"), "assistant")
+OTHER_NAMES = {"context": "input", "response": "output"}  # Dolly's
+OTHER_NAMES |= {"prompt": "instruction", "completion": "output"}
+KNOWN = "instruction and output, prompt and completion, messages, conversations, question and "
+KNOWN += "chatgpt_answers, OpenAssistant's trees, text"
+MOST_SKIPPED = 0.1  # of a file's records; beyond, something else is wrong with it
+
+
+class Reading(NamedTuple):
+    """What to take of OpenAssistant's trees."""
+
+    oasst: str = "best"  # the conversation of the best replies, or "all"
+    languages: tuple[str, ...] = ()  # such as "en"; none: all
+
+
+BEST = Reading()
 
 
 def string_field(record: dict, field: str, default: str | None = None) -> str:
@@ -44,14 +70,31 @@ def is_list_of_objects(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
-def normalize_record(raw: Any) -> list[dict]:
-    """A raw record in the form that dataset.py encodes; a seed with n instances gives n records."""
+def normalize_record(raw: Any, reading: Reading = BEST) -> list[dict]:
+    """A raw record in the form that dataset.py encodes; some hold several."""
     if not isinstance(raw, dict):
         raise UserError("an object with instruction, input and output was expected")
-    if "conversations" in raw:
-        return [{"messages": parse_conversation(raw["conversations"])}]
+    if "conversations" in raw or "messages" in raw:
+        return [{"messages": parse_turns(raw.get("conversations", raw.get("messages")))}]
+    if isinstance(prompt := raw.get("prompt"), dict):  # a tree
+        if reading.languages and prompt.get("lang") not in reading.languages:
+            return []
+        paths = tree_paths(prompt, best=reading.oasst == "best")
+        return [{"messages": messages} for messages in parse_paths(paths)]
+    if isinstance(prompt, list):
+        return [{"messages": parse_turns(prompt + list_field(raw, "completion"))}]
     if "text" in raw and "instruction" not in raw:
         return [{"text": string_field(raw, "text")}]
+    if "chatgpt_answers" in raw:
+        answers = list_field(raw, "chatgpt_answers") + (raw.get("human_answers") or [])
+        raw = raw | {"instruction": raw.get("question")}
+        raw["instances"] = [{"output": answer} for answer in answers]
+    for theirs, ours in OTHER_NAMES.items():
+        if theirs in raw and ours not in raw:
+            raw = raw | {ours: raw[theirs]}
+    if "instruction" not in raw:
+        fields = join_names(map(repr, raw)) or "none"
+        raise UserError(f"its fields ({fields}) fit no known format, such as {KNOWN}")
     instruction = string_field(raw, "instruction")
     if not instruction.strip():
         raise UserError("instruction is empty: remove the record or write an instruction")
@@ -62,32 +105,48 @@ def normalize_record(raw: Any) -> list[dict]:
     return [{"instruction": instruction, "input": given, "output": out} for given, out in cases]
 
 
-def parse_conversation(turns: Any) -> list[dict]:
-    """ShareGPT's turns as {role, content}: perhaps a system message, then user, assistant, …"""
-    if not is_list_of_objects(turns):
-        raise UserError("conversations must be a list of objects with from and value")
-    messages, expected = [], "user"
-    for number, turn in enumerate(turns, 1):
-        role = ROLES.get(string_field(turn, "from"))
-        if role is None:
-            known = ", ".join(ROLES)
-            raise UserError(f"turn {number} is from {turn['from']!r}: one of {known} was expected")
-        if role != expected and (role != "system" or messages):
-            raise UserError(f"turn {number} is from {turn['from']!r}, the {expected} was expected")
-        expected = "assistant" if role == "user" else "user"
-        messages.append({"role": role, "content": string_field(turn, "value")})
-    if not messages or messages[-1]["role"] != "assistant":
-        raise UserError("the conversation does not end with an answer: there is nothing to learn")
-    return messages
+def list_field(raw: dict, name: str) -> list:
+    value = raw.get(name)
+    if not isinstance(value, list):
+        raise UserError(f"{name} is {json.dumps(value)[:40]}, where a list was expected")
+    return value
 
 
-def normalize_all(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any, list[dict]]]:
-    """(place, raw record, normalized records) for each (place, raw record) of a file."""
-    for place, raw in records:
+def parse_paths(paths: list[list[dict]]) -> list[list[dict]]:
+    """The usable conversations of a tree, each once; the reason why there is none, if so."""
+    found, reason = [], OddConversation("no question has an answer")
+    for path in paths:
         try:
-            yield place, raw, normalize_record(raw)
+            if (turns := parse_turns(path)) not in found:
+                found.append(turns)
+        except OddConversation as error:
+            reason = error
+    if not found:
+        raise reason
+    return found
+
+
+def normalize_all(
+    records: Iterable[tuple[str, Any]], reading: Reading = BEST
+) -> Iterator[tuple[str, Any, list[dict]]]:
+    """(place, raw record, normalized records) for each (place, raw record) of a file."""
+    skipped: dict[str, list[str]] = {}
+    count = 0
+    for place, raw in join_messages(records):
+        count += 1
+        try:
+            yield place, raw, normalize_record(raw, reading)
+        except OddConversation as error:
+            skipped.setdefault(str(error), []).append(place)
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
+    total = sum(map(len, skipped.values()))
+    reasons = [f"{len(p)} because {why} (first {p[0]})" for why, p in skipped.items()]
+    if total > MOST_SKIPPED * count:
+        first, (place, *_) = next(iter(skipped.items()))
+        raise UserError(f"{place}: {first}; {total} of {count} records are such conversations")
+    if skipped:
+        notice(f"{total} of {count} conversations skipped: {join_names(reasons)}")
 
 
 def read_source(source: Path) -> list[tuple[Any, list[dict]]]:
@@ -101,9 +160,10 @@ def read_source(source: Path) -> list[tuple[Any, list[dict]]]:
     return [(raw, cases) for _, raw, cases in normalize_all(records)]
 
 
-def load_records(path: str | Path) -> list[dict]:
+def load_records(path: str | Path, reading: Reading = BEST) -> list[dict]:
     """The records of a file, normalized."""
-    records = [case for _, _, cases in normalize_all(json_records(path)) for case in cases]
+    found = normalize_all(json_records(path), reading)
+    records = [case for _, _, cases in found for case in cases]
     if not records:
         raise UserError(f"{path}: no records in it")
     return records
@@ -123,12 +183,14 @@ def parse_weight(spec: str) -> tuple[Path, float]:
     return Path(file), number
 
 
-def load_mixture(specs: Iterable[str | Path], seed: int) -> tuple[list[dict], list[str]]:
+def load_mixture(
+    specs: Iterable[str | Path], seed: int, reading: Reading = BEST
+) -> tuple[list[dict], list[str]]:
     """The records of several files (`FILE` or `FILE:WEIGHT`), and each record's origin."""
     records, origins = [], []
     for spec in specs:
         file, weight = parse_weight(str(spec))
-        found = load_records(file)
+        found = load_records(file, reading)
         repeats, fraction = divmod(weight, 1)
         chosen = list(range(len(found))) * int(repeats)
         sampler = random.Random(f"{seed} {spec}")

@@ -66,6 +66,10 @@ class TrainConfig:
     data: tuple[str, ...] = flag(
         (), "JSON or JSONL; FILE:2 counts twice", nargs="+", metavar="FILE[:WEIGHT]"
     )
+    oasst: str = flag("best", "replies of OpenAssistant's trees", choices=("best", "all"))
+    languages: tuple[str, ...] = flag(
+        (), "of OpenAssistant's trees, such as en de (default: all)", nargs="+", metavar="LANG"
+    )
     eval_data: Path | None = flag(None, "held-out records, measured before and after", Path)
     out: Path = flag(Path("runs/alpaca"), "folder of the run", Path)
 

@@ -1,5 +1,6 @@
 """Published data formats, errors that name the record, and weighted mixtures of files."""
 
+import gzip
 import json
 
 import pytest
@@ -28,6 +29,10 @@ FILES = {
     "more fields": ALPACA[:-1] + ', "family": 7, "text": "all of it"}\n' + ALPACA,
     "no input": '[{"instruction": "Say hi.", "output": "hi"}, '
     '{"instruction": "Say hi.", "input": null, "output": "hi"}]',
+    "gzip": gzip.compress(f"{ALPACA}\n{ALPACA}".encode()),
+    "Dolly": '{"instruction": "Say hi.", "context": "", "response": "hi", "category": "qa"}\n' * 2,
+    "TRL": '[{"prompt": "Say hi.", "completion": "hi"}, {"prompt": "Say hi.", "completion": "hi"}]',
+    "HC3": '{"question": "Say hi.", "human_answers": ["hi"], "chatgpt_answers": ["hi"]}',
     "seeds": '{"id": "seed_0", "instruction": "Say hi.", "instances": '
     '[{"input": "", "output": "hi"}, {"output": "hi"}]}',
 }
@@ -64,7 +69,10 @@ BROKEN = {
     "endless nesting": ("[\n" + "[" * 10**5, "nested more than 64 deep"),
     "number": (f"[{ALPACA},\n\n 5]", "record 2: an object"),
     "no output": (f'{ALPACA}\n{{"instruction": "x"}}', "line 2: it has no output"),
-    "no instruction": ('[{"output": "x"}]', "record 1: it has no instruction"),
+    "no instruction": (
+        '[{"output": "x"}]',
+        "record 1: its fields ('output') fit no known",
+    ),
     "empty instruction": ('{"instruction": " ", "output": "x"}', "line 1: instruction is empty"),
     "output a number": ('[\n{"instruction": "x", "output": 5}]', "record 1: output is 5"),
     "input a list": ('{"instruction": "x", "input": ["a"], "output": "y"}', "input is"),
@@ -77,17 +85,24 @@ BROKEN = {
     "empty list": ("[]", "no records"),
     "not UTF-8 after a mark": (b"\xef\xbb\xbf" + ALPACA.encode() + b"\n\xff", "line 2: not UTF-8"),
     "UTF-16": (ALPACA.encode("utf-16"), "line 1: not UTF-8"),
-    "robot": (conversation(("robot", "x")), "turn 1", "robot", "one of human, user"),
-    "answer first": (conversation(("gpt", "x")), "turn 1", "user was expected"),
-    "two answers": (conversation(("human", "x"), ("gpt", "y"), ("gpt", "z")), "turn 3", "user"),
-    "two questions": (conversation(("human", "x"), ("human", "y")), "turn 2", "assistant"),
-    "no answer": (conversation(("human", "x")), "does not end with an answer"),
-    "late system": (conversation(("human", "x"), ("system", "y")), "turn 2", "assistant was"),
-    "no turns": ('{"conversations": []}', "does not end with an answer"),
-    "no role": ('{"conversations": [{"value": "x"}]}', "no from"),
-    "value a number": (conversation(("human", 5)), "value is 5"),
-    "a turn of text": ('{"conversations": ["x"]}', "conversations must be a list of objects"),
-    "turns not a list": ('{"conversations": "x"}', "conversations must be a list of objects"),
+    "robot": (conversation(("robot", "x")), "line 1: a turn is from 'robot'; 1 of 1"),
+    "answer first": (conversation(("gpt", "x")), "line 1: no question has an answer"),
+    "two questions": (conversation(("human", "x"), ("human", "y")), "no question has an answer"),
+    "no answer": (conversation(("human", "x")), "no question has an answer"),
+    "late system": (
+        conversation(("human", "x"), ("system", "y")),
+        "a system turn is not",
+    ),
+    "no turns": ('{"conversations": []}', "no question has an answer"),
+    "no role": ('{"conversations": [{"value": "x"}]}', "a turn is from 'None'"),
+    "value a number": (conversation(("human", 5)), "a turn has no text"),
+    "empty turn": (conversation(("human", "x"), ("gpt", " ")), "a turn is empty"),
+    "a turn of text": ('{"conversations": ["x"]}', "a turn is not an object"),
+    "turns not a list": ('{"conversations": "x"}', "the turns are not a list"),
+    "replies a text": ('{"prompt": {"replies": "x"}}', "replies are not a list of objects"),
+    "completion a text": ('{"prompt": [], "completion": "x"}', "completion is "),
+    "answers a text": ('{"question": "x", "chatgpt_answers": "y"}', "chatgpt_answers is "),
+    "damaged gzip": (gzip.compress(ALPACA.encode())[:-9], "data.json: damaged gzip"),
 }
 
 

@@ -87,7 +87,7 @@ def test_read_items_skips_repeats_and_refuses_two_answers(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"instruction": "a"}\n{"task": "b"}', "line 2: it has no instruction"),
+        ('{"instruction": "a"}\n{"task": "b"}', "line 2: its fields"),
         ('{"instruction": "a", "dataset": 7}', "line 1: dataset is 7"),
         ('{"text": "once"}', "line 1: no instruction in it"),
         ("", "no instructions in it"),

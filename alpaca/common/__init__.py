@@ -1,10 +1,11 @@
 """What every command shares. Read in this order:
 
-    errors     a user's error is one line and exit code 2; a bug keeps its traceback
-    files      files that are complete or absent, logs that survive a kill, locked run folders
-    cli        argparse with one-line errors that name the flag that was meant
-    progress   one line: done/total, rate, time left
-    charts     pictures as SVG text
+    errors           a user's error is one line and exit code 2; a bug keeps its traceback
+    files            files that are complete or absent, logs that survive a kill, locked run folders
+    cli              argparse with one-line errors that name the flag that was meant
+    tokenizer_json   byte-level BPE as Hugging Face stores it
+    progress         one line: done/total, rate, time left
+    charts           pictures as SVG text
 
 Root modules import this chapter and no other.
 """

@@ -1,0 +1,48 @@
+"""Small byte-level BPE tokenizers, one of each kind, as tokenizer.json files."""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from bpe import LLAMA3_WORDS, PATTERNS
+from helpers.commands import ROOT
+
+SPECIAL = ["<|end|>", "<|begin|>", "<|im_end|>"]
+KINDS = list(PATTERNS)
+
+
+@lru_cache
+def trained(kind: str) -> str:
+    """The text of a tokenizer.json trained on data/corpus.txt: 600 tokens, all bytes among them."""
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind != "llama-bpe")
+    first = {
+        "gpt-2": [],
+        "smollm": [pre_tokenizers.Digits(individual_digits=True)],
+        "llama-bpe": [pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated")],
+    }[kind]
+    tokenizer = Tokenizer(models.BPE(ignore_merges=kind == "llama-bpe"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, in_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    lines = (ROOT / "data/corpus.txt").read_text().splitlines()[:300]
+    tokenizer.train_from_iterator(lines, trainer)
+    return tokenizer.to_str()
+
+
+def content_of(kind: str = "gpt-2") -> dict:
+    """A tokenizer.json to change."""
+    return json.loads(trained(kind))
+
+
+def write_bpe(folder: Path, content: dict | None = None, **config) -> Path:
+    """Write a tokenizer.json, and a tokenizer_config.json that names BOS and EOS."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(content or content_of()))
+    config = {"bos_token": SPECIAL[1], "eos_token": SPECIAL[0], **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder / "tokenizer.json"

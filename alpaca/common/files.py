@@ -45,7 +45,7 @@ def read_text(path: str | Path, max_bytes: float = float("inf")) -> str:
     """The text of a UTF-8 file, perhaps gzipped; a byte-order mark is not part of it."""
     data = input_file(path, max_bytes).read_bytes()
     if data.startswith(b"\x1f\x8b"):
-        data = unzip(data, Path(path))
+        data = unzip(data, Path(path), int(min(max_bytes, MAX_UNZIPPED)))
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -53,14 +53,14 @@ def read_text(path: str | Path, max_bytes: float = float("inf")) -> str:
         raise UserError(f"{path}, line {line}: not UTF-8: save the file as UTF-8") from None
 
 
-def unzip(data: bytes, path: Path) -> bytes:
+def unzip(data: bytes, path: Path, max_bytes: int) -> bytes:
     try:
         with gzip.open(io.BytesIO(data)) as file:
-            data = file.read(MAX_UNZIPPED + 1)
+            data = file.read(max_bytes + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: damaged gzip ({error})") from None
-    if len(data) > MAX_UNZIPPED:
-        raise UserError(f"{path}: more than {MAX_UNZIPPED:,} bytes when unzipped: divide it")
+    if len(data) > max_bytes:
+        raise UserError(f"{path}: more than {max_bytes:,} bytes when unzipped: divide it")
     return data
 
 
@@ -95,14 +95,15 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}")
     refuse_input(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file: name another output")
     if path.exists() and (path.resolve().parent / "settings.json").exists() and not is_owned(path):
         raise UserError(f"{path} belongs to a run: name another output")
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with (
-            named_errors(path),
-            open(partial, mode, encoding=None if "b" in mode else "utf-8") as file,
-        ):
+        # half a surrogate pair becomes \ud800, which JSON reads as the same
+        encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
+        with named_errors(path), open(partial, mode, encoding=encoding, errors=errors) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -134,6 +135,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path).absolute()
     refuse_existing(path)
     partial = path.with_name(path.name + ".partial")
+    for leftover in partial.rglob("*"):
+        refuse_input(leftover)
     with made_folder(path.parent), made_folder(partial):
         lock = lock_path(partial, f"{partial} is being written by another process", os.O_NOFOLLOW)
         try:
@@ -185,7 +188,8 @@ def owned(path: Path, lock: int) -> Iterator[None]:
 def lock_output(path: Path) -> Iterator[None]:
     """Keep other processes from writing to a file, which need not exist yet."""
     refuse_input(path)
-    beside = path.with_name(path.name + ".lock")
+    target = path.resolve()  # one lock for all links to it
+    beside = target.with_name(target.name + ".lock")
     beside.touch()
     with owned(path, lock_path(beside, f"another process is writing {path}")):
         try:

@@ -69,13 +69,17 @@ def check_shape(value: Any, shape: Shape, place: str) -> None:
     elif isinstance(shape, re.Pattern):
         if not isinstance(value, str) or not shape.fullmatch(value):
             raise UserError(f"{place} is {_short(value)}, {shape.pattern} was expected")
-    elif isinstance(shape, dict | list) or not isinstance(value, shape) or not _is_finite(value):
+    else:
         kinds = getattr(shape, "__args__", (shape if isinstance(shape, type) else type(shape),))
-        expected = " or ".join(NAMES[kind] for kind in kinds)
-        raise UserError(f"{place} is {_short(value)}, {expected} was expected")
+        if type(value) not in kinds or not _is_plain(value):
+            expected = " or ".join(NAMES[kind] for kind in kinds)
+            raise UserError(f"{place} is {_short(value)}, {expected} was expected")
 
 
-def _is_finite(value: Any) -> bool:
+def _is_plain(value: Any) -> bool:
+    """Whether a number is finite, and fits in 64 bits if it is an integer."""
+    if isinstance(value, int):
+        return abs(value) < 1 << 63
     return not isinstance(value, float) or math.isfinite(value)
 
 
@@ -124,7 +128,8 @@ def append_jsonl(path: str | Path, *records: dict, durable: bool = True) -> None
             file.write(b"\n")
         elif tail:
             file.truncate(start)
-        file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
+        lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+        file.write(lines.encode(errors="backslashreplace"))
         file.flush()
         if durable:
             os.fsync(file.fileno())

@@ -1,6 +1,8 @@
 """Files that are complete or absent, and inputs that are never written over."""
 
 import errno
+import gzip
+import json
 import os
 
 import pytest
@@ -115,6 +117,39 @@ def test_a_file_of_another_run_is_never_replaced(tmp_path):
     assert (tmp_path / "responses.jsonl").read_text() == "{}"
 
 
+def test_an_input_in_the_partial_folder_is_never_removed(tmp_path):
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "model.bin").write_text("x")
+    (tmp_path / "blob").write_text("x")
+    (partial / "link").symlink_to(tmp_path / "blob")
+    for name in ("model.bin", "link"):
+        files.INPUTS.clear()
+        files.input_file(partial / name)
+        with (
+            pytest.raises(UserError, match=f"out.partial/{name} is an input of this command"),
+            files.atomic_folder(tmp_path / "out"),
+        ):
+            pass
+        assert (partial / "model.bin").exists() and (partial / "link").exists()
+
+
+def test_only_a_regular_file_is_replaced(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path):
+        with pytest.raises(UserError, match="is not a regular file"), files.atomic_file(path):
+            pass
+    assert [path.is_fifo() for path in tmp_path.iterdir()] == [True]
+
+
+def test_half_a_surrogate_pair_is_written_as_json_spells_it(tmp_path):
+    with files.atomic_file(tmp_path / "a.json", "w") as file:
+        json.dump({"é": "\ud800"}, file, ensure_ascii=False)
+    append_jsonl(tmp_path / "b.jsonl", {"é": "\ud800"})
+    for path in tmp_path.iterdir():
+        assert path.read_text("utf-8").strip() == r'{"é": "\ud800"}'
+
+
 def test_only_regular_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", "/dev/zero", tmp_path):
@@ -122,6 +157,13 @@ def test_only_regular_files_are_read(tmp_path):
             files.input_file(path)
     with pytest.raises(FileNotFoundError, match="none"):
         files.input_file(tmp_path / "none")
+
+
+def test_a_bound_holds_for_what_a_gzip_file_expands_to(tmp_path):
+    (tmp_path / "bomb").write_bytes(gzip.compress(bytes(100_000)))
+    assert len(files.read_text(tmp_path / "bomb", 100_000)) == 100_000
+    with pytest.raises(UserError, match="bomb: more than 99,999 bytes when unzipped"):
+        files.read_text(tmp_path / "bomb", 99_999)
 
 
 def test_an_error_of_a_write_names_its_file(tmp_path):
@@ -142,9 +184,15 @@ def test_failed_outputs_leave_no_folder_behind(tmp_path):
 def test_lock_output_keeps_a_second_writer_out(tmp_path):
     path = tmp_path / "answers.jsonl"
     path.write_text("")
+    link = tmp_path / "link"
+    link.symlink_to(path)
     with files.lock_output(path):
         files.input_file(path)  # a locked output may be read and written
         append_jsonl(path, {"n": 1})
-        with pytest.raises(UserError, match="another process is writing"), files.lock_output(path):
-            pass
-    assert [file.name for file in tmp_path.iterdir()] == ["answers.jsonl"]
+        for name in (path, link):
+            with (
+                pytest.raises(UserError, match="another process is writing"),
+                files.lock_output(name),
+            ):
+                pass
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["answers.jsonl", "link"]

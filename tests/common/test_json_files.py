@@ -138,6 +138,8 @@ GOOD = {"id": "7", "cost": 0.5, "usage": {"prompt": 1}, "ids": ["a"], "more": [{
         ({"id": 7}, r"f.json: id is 7, \\d\+ was expected"),
         ({"cost": "1"}, 'f.json: cost is "1", an integer or a number was expected'),
         ({"cost": float("nan")}, "f.json: cost is NaN, an integer or a number was expected"),
+        ({"cost": -(10**30)}, "f.json: cost is -1(0{30}), an integer or a number was expected"),
+        ({"cost": True}, "f.json: cost is true, an integer or a number was expected"),
         ({"cost": None}, "f.json: cost is missing, an integer or a number was expected"),
         ({"failed": 1}, "f.json: failed is 1, a string or null was expected"),
         ({"usage": []}, r"f.json: usage is \[\], an object was expected"),

@@ -30,15 +30,16 @@ def run_folder(folder: Path, settings: dict[str, Any], activity: str) -> Iterato
         owned(folder, lock_path(folder, f"another process is {activity} in {folder}")),
     ):
         try:
-            if not file.exists() or not has_begun():
-                with atomic_file(file, "w") as opened:
-                    json.dump(settings, opened, indent=2)
-            before = read_json(file)
-            if changed := [name for name in settings if before.get(name) != settings[name]]:
+            before = read_json(file) if file.exists() else {}
+            changed = [name for name in settings if before.get(name) != settings[name]]
+            if changed and has_begun():
                 changes = (f"{n} was {before.get(n)}, now it is {settings[n]}" for n in changed)
                 raise UserError(
                     f"{folder} is another run ({'; '.join(changes)}): use another --out"
                 )
+            if changed:
+                with atomic_file(file, "w") as opened:
+                    json.dump(settings, opened, indent=2)
             yield
         except BaseException:
             if not names and not has_begun():

@@ -42,6 +42,13 @@ def test_run_folder_keeps_what_was_there_before(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_run_folder_keeps_settings_that_are_not_compared(tmp_path):
+    (tmp_path / "settings.json").write_text('{"rater": "ann"}')
+    with run_folder(tmp_path, {}, "testing"):
+        pass
+    assert (tmp_path / "settings.json").read_text() == '{"rater": "ann"}'
+
+
 def test_run_folder_may_be_read_and_written_again(tmp_path):
     with run_folder(tmp_path / "r", {}, "testing"):
         append_jsonl(tmp_path / "r/log.jsonl", {})

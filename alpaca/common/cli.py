@@ -37,8 +37,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **options)
 
     def error(self, message: str):
-        cut = message if len(message) <= 400 else message[:399] + "…"
-        notice(f"error: {cut} (see --help)")
+        notice(f"error: {message} (see --help)")
         self.exit(2)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:

@@ -41,22 +41,24 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def describe_error(error: Exception) -> str:
-    """One line of at most 400 characters: a name in it may be a page long."""
+    """The text of an error; of an OSError, its file and what happened to it."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
-    text = escape_control(" ".join(text.split()))
-    return text if len(text) <= 400 else f"{text[:250]} … {text[-147:]}"
+    return text
 
 
 def notice(text: str, any_rank: bool = False) -> None:
-    """Print one line for a person. Under torchrun all ranks meet the same errors, so only rank 0
-    prints; `any_rank` is for what concerns one rank alone, such as a full disk."""
+    """Print one line for a person, cut at 400 characters: a name in it may be a page long. Under
+    torchrun all ranks meet the same errors, so only rank 0 prints; `any_rank` is for what concerns
+    one rank alone, such as a full disk."""
     rank = os.environ.get("RANK", "0")
     if rank == "0" or any_rank:
         program = Path(sys.argv[0]).name + (f", rank {rank}" if rank != "0" else "")
+        text = escape_control(" ".join(text.split()))
+        text = text if len(text) <= 400 else f"{text[:250]} … {text[-147:]}"
         with suppress(BrokenPipeError):
-            print(f"{program}: {escape_control(text)}", file=sys.stderr, flush=True)
+            print(f"{program}: {text}", file=sys.stderr, flush=True)
 
 
 def escape_control(text: str) -> str:

@@ -75,8 +75,8 @@ class Endpoint:
         for name in ("weight", "price_in", "price_out"):
             if not 0 <= getattr(self, name) < 1e9 or (name == "weight" and not self.weight):
                 raise UserError(f"{self.model}: {name} {getattr(self, name)} makes no sense")
-        if not re.fullmatch("[A-Z_][A-Z0-9_]*", self.key_env) and self.key_env not in os.environ:
-            raise UserError(  # perhaps it is a key: do not print it
+        if self.key_env not in (OPENAI_KEY, *os.environ):  # perhaps it is a key: do not print it
+            raise UserError(
                 "--key-env takes the name of an environment variable, not a key: none has this name"
             )
         base_url = self.base_url.rstrip("/").removesuffix("/" + API_PATHS[self.kind])

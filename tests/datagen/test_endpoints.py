@@ -83,6 +83,7 @@ def test_mask_key_knows_the_spellings_of_json(monkeypatch):
         (["--price-in", 0, "--budget", 5], "--budget needs the prices of m"),
         (["--key-env", "sk-secret-9"], "environment variable, not a key"),
         (["--key-env", "gsk_sk_secret_9"], "environment variable, not a key"),
+        (["--key-env", "AKIA9SECRET9"], "environment variable, not a key"),
         (["--key-env", ""], "environment variable, not a key"),
         (["--price-in", "nan"], "price_in nan makes no sense"),
     ],
@@ -104,6 +105,7 @@ def test_missing_key_is_refused_where_one_is_needed(monkeypatch):
             ):
                 endpoint_from_args(flags("--base-url", url), "m")
         assert endpoint_from_args(flags(*own), "m").headers() == {}
+    monkeypatch.setenv("MY_KEY2", " ")
     with pytest.raises(UserError, match=r"\$MY_KEY2 is not set.*http://localhost/v1"):
         endpoint_from_args(flags(*own, "--key-env", "MY_KEY2"), "m")
     for name in ("MY_KEY2", "my_key"):
@@ -138,7 +140,7 @@ def test_teachers_file_overrides_the_flags(tmp_path, monkeypatch):
         ('[{"model": "a", "kind": "voice"}]', "'voice' is no kind of endpoint"),
         ('[{"model": "a", "key_env": "sk-secret-9"}]', "variable, not a key"),
         ('[{"model": "a", "key_env": ["sk-secret-9"]}]', "record 1: key_env is not a plain text"),
-        ('[{"model": "a", "key_env": "MY_KEY2"}]', r"record 1: \$MY_KEY2 is not set"),
+        ('[{"model": "a", "key_env": "MY_KEY2"}]', "record 1: --key-env takes the name"),
         ('[{"model": "a", "key": "sk-secret-9"}]', "record 1: an object with"),
     ],
 )

@@ -182,7 +182,7 @@ def test_answers_errors_are_one_line_and_write_nothing(command, tmp_path, monkey
     refuse("--bits is for", "--model", "m", "--bits", 4)
     refuse("--seed is for", "--model", "m", "--seed", 3)
     refuse("the model has no name", "--model", "")
-    refuse("$MY_KEY2 is not set", "--model", "m", "--key-env", "MY_KEY2")
+    refuse("--key-env takes the name of", "--model", "m", "--key-env", "MY_KEY2")
     refuse("--price-in", "--model", "m", "--budget", 3)
     for more in (["--base-url", "http://x/v1"], ["--budget", 1], ["--request", '{"a": 1}']):
         refuse(f"{more[0]} is for a server", *more)

@@ -130,11 +130,10 @@ def test_the_filter_that_the_flags_choose(monkeypatch):
     assert make_filter(arguments(*own)).name == own[1]  # without a key, too
     with pytest.raises(UserError, match="OPENAI_API_KEY is not set.*--filter rules"):
         make_filter(arguments("--filter", "service"))
-    with pytest.raises(UserError, match="KEY_2 is not set"):
-        make_filter(arguments(*own, "--moderation-key-env", "KEY_2"))
-    with pytest.raises(UserError, match="--moderation-key-env a variable") as error:
-        make_filter(arguments("--filter", "service", "--moderation-key-env", "gsk_aB1"))
-    assert "gsk" not in str(error.value)
+    for name in ("gsk_aB1", "KEY_2"):
+        with pytest.raises(UserError, match="--moderation-key-env a variable") as error:
+            make_filter(arguments(*own, "--moderation-key-env", name))
+        assert name not in str(error.value)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-some-length")
     assert make_filter(arguments()).name == "https://api.openai.com/v1"
     assert make_filter(arguments("--filter", "rules")).name == "rules"

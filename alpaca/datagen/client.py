@@ -27,7 +27,7 @@ MayRetry = Callable[[], bool] | None
 MAX_WAIT = 60.0  # seconds between two attempts, unless the server asks for more
 MAX_RETRY_AFTER = 600.0
 MAX_USAGE = 10_000_000  # tokens: a higher count is not believed
-MAX_RESPONSE = 8 << 20  # bytes: a hundred times what 3,072 tokens take
+MAX_RESPONSE = 3 << 20  # bytes: many times what 3,072 tokens take; a line of a log holds it escaped
 RETRYABLE = {408, 409, 425, 429}  # and 500 to 599
 TRUNCATED = ("length", "content_filter", "max_tokens")  # finish reasons
 FREE, UNMETERED = Usage(), Usage(unmetered=1)  # a 200 is billed, even if it is unusable
@@ -186,6 +186,8 @@ def parse_reply(text: str) -> Reply:
     """A Reply from the body of a 200, or a RetryableError with its usage if it is unusable."""
     body = json.loads(text)
     usage = parse_usage(body)
+    if len(text) > MAX_RESPONSE:
+        raise RetryableError(f"more than {MAX_RESPONSE >> 20} MB", usage)
     try:
         choice = body["choices"][0]
         content = choice["message"]["content"] if "message" in choice else choice["text"]

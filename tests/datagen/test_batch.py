@@ -9,8 +9,9 @@ from helpers.generation import arguments, read
 from helpers.teacher_server import Server
 
 import selfinstruct
+from alpaca.common.json_files import append_jsonl, read_log
 from alpaca.datagen import batch
-from alpaca.datagen.client import RequestFailedError
+from alpaca.datagen.client import MAX_RESPONSE, RequestFailedError
 
 BATCH = ("--batch", "--poll", 0.02)
 
@@ -122,8 +123,14 @@ def test_parse_results_has_an_error_for_every_bad_line():
         {"response": {"status_code": 500, "body": good}},
         {"response": {"status_code": 200, "body": {"choices": []}}},
         {"response": None, "error": "expired"},
+        {"response": {"status_code": 200, "body": good | {"x": "x" * MAX_RESPONSE}}},
     ]
     text = "\n".join(json.dumps(line | {"custom_id": str(n)}) for n, line in enumerate(lines))
     replies = batch.parse_results(text + "\n")
-    assert replies["0"].text == "x" and list(replies) == ["0", "1", "2", "3"]
-    assert all(isinstance(replies[id], RequestFailedError) for id in ("1", "2", "3"))
+    assert replies["0"].text == "x" and list(replies) == ["0", "1", "2", "3", "4"]
+    assert all(isinstance(replies[id], RequestFailedError) for id in ("1", "2", "3", "4"))
+
+
+def test_largest_response_fits_into_a_line_of_the_log(tmp_path):
+    append_jsonl(tmp_path / "log.jsonl", entry := {"response": "\\" * MAX_RESPONSE})
+    assert list(read_log(tmp_path / "log.jsonl")) == [entry]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.common.errors import UserError
-from alpaca.common.json_files import json_records, read_log
+from alpaca.common.json_files import check_shape, json_records, read_log
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
 from alpaca.weights.loading import load_from_args
@@ -30,12 +30,8 @@ def read_questions(path: Path) -> list[dict[str, str]]:
     """Instruction and input of each record of a JSON or JSONL file; other fields are ignored."""
     questions = []
     for place, record in json_records(path):
-        if not isinstance(record, dict) or not isinstance(record.get("instruction"), str):
-            raise UserError(f'{place}: expected an object with an "instruction"')
-        input = record.get("input") or ""
-        if not isinstance(input, str):
-            raise UserError(f'{place}: "input" must be a string')
-        questions.append({"instruction": record["instruction"], "input": input})
+        check_shape(record, {"instruction": str, "input": str | None}, place)
+        questions.append({"instruction": record["instruction"], "input": record.get("input") or ""})
     if not questions:
         raise UserError(f"{path}: no instructions in it")
     return questions
@@ -61,8 +57,8 @@ def answer_questions(
     """The answers to questions[done:], in order."""
     sequences = []
     for i, question in enumerate(questions[done:], done):
-        ids = encode_prompt(**question, tokenizer=engine.tokenizer)
         try:
+            ids = encode_prompt(**question, tokenizer=engine.tokenizer)
             sequences.append(engine.add(ids, replace(params, seed=params.seed + i)))
         except UserError as error:
             raise UserError(f"instruction {i + 1}: {error}") from None

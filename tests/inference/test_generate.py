@@ -122,9 +122,10 @@ def test_file_is_answered_in_order_and_resumes(command, engine, tmp_path):
 def test_file_errors_name_the_place(command, tmp_path):
     file = tmp_path / "q.jsonl"
     for text, words in (
-        ('{"instruction": "a"}\n{"task": "b"}\n', ("line 2", '"instruction"')),
-        ('{"instruction": "a", "input": 7}\n', ("line 1", '"input"')),
+        ('{"instruction": "a"}\n{"task": "b"}\n', ("line 2: instruction is missing", "a string")),
+        ('{"instruction": "a", "input": 7}\n', ("line 1: input is 7", "a string or null")),
         ("{nonsense\n", ("line 1", "not JSON")),
+        ('{"instruction": "\\ud800"}\n', ("instruction 1", "half a surrogate pair")),
         (json.dumps({"instruction": "word " * 900}) + "\n", ("instruction 1", "too many")),
         ("", ("no instructions",)),
     ):

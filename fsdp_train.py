@@ -109,8 +109,10 @@ def train(job: Job, run: RunDir, mesh: DeviceMesh, device: torch.device, stop: S
             exit_to_resume(step + 1, snapshots, run, stop)
     log_held_out_loss(model, job, run, device, step=job.steps)
     run.end_log()
-    snapshots.finish()  # if the result cannot be written, no training is lost
-    save_result(model, job)
+    try:
+        save_result(model, job)
+    finally:  # if the result cannot be written, no training is lost
+        snapshots.finish()
     remove_snapshots(config.snapshots)
 
 

@@ -23,14 +23,23 @@ from sentencepiece import SentencePieceProcessor
 
 from alpaca.common.errors import UserError, notice
 from alpaca.common.files import input_file
+from alpaca.common.gguf_file import is_gguf, read_gguf
+from alpaca.common.sentencepiece_file import model_from_metadata
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 MAX_BYTES = 100 << 20  # of a tokenizer.model; those of 250,000 tokens have 5 MB
 
 
+def read_model(file: Path) -> bytes:
+    """A tokenizer.model, or the one that is in a GGUF file's metadata."""
+    if is_gguf(file):
+        return model_from_metadata(read_gguf(file).metadata, str(file))
+    return input_file(file, MAX_BYTES).read_bytes()
+
+
 class Tokenizer:
     def __init__(self, path: str | Path):
-        """`path` is a tokenizer.model, or a folder that contains one."""
+        """`path` is a tokenizer.model, a folder that contains one, or a GGUF file."""
         path = Path(path)
         file = path / "tokenizer.model" if path.is_dir() else path
         if not file.exists():
@@ -40,7 +49,7 @@ class Tokenizer:
             raise UserError(f"{file}: no such file{hint}")
         self.sentencepiece = SentencePieceProcessor()
         try:
-            self.sentencepiece.LoadFromSerializedProto(input_file(file, MAX_BYTES).read_bytes())
+            self.sentencepiece.LoadFromSerializedProto(read_model(file))
             self.vocab_size = self.sentencepiece.vocab_size()
             self.sentencepiece.id_to_piece(list(range(self.vocab_size)))  # a damaged one is no text
         except (RuntimeError, UnicodeDecodeError):

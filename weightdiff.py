@@ -163,8 +163,9 @@ def open_both(other: Path, base: Path) -> tuple[TensorPairs, list[str]]:
     for owner, names in (("tuned model", others.keys() - bases), ("base", bases.keys() - others)):
         if names:
             notes.append(f"only the {owner} has {join_names(sorted(names))}")
-    if is_meta(other):
-        notes.append("the tuned model is in Meta's format; recover writes Hugging Face's")
+    if not (other / "config.json").exists():
+        owner = "Meta" if is_meta(other) else "llama.cpp"
+        notes.append(f"the tuned model is in {owner}'s format; recover writes Hugging Face's")
     if not find_tokenizer(other):
         notes.append("the tuned model has no tokenizer, so none is copied")
     for note in notes:
@@ -220,8 +221,8 @@ def recover_exact_diff(base: Path, diff: Path, tuned: Path | None) -> None:
 
 
 def copy_other_files(tuned: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Config and tokenizer: a Hugging Face folder's unchanged, a Meta folder's converted."""
-    if is_meta(tuned):
+    """Config and tokenizer: a Hugging Face folder's unchanged, Meta's and llama.cpp's converted."""
+    if not (tuned / "config.json").exists():
         dump_json(folder / "config.json", config_to_json(read_config(tuned), dtype))
         if tokenizer := find_tokenizer(tuned):
             copy_tokenizer(tokenizer, folder)

@@ -20,10 +20,10 @@ HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items):
-    """A test's folder is its tier: tests/robust and tests/parity mark what lies in them."""
+    """A test's folder is its tier: tests/robust, tests/parity and tests/real mark theirs."""
     for item in items:
         folder = item.path.relative_to(HERE).parts[0]
-        if folder in ("robust", "parity"):
+        if folder in ("robust", "parity", "real"):
             item.add_marker(folder)
 
 

@@ -6,6 +6,8 @@
     tokenizer_json   byte-level BPE as Hugging Face stores it
     progress         one line: done/total, rate, time left
     charts           pictures as SVG text
+    gguf_file        llama.cpp's files, their frame and metadata
+    sentencepiece_file   the tokenizer in such a file, as SentencePiece's own
 
 Root modules import this chapter and no other.
 """

@@ -3,9 +3,11 @@
 import math
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import IO
+from typing import IO, TypeVar
 
+T = TypeVar("T")
 LOG_INTERVAL = 30.0  # seconds between lines where no terminal shows them
 
 
@@ -26,6 +28,12 @@ class Progress:
         if time.monotonic() - self.last_shown >= (0.1 if self.live else LOG_INTERVAL):
             self.last_shown = time.monotonic()
             self._show(extra, end="\r" if self.live else "\n")
+
+    def count(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, each a step once it has been dealt with."""
+        for item in items:
+            yield item
+            self.step()
 
     def close(self, extra: str = "") -> None:
         """Print the last line, which stays, on a terminal and in a log alike."""

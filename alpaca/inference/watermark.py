@@ -41,6 +41,7 @@ from alpaca.common import charts
 from alpaca.common.cli import positive
 from alpaca.common.errors import UserError
 from alpaca.common.files import atomic_file, read_text
+from alpaca.common.gguf_file import is_gguf
 from alpaca.weights.checkpoint import read_config
 from tokenizer import Tokenizer
 
@@ -145,8 +146,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     power.add_argument("--out", type=Path, required=True, help="the SVG to write")
     add, count, above_0 = detect.add_argument, positive(int), positive(float)
     add("file", metavar="FILE", help="UTF-8 text without its prompt; - reads standard input")
-    add("--tokenizer", type=Path, required=True, help="a tokenizer.model, or a model's folder")
-    size = "width of the model's logits (default: the folder's config.json, or the tokenizer's)"
+    add("--tokenizer", type=Path, required=True, help="a tokenizer.model, or a model")
+    size = "width of the model's logits (default: the model's, or the tokenizer's)"
     add("--vocab-size", type=count, metavar="N", help=size)
     add("--key", type=int, default=KEY, help=f"key of the watermark (default: {KEY})")
     add("--threshold", type=above_0, default=4.0, help="z above it is watermarked (default: 4)")
@@ -160,7 +161,8 @@ def run(args: argparse.Namespace) -> None:
 def run_detect(args: argparse.Namespace) -> None:
     tokenizer = Tokenizer(args.tokenizer)
     size = args.vocab_size or tokenizer.vocab_size
-    if not args.vocab_size and (args.tokenizer / "config.json").exists():
+    is_model = (args.tokenizer / "config.json").exists() or is_gguf(args.tokenizer)
+    if is_model and not args.vocab_size:
         size = read_config(args.tokenizer).vocab_size
     if size < tokenizer.vocab_size:
         count = tokenizer.vocab_size

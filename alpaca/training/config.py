@@ -60,7 +60,7 @@ def flag(default: Any, help: str, type: Callable | None = None, **options: Any) 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    model_dir: Path | None = flag(None, "base model, a Hugging Face or Meta folder", Path)
+    model_dir: Path | None = flag(None, "base model, a folder or a GGUF file", Path)
     preset: str | None = flag(None, "or random weights of this size", choices=SIZES)
     tokenizer: Path | None = flag(None, "a tokenizer.model (default: the base model's)", Path)
     data: tuple[str, ...] = flag(

@@ -56,6 +56,7 @@ def describe_code(checkout: Path = CHECKOUT) -> str:
 
 def describe_weights(folder: Path) -> str:
     files = [file for kind in ("safetensors", "bin", "pth") for file in folder.glob(f"*.{kind}")]
+    files += [folder] if folder.is_file() else []  # GGUF
     return "\n".join(f"- `{file.name}`, SHA-256 `{sha256(file)}`" for file in sorted(files))
 
 

@@ -4,6 +4,7 @@ loading.py            one function that opens a model, whatever it is made of
 checkpoint.py         checkpoints, read one tensor at a time; their config in config_json.py
 presets.py            the shapes of published models
 meta_format.py        Meta's releases, read as Hugging Face checkpoints
+gguf.py               llama.cpp's files, read the same way; gguf_writer.py writes them
 writer.py             a Hugging Face folder, written one tensor at a time
 quantized_linear.py   int8 and int4 layers: rounding, with its equations, and the kernels
 quantize.py           a whole model of them: `alpaca quantize`

@@ -5,7 +5,8 @@
 
 Two kinds of folders are read: Hugging Face's (`config.json` beside `model.safetensors` or
 `pytorch_model.bin`, in one file or in shards with an index) and Meta's (`params.json`; see
-meta_format.py). Both give Hugging Face's tensor names.
+meta_format.py); and llama.cpp's GGUF files (gguf.py), which stand wherever a folder does. All give
+Hugging Face's tensor names.
 
   - Files are memory-mapped: names, shapes and dtypes cost nothing, and the bytes of a tensor are
     read when they are first used.
@@ -29,9 +30,11 @@ from torch import Tensor
 
 from alpaca.common.errors import UserError, join_names
 from alpaca.common.files import input_file
+from alpaca.common.gguf_file import read_gguf
 from alpaca.common.json_files import read_json
 from alpaca.weights import meta_format
 from alpaca.weights.config_json import config_from_json, typed_config
+from alpaca.weights.gguf import gguf_config, gguf_tensors
 from model import Llama, LlamaConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -136,6 +139,8 @@ def is_meta(folder: Path) -> bool:
 def read_config(folder: str | Path, quantized: bool = False) -> LlamaConfig:
     """The architecture of a checkpoint folder; quantize.py alone reads `quantized` ones."""
     folder = Path(folder)
+    if folder.is_file():
+        return gguf_config(read_gguf(folder))
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     file = folder / ("params.json" if is_meta(folder) else "config.json")
@@ -155,8 +160,12 @@ def read_config(folder: str | Path, quantized: bool = False) -> LlamaConfig:
 def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint folder, by its Hugging Face name."""
     folder, stored = Path(folder), {}
-    if is_meta(folder):
-        entries = meta_format.rename_tensors(meta_files(folder), read_config(folder))
+    if folder.is_file() or is_meta(folder):
+        if folder.is_file():
+            file = read_gguf(folder)
+            entries = gguf_tensors(file, gguf_config(file))
+        else:
+            entries = meta_format.rename_tensors(meta_files(folder), read_config(folder))
         stored = {name: StoredTensor(*entry) for name, entry in entries.items()}
     else:
         for file, indexed in weight_files(folder).items():

@@ -1,56 +1,79 @@
-"""Write any checkpoint that this project reads as a Hugging Face folder in safetensors.
+"""Write any checkpoint that this project reads as a Hugging Face folder, or as a GGUF file.
 
     alpaca convert llama/7B llama-7b                        # Meta's release
     alpaca convert llama-7b llama-7b-bf16 --dtype bf16      # another dtype, pickles to safetensors
+    alpaca convert llama-7b llama-7b.gguf --type q8_0       # for llama.cpp
+    alpaca convert llama-7b.gguf llama-7b                   # from llama.cpp
 
-transformers opens the result as it is. The bos and eos ids in config.json are taken from the
-tokenizer: early conversions of LLaMA have wrong ones.
+transformers opens the folder as it is. The bos and eos ids in config.json are taken from the
+tokenizer: early conversions of LLaMA have wrong ones. A GGUF file also gets the chat template that
+the model (or with --adapter, the adapter) was trained with; gguf_writer.py says how it is rounded.
 """
 
 import argparse
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
+import torch
 
 from alpaca.common.cli import positive
+from alpaca.common.errors import UserError
+from alpaca.common.files import refuse_existing
 from alpaca.common.progress import Progress
-from alpaca.weights.checkpoint import DTYPES, is_meta, open_checkpoint
+from alpaca.weights.checkpoint import DTYPES, EMBEDDING, is_meta, open_checkpoint
 from alpaca.weights.config_json import typed_config
+from alpaca.weights.gguf import PLAIN, TEMPLATE_KEY
+from alpaca.weights.gguf_writer import FILE_TYPES, chat_template, save_gguf, tokenizer_metadata
+from alpaca.weights.merge import merged_tensors
 from alpaca.weights.writer import require_tokenizer, save_model, tokenizer_files
 from tokenizer import Tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", type=Path, help="Hugging Face or Meta folder to read")
-    add("target", type=Path, help="folder to write, which must not exist yet")
-    add("--dtype", choices=DTYPES, help="of the weights (default: the source's)")
+    add("source", type=Path, help="Hugging Face or Meta folder, or GGUF file, to read")
+    add("target", type=Path, help="folder or NAME.gguf to write, which must not exist yet")
+    add("--dtype", choices=DTYPES, help="of the weights in a folder (default: the source's)")
+    add("--type", choices=FILE_TYPES, help="of the weights in a GGUF file (default: the source's)")
+    add("--adapter", type=Path, help="folder of an adapter to merge into a GGUF file")
     add("--tokenizer", type=Path, help="file or folder to copy it from (default: the source's)")
     known = "(default: the config's; for Meta's folders 2048, 4096 or 16384, by release)"
     add("--positions", type=positive(int), help=f"context length of the model {known}")
 
 
 def run(args: argparse.Namespace) -> None:
+    to_file = args.target.suffix == ".gguf"
+    if to_file and args.dtype:
+        raise UserError("--dtype is for a folder: give --type for a GGUF file")
+    if not to_file and (args.type or args.adapter):
+        raise UserError(
+            "--type and --adapter are for a target NAME.gguf (`alpaca merge` for folders)"
+        )
+    refuse_existing(args.target)
     config, stored = open_checkpoint(args.source)
     tokenizer = require_tokenizer(args.source, args.tokenizer, config)
     if args.positions is not None:
         fields = vars(config) | {"max_position_embeddings": args.positions}
         config = typed_config(fields)  # within its limits
-    if file := tokenizer_files(tokenizer).get("tokenizer.model"):
-        sentencepiece = Tokenizer(file)
-        ids = {"bos_token_id": sentencepiece.bos_id, "eos_token_id": sentencepiece.eos_id}
-        config = replace(config, **ids)
-    progress = Progress(sum(t.shape.numel() for t in stored.values()), "weights")
-
-    def pairs() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in stored.items():
-            yield name, tensor.read()
-            progress.step(tensor.shape.numel())
-
-    dtype = DTYPES.get(args.dtype)
-    save_model(pairs(), config, args.target, dtype, tokenizer, keep_nonfinite=True)
+    if to_file or "tokenizer.model" in tokenizer_files(tokenizer):
+        text = Tokenizer(tokenizer)
+        config = replace(config, bos_token_id=text.bos_id, eos_token_id=text.eos_id)
+    progress = Progress(len(stored), "tensors")
+    pairs = ((name, tensor.read()) for name, tensor in stored.items())
+    if to_file:
+        names = {dtype: name for name, dtype in PLAIN.items()}
+        kind = args.type or names[stored[EMBEDDING].dtype].lower()
+        metadata = tokenizer_metadata(tokenizer, config.vocab_size)
+        metadata[TEMPLATE_KEY] = chat_template(*filter(None, [args.adapter, args.source]))
+        if args.adapter:
+            dtype = PLAIN.get(kind.upper(), torch.float32)
+            pairs = merged_tensors(args.source, args.adapter, dtype, {})
+        save_gguf(progress.count(pairs), config, args.target, kind, metadata)
+    else:
+        dtype, exact = DTYPES.get(args.dtype), not args.source.is_file()
+        save_model(
+            progress.count(pairs), config, args.target, dtype, tokenizer, keep_nonfinite=exact
+        )
     guessed = is_meta(args.source) and args.positions is None
     hint = " (params.json does not give them: see --positions)" if guessed else ""
     progress.close(f"{args.target}, {config.max_position_embeddings} positions{hint}")

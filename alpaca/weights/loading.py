@@ -1,6 +1,7 @@
 """Opens a model, whatever it is made of.
 
     model = load_model("llama-7b")                                # Hugging Face or Meta folder
+    model = load_model("llama-7b.gguf")                           # llama.cpp's file
     model = load_model("llama-7b", bits=4)                        # rounded while it is read
     model = load_model("llama-7b-int4")                           # a folder `alpaca quantize` wrote
     model = load_model("llama-7b", adapter="runs/lora/adapter")   # with an adapter on top
@@ -68,7 +69,7 @@ def load_model(
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that say which model to open; for `load_from_args`."""
     add = parser.add_argument_group("model").add_argument
-    written = "folder of the model (default: runs/tiny/model, which `make train` writes)"
+    written = "folder or GGUF file of the model (default: runs/tiny/model, by `make train`)"
     add("--model-dir", type=Path, default=DEFAULT_MODEL, help=written)
     add("--adapter", type=Path, help="folder of a LoRA adapter for --model-dir (default: none)")
     add("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one, else cpu)")
@@ -87,8 +88,8 @@ def model_folders(args: argparse.Namespace) -> list[Path]:
         raise UserError(f"no model at {folder} yet: run `make train`, or give --model-dir")
     folders = [folder, args.adapter] if args.adapter else [folder]
     for path in folders:
-        if not path.is_dir():
-            raise UserError(f"{path}: no such folder")
+        if not path.exists():
+            raise UserError(f"{path}: no such folder or file")
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise UserError(f"{folder} is an adapter: give --model-dir BASE --adapter {folder}")
     return folders

@@ -22,6 +22,29 @@ from alpaca.weights.quantize import stored_bits
 from alpaca.weights.writer import require_tokenizer, save_model
 
 
+def merged_tensors(
+    base: Path, adapter: Path, dtype: torch.dtype, changed: dict[str, bool]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a base with its adapter, one at a time; `changed` says for each adapted one
+    whether it differs from the base's, rounded to `dtype` alike."""
+    config, stored = open_checkpoint(base)
+    lora, matrices = read_adapter(adapter, config)
+    targets = dict(target_shapes(config, lora))
+    for name, tensor in stored.items():
+        weight, path = tensor.read(), name.removesuffix(".weight")
+        if not is_finite(weight):
+            raise UserError(f"{base}: {name} holds NaN or infinity")
+        if path in targets:
+            change = matrices[f"{path}.lora_B.weight"] @ matrices[f"{path}.lora_A.weight"]
+            merged = as_dtype(weight.float() + change * lora.scale, dtype, name)
+            changed[name] = not torch.equal(merged, weight.to(dtype))
+            weight = merged
+        yield name, weight
+    if not any(changed.values()):
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(f"{adapter} changes nothing in {base} as {name}")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--base", type=Path, required=True, help="folder of the base model, not quantized")
@@ -35,30 +58,11 @@ def run(args: argparse.Namespace) -> None:
     if stored_bits(args.base):
         raise UserError(f"{args.base} is quantized: merge into the model that it was made from")
     config, stored = open_checkpoint(args.base)
-    lora, adapter = read_adapter(args.adapter, config)
     tokenizer = require_tokenizer(args.base, args.tokenizer, config)
-    dtype = DTYPES.get(args.dtype) or stored[EMBEDDING].dtype
-    dtype_name = str(dtype).removeprefix("torch.")
-    targets, changed = dict(target_shapes(config, lora)), []
+    dtype, changed = DTYPES.get(args.dtype) or stored[EMBEDDING].dtype, {}
+    pairs = merged_tensors(args.base, args.adapter, dtype, changed)
     progress = Progress(len(stored), "tensors")
-
-    def pairs() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in stored.items():
-            weight, path = tensor.read(), name.removesuffix(".weight")
-            if not is_finite(weight):
-                raise UserError(f"{args.base}: {name} holds NaN or infinity")
-            if path in targets:
-                change = adapter[f"{path}.lora_B.weight"] @ adapter[f"{path}.lora_A.weight"]
-                merged = as_dtype(weight.float() + change * lora.scale, dtype, name)
-                if not torch.equal(merged, weight.to(dtype)):
-                    changed.append(name)
-                weight = merged
-            yield name, weight
-            progress.step()
-        if not changed:
-            raise UserError(f"{args.adapter} changes nothing in {args.base} as {dtype_name}")
-
-    save_model(pairs(), config, args.out, dtype, tokenizer)
+    save_model(progress.count(pairs), config, args.out, dtype, tokenizer)
     progress.close(str(args.out))
-    counts = f"{len(changed)} of {len(targets)} adapted matrices have changed"
-    print(f"{args.out}: {counts}, rounded once to {dtype_name}")
+    counts = f"{sum(changed.values())} of {len(changed)} adapted matrices have changed"
+    print(f"{args.out}: {counts}, rounded once to {str(dtype).removeprefix('torch.')}")

@@ -93,6 +93,13 @@ def half_split(weight: Tensor, heads: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(rows, width)
 
 
+def interleave(weight: Tensor, heads: int) -> Tensor:
+    """The rows of each head back again, to (x0, y0, x1, y1, …)."""
+    rows, width = weight.shape
+    halves = weight.reshape(heads, 2, rows // heads // 2, width)
+    return halves.transpose(1, 2).reshape(rows, width)
+
+
 def rename_tensors(shards: list[dict[str, Tensor]], config: LlamaConfig) -> dict[str, tuple]:
     """Hugging Face name → (shape, dtype, function that joins the tensor's slices)."""
     heads = {"attention.wq": config.num_attention_heads, "attention.wk": config.num_key_value_heads}

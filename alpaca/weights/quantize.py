@@ -151,7 +151,7 @@ def save_quantized(source: WeightSource, folder: Path, tokenizer: Path | None = 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model-dir", type=Path, required=True, help="folder of the model")
+    add("--model-dir", type=Path, required=True, help="folder or GGUF file of the model")
     add("--bits", type=int, choices=(8, 4), required=True, help="of the blocks")
     add("--out", type=Path, help="folder to write (default: only report)")
     add("--tokenizer", type=Path, help="file or folder to copy it from (default: the model's)")

@@ -20,7 +20,6 @@ A whole tensor with NaN or infinity in it is refused, unless the caller copies w
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -34,10 +33,12 @@ from torch import Tensor
 
 from alpaca.common.errors import UserError, join_names, notice
 from alpaca.common.files import atomic_folder
+from alpaca.common.gguf_file import is_gguf, read_gguf
 from alpaca.weights.checkpoint import DTYPES, as_dtype, is_finite, is_meta, parameter_shapes
 from alpaca.weights.config_json import config_to_json
+from alpaca.weights.gguf import gguf_template
 from model import Llama, LlamaConfig
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, read_model
 
 SAFETENSORS_DTYPES = {
     torch.float32: "F32",
@@ -203,18 +204,24 @@ def dump_json(file: Path, content: dict[str, Any]) -> None:
 # ---------------------------------------------------------------- the tokenizer beside it
 
 
-def tokenizer_files(source: Path) -> dict[str, Path]:
-    """The files to copy from a tokenizer's folder or from a tokenizer.model, by their new names."""
+def tokenizer_files(source: Path) -> dict[str, bytes]:
+    """The files that a tokenizer's folder, a tokenizer.model or a GGUF file amounts to."""
     if source.is_file():
-        return {"tokenizer.model": source}
-    found = {name: source / name for name in TOKENIZER_FILES if (source / name).is_file()}
+        files = {"tokenizer.model": read_model(source)}
+        if is_gguf(source) and (template := gguf_template(read_gguf(source))):
+            files["chat_template.jinja"] = template.encode()
+        return files
+    paths = [source / name for name in TOKENIZER_FILES]
+    found = {path.name: path.read_bytes() for path in paths if path.is_file()}
     if not found.keys() & {"tokenizer.model", "tokenizer.json"}:
         raise UserError(f"{source}: no tokenizer.model or tokenizer.json in it")
     return found
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """Where a model's tokenizer is: in its folder, or one level up, as in Meta's download."""
+    """Where a model's tokenizer is: in its folder or file, or above it, as in Meta's download."""
+    if folder.is_file():
+        return folder
     if any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         return folder
     above = folder.absolute().parent / "tokenizer.model"
@@ -226,13 +233,13 @@ def require_tokenizer(folder: Path, given: Path | None, config: LlamaConfig) -> 
     found = given or find_tokenizer(folder)
     if not found:
         raise UserError(f"{folder}: no tokenizer in it: give one with --tokenizer FILE")
-    if file := tokenizer_files(found).get("tokenizer.model"):
-        Tokenizer(file).check(config)
+    if "tokenizer.model" in tokenizer_files(found):
+        Tokenizer(found).check(config)
     return found
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    for name, file in tokenizer_files(source).items():
-        shutil.copyfile(file, folder / name)
+    for name, content in tokenizer_files(source).items():
+        (folder / name).write_bytes(content)
     if not (folder / "tokenizer_config.json").exists():
         dump_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)

@@ -10,6 +10,9 @@ from typing import Any
 SPECIAL = [b"", b"\0", b"null", b"[]", b"{}", b'"x"', b"\xff\xfe", b"[" * 100_000, b"\0" * 4096]
 SPECIAL += [b'{"a": ' * 985 + b"1" + b"}" * 985]
 LONG_LINE = b'"' + b"x" * (9 << 20) + b'"'
+FLOATS = [float("nan"), float("inf"), -float("inf"), 0.0, 1.0, -1e38]
+SIZES_32 = [0, 1, 2, 3, 4, 5, 6, 8, 9, 12, 30, 99, 2**31, 2**32 - 1]
+SIZES_64 = [0, 1, 8, 31, 32, 33, 64, 1024, 2**20, 2**31, 2**40, 2**60, 2**63, 2**64 - 1]
 VALUES = [None, True, -1, 0, 1, 3, 0.5, 1e308, -1e-300, float("nan"), float("inf"), 2**40, 2**63]
 VALUES += [10**400, "", "x", "../../etc/passwd", "/dev/zero", "\ud800", "\0", "\x1b[31m", "9" * 400]
 VALUES += ["x" * 10_000, [], {}, [None], [[0, 1]], {"a": {}}, [1] * 1000]
@@ -20,6 +23,8 @@ def mutate(rng: random.Random, name: str, content: bytes) -> bytes:
     kinds: list[Callable[[random.Random, bytes], bytes]] = [damage_bytes]
     if name.endswith((".json", ".jsonl")):
         kinds += [damage_json] * 3
+    if name.endswith(".gguf"):
+        kinds += [damage_numbers] * 3
     if name.endswith(".safetensors"):
         kinds += [damage_header] * 2
     return rng.choice(kinds)(rng, content)
@@ -85,6 +90,16 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
         yield value, key
         if isinstance(value[key], dict | list):
             yield from places(value[key])
+
+
+def damage_numbers(rng: random.Random, content: bytes) -> bytes:
+    """Replace numbers by others of their size, near the start or among later entries."""
+    damaged = bytearray(content)
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        code, numbers = rng.choice([("<I", SIZES_32), ("<Q", SIZES_64), ("<f", FLOATS)])
+        end = min(len(content), rng.choice([64, 1024, 60_000])) - 8
+        struct.pack_into(code, damaged, rng.randrange(end), rng.choice(numbers))
+    return bytes(damaged)
 
 
 def damage_header(rng: random.Random, content: bytes) -> bytes:

@@ -59,6 +59,8 @@ READERS = {  # a file, and the command that reads it
     "bin/pytorch_model.bin": "convert bin new",
     "meta/params.json": "convert meta new --tokenizer base/model",
     "meta/consolidated.00.pth": "convert meta new --tokenizer base/model",
+    "f32.gguf": "convert f32.gguf new",
+    "q4_0.gguf": f"{ANSWER} q4_0.gguf",
     "int8/config.json": f"{ANSWER} int8",
     "int8/model.safetensors": f"{ANSWER} int8",
     "int4/model.safetensors": f"{ANSWER} int4",
@@ -168,6 +170,8 @@ def world(tmp_path_factory, invoke):
         texts = {record["instruction"]: f"{name} {n}" for n, record in enumerate(records)}
         write_outputs(Path(name), f"model {name}", texts)
     for text in (
+        "convert base/model f32.gguf --type f32",
+        "convert base/model q4_0.gguf --type q4_0",
         "quantize --model-dir base/model --bits 8 --out int8",
         "quantize --model-dir base/model --bits 4 --out int4",
         "weightdiff make --base plain --tuned tuned --diff diff",

@@ -1,0 +1,167 @@
+"""Reads GGUF files, llama.cpp's, as Hugging Face checkpoints (alpaca/common/gguf_file.py has the
+format's frame).
+
+Names differ from Hugging Face's (`blk.0.attn_q` is `model.layers.0.self_attn.q_proj`), queries and
+keys lie in Meta's order (meta_format.py), and a tied head is left out. F32, F16 and BF16 are plain
+numbers, mapped from the file. Of the others three are read; each stores 32 neighbours of a row as a
+block of small integers q with a scale d in fp16, and numbers w become again, in fp32,
+
+    Q8_0   d, 32 × int8        w = d q           34 bytes, 8.5 bits a weight
+    Q4_0   d, 32 × 4 bits      w = d (q - 8)     18 bytes, 4.5 bits
+    Q4_1   d, m, 32 × 4 bits   w = d q + m       20 bytes, 5 bits
+
+Byte i of 4-bit numbers holds number i in its low half and number i + 16 in its high half. Writing
+(gguf_writer.py) takes d = max |w| / 127, and for Q4_0 d = w / -8, w the number with the largest
+|w|: the one that is kept exactly, since 4 bits reach from -8 to 7.
+"""
+
+import math
+import re
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alpaca.common.errors import UserError, join_names
+from alpaca.common.gguf_file import GGUF, check_spans
+from alpaca.weights.config_json import REQUIRED, typed_config
+from alpaca.weights.meta_format import half_split
+from model import LlamaConfig
+
+KINDS = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 8: "Q8_0", 30: "BF16"}
+KINDS |= {6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
+KINDS |= {16: "IQ2_XXS", 18: "IQ3_XXS", 20: "IQ4_NL", 21: "IQ3_S", 23: "IQ4_XS"}
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BLOCK = 32  # numbers
+BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
+GGUF_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_up": "mlp.up_proj",
+}
+CONFIG_KEYS = {  # metadata → config.json
+    "llama.context_length": "max_position_embeddings",
+    "llama.embedding_length": "hidden_size",
+    "llama.block_count": "num_hidden_layers",
+    "llama.feed_forward_length": "intermediate_size",
+    "llama.attention.head_count": "num_attention_heads",
+    "llama.attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "llama.attention.head_count_kv": "num_key_value_heads",
+    "llama.attention.key_length": "head_dim",
+    "llama.rope.freq_base": "rope_theta",
+    "tokenizer.ggml.bos_token_id": "bos_token_id",
+    "tokenizer.ggml.eos_token_id": "eos_token_id",
+}
+FLOATS = ("llama.attention.layer_norm_rms_epsilon", "llama.rope.freq_base")
+NEEDED = [
+    name
+    for name, field in CONFIG_KEYS.items()
+    if field in (*REQUIRED, "max_position_embeddings", "rms_norm_eps")
+]
+TEMPLATE_KEY = "tokenizer.chat_template"
+HEAD_WIDTHS = ("llama.attention.value_length", "llama.rope.dimension_count")
+KNOWN_KEYS = {"llama.vocab_size", "llama.tensor_data_layout", *HEAD_WIDTHS, *CONFIG_KEYS}
+
+
+# ---------------------------------------------------------------- blocks ↔ numbers
+
+
+def tensor_size(shape: list[int], kind: str) -> int:
+    """Bytes of a tensor's numbers; 0 if there are none, or if its rows are not whole blocks."""
+    count = math.prod(shape)
+    if kind in PLAIN:
+        return count * PLAIN[kind].itemsize
+    return 0 if not shape or shape[-1] % BLOCK else count // BLOCK * BLOCK_BYTES[kind]
+
+
+def dequantize(blocks: Tensor, kind: str) -> Tensor:
+    """uint8 (N, bytes of a block) → fp32 (N, 32)."""
+    numbers = torch.empty(len(blocks), BLOCK)
+    scale = blocks[:, :2].view(torch.float16).float()  # (N, 1)
+    if kind == "Q8_0":
+        return numbers.copy_(blocks[:, 2:].view(torch.int8)).mul_(scale)
+    halves = blocks[:, -BLOCK // 2 :]
+    numbers[:, : BLOCK // 2] = halves & 15
+    numbers[:, BLOCK // 2 :] = halves >> 4
+    if kind == "Q4_0":
+        return numbers.sub_(8).mul_(scale)
+    return numbers.mul_(scale).add_(blocks[:, 2:4].view(torch.float16).float())
+
+
+# ---------------------------------------------------------------- a file as a checkpoint
+
+
+def gguf_config(file: GGUF) -> LlamaConfig:
+    """The architecture, if model.py computes everything that the metadata asks for."""
+    metadata, embedding = file.metadata, file.tensors.get("token_embd.weight")
+    try:
+        if (architecture := metadata.get("general.architecture")) != "llama":
+            raise UserError(f"architecture {architecture!r} is not supported, only 'llama' is")
+        for name, value in metadata.items():
+            if name.startswith("llama.") and name not in KNOWN_KEYS and value not in (0, "none"):
+                raise UserError(f"{name} {value!r} is not supported")
+        if missing := [name for name in NEEDED if name not in metadata]:
+            raise UserError(f"{join_names(missing)} is missing")
+        if "rope_freqs.weight" in file.tensors:
+            raise UserError("rope_freqs.weight: Llama 3's rope scaling is not supported")
+        if embedding is None or not embedding.shape:
+            raise UserError("token_embd.weight is missing")
+        fields = {ours: metadata[name] for name, ours in CONFIG_KEYS.items() if name in metadata}
+        for field, value in fields.items():
+            if isinstance(value, float):  # 9.999999747378752e-06 is 1e-05 in fp32
+                fields[field] = float(str(np.float32(value)))
+        fields["tie_word_embeddings"] = "output.weight" not in file.tensors
+        config = typed_config({**fields, "vocab_size": embedding.shape[0]})
+        for name in HEAD_WIDTHS:
+            if (width := metadata.get(name, config.head_dim)) != config.head_dim:
+                raise UserError(f"{name} {width!r} is not supported, only {config.head_dim} is")
+    except UserError as error:
+        raise UserError(f"{file.path}: {error}") from None
+    return config
+
+
+def gguf_template(file: GGUF) -> str:
+    """The chat template, in Jinja; empty if there is none."""
+    template = file.metadata.get(TEMPLATE_KEY)
+    return template if isinstance(template, str) else ""
+
+
+def gguf_tensors(file: GGUF, config: LlamaConfig) -> dict[str, tuple]:
+    """Hugging Face name → (shape, dtype, function that reads the tensor)."""
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    sizes, found = {}, {}
+    for name, (shape, number, start) in file.tensors.items():
+        kind = KINDS.get(number, str(number))
+        if kind not in PLAIN and kind not in BLOCK_BYTES:
+            known = ", ".join((*PLAIN, *BLOCK_BYTES))
+            raise UserError(f"{file.path}: {name} is of kind {kind}, only {known} are read")
+        sizes[name] = tensor_size(shape, kind)
+        block, short = re.findall(r"(?s)^(blk\.\d+\.)?(.*?)(?:\.weight)?$", name)[0]
+        ours = name  # `open_checkpoint` reports it as unexpected
+        if short in GGUF_NAMES:
+            ours = f"{block.replace('blk', 'model.layers')}{GGUF_NAMES[short]}.weight"
+        read = partial(read_tensor, file, shape, kind, start, sizes[name], heads.get(short))
+        found[ours] = torch.Size(shape), PLAIN.get(kind, torch.float32), read
+    check_spans(file, sizes)
+    return found
+
+
+def read_tensor(
+    file: GGUF, shape: list[int], kind: str, start: int, size: int, heads: int | None
+) -> Tensor:
+    content = torch.frombuffer(file.data, dtype=torch.uint8, offset=start, count=size)
+    if kind in PLAIN:
+        weight = content.view(PLAIN[kind]).view(shape)
+    else:
+        weight = dequantize(content.view(-1, BLOCK_BYTES[kind]), kind).view(shape)
+    return half_split(weight, heads) if heads else weight

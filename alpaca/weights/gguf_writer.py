@@ -1,0 +1,171 @@
+"""Writes a model as one GGUF file, which llama.cpp and what stands on it open.
+
+    alpaca convert runs/tiny/model tiny.gguf --type q8_0
+    alpaca convert llama-7b alpaca.gguf --type q4_0 --adapter runs/alpaca-lora/adapter
+
+The metadata is written first: sizes are known from shapes. Then one tensor after another is read,
+rounded and written. Norms stay F32, and in a Q4_0 file head and tied embedding are Q8_0: rounding
+them costs the most. The tokenizer goes along, and the chat template: the source's, or Alpaca's.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from alpaca.common.errors import UserError, join_names
+from alpaca.common.files import atomic_file, read_text
+from alpaca.common.gguf_file import MAX_TEXT, pack_start, read_gguf
+from alpaca.common.sentencepiece_file import SCORES, TOKENS, TYPES, UNUSED, metadata_from_model
+from alpaca.weights.checkpoint import EMBEDDING, HEAD, as_dtype, is_finite, parameter_shapes
+from alpaca.weights.gguf import (
+    BLOCK,
+    CONFIG_KEYS,
+    FLOATS,
+    GGUF_NAMES,
+    HEAD_WIDTHS,
+    KINDS,
+    PLAIN,
+    gguf_template,
+    tensor_size,
+)
+from alpaca.weights.meta_format import interleave
+from dataset import PREAMBLE, RESPONSE
+from model import LlamaConfig
+from tokenizer import Tokenizer
+
+FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}  # llama.cpp's numbers
+KIND_NUMBERS = {kind: number for number, kind in KINDS.items()}
+SHORT_NAMES = {ours: short for short, ours in GGUF_NAMES.items()}
+CHUNK = 1 << 20  # numbers that are rounded at a time
+ALPACA_TEMPLATE = (  # dataset.py's `encode_conversation` in Jinja
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
+    + PREAMBLE
+    + "{% endif %}{% for message in messages %}{% if message['role'] == 'user' %}"
+    + "{{ '\\n\\n### Instruction:\\n' + message['content'] + '\\n\\n"
+    + RESPONSE
+    + "' }}{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
+    + "{% endif %}{% endfor %}"
+)
+
+
+# ---------------------------------------------------------------- metadata
+
+
+def model_metadata(config: LlamaConfig, name: str, file_type: str) -> dict[str, Any]:
+    numbers = {key: getattr(config, field) for key, field in CONFIG_KEYS.items()}
+    for key in FLOATS:
+        numbers[key] = float(numbers[key])
+    return {
+        "general.architecture": "llama",
+        "general.type": "model",
+        "general.name": name,
+        "general.file_type": FILE_TYPES[file_type],
+        "general.quantization_version": 2,
+        "llama.vocab_size": config.vocab_size,
+        **dict.fromkeys(HEAD_WIDTHS, config.head_dim),
+        **numbers,
+    }
+
+
+def tokenizer_metadata(source: Path, vocab_size: int) -> dict[str, Any]:
+    """A tokenizer with a token for each of the model's embeddings: llama.cpp counts both."""
+    model = Tokenizer(source).sentencepiece.serialized_model_proto()
+    try:
+        metadata = metadata_from_model(model)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    for index in range(len(metadata[TOKENS]), vocab_size):
+        for name, value in ((TOKENS, f"[PAD{index}]"), (SCORES, 0.0), (TYPES, UNUSED)):
+            metadata[name].append(value)
+    return metadata
+
+
+def chat_template(*folders: Path) -> str:
+    """The template of the first that has one, or Alpaca's, which all commands use by default."""
+    for folder in folders:
+        if folder.is_file() and (template := gguf_template(read_gguf(folder))):
+            return template
+        if (file := folder / "chat_template.jinja").is_file():
+            return read_text(file, MAX_TEXT)
+    return ALPACA_TEMPLATE
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def quantize(numbers: Tensor, kind: str, name: str) -> Tensor:
+    """fp32 (N, 32) → uint8 (N, bytes of a block): for gguf.py's `dequantize`."""
+    size = numbers.abs()
+    if kind == "Q8_0":
+        scale = size.amax(dim=1, keepdim=True) / 127
+    else:
+        scale = numbers.gather(1, size.argmax(dim=1, keepdim=True)) / -8
+    q = numbers * torch.where(scale == 0, 0, 1 / scale)
+    stored = as_dtype(scale, torch.float16, name).view(torch.uint8)
+    if kind == "Q8_0":  # to the nearest, halves away from zero
+        whole = q.abs().floor()
+        q = (whole + (2 * (q.abs() - whole)).floor()) * q.sign()
+        return torch.cat([stored, q.to(torch.int8).view(torch.uint8)], dim=1)
+    q = (q + 8.5).to(torch.uint8).clamp_(max=15)
+    low, high = q.chunk(2, dim=1)
+    return torch.cat([stored, low | high << 4], dim=1)
+
+
+def gguf_name(name: str) -> str:
+    """`blk.0.attn_q.weight` for `model.layers.0.self_attn.q_proj.weight`."""
+    layer, short = re.findall(r"^(?:model\.layers\.(\d+)\.)?(.*)\.weight$", name)[0]
+    return f"blk.{layer}.{SHORT_NAMES[short]}.weight" if layer else f"{SHORT_NAMES[short]}.weight"
+
+
+def kind_of(name: str, shape: torch.Size, file_type: str, tied: bool) -> str:
+    if len(shape) == 1:
+        return "F32"
+    kept = name == HEAD or (name == EMBEDDING and tied)
+    return "Q8_0" if file_type == "q4_0" and kept else file_type.upper()
+
+
+def write_tensor(file: IO, name: str, weight: Tensor, kind: str) -> None:
+    if not is_finite(weight):
+        raise UserError(f"{name} would be written with NaN or infinity in it")
+    for numbers in weight.flatten().split(CHUNK):
+        if kind in PLAIN:
+            content = as_dtype(numbers, PLAIN[kind], name).view(torch.uint8)
+        else:
+            content = quantize(numbers.float().view(-1, BLOCK), kind, name)
+        file.write(content.numpy())
+
+
+def save_gguf(
+    pairs: Iterable[tuple[str, Tensor]],
+    config: LlamaConfig,
+    path: Path,
+    file_type: str,
+    metadata: dict[str, Any],
+) -> None:
+    """Write (name, tensor) pairs, in any order, behind the metadata of config and tokenizer."""
+    tied = config.tie_word_embeddings
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    kinds, entries = {}, {}
+    for name, shape in parameter_shapes(config).items():
+        kinds[name] = kind = kind_of(name, shape, file_type, tied)
+        size = tensor_size(list(shape), kind)
+        if not size:
+            raise UserError(
+                f"{name}: rows of {shape[-1]} are not blocks of {BLOCK}: use --type f16"
+            )
+        entries[gguf_name(name)] = list(shape), KIND_NUMBERS[kind], size
+    metadata = model_metadata(config, path.stem, file_type) | metadata
+    start, positions, size = pack_start(metadata, entries)
+    with atomic_file(path) as file:
+        file.write(start)
+        file.truncate(size)
+        for name, weight in pairs:
+            if count := heads.get(name.split(".")[-2]):
+                weight = interleave(weight, count)
+            file.seek(positions[gguf_name(name)])
+            write_tensor(file, name, weight.detach(), kinds.pop(name))
+        assert not kinds, f"missing {join_names(kinds)}"

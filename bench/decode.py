@@ -4,10 +4,10 @@
 
 First a random model of 1.1B parameters and one sequence: a prompt of 64 tokens, then 64 new ones,
 greedily. Each side is a process that keeps its model loaded; the sides run in turn. llama.cpp
-decodes a model of the same size in its own files (BF16, Q8_0, Q4_0), if `pip install
-llama-cpp-python gguf` has been run, which needs a compiler. Decoding a token reads every weight
-once, except the embedding. So the limit is the rate at which this machine reads memory, divided by
-those bytes; the rate is measured by summing 1 GiB, in turn with the sides.
+decodes the same model in its own files (BF16, Q8_0, Q4_0), if `pip install llama-cpp-python` has
+been run, which needs a compiler. Decoding a token reads every weight once, except the embedding.
+So the limit is the rate at which this machine reads memory, divided by those bytes; the rate is
+measured by summing 1 GiB, in turn with the sides.
 
 Then a model of 15.2M parameters and 16 sequences at once, against transformers in fp32 and bf16.
 """
@@ -26,7 +26,8 @@ import torch
 
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
-from alpaca.weights.checkpoint import parameter_shapes
+from alpaca.weights.checkpoint import open_checkpoint
+from alpaca.weights.gguf_writer import save_gguf
 from alpaca.weights.loading import load_model, optimize_layout
 from alpaca.weights.quantize import WeightSource, save_quantized
 from alpaca.weights.writer import tensor_bytes
@@ -42,7 +43,6 @@ from bench.measure import (
     table_line,
 )
 from bench.models import SMALL, TINYLLAMA, write_random
-from model import LlamaConfig
 
 PROMPT, NEW, BATCH = 64, 64, 16  # tokens, tokens, sequences
 GGUF_TYPES = {16: "BF16", 8: "Q8_0", 4: "Q4_0"}
@@ -200,44 +200,12 @@ def run_loaded_in_turns(sides: dict[str, tuple], runs: int, device: str = "cpu")
 # ---------------------------------------------------------------- files of the other formats
 
 
-def write_gguf(file: Path, kind: str) -> None:
-    """A model of TINYLLAMA's size for llama.cpp, with random weights and no vocabulary."""
-    import gguf
-    import numpy as np
-
-    config = LlamaConfig(**TINYLLAMA)
-    writer = gguf.GGUFWriter(str(file), "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
-    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
-    names |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
-    names |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    names |= {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
-    random = np.random.default_rng(0)
-    for name, shape in parameter_shapes(config).items():
-        parts = name.split(".")  # such as model.layers.0.mlp.up_proj.weight
-        block, module = f"blk.{parts[2]}." if "layers" in parts else "", parts[-2]
-        new = f"{block}{names[module]}.weight"
-        if len(shape) == 1:
-            writer.add_tensor(new, np.ones(shape, np.float32))
-            continue
-        # llama.cpp stores the head of a Q4_0 file in more bits; here in 8, as ours
-        stored = "Q8_0" if kind == "Q4_0" and module == "lm_head" else kind
-        stored = gguf.GGMLQuantizationType[stored]
-        weights = 0.02 * random.standard_normal(shape, np.float32)
-        writer.add_tensor(new, gguf.quants.quantize(weights, stored), raw_dtype=stored)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def write_gguf(plain: Path, file: Path, kind: str) -> None:
+    """The model in `plain` for llama.cpp, without a vocabulary. The head of a Q4_0 file has 8 bits,
+    as ours."""
+    config, stored = open_checkpoint(plain)
+    pairs = ((name, tensor.read()) for name, tensor in stored.items())
+    save_gguf(pairs, config, file, kind.lower(), {"tokenizer.ggml.model": "no_vocab"})
 
 
 def write_quantized(plain: Path) -> dict[int, Path]:
@@ -263,10 +231,10 @@ def one_sequence(scratch: Path, runs: int) -> None:
     sides = {f"ours {bits}": ("ours", folder, 1) for bits, folder in folders.items()}
     sides["transformers"] = ("transformers", folders[16], 1)
     pairs, packages = [(16, "transformers")], ["torch", "transformers"]
-    if all(importlib.util.find_spec(name) for name in ("llama_cpp", "gguf")):
+    if importlib.util.find_spec("llama_cpp"):
         packages.append("llama_cpp_python")
         for bits, kind in GGUF_TYPES.items():
-            write_gguf(file := scratch / f"{kind}.gguf", kind)
+            write_gguf(folders[16], file := scratch / f"{kind}.gguf", kind)
             sides[f"llama.cpp {kind}"] = ("llama.cpp", file, 1)
             pairs.append((bits, f"llama.cpp {kind}"))
     sides["memory"] = ("bandwidth", "", 1)

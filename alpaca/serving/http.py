@@ -8,7 +8,7 @@ h11 parses and writes the protocol (RFC 9112) and knows each connection's state.
 
   - A bound on everything a client can occupy: connections, bytes of a request's head and body,
     seconds to send a request, seconds to read the response. Where there are too many connections,
-    the one that has waited longest for a request goes, and never one that is being answered.
+    the one that has waited longest for its client goes, and never one that is being answered.
   - Behind a trusted proxy a client is who X-Forwarded-For says: limits of a client are its own.
   - A client that closes its connection, or its sending half, cancels the app's coroutine. To
     notice it, the server keeps reading while the app works, and disconnects a client that sends
@@ -35,6 +35,7 @@ from typing import Any
 
 import h11
 
+ACCEPTED_AT_ONCE = 64  # or a visitor would wait for others, one turn of the loop for each
 READ_BYTES = 4096  # in one read; a head may exceed its limit by so much
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 HOST_PORT = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]{1,5})?", re.IGNORECASE)
@@ -135,7 +136,7 @@ class Connection:
 
     def wait_for_request(self) -> None:
         self.address = self.peer  # until a proxy names the client
-        self.waiting_since = time.monotonic()  # math.inf: a request is being answered
+        self.waiting_since = time.monotonic()  # for its client; math.inf: it is being answered
 
     async def exchange(self) -> bool:
         """One request and its response; True if another request may follow."""
@@ -150,9 +151,9 @@ class Connection:
         try:
             await self.send(await self.run_app(request), close=self.server.draining)
         finally:
+            self.wait_for_request()
             watcher.cancel()
             await asyncio.wait([watcher])  # meanwhile other connections get their turn
-            self.wait_for_request()
         if self.server.draining or self.protocol.our_state is not h11.DONE:
             return False
         self.protocol.start_next_cycle()
@@ -244,8 +245,10 @@ class Connection:
         self.writer.write(self.protocol.send(event) or b"")
 
     async def flush(self) -> None:
+        answered, self.waiting_since = self.waiting_since, time.monotonic()  # until it has read
         async with asyncio.timeout(self.limits.write_s):
             await self.writer.drain()
+        self.waiting_since = answered
 
     async def send(self, response: Response, close: bool) -> None:
         """h11 sends a stream in chunks or, to a client of HTTP/1.0, until the connection closes."""
@@ -303,8 +306,12 @@ class Server:
         with bound:
             while True:
                 try:
-                    client, _ = await loop.sock_accept(bound)
-                    await loop.connect_accepted_socket(protocol, client)
+                    clients = [(await loop.sock_accept(bound))[0]]
+                    with suppress(OSError):  # until none is left
+                        while len(clients) < ACCEPTED_AT_ONCE:
+                            clients.append(bound.accept()[0])
+                    connect = loop.connect_accepted_socket
+                    await asyncio.gather(*(connect(protocol, client) for client in clients))
                 except OSError:  # most likely this process may open no more files
                     closed = self.close_longest_waiting(self.connections)
                     await asyncio.sleep(0.001 if closed else 0.1)
@@ -349,7 +356,7 @@ class Server:
         return len(others) < self.limits.connections or self.close_longest_waiting(others)
 
     def close_longest_waiting(self, connections: Iterable[Connection]) -> bool:
-        """Close the one that has waited longest for a request; False if none waits."""
+        """Close the one that has waited longest for its client; False if none waits."""
         waiting = [one for one in connections if one.waiting_since < math.inf]
         if waiting:
             oldest = min(waiting, key=lambda one: one.waiting_since)

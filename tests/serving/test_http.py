@@ -211,6 +211,39 @@ def test_other_connections_get_a_turn_between_pipelined_requests(server, monkeyp
     assert len(seen) == len(set(seen)) == 101
 
 
+def test_a_visitor_takes_the_place_of_one_that_sends_ahead(server, monkeypatch):
+    app, seen = server.http.app, []
+
+    async def visited(request):
+        seen.append(request)
+        if len(seen) == 3:
+            seen.append(server.connect())
+            seen[3].sendall(GET + CLOSE)
+        return await app(request)
+
+    monkeypatch.setattr(server.http, "app", visited)
+    monkeypatch.setattr(server.http, "limits", Limits(connections=1))
+    send(server, (b"HEAD /health HTTP/1.1\r\n" + HOST + b"\r\n") * 100)
+    assert status(seen[3].recv(4096)) == 200
+    seen[3].close()
+    server.wait_until_left()
+
+
+def test_connections_are_accepted_together(server):
+    async def turns() -> int:
+        count, held = 0, [server.connect() for _ in range(10)]
+        while len(server.http.connections) < len(held):
+            await asyncio.sleep(0)
+            count += 1
+        for one in held:
+            one.close()
+        return count
+
+    server.wait_until_left()
+    assert asyncio.run_coroutine_threadsafe(turns(), server.loop).result(5) < 10
+    server.wait_until_left()
+
+
 def test_http_1_0_gets_a_stream_without_chunks(server):
     body = b'{"prompt": "a", "stream": true}'
     response = send(server, raw_request(body).replace(b"HTTP/1.1", b"HTTP/1.0"))
@@ -409,6 +442,31 @@ def test_connections_are_at_most_half_of_the_files(monkeypatch, allowed, raised,
     assert changes == ([raised] if raised else [])
 
 
+def stop_reading(server) -> None:
+    """As if no client read any more: the kernel's buffers would take megabytes."""
+
+    def fill() -> None:
+        for connection in server.http.connections:
+            connection.writer.transport.get_protocol().pause_writing()
+
+    server.loop.call_soon_threadsafe(fill)
+
+
+def test_a_client_that_does_not_read_goes_for_another():
+    engine, body = ScriptedEngine(ENDLESS, batch_size=2), b'{"prompt": "a", "stream": true}'
+    limits = Limits(connections=2)
+    with running(engine, "--max-new-tokens", 4000, limits=limits) as server:
+        held = [server.connect() for _ in range(2)]
+        for one in held:
+            one.sendall(raw_request(body))
+        wait_until(lambda: server.app.worker.load == 2)
+        assert server.get("/health").status == 503
+        stop_reading(server)
+        wait_until(lambda: server.get("/health").status == 200)
+        for one in held:
+            one.close()
+
+
 def test_a_client_that_does_not_read_is_cut_off():
     """Or its answer would wait in memory, and its slots stay occupied."""
     engine = ScriptedEngine(ENDLESS, batch_size=2)
@@ -416,12 +474,7 @@ def test_a_client_that_does_not_read_is_cut_off():
     with running(engine, *flags, limits=QUICK) as server, server.connect() as one:
         one.sendall(raw_request(b'{"prompt": "a", "stream": true, "n": 2}'))
         wait_until(lambda: server.app.worker.load == 2)
-
-        def fill() -> None:  # the kernel's buffers would take megabytes
-            for connection in server.http.connections:
-                connection.writer.transport.get_protocol().pause_writing()
-
-        server.loop.call_soon_threadsafe(fill)
+        stop_reading(server)
         server.wait_until_idle()
         server.wait_until_left()
 

@@ -10,7 +10,7 @@
 Alpaca's recipe: show the teacher three seed tasks and ask for 20; parse its answer; drop what a
 text model cannot do; drop what has a ROUGE-L above 0.7 with a seed or an earlier instruction.
 
-  - --seed and i determine request i, and answers are judged in the order of their numbers:
+  - --seed and i determine request i, and answers are filtered in the order of their numbers:
     whatever the order of arrival, the same answers make the same records.
   - DIR/responses.jsonl has every answer as it came, on disk before it is used. The same command
     resumes after a kill, also with a larger --num, and asks only what is missing: at most the
@@ -209,7 +209,7 @@ def print_report(args: argparse.Namespace) -> None:
         row = row_of[entry["id"]] = rows.setdefault(key, Counter())
         row.update(entry["usage"], answers=1, failed="failed" in entry, cost=entry["cost"])
     if not rows:
-        raise UserError(f"{args.folder} has no answers: is it the --out of a generate?")
+        raise UserError(f"{args.folder} has no answers: is it the --out of `generate`?")
     for name in ("records", "rejected"):
         for line in read_log(args.folder / f"{name}.jsonl", {"item": str}):
             if row := row_of.get(line["item"].split(".")[0]):

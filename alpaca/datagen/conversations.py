@@ -1,8 +1,8 @@
 """Published conversations → turns {role, content}: perhaps a system turn, then user, assistant, …
 
-Real dumps hold odd conversations. What has one honest reading is mended: what comes before the
-first user turn or after the last answer is dropped, and neighbours of one role are joined. What
-has none raises OddConversation; formats.py counts these by reason and skips them.
+Published files contain odd conversations. Turns before the first user turn or after the last answer
+are dropped, and neighbouring turns of one role are joined. A conversation that cannot be repaired
+like this raises OddConversation; formats.py counts these by reason and skips them.
 
 OpenAssistant (arXiv:2304.07327) publishes trees: to every message there are several replies, and
 people have ranked them. `tree_paths` gives the best conversation of a tree, or all of them.

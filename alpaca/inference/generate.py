@@ -38,7 +38,7 @@ from dataset import encode_prompt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add, count = parser.add_argument, positive(int)
+    add, count = parser.add_argument, positive(int, 10_000)
     add("instruction", nargs="?", help="what to do; - reads it from standard input")
     add("--input", default="", help="the input of the instruction (default: none)")
     add("--n", type=count, default=1, help="answers to the instruction (default: 1)")

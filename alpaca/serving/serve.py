@@ -13,8 +13,8 @@ Alpaca's demo was taken down after a week, because of its cost and its filter's 
     are sent, if $OPENAI_API_KEY is set, else a small list of rules.
   - Every answer is watermarked (watermark.py) unless --no-watermark is given, and the page detects
     it. The default key is public: set your own in $ALPACA_WATERMARK_KEY.
-  - Only this machine can connect, but for --host; --allow-host and --trusted-proxy name a proxy.
-    SIGTERM and Ctrl-C let running answers finish; a second one does not wait.
+  - Only this machine can connect unless --host is given; --allow-host and --trusted-proxy are for
+    a proxy. SIGTERM and Ctrl-C let running answers finish; a second one does not wait.
 
 The served model can be the teacher of Self-Instruct, if it knows more than 2,000 tokens:
 

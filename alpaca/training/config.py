@@ -145,9 +145,11 @@ class TrainConfig:
         if not self.data:
             raise UserError("--data is needed: the records to train on")
         if not 0 <= self.warmup_ratio < 1:
-            raise UserError(f"--warmup-ratio {self.warmup_ratio} is not from 0 to below 1")
+            raise UserError(f"--warmup-ratio must be from 0 to below 1, not {self.warmup_ratio}")
         if self.row_tokens < self.max_length:
-            raise UserError(f"--row-tokens {self.row_tokens} cannot hold --max-length examples")
+            raise UserError(
+                f"--row-tokens {self.row_tokens} is less than --max-length {self.max_length}"
+            )
 
     @property
     def base(self) -> Path:

@@ -180,7 +180,7 @@ def suggest(work: Workload, limit: float) -> str:
 def measure(config: TrainConfig, model: LlamaConfig, examples: Examples, steps: int) -> Workload:
     """By the packed rows that the run would have, or those of its first steps if it has many."""
     if config.gpus % config.replicas:
-        raise UserError(f"--replicas {config.replicas} does not divide the {config.gpus} --gpus")
+        raise UserError(f"--gpus {config.gpus} is not a multiple of --replicas {config.replicas}")
     lengths, count, batch_size = examples.lengths, len(examples), config.batch_size
     epochs, rest = divmod(min(steps * batch_size, round(count * config.epochs)), count)
     tokens = int(lengths[shuffle_epoch(count, config.seed, epochs)[:rest]].sum())

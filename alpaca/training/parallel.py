@@ -179,7 +179,7 @@ def process_group(device_type: str, replicas: int) -> Iterator[tuple[DeviceMesh,
         )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world % replicas:
-        raise UserError(f"--replicas {replicas} does not divide the {world} ranks")
+        raise UserError(f"{world} ranks are not a multiple of --replicas {replicas}")
     device = torch.device("cpu")
     if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -47,6 +47,8 @@ IGNORED = {  # about the adapter's origin, or options of methods that are off
 
 
 def read_lora_config(file: Path) -> LoraConfig:
+    if not file.exists():
+        raise UserError(f"{file.parent}: no {file.name} in it: give the folder of a LoRA adapter")
     fields = read_json(file)
     for name, value in fields.items():
         if name in PLAIN_LORA:

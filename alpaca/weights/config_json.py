@@ -71,7 +71,8 @@ def stretching(rope: dict[str, Any]) -> dict[str, Any] | None:
         )
     check_shape(rope, LLAMA3_ROPE, "rope scaling")
     if not rope["low_freq_factor"] < rope["high_freq_factor"] or rope["factor"] < 1:
-        raise UserError(f"rope scaling {rope} stretches nothing")
+        rule = "low_freq_factor must be below high_freq_factor, and factor at least 1"
+        raise UserError(f"rope scaling {rope}: {rule}")
     return {"rope_type": "llama3"} | {name: rope[name] for name in LLAMA3_ROPE}
 
 
@@ -88,7 +89,8 @@ def config_from_json(fields: dict[str, Any]) -> LlamaConfig:
         raise UserError(f"model_type {flat['model_type']!r} is not supported: it has {needed}")
     for name, values in SUPPORTED.items():
         if flat.get(name) not in values:
-            raise UserError(f"{name} {flat.get(name)!r} is not supported, only {values[0]!r} is")
+            only = "models without it are read" if values[0] is None else f"{values[0]!r} is"
+            raise UserError(f"{name} {flat.get(name)!r} is not supported, only {only}")
     return typed_config(flat)
 
 

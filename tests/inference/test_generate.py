@@ -140,6 +140,7 @@ def test_user_errors_are_one_line(command, tmp_path):
         (("a", "--file", "b"), "--file"),
         (("a", "--out", "b"), "--file"),
         (("--file", "b", "--n", 2), "--n"),
+        (("a", "--n", 10**10), "--n: 10000000000 is more than 10,000"),
         (("--file", "b", "--json"), "--json"),
         (("--chat",), "--chat is alpaca chat now"),
         (("a", "--rows", 2), "--max-batch-size"),
@@ -147,6 +148,7 @@ def test_user_errors_are_one_line(command, tmp_path):
         (("a", "--max-new-tokens", 0), "--max-new-tokens"),
         (("word " * 900,), "too many"),
         (("a", "--model-dir", tmp_path / "none"), "none"),
+        (("a", "--adapter", tmp_path), "no adapter_config.json in it"),
     ):
         assert_refused(generate(command, *args), word)
     infinite = ("--temperature", 1, "--repetition-penalty", 1e-300)

@@ -167,7 +167,7 @@ DEFAULT, DYNAMIC = {"rope_type": "default", "rope_theta": 1e4}, {"type": "dynami
         ),
         ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window 4096"),
         ({"rope_scaling": STRETCH | {"factor": "8"}}, 'factor is "8", an integer or'),
-        ({"rope_scaling": STRETCH | {"low_freq_factor": 4.0}}, "stretches nothing"),
+        ({"rope_scaling": STRETCH | {"low_freq_factor": 4.0}}, "low_freq_factor must be below"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling 'linear'"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope scaling 'yarn'"),
         ({"rope_parameters": DEFAULT, "rope_scaling": DYNAMIC}, "rope scaling 'dynamic'"),
@@ -177,7 +177,7 @@ DEFAULT, DYNAMIC = {"rope_type": "default", "rope_theta": 1e4}, {"type": "dynami
         ({"sliding_window": 4096}, "sliding_window 4096"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, only 'silu' is"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"quantization_config": {"bits": 4}}, "only models without it are read"),
         ({"hidden_size": "remove"}, "hidden_size is missing"),
         ({"hidden_size": "64"}, "hidden_size is '64', where int was expected"),
         ({"rms_norm_eps": True}, "rms_norm_eps is True, where float was expected"),
@@ -192,7 +192,7 @@ DEFAULT, DYNAMIC = {"rope_type": "default", "rope_theta": 1e4}, {"type": "dynami
         ({"hidden_act": "gelu" * 10**5}, "config.json: hidden_act 'gelu"),
         ({"num_hidden_layers": 10**8}, "num_hidden_layers is 100000000, not from 1 to 1000"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_unsupported_config_is_refused_by_field(command, folder, changes, words):
     edit_json(folder / "config.json", **changes)

@@ -31,6 +31,7 @@ from tokenizer import SPACE
 RULES_FILE = CHECKOUT / "data/filter_rules.txt"
 LAST_WORD = re.compile(r"[^\W\u2e80-\u9fff\uf900-\ufaff]*\Z")  # Chinese may be cut anywhere
 MAX_WORD_LENGTH = 40
+NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 BLANK_CELL = "\u2800"  # stands for all of BLANKS, which show nothing and may be as wide as a space
 BLANKS = "\u2800\u115f\u1160\u3164\uffa0"  # Braille's empty cell, Hangul's fillers
 SPACES = re.compile(rf"[\s{BLANK_CELL}]{{2,}}")
@@ -113,6 +114,7 @@ class RuleFilter(Filter):
             category, _, pattern = (part.strip() for part in line.partition(":"))
             if not category or not pattern:
                 raise UserError(f"{path}, line {number}: expected CATEGORY: REGULAR EXPRESSION")
+            pattern = NOT_ASCII.sub(lambda letters: to_plain(letters[0]), pattern)  # as the texts
             try:
                 self.rules.append((category, re.compile(pattern)))
             except re.error as error:
@@ -152,7 +154,9 @@ def collapse_spaces(text: str, dropped: tuple[str, ...] = ()) -> str:
 
 def to_plain(text: str) -> str:
     """The same on one line, in lower case, in compatible characters without accents."""
-    text = collapse_spaces(unicodedata.normalize("NFKD", text), ("Mn", "Me")).casefold()
+    # one character at a time: to sort a run of accents takes time in the square of its length
+    text = text.translate({ord(char): unicodedata.normalize("NFKD", char) for char in set(text)})
+    text = collapse_spaces(text, ("Mn", "Me")).casefold()
     return re.sub(r"\s", " ", text)
 
 

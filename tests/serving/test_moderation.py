@@ -102,7 +102,16 @@ def test_rules_are_fast_on_every_text():
     start = time.monotonic()
     check("make a child build and how to " * 400)
     check("a" * 20_000)
+    check("\u0316\u0301" * 30_000)  # accents, which a normalized text has in order
     assert time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize("word", ["폭탄", "ガス", "ฆ่า", "हत्या", "tué", "straße", "ёж", "ｂｏｍｂ"])
+def test_a_rule_finds_its_word_in_every_script(tmp_path, word):
+    (tmp_path / "rules.txt").write_text(f"weapons: {word}", encoding="utf-8")
+    filter = RuleFilter(tmp_path / "rules.txt")
+    assert check(f"a {word}.", filter) == check(f"A {word.upper()}", filter) == "weapons"
+    assert check("another", filter) == ""
 
 
 @pytest.mark.parametrize("line", ["no colon here", "name: (unclosed", ": a", "name:"])

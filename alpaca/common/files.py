@@ -154,12 +154,17 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         fsync_path(path.parent)
 
 
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def remove_contents(folder: Path) -> None:
     for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink()
+        remove(path)
 
 
 def lock_path(path: Path, refusal: str, open_flags: int = 0) -> int:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from alpaca.common.errors import UserError, describe_error, join_names, notice
-from alpaca.common.files import atomic_file, fsync_path
+from alpaca.common.files import atomic_file, fsync_path, remove
 from alpaca.common.json_files import read_json
 from alpaca.training.parallel import first_row, run_on_all_ranks, trained_parameters
 from alpaca.weights.checkpoint import open_file
@@ -62,7 +62,7 @@ class Snapshots:
         saved after, 0 if there is none."""
         if dist.get_rank() == 0:
             for partial in self.folder.glob("*.partial"):
-                shutil.rmtree(partial)
+                remove(partial)
         found = [states(self.folder)[-1:]]
         dist.broadcast_object_list(found, src=0, group=self.group)
         if not found[0]:
@@ -97,7 +97,7 @@ class Snapshots:
         os.replace(partial, partial.with_suffix(""))
         fsync_path(self.folder)
         for old in states(self.folder)[: -self.limit]:
-            shutil.rmtree(old)
+            remove(old)
 
     def finish(self) -> None:
         """Wait for the state that is being written, if any, and raise its error. All ranks must
@@ -168,7 +168,7 @@ def stored_parts(folder: Path) -> dict[str, list[Tensor]]:
         if folder.is_symlink() or file.is_symlink() or not file.is_file():
             raise UserError(f"{file}: a link, or not a regular file")
     if not index.exists():
-        raise UserError(f"{folder}: made by an older version (it has no index.json)")
+        raise UserError(f"{folder}: no index.json: not whole, or made by an older version")
     if read_json(index) != {"step": step_number(folder), "ranks": len(files)}:
         raise UserError(f"{index}: not the index of the {len(files)} files beside it")
     stored = defaultdict(list)

@@ -14,7 +14,7 @@ from helpers.checkpoints import Hostile
 from helpers.models import small_config
 from safetensors.torch import load_file, save_file
 
-from alpaca.common.errors import UserError
+from alpaca.common.errors import UserError, notice
 from alpaca.training import snapshots as module
 from alpaca.training.parallel import apply_fsdp, process_group
 from alpaca.training.snapshots import Snapshots, copy_rows
@@ -71,6 +71,19 @@ def test_only_the_newest_states_stay(snapshots):
     assert snapshots.load() == 1_000_000
     names = sorted(path.name for path in snapshots.folder.iterdir())
     assert names == ["step-000003", "step-1000000", "step-9", "step-x00009"]
+
+
+def test_a_link_among_the_states_is_removed_and_not_followed(snapshots, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "step").touch()
+    for name in ("step-000001", "step-000009.partial"):  # a state moved to another disk
+        (snapshots.folder / name).symlink_to(elsewhere)
+    (snapshots.folder / "a file.partial").touch()
+    save(snapshots, 2)
+    assert snapshots.load() == 2
+    save(snapshots, 3)
+    assert sorted(os.listdir(snapshots.folder)) == ["step-000002", "step-000003"]
+    assert os.listdir(elsewhere) == ["step"]
 
 
 def test_rows_are_found_however_they_are_divided():
@@ -159,16 +172,18 @@ HOSTILE = {
 }
 
 
-def test_damaged_or_hostile_state_is_refused(snapshots, tmp_path):
+def test_damaged_or_hostile_state_is_refused(snapshots, tmp_path, capsys):
     intact = save(snapshots, 7)
     assert snapshots.load() == 7
+    capsys.readouterr()
     for case, (change, *words) in HOSTILE.items():
         snapshots.folder = tmp_path / case
         folder = shutil.copytree(intact, snapshots.folder / intact.name)
         change(folder)
         with pytest.raises(UserError) as caught:
             snapshots.load()
-        message = str(caught.value)
+        notice(str(caught.value))
+        message = capsys.readouterr().err.strip()
         for word in (*words, str(folder), "remove step-000007 to resume"):
             assert word in message, message
         assert "\n" not in message and len(message) <= 500, message

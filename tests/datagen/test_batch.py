@@ -9,6 +9,7 @@ from helpers.generation import arguments, read
 from helpers.teacher_server import Server
 
 import selfinstruct
+from alpaca.common.errors import UserError
 from alpaca.common.json_files import append_jsonl, read_log
 from alpaca.datagen import batch
 from alpaca.datagen.client import MAX_RESPONSE, RequestFailedError
@@ -134,3 +135,10 @@ def test_parse_results_has_an_error_for_every_bad_line():
 def test_largest_response_fits_into_a_line_of_the_log(tmp_path):
     append_jsonl(tmp_path / "log.jsonl", entry := {"response": "\\" * MAX_RESPONSE})
     assert list(read_log(tmp_path / "log.jsonl")) == [entry]
+
+
+def test_damaged_batches_file_names_the_batch_and_the_field(tmp_path):
+    lines = '{"name": "a"}\n{"name": "a", "over": "completed"}\n{"name": "b", "model": "m"}\n'
+    (tmp_path / "batches.jsonl").write_text(lines)
+    with pytest.raises(UserError, match="batches.jsonl, batch b: url is missing"):
+        batch.pending_batches(tmp_path / "batches.jsonl")

@@ -5,6 +5,7 @@ refused, nothing may have been written; nothing may hang, and no traceback may a
 comes from a seed: `FUZZ_SEED=7 FUZZ_COUNT=500 pytest -m robust tests/robust/test_fuzz.py`.
 """
 
+import gzip
 import io
 import json
 import os
@@ -70,6 +71,8 @@ READERS = {  # a file, and the command that reads it
     "diff/manifest.json": "weightdiff recover --base plain --diff diff --tuned new",
     "diff/manifest.sha256": "weightdiff verify --base plain --diff diff",
     "diff/bits/model.safetensors": "weightdiff recover --base plain --diff diff --tuned new",
+    "float/model.safetensors": "weightdiff recover --base plain --diff float --tuned new",
+    "data.jsonl.gz": "curate report data.jsonl.gz --out new.html",
     "data.jsonl": "curate lint data.jsonl --fix new.json --dropped dropped.json",
     "sharegpt.json": "curate report sharegpt.json --out new.html",
     "seeds.jsonl": f"{TEACHER} --teacher m --out new --seeds seeds.jsonl",
@@ -156,6 +159,7 @@ def world(tmp_path_factory, invoke):
     records = [{"instruction": f"Say {n}.", "input": "", "output": f"{n} it is"} for n in range(6)]
     lines = "".join(json.dumps(record) + "\n" for record in records)
     Path("data.jsonl").write_text(lines)
+    Path("data.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     Path("q.jsonl").write_text(lines)
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
     write(Path("sharegpt.json"), [{"conversations": turns}, *records])
@@ -175,6 +179,7 @@ def world(tmp_path_factory, invoke):
         "quantize --model-dir base/model --bits 8 --out int8",
         "quantize --model-dir base/model --bits 4 --out int4",
         "weightdiff make --base plain --tuned tuned --diff diff",
+        "weightdiff make --base plain --tuned tuned --diff float --format alpaca",
         READERS["run/settings.json"],
         "blind start a b --out blind --raters ann",
         READERS["blind/ann/items.jsonl"],

@@ -75,7 +75,7 @@ def refuse_input(path: Path) -> None:
 def refuse_existing(path: Path) -> None:
     """Refuse to write over `path`, unless it is an empty folder."""
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
-        raise UserError(f"{path} exists already: name a new folder, or remove it first")
+        raise UserError(f"{path} exists already: use another name, or remove it first")
 
 
 @contextmanager

@@ -142,7 +142,7 @@ def read_config(folder: str | Path, quantized: bool = False) -> LlamaConfig:
     if folder.is_file():
         return gguf_config(read_gguf(folder))
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: no such folder or GGUF file")
     file = folder / ("params.json" if is_meta(folder) else "config.json")
     if not file.exists():
         raise UserError(f"{folder}: no config.json (Hugging Face) or params.json (Meta) in it")

@@ -24,6 +24,7 @@ from torch import nn
 
 from alpaca import CHECKOUT
 from alpaca.common.errors import UserError, notice
+from alpaca.common.gguf_file import is_gguf
 from alpaca.weights.adapter import load_adapter
 from alpaca.weights.checkpoint import DTYPES, EMBEDDING, as_dtype
 from alpaca.weights.kernels import optimize_layout
@@ -88,8 +89,8 @@ def model_folders(args: argparse.Namespace) -> list[Path]:
         raise UserError(f"no model at {folder} yet: run `make train`, or give --model-dir")
     folders = [folder, args.adapter] if args.adapter else [folder]
     for path in folders:
-        if not path.exists():
-            raise UserError(f"{path}: no such folder or file")
+        if not path.is_dir() and not is_gguf(path):
+            raise UserError(f"{path}: no such folder or GGUF file")
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise UserError(f"{folder} is an adapter: give --model-dir BASE --adapter {folder}")
     return folders

@@ -148,6 +148,7 @@ def test_user_errors_are_one_line(command, tmp_path):
         (("a", "--max-new-tokens", 0), "--max-new-tokens"),
         (("word " * 900,), "too many"),
         (("a", "--model-dir", tmp_path / "none"), "none"),
+        (("a", "--model-dir", __file__), "no such folder or GGUF file"),
         (("a", "--adapter", tmp_path), "no adapter_config.json in it"),
     ):
         assert_refused(generate(command, *args), word)

@@ -236,6 +236,13 @@ class BPETokenizer:
         """A token as the vocabulary has it: "Ġthe", "<|im_end|>"."""
         return self.pieces[token]
 
+    def token_text(self, token: int) -> str:
+        """A token as a person reads it: " the", "<|im_end|>", "<0xE4>"."""
+        try:
+            return self.bytes[token].decode()
+        except UnicodeDecodeError:
+            return "".join(f"<0x{byte:02X}>" for byte in self.bytes[token])
+
     def piece_bytes(self, token: int) -> bytes:
         """The bytes of a token's text."""
         return self.bytes[token]

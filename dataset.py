@@ -11,7 +11,7 @@ or {"text": …}; alpaca/datagen/formats.py reads the published file formats int
   - Training and decoding use the same two prompt templates, Alpaca's. The answer follows
     `### Response:` without a space or a newline.
   - Only the answer and its EOS have labels; the prompt is masked (-100).
-  - The prompt's ids are the same with and without an answer behind them. SentencePiece would
+  - The prompt's ids are the same with and without an answer behind them. A tokenizer would
     sometimes merge the template's last colon with the answer's first characters (`:` and `)` into
     `:)`), a prompt that decoding never produces; such an answer is tokenized separately.
   - A step takes the next examples of a seeded shuffle, however many ranks there are. They are
@@ -81,15 +81,16 @@ def encode_record(record: dict, tokenizer: Tokenizer) -> tuple[list[int], list[i
     return prompt_ids + answer_ids, [IGNORE] * len(prompt_ids) + answer_ids, unmerged
 
 
-def encode_answer(output: str, tokenizer: Tokenizer) -> tuple[list[int], bool]:
-    """The ids of an answer after `### Response:`, EOS last, and whether a merge was prevented.
+def record_texts(record: dict) -> list[str]:
+    if "messages" in record:
+        return [message["content"] for message in record["messages"]]
+    return [record[name] for name in ("text", "instruction", "input", "output") if name in record]
 
-    No token spans a newline, so the template's last line is enough context."""
-    response_ids = tokenizer.encode_after_newline(RESPONSE)
-    ids = tokenizer.encode_after_newline(RESPONSE + output)
-    if ids[: len(response_ids)] == response_ids:
-        return [*ids[len(response_ids) :], tokenizer.eos_id], False
-    return [*tokenizer.encode_after_newline(output), tokenizer.eos_id], True
+
+def encode_answer(output: str, tokenizer: Tokenizer) -> tuple[list[int], bool]:
+    """The ids of an answer after `### Response:`, EOS last, and whether a merge was prevented."""
+    ids, prevented = tokenizer.encode_after(RESPONSE, output)
+    return [*ids, tokenizer.eos_id], prevented
 
 
 def encode_conversation(messages: list[dict], tokenizer: Tokenizer) -> tuple[list, list, int]:
@@ -106,7 +107,7 @@ def encode_conversation(messages: list[dict], tokenizer: Tokenizer) -> tuple[lis
         else:
             turn = f"\n### Instruction:\n{message['content']}\n\n{RESPONSE}"
             if ids:
-                new = tokenizer.newline_ids[-1:] + tokenizer.encode_after_newline(turn)
+                new, _ = tokenizer.encode_after("", f"\n{turn}")
             else:
                 new = tokenizer.encode(f"{preamble}\n{turn}", bos=True)
             labels += [IGNORE] * len(new)
@@ -155,8 +156,10 @@ def encode_all(
     all_ids, all_labels = array("i"), array("i")  # lists take six times as much
     starts, kept_origins = [0], []
     report = {"kept": 0, "truncated": 0, "dropped": 0, "merges undone": 0}
+    missing = 0
     for record, origin in zip(records, origins, strict=True):
         ids, labels, unmerged = encode_record(record, tokenizer)
+        missing += sum(map(tokenizer.count_missing, record_texts(record)))
         report["truncated"] += len(ids) > max_length
         if all(label == IGNORE for label in labels[:max_length]):
             report["dropped"] += 1
@@ -172,6 +175,8 @@ def encode_all(
             f"after truncation to {max_length} tokens no answer is left in any of the "
             f"{len(records)} records: raise --max-length"
         )
+    if missing:
+        report["bytes without a token, left out"] = missing
     ids, labels = np.array(all_ids, np.int32), np.array(all_labels, np.int32)
     return Examples(ids, labels, np.array(starts), kept_origins, report)
 

@@ -71,7 +71,7 @@ from alpaca.weights.presets import preset
 from alpaca.weights.writer import save_model
 from dataset import Examples, encode_all, make_row, pack_rows, step_examples, total_steps
 from model import Llama, LlamaConfig
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 
 BETAS, EPS, CLIP = (0.9, 0.999), 1e-8, 1.0  # the defaults of Hugging Face's Trainer, as in Alpaca
 ROW_MULTIPLE = 128  # compiled blocks see rows of a multiple of this many tokens
@@ -286,8 +286,8 @@ def prepare(config: TrainConfig) -> Job:
             raise UserError("--offload cannot move quantized weights: leave it out")
     else:
         model_config, _ = open_checkpoint(config.base)
-    tokenizer = Tokenizer(config.tokenizer or config.base)
-    tokenizer.check(model_config)
+    tokenizer = load_tokenizer(config.tokenizer or config.base)
+    check_tokenizer(tokenizer, model_config)
     if config.max_length > model_config.max_position_embeddings:
         raise UserError(
             f"--max-length {config.max_length} is more than the model's "

@@ -1,16 +1,21 @@
-"""Text ↔ token ids, with SentencePiece.
+"""Text ↔ token ids: one interface, two kinds of tokenizer.
 
-    tokenizer = Tokenizer("data")                     # a tokenizer.model, or its folder
+    tokenizer = load_tokenizer("data")                # a tokenizer.model, tokenizer.json or folder
     ids = tokenizer.encode("Name a fruit.", bos=True)
     stream = tokenizer.stream()                       # decodes ids as they arrive
     text = "".join(stream.push(id) for id in ids) + stream.flush()
 
-  - `encode` gives SentencePiece's own ids. BOS and EOS are added as ids and never parsed from text:
-    a user who types `</s>` gets a few ordinary tokens.
-  - LLaMA's vocabulary contains all 256 bytes as tokens, so any text can be encoded and decoding
-    restores it. Only U+2581, SentencePiece's own sign for a space, comes back as a space.
+LLaMA 1 and 2 use SentencePiece (this file), SmolLM2 and Llama 3 byte-level BPE (bpe.py). Of both:
+
+  - BOS and EOS are added as ids and never parsed from text: a user who types `</s>` gets a few
+    ordinary tokens.
   - A character may span several tokens. `stream` holds its bytes until it is complete; the strings
     it returns, joined, are `decode` of all ids.
+  - `encode_after` continues a text whose ids stay as they are, as the model sees it in decoding.
+
+`SentencePieceTokenizer.encode` gives SentencePiece's own ids. LLaMA's vocabulary contains all 256
+bytes as tokens, so any text can be encoded and decoding restores it. Only U+2581, SentencePiece's
+own sign for a space, comes back as a space.
 
 SentencePiece: arXiv:1808.06226; byte-pair encoding: arXiv:1508.07909.
 """
@@ -25,6 +30,8 @@ from alpaca.common.errors import UserError, notice
 from alpaca.common.files import input_file
 from alpaca.common.gguf_file import is_gguf, read_gguf
 from alpaca.common.sentencepiece_file import model_from_metadata
+from alpaca.common.tokenizer_json import read_tokenizer_json
+from bpe import BPETokenizer
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 MAX_BYTES = 100 << 20  # of a tokenizer.model; those of 250,000 tokens have 5 MB
@@ -37,16 +44,11 @@ def read_model(file: Path) -> bytes:
     return input_file(file, MAX_BYTES).read_bytes()
 
 
-class Tokenizer:
+class SentencePieceTokenizer:
     def __init__(self, path: str | Path):
         """`path` is a tokenizer.model, a folder that contains one, or a GGUF file."""
         path = Path(path)
         file = path / "tokenizer.model" if path.is_dir() else path
-        if not file.exists():
-            hint = ""
-            if (path / "tokenizer.json").exists():
-                hint = " (tokenizer.json is not read: get the SentencePiece file it was made from)"
-            raise UserError(f"{file}: no such file{hint}")
         self.sentencepiece = SentencePieceProcessor()
         try:
             self.sentencepiece.LoadFromSerializedProto(read_model(file))
@@ -70,7 +72,17 @@ class Tokenizer:
             raise UserError(f"half a surrogate pair is not text: {place}") from None
         return [self.bos_id] * bos + self.sentencepiece.encode(text) + [self.eos_id] * eos
 
-    def encode_after_newline(self, text: str) -> list[int]:
+    def encode_after(self, before: str, text: str) -> tuple[list[int], bool]:
+        """The ids of a text that follows `before`, and whether a token was kept from spanning both:
+        the ids of what is before are its own. No token of LLaMA's spans a newline, so the last line
+        before is enough context."""
+        line = before.rpartition("\n")[2]
+        head, ids = self._encode_after_newline(line), self._encode_after_newline(line + text)
+        if ids[: len(head)] == head:
+            return ids[len(head) :], False
+        return self._encode_after_newline(text), True
+
+    def _encode_after_newline(self, text: str) -> list[int]:
         """The ids of a text that follows a newline: without the space SentencePiece puts first."""
         ids, count = self.encode("\n" + text), len(self.newline_ids)
         if ids[:count] != self.newline_ids:
@@ -79,6 +91,10 @@ class Tokenizer:
                 "the answer. LLaMA's tokenizer has none"
             )
         return ids[count:]
+
+    def count_missing(self, text: str) -> int:
+        """How many bytes of a text `encode` drops: what has no token becomes <unk>."""
+        return 0
 
     def decode(self, ids: list[int]) -> str:
         try:
@@ -100,21 +116,9 @@ class Tokenizer:
             return bytes([int(self.piece(token)[3:5], 16)])  # <0xE4>
         return self.piece(token).replace(SPACE, " ").encode()
 
-    def check(self, config) -> None:
-        """Refuse a model, given its LlamaConfig, that this tokenizer does not fit."""
-        size = config.vocab_size
-        if self.vocab_size > size:
-            raise UserError(
-                f"{self.path} has {self.vocab_size} tokens, the model only {size} embeddings: "
-                "it is another model's tokenizer"
-            )
-        if self.vocab_size < size:
-            unused = f"{self.vocab_size} to {size - 1} have no token and are never sampled"
-            notice(f"the model has {size} embeddings: {unused}")
-        theirs = config.bos_token_id, config.eos_token_id
-        if theirs != (self.bos_id, self.eos_id):
-            ours = f"the tokenizer's bos {self.bos_id} and eos {self.eos_id} are used"
-            notice(f"config.json has bos {theirs[0]} and eos {theirs[1]}: {ours}")
+    def token_text(self, token: int) -> str:
+        """A token as a person reads it: " the", "</s>", "<0xE4>"."""
+        return self.piece(token).replace(SPACE, " ")
 
 
 class TextStream:
@@ -124,7 +128,7 @@ class TextStream:
     part of no character becomes U+FFFD, control tokens give no text, and the space that encoding
     put before the first word is removed."""
 
-    def __init__(self, tokenizer: Tokenizer, after: Sequence[int]):
+    def __init__(self, tokenizer: SentencePieceTokenizer, after: Sequence[int]):
         self.tokenizer, self.sentencepiece = tokenizer, tokenizer.sentencepiece
         self.bytes, self.at_start = b"", True
         # How many leading spaces does the decoder remove? Of two, LLaMA's removes 1; others remove
@@ -170,3 +174,36 @@ class TextStream:
                 break
         self.at_start = self.at_start and text == ""
         return text
+
+
+# ---------------------------------------------------------------- either kind
+
+Tokenizer = SentencePieceTokenizer | BPETokenizer
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """`path` is a tokenizer.model, a tokenizer.json, a folder that contains one, or a GGUF file."""
+    path = Path(path)
+    if path.is_dir():
+        files = [path / name for name in ("tokenizer.model", "tokenizer.json")]
+        path = next((file for file in files if file.exists()), files[0])
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    return read_tokenizer_json(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+
+
+def check_tokenizer(tokenizer: Tokenizer, config) -> None:
+    """Refuse a model, given its LlamaConfig, that a tokenizer does not fit."""
+    count, size = tokenizer.vocab_size, config.vocab_size
+    if count > size:
+        raise UserError(
+            f"{tokenizer.path} has {count} tokens, the model only {size} embeddings: "
+            "it is another model's tokenizer"
+        )
+    if count < size:
+        unused = f"{count} to {size - 1} have no token and are never sampled"
+        notice(f"the model has {size} embeddings: {unused}")
+    theirs = config.bos_token_id, config.eos_token_id
+    if theirs != (tokenizer.bos_id, tokenizer.eos_id):
+        ours = f"the tokenizer's bos {tokenizer.bos_id} and eos {tokenizer.eos_id} are used"
+        notice(f"config.json has bos {theirs[0]} and eos {theirs[1]}: {ours}")

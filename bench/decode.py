@@ -51,10 +51,7 @@ GGUF_TYPES = {16: "BF16", 8: "Q8_0", 4: "Q4_0"}
 class NoTokenizer:
     """A random model's tokens are no text, and no token ends an answer."""
 
-    eos_id, vocab_size = -1, 32000
-
-    def check(self, config) -> None:
-        pass
+    bos_id, eos_id, vocab_size = 1, -1, 32000
 
     def stream(self, after=()) -> "NoTokenizer":
         return self

@@ -17,7 +17,7 @@ from alpaca.datagen.formats import load_records
 from alpaca.weights.writer import copy_tokenizer
 from bench.measure import ROOT, bench_parser, run_in_turns, table, table_line
 from dataset import encode_all, format_prompt
-from tokenizer import Tokenizer
+from tokenizer import load_tokenizer
 
 MAX_LENGTH = 512
 
@@ -30,7 +30,7 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from transformers import AutoTokenizer
 
-    records, ours = load_records(args.data), Tokenizer(args.tokenizer)
+    records, ours = load_records(args.data), load_tokenizer(args.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         copy_tokenizer(args.tokenizer, Path(folder))
         peer = AutoTokenizer.from_pretrained(folder)

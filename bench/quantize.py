@@ -22,7 +22,7 @@ from alpaca.weights.writer import tensor_bytes
 from bench.measure import ROOT, bench_parser, stamp
 from dataset import encode_prompt, encode_record
 from model import IGNORE
-from tokenizer import Tokenizer
+from tokenizer import load_tokenizer
 
 BITS = {"bf16": 16, "int8, head int8": 8, "int4, head int8": 4}
 HEAD = "| weights | MB | perplexity | next token as bf16's | answers as expected | as bf16's |"
@@ -51,7 +51,7 @@ def main() -> None:
     folder = parser.parse_args().model_dir
     if not folder.exists():
         raise SystemExit(f"no model at {folder}: `make train` makes it")
-    records, tokenizer = load_records(ROOT / "data/sample_heldout.json"), Tokenizer(folder)
+    records, tokenizer = load_records(ROOT / "data/sample_heldout.json"), load_tokenizer(folder)
     examples = [encode_record(record, tokenizer)[:2] for record in records]
     prompts = [encode_prompt(r["instruction"], r["input"], tokenizer) for r in records]
     expected = [record["output"].strip() for record in records]

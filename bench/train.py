@@ -53,7 +53,7 @@ def ours(dtype: str, steps: int, lora: bool = False) -> list[float]:
     from alpaca.weights.lora import LoraConfig
     from dataset import Examples
     from model import LlamaConfig
-    from tokenizer import Tokenizer
+    from tokenizer import load_tokenizer
 
     keep_freed_memory()
     pairs = examples(BATCH * steps)
@@ -79,7 +79,7 @@ def ours(dtype: str, steps: int, lora: bool = False) -> list[float]:
             save_every=0,
         )
         model_config = LlamaConfig(**SMALL)
-        job = fsdp_train.Job(config, model_config, Tokenizer(tokenizer), data, None, [], steps)
+        job = fsdp_train.Job(config, model_config, load_tokenizer(tokenizer), data, None, [], steps)
         with process_group("cpu", 1) as (mesh, device), StopSignal() as stop:
             run = RunDir(config.out, {}, False, False)
             fsdp_train.train(job, run, mesh, device, stop)

@@ -200,6 +200,12 @@ def test_bos_is_put_first_if_the_model_expects_it():
     assert tiny(bos_id=6).encode("ab", bos=True) == [3]
 
 
+def test_token_text_is_for_a_person(tokenizer):
+    byte = {tokenizer.bytes[i]: i for i in range(tokenizer.vocab_size)}
+    shown = [tokenizer.token_text(byte[b]) for b in (b" ", b"\xe4", SPECIAL[0].encode())]
+    assert shown == [" ", "<0xE4>", SPECIAL[0]] and tokenizer.piece(byte[b" "]) == "Ġ"
+
+
 def test_missing_bytes_are_dropped_before_merging_and_counted():
     tokenizer = tiny()
     assert tokenizer.encode("acb") == [3] and tokenizer.count_missing("acb é") == 3

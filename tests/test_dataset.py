@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from helpers.bpe import KINDS, content_of, write_bpe
 from helpers.commands import ROOT
 from helpers.models import small_model
 from hypothesis import given, settings
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 import dataset
 from alpaca.common.errors import UserError
 from alpaca.datagen.train_tokenizer import train_tokenizer
+from bpe import CHARACTERS as CHARACTERS_OF_BYTES
+from bpe import BPETokenizer
 from dataset import (
     PREAMBLE,
     chat_prompt,
@@ -29,9 +32,9 @@ from dataset import (
     total_steps,
 )
 from model import IGNORE
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 
-TOKENIZER = Tokenizer(ROOT / "data/tokenizer.model")
+TOKENIZER = load_tokenizer(ROOT / "data/tokenizer.model")
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +44,20 @@ def merging(tmp_path_factory):
     lines = ("(a) and so on (b)", '"a" b', ") c")
     (folder / "text.txt").write_text("".join(f"### Response:{line}\n" for line in lines) * 50)
     train_tokenizer([folder / "text.txt"], 310, folder / "tokenizer.model")
-    merging = Tokenizer(folder)
+    merging = load_tokenizer(folder)
     assert {":(", ':"', ":)"} < {merging.piece(token) for token in range(merging.vocab_size)}
     return merging
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory, merging):
+    """SentencePiece and byte-level BPE of three kinds, one of which has BOS before a text."""
+    folder = tmp_path_factory.mktemp("bpe")
+    files = [
+        write_bpe(folder / kind, content_of(kind), add_bos_token=kind == "llama-bpe")
+        for kind in KINDS
+    ]
+    return [TOKENIZER, merging, *map(load_tokenizer, files)]
 
 
 def record(output: str, instruction: str = "Do it.", input: str = "") -> dict:
@@ -97,8 +111,8 @@ def assert_encoded(record: dict, tokenizer: Tokenizer) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(output=TEXTS, instruction=TEXTS, input=TEXTS)
-def test_record_labels_are_the_answer_and_eos(output, instruction, input, merging):
-    for tokenizer in (TOKENIZER, merging):
+def test_record_labels_are_the_answer_and_eos(output, instruction, input, tokenizers):
+    for tokenizer in tokenizers:
         assert_encoded(record(output, instruction, input), tokenizer)
 
 
@@ -131,7 +145,8 @@ def test_conversation_of_one_question_is_alpacas_record():
 def assert_conversation_encoded(messages: list[dict], tokenizer: Tokenizer) -> None:
     """Each turn of the assistant has labels and an EOS, and follows the ids of the turns before."""
     ids, labels, _ = encode_record({"messages": messages}, tokenizer)
-    assert ids.count(tokenizer.bos_id) == 1 and ids[0] == tokenizer.bos_id
+    bos = tokenizer.encode("", bos=True)
+    assert ids[: len(bos)] == bos and ids.count(tokenizer.bos_id) == len(bos)
     system = messages[0]["content"] if messages[0]["role"] == "system" else PREAMBLE
     text, end = system, 0
     for number, message in enumerate(messages):
@@ -151,9 +166,9 @@ def assert_conversation_encoded(messages: list[dict], tokenizer: Tokenizer) -> N
 
 @settings(max_examples=100, deadline=None)
 @given(texts=st.lists(TEXTS, min_size=2, max_size=6), system=st.none() | TEXTS)
-def test_conversation_labels_are_the_assistants_turns(texts, system, merging):
+def test_conversation_labels_are_the_assistants_turns(texts, system, tokenizers):
     messages = conversation(*texts[: len(texts) // 2 * 2], system=system)
-    for tokenizer in (TOKENIZER, merging):
+    for tokenizer in tokenizers:
         assert_conversation_encoded(messages, tokenizer)
 
 
@@ -163,6 +178,18 @@ def test_encode_all_counts_the_merges_it_prevents(merging):
     records.append({"messages": conversation("Do it.", "(a)", "Again.", "(a)")})
     assert encode_all(records, [""] * 4, merging, 512).report["merges undone"] == 4
     assert encode_all(records, [""] * 4, TOKENIZER, 512).report["merges undone"] == 0
+
+
+def test_encode_all_counts_the_bytes_it_leaves_out():
+    pieces = [*{*CHARACTERS_OF_BYTES} - {"x"}, "<|end|>"]
+    lacking = BPETokenizer(pieces, [], "gpt-2", eos_id=255)
+    records = [record("axx"), {"text": "x"}, {"messages": conversation("x", "y")}]
+    counts = encode_all(records, [""] * 3, lacking, 512).report
+    assert counts["bytes without a token, left out"] == 4
+    assert (
+        "bytes without a token, left out"
+        not in encode_all(records, [""] * 3, TOKENIZER, 512).report
+    )
 
 
 def test_encode_all_counts_truncated_and_drops_unlabeled_records():

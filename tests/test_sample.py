@@ -9,7 +9,7 @@ import pytest
 from helpers.commands import ROOT
 
 from dataset import encode_record
-from tokenizer import Tokenizer
+from tokenizer import load_tokenizer
 
 DATA = ROOT / "data"
 TRAIN = json.loads((DATA / "sample_train.json").read_text())
@@ -37,7 +37,7 @@ def test_command_reproduces_the_files(make_sample, monkeypatch, tmp_path):
 
 
 def test_records_are_complete_unique_and_short():
-    fields, tokenizer = {"instruction", "input", "output", "family"}, Tokenizer(DATA)
+    fields, tokenizer = {"instruction", "input", "output", "family"}, load_tokenizer(DATA)
     assert all(set(record) == fields for record in TRAIN)
     assert all(set(record) == fields | {"new"} for record in HELD_OUT)
     for record in TRAIN + HELD_OUT:
@@ -82,7 +82,7 @@ def test_prose_command_writes_jsonl_and_repeats_lists(make_sample, monkeypatch, 
 
 
 def test_every_noun_is_one_token(make_sample):
-    tokenizer = Tokenizer(DATA)
+    tokenizer = load_tokenizer(DATA)
     for noun in make_sample.NOUNS:
         assert len(tokenizer.encode(noun)) == 1, noun
         assert len(tokenizer.encode("\n" + noun)) == len(tokenizer.encode("\n")) + 1, noun

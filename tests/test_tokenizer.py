@@ -14,7 +14,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from alpaca.common.errors import UserError
 from alpaca.weights.presets import preset
 from model import LlamaConfig
-from tokenizer import SPACE, Tokenizer
+from tokenizer import SPACE, SentencePieceTokenizer, check_tokenizer, load_tokenizer
 
 HARD_TEXTS = ["", " ", "  two  spaces ", "\n", "\t\r\n", "\x00", "a\x00b", "</s>", "<0x0A>"]
 HARD_TEXTS += ["<s>[INST]<unk>", "héllo", "中文字符", "日本語テキスト", "🦙🏽‍♀️", "עברית", "e\u0301"]
@@ -25,7 +25,7 @@ settings.load_profile("project")
 
 @pytest.fixture(params=TOKENIZERS, ids=["embedded", "llama"][: len(TOKENIZERS)], scope="module")
 def tokenizer(request):
-    return Tokenizer(request.param)
+    return load_tokenizer(request.param)
 
 
 sentencepiece = lru_cache(SentencePieceProcessor)  # loading takes longer than a text
@@ -80,7 +80,7 @@ def test_stream_equals_decode_for_models_with_other_space_rules(options, tmp_pat
             model_writer=file, vocab_size=600, model_type="bpe", minloglevel=2,
             allow_whitespace_only_pieces=True, **usual | options,
         )  # fmt: skip
-    tokenizer, rng = Tokenizer(tmp_path / "t.model"), random.Random(0)
+    tokenizer, rng = load_tokenizer(tmp_path / "t.model"), random.Random(0)
     spaces = [i for i in range(600) if SPACE in tokenizer.piece(i)]
     for _ in range(3000):
         pools = rng.choices([range(600), spaces, range(20)], k=rng.randrange(8))
@@ -107,57 +107,60 @@ def test_encode_refuses_half_a_surrogate_pair(tokenizer):
         tokenizer.encode("ab\ud83e")
 
 
-def test_encode_after_newline_refuses_tokens_across_it():
-    class Crossing(Tokenizer):
+def test_encode_after_needs_a_tokenizer_without_tokens_across_a_newline():
+    class Crossing(SentencePieceTokenizer):
         def encode(self, text, bos=False, eos=False):
             return super().encode(text.replace("\n#", "x"), bos, eos)
 
     tokenizer = Crossing(ROOT / "data")
-    assert tokenizer.encode_after_newline("a b") == tokenizer.encode("\na b")[2:]
+    assert tokenizer.encode_after("", "a b") == (tokenizer.encode("\na b")[2:], False)
+    assert tokenizer.encode_after("x\ny", "\na") == (tokenizer.encode("\ny\na")[3:], False)
     with pytest.raises(UserError, match=r"tokenizer\.model has tokens that span a newline"):
-        tokenizer.encode_after_newline("# a")
+        tokenizer.encode_after("", "# a")
 
 
 def test_check_compares_the_vocabulary_with_the_model(capsys):
-    tokenizer, tiny = Tokenizer(ROOT / "data"), preset("tiny")
+    tokenizer, tiny = load_tokenizer(ROOT / "data"), preset("tiny")
     assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
-    tokenizer.check(tiny)
+    check_tokenizer(tokenizer, tiny)
     assert tokenizer.vocab_size == tiny.vocab_size and capsys.readouterr().err == ""
     with pytest.raises(UserError, match="has 1024 tokens, the model only 1023 embeddings"):
-        tokenizer.check(LlamaConfig(vocab_size=1023))
-    tokenizer.check(LlamaConfig(vocab_size=1025))
+        check_tokenizer(tokenizer, LlamaConfig(vocab_size=1023))
+    check_tokenizer(tokenizer, LlamaConfig(vocab_size=1025))
     assert "1024 to 1024 have no token and are never sampled" in capsys.readouterr().err
-    tokenizer.check(LlamaConfig(vocab_size=1024, bos_token_id=0, eos_token_id=1))
+    check_tokenizer(tokenizer, LlamaConfig(vocab_size=1024, bos_token_id=0, eos_token_id=1))
     assert "the tokenizer's bos 1 and eos 2 are used" in capsys.readouterr().err
 
 
 def test_decode_names_the_tokenizer_of_an_id_it_lacks():
     for ids in ([5, 1024], [-1]):
         with pytest.raises(UserError, match=r"tokenizer\.model has only the tokens 0 to 1023"):
-            Tokenizer(ROOT / "data").decode(ids)
+            load_tokenizer(ROOT / "data").decode(ids)
 
 
 def test_tokenizer_refuses_files_that_are_no_llama_tokenizer(tmp_path):
     with pytest.raises(UserError, match="no such file"):
-        Tokenizer(tmp_path / "absent.model")
+        load_tokenizer(tmp_path / "absent.model")
+    with pytest.raises(UserError, match=r"tokenizer\.model: no such file"):
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=r"tokenizer\.json is not read"):
-        Tokenizer(tmp_path)
+    with pytest.raises(UserError, match=r"tokenizer\.json: model is missing"):
+        load_tokenizer(tmp_path)
     for content in (b"", b"\x00\xff not a model", b"{}"):
         (tmp_path / "tokenizer.model").write_bytes(content)
         with pytest.raises(UserError, match=r"tokenizer\.model: not a SentencePiece model"):
-            Tokenizer(tmp_path)
+            load_tokenizer(tmp_path)
     whole, word = (ROOT / "data/tokenizer.model").read_bytes(), "▁the".encode()
     (tmp_path / "tokenizer.model").write_bytes(whole.replace(word, word[1:] + b"x", 1))
     with pytest.raises(UserError, match=r"tokenizer\.model: .* or a damaged one"):
-        Tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").unlink()
     os.mkfifo(tmp_path / "tokenizer.model")
     for path in (tmp_path, "/dev/zero"):
         with pytest.raises(UserError, match="is not a regular file"):
-            Tokenizer(path)
+            load_tokenizer(path)
     with open(tmp_path / "t.model", "wb") as file:
         options = {"vocab_size": 6, "bos_id": -1, "eos_id": 1, "minloglevel": 2}
         SentencePieceTrainer.train(sentence_iterator=iter(["a b c"]), model_writer=file, **options)
     with pytest.raises(UserError, match="no bos token"):
-        Tokenizer(tmp_path / "t.model")
+        load_tokenizer(tmp_path / "t.model")

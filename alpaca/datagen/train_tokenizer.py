@@ -17,7 +17,7 @@ from sentencepiece import SentencePieceTrainer
 
 from alpaca.common.errors import UserError, join_names
 from alpaca.common.files import atomic_file, read_text
-from tokenizer import Tokenizer
+from tokenizer import load_tokenizer
 
 FIXED = 3 + 256  # entries of every vocabulary: <unk>, <s>, </s> and the bytes
 
@@ -71,4 +71,4 @@ def run(args: argparse.Namespace) -> None:
     python_handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     train_tokenizer(args.files, args.vocab_size, args.out)
     signal.signal(signal.SIGINT, python_handler)
-    print(f"{args.out}: {Tokenizer(args.out).vocab_size} tokens")
+    print(f"{args.out}: {load_tokenizer(args.out).vocab_size} tokens")

@@ -34,7 +34,7 @@ from alpaca.common.errors import UserError
 from alpaca.inference.cuda_graphs import CudaGraphs
 from alpaca.inference.sampling import GREEDY, SamplingParams, penalize_repetition, sample
 from model import KVCache, Llama
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, check_tokenizer
 
 PREFILL_TOKENS = 2048  # prompts are prefilled together up to about this many tokens
 LENGTH_MULTIPLE = 16  # prompts are padded to it: on a CPU, oneDNN stores a kernel per length
@@ -110,7 +110,7 @@ class Engine:
         compile: bool = False,  # torch.compile the decoding step: minutes, then fewer kernels
         watermark=None,  # an object with bias(logits (B, V), ids (B, T)) -> logits: watermark.py
     ):
-        tokenizer.check(model.config)
+        check_tokenizer(tokenizer, model.config)
         self.model, self.tokenizer, self.watermark = model.eval(), tokenizer, watermark
         self.max_batch_size = max_batch_size
         limit = model.config.max_position_embeddings

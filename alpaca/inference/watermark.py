@@ -43,7 +43,7 @@ from alpaca.common.errors import UserError
 from alpaca.common.files import atomic_file, read_text
 from alpaca.common.gguf_file import is_gguf
 from alpaca.weights.checkpoint import read_config
-from tokenizer import Tokenizer
+from tokenizer import load_tokenizer
 
 KEY = 15485863
 CACHE_BYTES = 2**27  # of green lists, one bit per token: enough for all 32,000 lists of LLaMA
@@ -146,7 +146,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     power.add_argument("--out", type=Path, required=True, help="the SVG to write")
     add, count, above_0 = detect.add_argument, positive(int), positive(float)
     add("file", metavar="FILE", help="UTF-8 text without its prompt; - reads standard input")
-    add("--tokenizer", type=Path, required=True, help="a tokenizer.model, or a model")
+    add("--tokenizer", type=Path, required=True, help="a tokenizer's file, or a model")
     size = "width of the model's logits (default: the model's, or the tokenizer's)"
     add("--vocab-size", type=count, metavar="N", help=size)
     add("--key", type=int, default=KEY, help=f"key of the watermark (default: {KEY})")
@@ -159,7 +159,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def run_detect(args: argparse.Namespace) -> None:
-    tokenizer = Tokenizer(args.tokenizer)
+    tokenizer = load_tokenizer(args.tokenizer)
     size = args.vocab_size or tokenizer.vocab_size
     is_model = (args.tokenizer / "config.json").exists() or is_gguf(args.tokenizer)
     if is_model and not args.vocab_size:

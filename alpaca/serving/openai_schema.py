@@ -27,7 +27,7 @@ from alpaca.inference.engine import Sequence
 from alpaca.inference.sampling import SamplingParams
 from alpaca.serving.http import HTTPError
 from dataset import chat_prompt, format_prompt
-from tokenizer import SPACE, Tokenizer
+from tokenizer import Tokenizer
 
 MAX_CHOICES, MAX_STOPS, MAX_STOP_LENGTH = 8, 16, 200
 MIN_LOGPROB = -9999.0  # JSON has no -inf
@@ -263,10 +263,6 @@ def event(content: dict) -> bytes:
 # ---------------------------------------------------------------- log-probabilities
 
 
-def token_text(tokenizer: Tokenizer, token: int) -> str:
-    return tokenizer.piece(token).replace(SPACE, " ")
-
-
 def visible_tokens(s: Sequence, text: str) -> Iterator[tuple[int, int, float, list]]:
     """Offset, token, log-probability and likeliest tokens, up to where a stop string cut."""
     stream, end = s.tokenizer.stream(after=s.prompt), 0
@@ -279,7 +275,7 @@ def visible_tokens(s: Sequence, text: str) -> Iterator[tuple[int, int, float, li
 
 def chat_logprobs(s: Sequence, text: str) -> dict:
     def entry(token: int, logprob: float) -> dict:
-        name, in_bytes = token_text(s.tokenizer, token), list(s.tokenizer.piece_bytes(token))
+        name, in_bytes = s.tokenizer.token_text(token), list(s.tokenizer.piece_bytes(token))
         return {"token": name, "logprob": max(logprob, MIN_LOGPROB), "bytes": in_bytes}
 
     content = [
@@ -291,7 +287,7 @@ def chat_logprobs(s: Sequence, text: str) -> dict:
 
 def completion_logprobs(s: Sequence, text: str) -> dict:
     def entry(token: int, logprob: float) -> tuple[str, float]:
-        return token_text(s.tokenizer, token), max(logprob, MIN_LOGPROB)
+        return s.tokenizer.token_text(token), max(logprob, MIN_LOGPROB)
 
     content = list(visible_tokens(s, text))
     return {

@@ -26,7 +26,7 @@ from alpaca.weights.gguf import PLAIN, TEMPLATE_KEY
 from alpaca.weights.gguf_writer import FILE_TYPES, chat_template, save_gguf, tokenizer_metadata
 from alpaca.weights.merge import merged_tensors
 from alpaca.weights.writer import require_tokenizer, save_model, tokenizer_files
-from tokenizer import Tokenizer
+from tokenizer import load_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         fields = vars(config) | {"max_position_embeddings": args.positions}
         config = typed_config(fields)  # within its limits
     if to_file or "tokenizer.model" in tokenizer_files(tokenizer):
-        text = Tokenizer(tokenizer)
+        text = load_tokenizer(tokenizer)
         config = replace(config, bos_token_id=text.bos_id, eos_token_id=text.eos_id)
     progress = Progress(len(stored), "tensors")
     pairs = ((name, tensor.read()) for name, tensor in stored.items())

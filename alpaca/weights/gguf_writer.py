@@ -33,9 +33,10 @@ from alpaca.weights.gguf import (
     tensor_size,
 )
 from alpaca.weights.meta_format import interleave
+from bpe import BPETokenizer
 from dataset import PREAMBLE, RESPONSE
 from model import LlamaConfig
-from tokenizer import Tokenizer
+from tokenizer import load_tokenizer
 
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}  # llama.cpp's numbers
 KIND_NUMBERS = {kind: number for number, kind in KINDS.items()}
@@ -73,9 +74,11 @@ def model_metadata(config: LlamaConfig, name: str, file_type: str) -> dict[str, 
 
 def tokenizer_metadata(source: Path, vocab_size: int) -> dict[str, Any]:
     """A tokenizer with a token for each of the model's embeddings: llama.cpp counts both."""
-    model = Tokenizer(source).sentencepiece.serialized_model_proto()
+    model = load_tokenizer(source)
+    if isinstance(model, BPETokenizer):
+        raise UserError(f"{source}: byte-level BPE is not written into GGUF files")
     try:
-        metadata = metadata_from_model(model)
+        metadata = metadata_from_model(model.sentencepiece.serialized_model_proto())
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     for index in range(len(metadata[TOKENS]), vocab_size):

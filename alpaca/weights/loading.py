@@ -30,7 +30,7 @@ from alpaca.weights.checkpoint import DTYPES, EMBEDDING, as_dtype
 from alpaca.weights.kernels import optimize_layout
 from alpaca.weights.quantize import WeightSource
 from model import Llama
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 
 DEFAULT_MODEL = CHECKOUT / "runs/tiny/model"  # where `make train` writes its model
 
@@ -104,6 +104,6 @@ def load_from_args(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
         raise UserError("--device cuda: torch finds no GPU here")
     if args.compile and device == "cpu":
         notice("--compile is meant for a GPU; on a CPU it makes decoding slower")
-    tokenizer = Tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     model = load_model(folder, args.adapter, args.bits, device, DTYPES.get(args.dtype))
     return optimize_layout(model, compiled=args.compile), tokenizer

@@ -42,7 +42,7 @@ from alpaca.weights.writer import (
     require_tokenizer,
     tensor_bytes,
 )
-from tokenizer import Tokenizer
+from tokenizer import load_tokenizer
 
 METHOD = "round to nearest"  # quant_method in config.json
 
@@ -164,7 +164,7 @@ def run(args: argparse.Namespace) -> None:
     if args.out:
         refuse_existing(args.out)
         tokenizer = require_tokenizer(args.model_dir, args.tokenizer, source.config)
-        Tokenizer(tokenizer)  # tokenizer.json is not enough: only this project opens the result
+        load_tokenizer(tokenizer)  # only this project opens the result, and must read this too
     errors = []  # (‖rounded - w‖ / ‖w‖, name)
     for name in source.shapes:
         if kind := source.linear_class(name):

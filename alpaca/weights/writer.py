@@ -38,7 +38,7 @@ from alpaca.weights.checkpoint import DTYPES, as_dtype, is_finite, is_meta, para
 from alpaca.weights.config_json import config_to_json
 from alpaca.weights.gguf import gguf_template
 from model import Llama, LlamaConfig
-from tokenizer import Tokenizer, read_model
+from tokenizer import check_tokenizer, load_tokenizer, read_model
 
 SAFETENSORS_DTYPES = {
     torch.float32: "F32",
@@ -205,12 +205,14 @@ def dump_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def tokenizer_files(source: Path) -> dict[str, bytes]:
-    """The files that a tokenizer's folder, a tokenizer.model or a GGUF file amounts to."""
-    if source.is_file():
+    """The files that a tokenizer's folder, a file of it or a GGUF file amounts to."""
+    if source.is_file() and source.suffix != ".json":
         files = {"tokenizer.model": read_model(source)}
         if is_gguf(source) and (template := gguf_template(read_gguf(source))):
             files["chat_template.jinja"] = template.encode()
         return files
+    if source.is_file():
+        source = source.parent  # its tokenizer_config.json names BOS and EOS
     paths = [source / name for name in TOKENIZER_FILES]
     found = {path.name: path.read_bytes() for path in paths if path.is_file()}
     if not found.keys() & {"tokenizer.model", "tokenizer.json"}:
@@ -233,13 +235,15 @@ def require_tokenizer(folder: Path, given: Path | None, config: LlamaConfig) -> 
     found = given or find_tokenizer(folder)
     if not found:
         raise UserError(f"{folder}: no tokenizer in it: give one with --tokenizer FILE")
-    if "tokenizer.model" in tokenizer_files(found):
-        Tokenizer(found).check(config)
+    # a folder's own tokenizer.json may be of a kind that only other software reads
+    if "tokenizer.model" in tokenizer_files(found) or given:
+        check_tokenizer(load_tokenizer(found), config)
     return found
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    for name, content in tokenizer_files(source).items():
+    files = tokenizer_files(source)
+    for name, content in files.items():
         (folder / name).write_bytes(content)
-    if not (folder / "tokenizer_config.json").exists():
+    if "tokenizer.model" in files and "tokenizer_config.json" not in files:
         dump_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)

@@ -15,7 +15,7 @@ from alpaca.evaluation.outputs import pair_outputs, read_items
 from alpaca.inference.engine import Engine
 from alpaca.weights.loading import load_model
 from dataset import format_prompt
-from tokenizer import Tokenizer
+from tokenizer import load_tokenizer
 
 TINY = ROOT / "data/tiny-llama"  # a base model, which seldom ends its answers
 FRUIT = {
@@ -36,7 +36,7 @@ QUESTIONS = ["Name a fruit.", "Count the words.\n\ncat dog", "Count the words.\n
 
 @pytest.fixture(scope="module")
 def engine():
-    return Engine(load_model(TINY), Tokenizer(TINY))
+    return Engine(load_model(TINY), load_tokenizer(TINY))
 
 
 @pytest.fixture

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from alpaca.weights.writer import save_model
 from bpe import LLAMA3_WORDS, PATTERNS
 from helpers.commands import ROOT
+from helpers.models import small_model
 
 SPECIAL = ["<|end|>", "<|begin|>", "<|im_end|>"]
 KINDS = list(PATTERNS)
@@ -37,6 +39,14 @@ def trained(kind: str) -> str:
 def content_of(kind: str = "gpt-2") -> dict:
     """A tokenizer.json to change."""
     return json.loads(trained(kind))
+
+
+def write_bpe_model(folder: Path, kind: str = "smollm") -> Path:
+    """A small random model with such a tokenizer."""
+    model = small_model(vocab_size=600, max_position_embeddings=512)
+    tokenizer = write_bpe(folder.with_name("tokenizer"), content_of(kind))
+    save_model(model, model.config, folder, tokenizer=tokenizer.parent)
+    return folder
 
 
 def write_bpe(folder: Path, content: dict | None = None, **config) -> Path:

@@ -5,9 +5,9 @@ import torch
 from helpers.commands import ROOT
 from helpers.models import small_config
 from model import Llama
-from tokenizer import Tokenizer
+from tokenizer import load_tokenizer
 
-TOKENIZER = Tokenizer(ROOT / "data/tokenizer.model")
+TOKENIZER = load_tokenizer(ROOT / "data/tokenizer.model")
 
 
 def new_model(**changes) -> Llama:

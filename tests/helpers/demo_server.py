@@ -22,7 +22,7 @@ from helpers import teacher_server
 from helpers.commands import ROOT
 from helpers.models import small_config
 from model import Llama
-from tokenizer import Tokenizer
+from tokenizer import load_tokenizer
 
 TINY = ROOT / "data/tiny-llama"  # a base model: its answers seldom end by themselves
 ENDLESS = "word " * 3000
@@ -33,7 +33,7 @@ class ScriptedEngine(Engine):
 
     def __init__(self, text: str | Callable[[str], str], batch_size: int = 4, pace: float = 0.0):
         config = small_config(vocab_size=1024, max_position_embeddings=4096)
-        super().__init__(Llama(config), Tokenizer(TINY), batch_size)
+        super().__init__(Llama(config), load_tokenizer(TINY), batch_size)
         self.script = text if callable(text) else lambda prompt: text
         self.pace, self.steps = pace, 0
 
@@ -44,13 +44,13 @@ class ScriptedEngine(Engine):
             if s.finish_reason is None:
                 if not hasattr(s, "plan"):
                     text = self.script(self.tokenizer.decode(s.prompt))
-                    s.plan = [*self.tokenizer.encode_after_newline(text), self.tokenizer.eos_id]
+                    s.plan = [*self.tokenizer.encode_after("", text)[0], self.tokenizer.eos_id]
                 s.append(s.plan[len(s.ids)])
 
 
 def tiny_engine(batch_size: int = 8, mark: bool = True) -> Engine:
     watermark = Watermark(1024) if mark else None
-    return Engine(load_model(TINY), Tokenizer(TINY), batch_size, watermark=watermark)
+    return Engine(load_model(TINY), load_tokenizer(TINY), batch_size, watermark=watermark)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:

@@ -11,7 +11,7 @@ from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
 from alpaca.weights.loading import load_model
 from dataset import chat_prompt
-from tokenizer import Tokenizer
+from tokenizer import load_tokenizer
 
 TINY = ROOT / "data/tiny-llama"
 
@@ -22,7 +22,7 @@ def chat(command, monkeypatch, lines: list[str], *flags):
 
 
 def test_chat_remembers_and_can_be_reset(command, monkeypatch):
-    engine = Engine(load_model(TINY), Tokenizer(TINY))
+    engine = Engine(load_model(TINY), load_tokenizer(TINY))
     lines = ["Name a fruit.", "And another.", "", "/reset", "Name a fruit.", "/quit", "ignored"]
     flags = ("--system", "Be brief.", "--temperature", 2.5, "--seed", 9)
     code, out, _ = chat(command, monkeypatch, lines, *flags)
@@ -44,5 +44,5 @@ def test_chat_remembers_and_can_be_reset(command, monkeypatch):
 def test_chat_continues_after_a_prompt_that_is_too_long(command, monkeypatch):
     code, out, _ = chat(command, monkeypatch, ["word " * 900, "Name a fruit."])
     assert code == 0 and "too many" in out and "/reset" in out
-    engine = Engine(load_model(TINY), Tokenizer(TINY))
+    engine = Engine(load_model(TINY), load_tokenizer(TINY))
     assert out.endswith(expected(engine, "Name a fruit.") + "\n")

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from helpers.bpe import write_bpe_model
 from helpers.commands import ROOT, assert_refused
 from helpers.models import expected
 
@@ -17,14 +18,14 @@ from alpaca.inference.sampling import SamplingParams
 from alpaca.weights import loading
 from alpaca.weights.loading import load_model
 from dataset import format_prompt
-from tokenizer import Tokenizer
+from tokenizer import load_tokenizer
 
 TINY = ROOT / "data/tiny-llama"  # a base model: it seldom ends an answer
 
 
 @pytest.fixture(scope="module")
 def engine():
-    return Engine(load_model(TINY), Tokenizer(TINY))
+    return Engine(load_model(TINY), load_tokenizer(TINY))
 
 
 def generate(command, *args):
@@ -37,6 +38,20 @@ def test_answer_continues_the_prompt_template(command, engine):
     with_input = generate(command, "Count the words.", "--input", "cat dog")[1]
     assert with_input == expected(engine, "Count the words.", "cat dog") + "\n"
     assert with_input != expected(engine, "Count the words.") + "\n"
+
+
+def test_model_with_byte_level_bpe_answers(command, tmp_path):
+    folder = write_bpe_model(tmp_path / "model")
+    engine = Engine(load_model(folder), load_tokenizer(folder))
+    words = ("generate", "--model-dir", folder, "--max-new-tokens", 12, "Sag 5 schöne <|end|>!")
+    code, out, _ = command(*words)
+    assert (code, out) == (0, expected(engine, words[-1]) + "\n")
+    answer = json.loads(command(*words, "--json")[1])
+    assert answer["text"] == out[:-1] and len(answer["tokens"]) == 12
+    text = tmp_path / "text.txt"
+    text.write_text("Is this text marked? " * 20)
+    code, out, err = command("watermark", "detect", "--tokenizer", folder, text)
+    assert code == 0 and "z  " in out, err
 
 
 def test_instruction_from_stdin(command, engine, monkeypatch):
@@ -72,8 +87,8 @@ def test_json_has_tokens_and_logprobs(command, engine):
 
 
 def test_model_flags_and_stats(command):
-    prompt_ids = Tokenizer(TINY).encode(format_prompt("Name a fruit."), bos=True)
-    wide = Engine(load_model(TINY, dtype=torch.float32), Tokenizer(TINY))
+    prompt_ids = load_tokenizer(TINY).encode(format_prompt("Name a fruit."), bos=True)
+    wide = Engine(load_model(TINY, dtype=torch.float32), load_tokenizer(TINY))
     (answer,) = wide.generate([prompt_ids], SamplingParams(max_new_tokens=12, logprobs=0))
     for dtype, same in (("fp32", True), ("bf16", False)):
         out = generate(command, "Name a fruit.", "--json", "--dtype", dtype)[1]

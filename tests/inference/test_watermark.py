@@ -19,7 +19,7 @@ from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
 from alpaca.inference.watermark import KEY, Watermark
 from alpaca.weights.loading import load_model
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 
 TOKENIZER = ROOT / "data/tokenizer.model"
 NAN, INF = math.nan, math.inf
@@ -208,7 +208,7 @@ def test_theorem_4_2_bounds_the_green_share_of_surer_models():
 @pytest.fixture(scope="module")
 def answer() -> tuple[Watermark, Tokenizer, list[int]]:
     """250 watermarked tokens of data/tiny-llama, hot: it is sure of nearly every word."""
-    mark, tokenizer = Watermark(1024, delta=6.0), Tokenizer(TOKENIZER)
+    mark, tokenizer = Watermark(1024, delta=6.0), load_tokenizer(TOKENIZER)
     engine = Engine(load_model(ROOT / "data/tiny-llama"), tokenizer, watermark=mark)
     tokenizer.eos_id = -1  # so that no token ends the answer
     prompt = tokenizer.encode("Tell me about the sea.", bos=True)
@@ -273,7 +273,7 @@ def test_detect_command_takes_the_width_of_the_models_logits(command, tmp_path):
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
     text.write_text("The sea is wide, and the sea is deep, and nobody knows how old it is.")
-    ids = Tokenizer(TOKENIZER).encode(text.read_text())
+    ids = load_tokenizer(TOKENIZER).encode(text.read_text())
 
     def z(path, *args) -> float:
         code, out, err = command("watermark", "detect", "--tokenizer", path, text, "--json", *args)

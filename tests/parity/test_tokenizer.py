@@ -6,14 +6,14 @@ from helpers.models import TOKENIZERS
 from helpers.parity import apart
 
 from alpaca.weights.writer import copy_tokenizer
-from tokenizer import Tokenizer
+from tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("path", TOKENIZERS)
 def test_ids_equal_hugging_face_where_it_equals_sentencepiece(tmp_path, path):
     from transformers import AutoTokenizer
 
-    tokenizer = Tokenizer(path)
+    tokenizer = load_tokenizer(path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     copy_tokenizer(tokenizer.path, tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)

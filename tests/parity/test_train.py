@@ -11,7 +11,7 @@ from helpers.training import TOKENIZER, flags, metrics, succeeded, train, write_
 from alpaca.datagen.formats import load_records
 from dataset import IGNORE, encode_record, format_prompt, step_examples
 from fsdp_train import learning_rate
-from tokenizer import Tokenizer
+from tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def test_run_equals_a_plain_loop_over_hugging_faces_model(base, tmp_path):
     succeeded(train(flags(base, tmp_path / "run", epochs=4)))
     model = AutoModelForCausalLM.from_pretrained(base / "model", dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-    tokenizer, records = Tokenizer(TOKENIZER), load_records(base / "records.json")
+    tokenizer, records = load_tokenizer(TOKENIZER), load_records(base / "records.json")
     examples = [[part[:128] for part in encode_record(r, tokenizer)[:2]] for r in records]
     for step, logged in enumerate(metrics(tmp_path / "run")):
         batch = [examples[i] for i in step_examples(40, 16, 4, 42, step)]

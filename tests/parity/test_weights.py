@@ -31,7 +31,7 @@ from alpaca.weights.quantize import WeightSource
 from alpaca.weights.writer import save_model
 from dataset import encode_record, step_examples
 from model import Llama
-from tokenizer import Tokenizer
+from tokenizer import load_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +97,7 @@ def test_autotokenizer_adds_bos_on_what_we_write(tmp_path):
 
     model = small_model(vocab_size=1024)
     save_model(model, model.config, tmp_path / "m", tokenizer=TOKENIZER)
-    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "m"), Tokenizer(tmp_path / "m")
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "m"), load_tokenizer(tmp_path / "m")
     text = "Below is an instruction that describes a task."
     assert theirs(text).input_ids == ours.encode(text, bos=True)
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id) == (1, 2, 0)
@@ -259,7 +259,7 @@ def test_run_equals_a_plain_loop_with_peft(base, tmp_path):
                 tensor.copy_(first(name.replace(".default.", "."), tensor.shape))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
-    tokenizer, records = Tokenizer(TOKENIZER), load_records(base / "records.json")
+    tokenizer, records = load_tokenizer(TOKENIZER), load_records(base / "records.json")
     examples = [encode_record(record, tokenizer)[:2] for record in records]
     examples = [(ids[:128], labels[:128]) for ids, labels in examples]
     for step, logged in enumerate(metrics(out)):

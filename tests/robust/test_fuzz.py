@@ -21,6 +21,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers.annotations import entry, write, write_outputs
+from helpers.bpe import write_bpe_model
 from helpers.checkpoints import TOKENIZER, write_meta
 from helpers.diffs import add_noise
 from helpers.diffs import write_model as write_numbers
@@ -55,6 +56,8 @@ READERS = {  # a file, and the command that reads it
     "base/model/config.json": f"{ANSWER} base/model",
     "base/model/tokenizer.model": f"{ANSWER} base/model",
     "base/model/model.safetensors": f"{ANSWER} base/model",
+    "bpe/tokenizer.json": f"{ANSWER} bpe",
+    "bpe/tokenizer_config.json": f"{ANSWER} bpe",
     "base/records.json": "TRAIN x --plan",
     "shards/model.safetensors.index.json": "convert shards new",
     "bin/pytorch_model.bin": "convert bin new",
@@ -148,6 +151,7 @@ def world(tmp_path_factory, invoke):
     os.chdir(folder)
     write_lora_base(Path("base"))
     write_adapter(Path("base"), Path("adapter"))
+    write_bpe_model(Path("bpe"), "llama-bpe")
     model = small_model(vocab_size=1024)
     save_model(model, model.config, Path("shards"), tokenizer=TOKENIZER, shard_bytes=300_000)
     shutil.copytree("base/model", "bin")

@@ -35,7 +35,7 @@ from alpaca.weights.lora import LoraConfig, build_lora_model
 from alpaca.weights.quantize import WeightSource, linear_class, save_quantized
 from alpaca.weights.writer import save_model
 from model import Llama, LlamaConfig
-from tokenizer import Tokenizer
+from tokenizer import load_tokenizer
 
 
 def write_model(folder, dies_at: int | None = None) -> Llama:
@@ -134,8 +134,8 @@ def test_compiled_int8_model_generates_the_same(tmp_path):
     # in fp32, where no two tokens are equally likely
     model = optimize_layout(load_model(tmp_path / "m", bits=8), compiled=True)
     prompt, params = list(range(3, 9)), SamplingParams(max_new_tokens=5)
-    engine = Engine(model, Tokenizer(TOKENIZER), max_length=12, compile=True)
-    (plain,) = Engine(model, Tokenizer(TOKENIZER)).generate([prompt], params)
+    engine = Engine(model, load_tokenizer(TOKENIZER), max_length=12, compile=True)
+    (plain,) = Engine(model, load_tokenizer(TOKENIZER)).generate([prompt], params)
     assert engine.generate([prompt], params)[0].ids == plain.ids
 
 

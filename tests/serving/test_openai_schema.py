@@ -11,9 +11,9 @@ from alpaca.inference.sampling import SamplingParams
 from alpaca.serving import openai_schema as api
 from alpaca.serving.http import HTTPError
 from dataset import chat_prompt, format_prompt
-from tokenizer import Tokenizer
+from tokenizer import load_tokenizer
 
-TOKENIZER = Tokenizer(ROOT / "data/tokenizer.model")
+TOKENIZER = load_tokenizer(ROOT / "data/tokenizer.model")
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 USER = [{"role": "user", "content": "Name a fruit."}]
 
@@ -139,7 +139,7 @@ def test_invalid_combinations_are_refused():
 def finished(text: str, params: SamplingParams) -> Sequence:
     """A sequence with the tokens of `text`, or up to a stop string."""
     s = Sequence(encoded("a\n"), params, TOKENIZER, 100)
-    for token in [*TOKENIZER.encode_after_newline(text), TOKENIZER.eos_id]:
+    for token in [*TOKENIZER.encode_after("", text)[0], TOKENIZER.eos_id]:
         s.logprobs.append(-math.inf)
         s.top_logprobs.append([(token, -0.5)])
         s.append(token)

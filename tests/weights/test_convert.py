@@ -45,7 +45,7 @@ def test_convert_refuses_another_or_no_tokenizer(command, folder, tmp_path):
     save_model(small, small.config, tmp_path / "small", tokenizer=TOKENIZER)
     refuse_convert(command, tmp_path / "small", "1024 tokens, the model only 128 embeddings")
     given[1].write_text("{}")
-    refuse_convert(command, folder, "tokenizer.json: not a SentencePiece model", args=given)
+    refuse_convert(command, folder, "tokenizer.json: model is missing", args=given)
     (folder / "tokenizer.model").unlink()
     refuse_convert(command, folder, "give one with --tokenizer FILE")
     given[1] = folder / "absent"

@@ -21,7 +21,7 @@ from alpaca.weights.gguf_writer import model_metadata, quantize, save_gguf
 from alpaca.weights.loading import load_model
 from alpaca.weights.writer import save_model
 from dataset import PREAMBLE, format_prompt
-from tokenizer import Tokenizer
+from tokenizer import load_tokenizer
 
 NORM, Q_PROJ = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
 TEMPLATE = "{{ bos_token }}{{ messages[0]['content'] }}"
@@ -75,7 +75,7 @@ def test_gguf_tokenizer_gives_the_same_ids(command, base, tmp_path):
         "".join(map(chr, rng.choices(range(1, 999), k=99))),
     ]
     for source in (file, tmp_path / "back", tmp_path / "back/tokenizer.model"):
-        ours, theirs = Tokenizer(source), Tokenizer(TOKENIZER)
+        ours, theirs = load_tokenizer(source), load_tokenizer(TOKENIZER)
         assert [ours.encode(t, bos=True) for t in texts] == [
             theirs.encode(t, bos=True) for t in texts
         ]
@@ -374,8 +374,8 @@ def test_gguf_tensors_on_the_same_bytes_are_refused(command, base, tmp_path):
     ids=lambda changes: str(changes)[:60],
 )
 def test_gguf_tokenizer_that_lies_is_refused(tmp_path, changes):
-    metadata = metadata_from_model(Tokenizer(TOKENIZER).sentencepiece.serialized_model_proto())
+    metadata = metadata_from_model(load_tokenizer(TOKENIZER).sentencepiece.serialized_model_proto())
     assert model_from_metadata(dict(metadata), "m.gguf")
     file = write_lying(tmp_path / "m.gguf", metadata | changes)
     with pytest.raises(UserError, match="m.gguf"):
-        Tokenizer(file)
+        load_tokenizer(file)

@@ -23,7 +23,7 @@ from alpaca.weights.lora import TARGETS, FrozenLinear, LoraConfig, LoraLinear, a
 from alpaca.weights.quantize import WeightSource
 from dataset import encode_record
 from model import Llama
-from tokenizer import Tokenizer
+from tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def test_held_out_loss_is_computed_without_dropout(base, tmp_path):
     logged = [r["held_out_loss"] for r in metrics(out) if "held_out_loss" in r]
     model, total, count = load_model(base / "model", out / "adapter"), 0.0, 0
     for record in records:
-        ids, labels = (part[:128] for part in encode_record(record, Tokenizer(TOKENIZER))[:2])
+        ids, labels = (part[:128] for part in encode_record(record, load_tokenizer(TOKENIZER))[:2])
         with torch.no_grad():
             total += model(torch.tensor([ids]), labels=torch.tensor([labels])).item()
         count += sum(label != -100 for label in labels)

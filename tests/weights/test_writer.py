@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.bpe import write_bpe
 from helpers.checkpoints import (
     TOKENIZER,
     digests,
@@ -15,6 +16,7 @@ from alpaca.common.errors import UserError
 from alpaca.weights.checkpoint import DTYPES, is_finite, read_config
 from alpaca.weights.loading import load_model
 from alpaca.weights.writer import TOKENIZER_FILES, save_model
+from tokenizer import load_tokenizer
 
 NORM = "model.norm.weight"
 
@@ -46,6 +48,17 @@ def test_every_tokenizer_file_of_the_base_is_copied(tmp_path):
     save_model(small_model(), small_config(), tmp_path / "out", tokenizer=tmp_path / "base")
     for name, content in contents.items():
         assert (tmp_path / "out" / name).read_text() == content
+
+
+def test_tokenizer_of_byte_level_bpe_keeps_its_own_configuration(tmp_path):
+    file = write_bpe(tmp_path / "bpe")
+    for source in (file, file.parent):
+        out = tmp_path / source.name / "out"
+        save_model(small_model(), small_config(), out, tokenizer=source)
+        assert load_tokenizer(out).eos_id == load_tokenizer(file).eos_id
+    (file.parent / "tokenizer_config.json").unlink()
+    save_model(small_model(), small_config(), tmp_path / "out", tokenizer=file)
+    assert not (tmp_path / "out/tokenizer_config.json").exists(), "LLaMA's would be wrong"
 
 
 def test_tensors_may_come_in_any_order_but_must_be_complete(tmp_path):

@@ -50,7 +50,8 @@ def role_and_text(turn: Any) -> tuple[str, str]:
     text = next((turn[key] for key in ("value", "content", "text") if key in turn), None)
     if isinstance(text, list):  # OpenAI's parts
         parts = [part.get("text") if isinstance(part, dict) else None for part in text]
-        text = "\n".join(parts) if all(isinstance(part, str) for part in parts) else None
+        whole = all(isinstance(part, str) for part in parts)
+        text = "\n".join(map(str, parts)) if whole else None
     if not isinstance(name, str) or name not in ROLES:
         raise OddConversation(f"a turn is from {str(name)[:20]!r}")
     if not isinstance(text, str):

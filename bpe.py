@@ -40,14 +40,10 @@ LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-PATTERNS = {
-    "gpt-2": GPT2_WORDS,
-    "smollm": SMOLLM_WORDS,
-    "llama-bpe": LLAMA3_WORDS,
-}  # the names that GGUF files use
-WHITESPACE = (
-    r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Python's has 4 more
-)
+# By the names that GGUF files use.
+PATTERNS = {"gpt-2": GPT2_WORDS, "smollm": SMOLLM_WORDS, "llama-bpe": LLAMA3_WORDS}
+# To Python, U+001C to U+001F are spaces, too.
+WHITESPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 BEYOND_FFFF = re.compile("[\U00010000-\U0010ffff]")
 
 
@@ -147,9 +143,7 @@ class BPETokenizer:
         eos_id: int,
         bos_id: int | None = None,
         unk_id: int | None = None,  # for bytes that the vocabulary lacks; None drops them
-        control: Iterable[
-            int
-        ] = (),  # special tokens: not found in a text, and none in a decoded one
+        control: Iterable[int] = (),  # special tokens: never found in a text, decoded to none
         added: Iterable[int] = (),  # tokens that are found in a text before it is split
         add_bos: bool = False,  # whether the model expects BOS before a text
         ignore_merges: bool | None = None,  # a word in the vocabulary is one token; None: by `pre`
@@ -164,10 +158,10 @@ class BPETokenizer:
         self.added = set(added) - self.control
         self.ignore_merges = pre == "llama-bpe" if ignore_merges is None else ignore_merges
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
-        special = self.control | self.added | {0 if unk_id is None else unk_id}
-        if not all(0 <= token < self.vocab_size for token in special) or (
-            add_bos and bos_id is None
-        ):
+        special = {*self.control, *self.added, 0 if unk_id is None else unk_id}
+        if add_bos:
+            special.add(-1 if bos_id is None else bos_id)
+        if not 0 <= min(special) <= max(special) < self.vocab_size:
             raise UserError(f"{path}: a special token has no piece in the vocabulary")
         if len({"", *self.pieces}) != self.vocab_size + 1:
             raise UserError(f"{path}: a piece of the vocabulary is empty or repeated")
@@ -192,7 +186,7 @@ class BPETokenizer:
             place = f"{text[error.start]!r} at character {error.start}"
             raise UserError(f"half a surrogate pair is not text: {place}") from None
         pattern = word_pattern(self.pre, 0x10FFFF if BEYOND_FFFF.search(text) else 0xFFFF)
-        ids = [self.bos_id] if bos and self.bos_id is not None and self.add_bos else []
+        ids = [self.bos_id] if bos and self.add_bos and self.bos_id is not None else []
         for part in self.added_pattern.split(text) if self.added else [text]:
             if self.added and self.ids.get(part) in self.added:
                 ids.append(self.ids[part])

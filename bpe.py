@@ -27,7 +27,7 @@ from heapq import heapify, heappop, heappush
 from itertools import chain, pairwise
 from pathlib import Path
 
-from alpaca.common.errors import UserError
+from alpaca.common.errors import UserError, check_unicode
 
 MAX_WORDS, MAX_WORD = 1 << 17, 64  # words in the cache, and characters of one
 
@@ -180,11 +180,7 @@ class BPETokenizer:
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """`bos` puts BOS first, if the model expects it; `eos` puts EOS last."""
-        try:
-            text.encode()  # JSON can contain half a surrogate pair, which UTF-8 cannot
-        except UnicodeEncodeError as error:
-            place = f"{text[error.start]!r} at character {error.start}"
-            raise UserError(f"half a surrogate pair is not text: {place}") from None
+        check_unicode(text)
         pattern = word_pattern(self.pre, 0x10FFFF if BEYOND_FFFF.search(text) else 0xFFFF)
         ids = [self.bos_id] if bos and self.add_bos and self.bos_id is not None else []
         for part in self.added_pattern.split(text) if self.added else [text]:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from alpaca.common.errors import UserError, notice
+from alpaca.common.errors import UserError, check_unicode, notice
 from alpaca.common.files import input_file
 from alpaca.common.gguf_file import is_gguf, read_gguf
 from alpaca.common.sentencepiece_file import model_from_metadata
@@ -46,30 +46,24 @@ def read_model(file: Path) -> bytes:
 
 class SentencePieceTokenizer:
     def __init__(self, path: str | Path):
-        """`path` is a tokenizer.model, a folder that contains one, or a GGUF file."""
-        path = Path(path)
-        file = path / "tokenizer.model" if path.is_dir() else path
+        """`path` is a tokenizer.model, or a GGUF file with one in it."""
+        self.path = Path(path)
         self.sentencepiece = SentencePieceProcessor()
         try:
-            self.sentencepiece.LoadFromSerializedProto(read_model(file))
+            self.sentencepiece.LoadFromSerializedProto(read_model(self.path))
             self.vocab_size = self.sentencepiece.vocab_size()
             self.sentencepiece.id_to_piece(list(range(self.vocab_size)))  # a damaged one is no text
         except (RuntimeError, UnicodeDecodeError):
-            raise UserError(f"{file}: not a SentencePiece model, or a damaged one") from None
-        self.path = file
+            raise UserError(f"{path}: not a SentencePiece model, or a damaged one") from None
         self.unk_id, self.bos_id = self.sentencepiece.unk_id(), self.sentencepiece.bos_id()
         self.eos_id = self.sentencepiece.eos_id()
         for name, token in (("unk", self.unk_id), ("bos", self.bos_id), ("eos", self.eos_id)):
             if token < 0:
-                raise UserError(f"{file}: no {name} token, so no LLaMA was trained with it")
+                raise UserError(f"{path}: no {name} token, so no LLaMA was trained with it")
         self.newline_ids = self.encode("\n")  # a space, which SentencePiece puts first, and "\n"
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        try:
-            text.encode()  # JSON can contain half a surrogate pair, which UTF-8 cannot
-        except UnicodeEncodeError as error:
-            place = f"{text[error.start]!r} at character {error.start}"
-            raise UserError(f"half a surrogate pair is not text: {place}") from None
+        check_unicode(text)
         return [self.bos_id] * bos + self.sentencepiece.encode(text) + [self.eos_id] * eos
 
     def encode_after(self, before: str, text: str) -> tuple[list[int], bool]:

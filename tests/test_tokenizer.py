@@ -112,7 +112,7 @@ def test_encode_after_needs_a_tokenizer_without_tokens_across_a_newline():
         def encode(self, text, bos=False, eos=False):
             return super().encode(text.replace("\n#", "x"), bos, eos)
 
-    tokenizer = Crossing(ROOT / "data")
+    tokenizer = Crossing(ROOT / "data/tokenizer.model")
     assert tokenizer.encode_after("", "a b") == (tokenizer.encode("\na b")[2:], False)
     assert tokenizer.encode_after("x\ny", "\na") == (tokenizer.encode("\ny\na")[3:], False)
     with pytest.raises(UserError, match=r"tokenizer\.model has tokens that span a newline"):

@@ -66,6 +66,15 @@ def escape_control(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def check_unicode(text: str) -> None:
+    """Refuse half a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        place = f"{text[error.start]!r} at character {error.start}"
+        raise UserError(f"half a surrogate pair is not text: {place}") from None
+
+
 def replace_surrogates(text: str) -> str:
     """JSON can hold half a surrogate pair, which no file can: replace it by a question mark."""
     return text.encode("utf-8", "replace").decode()

@@ -28,6 +28,7 @@ from sentencepiece import SentencePieceProcessor
 
 from alpaca.common.errors import UserError, check_unicode, notice
 from alpaca.common.files import input_file
+from alpaca.common.gguf_bpe import bpe_from_metadata, is_bpe
 from alpaca.common.gguf_file import is_gguf, read_gguf
 from alpaca.common.sentencepiece_file import model_from_metadata
 from alpaca.common.tokenizer_json import read_tokenizer_json
@@ -183,7 +184,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path = next((file for file in files if file.exists()), files[0])
     if not path.exists():
         raise UserError(f"{path}: no such file")
-    return read_tokenizer_json(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+    if path.suffix == ".json":
+        return read_tokenizer_json(path)
+    if is_gguf(path) and is_bpe(metadata := read_gguf(path).metadata):
+        return bpe_from_metadata(metadata, str(path))
+    return SentencePieceTokenizer(path)
 
 
 def check_tokenizer(tokenizer: Tokenizer, config) -> None:

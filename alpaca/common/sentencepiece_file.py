@@ -21,7 +21,7 @@ from alpaca.common.errors import UserError
 from alpaca.common.json_files import check_shape
 
 BPE = 2  # kind of model
-NORMAL, UNUSED, BYTE = 1, 5, 6  # types of tokens; 2 is unknown, 3 control, 4 user-defined
+NORMAL, CONTROL, ADDED, UNUSED, BYTE = 1, 3, 4, 5, 6  # types of tokens; 2 is unknown
 TOKENS, SCORES, TYPES = (f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type"))
 SPECIAL = [f"tokenizer.ggml.{name}_token_id" for name in ("unknown", "bos", "eos")]
 
@@ -73,12 +73,12 @@ def pack_field(number: int, value: int | float | str | bytes) -> bytes:
 # ---------------------------------------------------------------- both ways
 
 
-def metadata_from_model(model: bytes) -> dict[str, Any]:
+def metadata_from_model(model: bytes, place: str) -> dict[str, Any]:
     """The metadata of a tokenizer.model that SentencePiece has accepted."""
     fields = read_fields(model)
     training, normalization = (read_fields(b"".join(fields.get(n, []))) for n in (2, 3))
     if training.get(3) != [BPE] or any(normalization.get(2, [])) or normalization.get(4) != [0]:
-        raise UserError("not BPE without normalization, which is all that llama.cpp computes")
+        raise UserError(f"{place}: not BPE without normalization, as llama.cpp computes it")
     tokens = [read_fields(token) for token in fields[1]]
     metadata = {
         "tokenizer.ggml.model": "llama",
@@ -94,14 +94,20 @@ def metadata_from_model(model: bytes) -> dict[str, Any]:
     return metadata | {name: training.get(field, [usual])[-1] for name, field, usual in ids}
 
 
+def drop_padding(tokens: list[str], *others: list) -> list[list]:
+    """Lists without the entries at the end that stand for embeddings without a token."""
+    count = len(tokens)
+    while count and tokens[count - 1] == f"[PAD{count - 1}]":
+        count -= 1
+    return [values[: count - len(tokens) or None] for values in (tokens, *others)]
+
+
 def model_from_metadata(metadata: dict[str, Any], place: str) -> bytes:
     """A tokenizer.model; an error message begins with `place`."""
     if (kind := metadata.get("tokenizer.ggml.model")) != "llama":
         raise UserError(f"{place}: a tokenizer of kind {kind!r} is not supported")
     check_shape(metadata, {TOKENS: [str], SCORES: [float], TYPES: [int]}, place)
-    tokens, scores, types = (metadata[name] for name in (TOKENS, SCORES, TYPES))
-    while tokens and tokens[-1] == f"[PAD{len(tokens) - 1}]":  # embeddings without a token
-        del tokens[-1], scores[-1], types[-1]
+    tokens, scores, types = drop_padding(*(metadata[name] for name in (TOKENS, SCORES, TYPES)))
     ids = [metadata.get(name, usual) for usual, name in enumerate(SPECIAL)]
     known = all(i in range(len(tokens)) for i in ids) and all(t in range(1, 7) for t in types)
     if not known or len(scores) != len(tokens) or len(types) != len(tokens):

@@ -1,7 +1,7 @@
 """Reads and writes tokenizer.json, the file of Hugging Face's library `tokenizers`.
 
     tokenizer = read_tokenizer_json(Path("smollm2/tokenizer.json"))
-    write_tokenizer_json(tokenizer, Path("folder"))
+    files = tokenizer_json_files(tokenizer)    # name → content, to be written
 
 The file describes a tokenizer as a chain of components:
 
@@ -150,8 +150,8 @@ def special_names(file: Path, post_processor: list[dict]) -> tuple[str | None, s
     return names.get("bos_token"), names["eos_token"], add_bos
 
 
-def write_tokenizer_json(t: BPETokenizer, folder: Path) -> None:
-    """Write tokenizer.json, and tokenizer_config.json, which names BOS and EOS."""
+def tokenizer_json_files(t: BPETokenizer) -> dict[str, bytes]:
+    """The contents of tokenizer.json, and of tokenizer_config.json, which names BOS and EOS."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [
         {"id": token, "content": t.pieces[token], **flags, "special": token in t.control}
@@ -185,6 +185,8 @@ def write_tokenizer_json(t: BPETokenizer, folder: Path) -> None:
         },
     }
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
-    for name, value in (("tokenizer.json", content), ("tokenizer_config.json", config)):
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        (folder / name).write_text(text, encoding="utf-8")
+    files = {"tokenizer.json": content, "tokenizer_config.json": config}
+    return {
+        name: (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+        for name, value in files.items()
+    }

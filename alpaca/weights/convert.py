@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> None:
         config = typed_config(fields)  # within its limits
     if to_file or "tokenizer.model" in tokenizer_files(tokenizer):
         text = load_tokenizer(tokenizer)
-        config = replace(config, bos_token_id=text.bos_id, eos_token_id=text.eos_id)
+        bos_id = config.bos_token_id if text.bos_id is None else text.bos_id
+        config = replace(config, bos_token_id=bos_id, eos_token_id=text.eos_id)
     progress = Progress(len(stored), "tensors")
     pairs = ((name, tensor.read()) for name, tensor in stored.items())
     if to_file:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from alpaca.common.errors import UserError, join_names
 from alpaca.common.files import atomic_file, read_text
+from alpaca.common.gguf_bpe import metadata_from_bpe
 from alpaca.common.gguf_file import MAX_TEXT, pack_start, read_gguf
 from alpaca.common.sentencepiece_file import SCORES, TOKENS, TYPES, UNUSED, metadata_from_model
 from alpaca.weights.checkpoint import EMBEDDING, HEAD, as_dtype, is_finite, parameter_shapes
@@ -74,16 +75,16 @@ def model_metadata(config: LlamaConfig, name: str, file_type: str) -> dict[str, 
 
 def tokenizer_metadata(source: Path, vocab_size: int) -> dict[str, Any]:
     """A tokenizer with a token for each of the model's embeddings: llama.cpp counts both."""
-    model = load_tokenizer(source)
-    if isinstance(model, BPETokenizer):
-        raise UserError(f"{source}: byte-level BPE is not written into GGUF files")
-    try:
-        metadata = metadata_from_model(model.sentencepiece.serialized_model_proto())
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
+    tokenizer = load_tokenizer(source)
+    if isinstance(tokenizer, BPETokenizer):
+        metadata = metadata_from_bpe(tokenizer)
+    else:
+        model = tokenizer.sentencepiece.serialized_model_proto()
+        metadata = metadata_from_model(model, str(source))
     for index in range(len(metadata[TOKENS]), vocab_size):
         for name, value in ((TOKENS, f"[PAD{index}]"), (SCORES, 0.0), (TYPES, UNUSED)):
-            metadata[name].append(value)
+            if name in metadata:
+                metadata[name].append(value)
     return metadata
 
 

@@ -33,7 +33,9 @@ from torch import Tensor
 
 from alpaca.common.errors import UserError, join_names, notice
 from alpaca.common.files import atomic_folder
+from alpaca.common.gguf_bpe import bpe_from_metadata, is_bpe
 from alpaca.common.gguf_file import is_gguf, read_gguf
+from alpaca.common.tokenizer_json import tokenizer_json_files
 from alpaca.weights.checkpoint import DTYPES, as_dtype, is_finite, is_meta, parameter_shapes
 from alpaca.weights.config_json import config_to_json
 from alpaca.weights.gguf import gguf_template
@@ -207,8 +209,12 @@ def dump_json(file: Path, content: dict[str, Any]) -> None:
 def tokenizer_files(source: Path) -> dict[str, bytes]:
     """The files that a tokenizer's folder, a file of it or a GGUF file amounts to."""
     if source.is_file() and source.suffix != ".json":
-        files = {"tokenizer.model": read_model(source)}
-        if is_gguf(source) and (template := gguf_template(read_gguf(source))):
+        file = read_gguf(source) if is_gguf(source) else None
+        if file and is_bpe(file.metadata):
+            files = tokenizer_json_files(bpe_from_metadata(file.metadata, str(source)))
+        else:
+            files = {"tokenizer.model": read_model(source)}
+        if file and (template := gguf_template(file)):
             files["chat_template.jinja"] = template.encode()
         return files
     if source.is_file():
@@ -236,7 +242,7 @@ def require_tokenizer(folder: Path, given: Path | None, config: LlamaConfig) -> 
     if not found:
         raise UserError(f"{folder}: no tokenizer in it: give one with --tokenizer FILE")
     # a folder's own tokenizer.json may be of a kind that only other software reads
-    if "tokenizer.model" in tokenizer_files(found) or given:
+    if given or found.is_file() or "tokenizer.model" in tokenizer_files(found):
         check_tokenizer(load_tokenizer(found), config)
     return found
 

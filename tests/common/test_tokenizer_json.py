@@ -3,11 +3,11 @@
 import random
 
 import pytest
-from helpers.bpe import KINDS, SPECIAL, content_of, write_bpe
+from helpers.bpe import KINDS, SPECIAL, content_of, save_tokenizer, tables, write_bpe
 from helpers.mutations import mutate
 
 from alpaca.common.errors import UserError
-from alpaca.common.tokenizer_json import read_tokenizer_json, write_tokenizer_json
+from alpaca.common.tokenizer_json import read_tokenizer_json
 
 TEMPLATE = {
     "type": "TemplateProcessing",
@@ -17,18 +17,13 @@ SPACE = {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True}
 QWEN = {"type": "Split", "pattern": {"Regex": "\\p{N}"}, "behavior": "Isolated", "invert": False}
 
 
-def tables(tokenizer) -> dict:
-    return {k: v for k, v in vars(tokenizer).items() if k not in ("path", "words")}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_written_file_is_read_back_the_same(tmp_path, kind):
     content = content_of(kind) | {"post_processor": TEMPLATE if kind == "llama-bpe" else None}
     content["added_tokens"].append({"id": 600, "content": "<tool>", "special": False})
     tokenizer = read_tokenizer_json(write_bpe(tmp_path / "a", content))
     assert tokenizer.add_bos == (kind == "llama-bpe") and tokenizer.pre == kind
-    (tmp_path / "b").mkdir()
-    write_tokenizer_json(tokenizer, tmp_path / "b")
+    save_tokenizer(tokenizer, tmp_path / "b")
     again = read_tokenizer_json(tmp_path / "b" / "tokenizer.json")
     assert tables(again) == tables(tokenizer)
     text = "Hello <tool>it's 123 中文\n\n🦙"

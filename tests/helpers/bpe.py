@@ -6,8 +6,9 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from alpaca.common.tokenizer_json import tokenizer_json_files
 from alpaca.weights.writer import save_model
-from bpe import LLAMA3_WORDS, PATTERNS
+from bpe import LLAMA3_WORDS, PATTERNS, BPETokenizer
 from helpers.commands import ROOT
 from helpers.models import small_model
 
@@ -56,3 +57,14 @@ def write_bpe(folder: Path, content: dict | None = None, **config) -> Path:
     config = {"bos_token": SPECIAL[1], "eos_token": SPECIAL[0], **config}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder / "tokenizer.json"
+
+
+def save_tokenizer(tokenizer: BPETokenizer, folder: Path) -> None:
+    folder.mkdir()
+    for name, content in tokenizer_json_files(tokenizer).items():
+        (folder / name).write_bytes(content)
+
+
+def tables(tokenizer) -> dict:
+    """All that two equal tokenizers have in common."""
+    return {k: v for k, v in vars(tokenizer).items() if k not in ("path", "words")}

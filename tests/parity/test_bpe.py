@@ -11,10 +11,10 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from helpers.bpe import KINDS, SPECIAL, content_of, write_bpe
+from helpers.bpe import KINDS, SPECIAL, content_of, save_tokenizer, write_bpe
 from helpers.parity import apart
 
-from alpaca.common.tokenizer_json import read_tokenizer_json, write_tokenizer_json
+from alpaca.common.tokenizer_json import read_tokenizer_json
 from bpe import BPETokenizer
 
 REAL = sorted(Path(os.environ.get("ALPACA_TOKENIZERS", "/nowhere")).glob("*/tokenizer.json"))
@@ -89,8 +89,7 @@ def test_ids_equal_the_library_of_hugging_face(tmp_path, kind):
     every = "".join(assigned()[::499])
     texts = [f"{c} {c}a1{c}'s<tool>" for c in every] + random_texts(100)
     compare(ours, file, texts)
-    (tmp_path / "new").mkdir()
-    write_tokenizer_json(ours, tmp_path / "new")
+    save_tokenizer(ours, tmp_path / "new")
     compare(ours, tmp_path / "new" / "tokenizer.json", texts[::10])
 
 
@@ -114,8 +113,7 @@ def test_written_files_are_read_by_transformers(tmp_path):
 
     content = content_of("llama-bpe")
     ours = read_tokenizer_json(write_bpe(tmp_path / "a", content, add_bos_token=True))
-    (tmp_path / "b").mkdir()
-    write_tokenizer_json(ours, tmp_path / "b")
+    save_tokenizer(ours, tmp_path / "b")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "b")
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
     for text in random_texts(50):

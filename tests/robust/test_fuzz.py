@@ -65,6 +65,7 @@ READERS = {  # a file, and the command that reads it
     "meta/consolidated.00.pth": "convert meta new --tokenizer base/model",
     "f32.gguf": "convert f32.gguf new",
     "q4_0.gguf": f"{ANSWER} q4_0.gguf",
+    "bpe.gguf": f"{ANSWER} bpe.gguf",
     "int8/config.json": f"{ANSWER} int8",
     "int8/model.safetensors": f"{ANSWER} int8",
     "int4/model.safetensors": f"{ANSWER} int4",
@@ -179,6 +180,7 @@ def world(tmp_path_factory, invoke):
         write_outputs(Path(name), f"model {name}", texts)
     for text in (
         "convert base/model f32.gguf --type f32",
+        "convert bpe bpe.gguf",
         "convert base/model q4_0.gguf --type q4_0",
         "quantize --model-dir base/model --bits 8 --out int8",
         "quantize --model-dir base/model --bits 4 --out int4",

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from helpers.bpe import KINDS, content_of, tables, write_bpe, write_bpe_model
 from helpers.checkpoints import TOKENIZER, read_tensors, refuse_convert, same_tensors
 from helpers.commands import assert_refused
 from helpers.lora import write_adapter, write_lora_base
@@ -13,6 +14,7 @@ from helpers.models import random_ids, small_model
 from jinja2 import Template
 
 from alpaca.common.errors import UserError
+from alpaca.common.gguf_bpe import metadata_from_bpe
 from alpaca.common.gguf_file import pack_start, read_gguf
 from alpaca.common.sentencepiece_file import metadata_from_model, model_from_metadata
 from alpaca.weights import gguf
@@ -85,6 +87,26 @@ def test_gguf_tokenizer_gives_the_same_ids(command, base, tmp_path):
         assert pieces[:1024] == pieces[1024:]
         assert (ours.vocab_size, ours.unk_id, ours.bos_id, ours.eos_id) == (1024, 0, 1, 2)
     assert len(read_gguf(file).metadata["tokenizer.ggml.tokens"]) == 1030  # llama.cpp counts them
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gguf_byte_level_bpe_round_trip(command, tmp_path, kind):
+    content, base = content_of(kind), tmp_path / "base"
+    content["added_tokens"].append({"id": 600, "content": "<tool>", "special": False})
+    given = write_bpe(tmp_path / "t", content, add_bos_token=kind == "smollm")
+    model = small_model(vocab_size=605)
+    save_model(model, model.config, base, tokenizer=given.parent)
+    file = convert(command, base, tmp_path / "m.gguf")
+    assert len(read_gguf(file).metadata["tokenizer.ggml.tokens"]) == 605
+    convert(command, file, tmp_path / "back")
+    expected = load_tokenizer(given)
+    assert expected.added and expected.add_bos == (kind == "smollm")
+    for source in (file, tmp_path / "back", tmp_path / "back/tokenizer.json"):
+        tokenizer, text = load_tokenizer(source), "Hi <tool>it's 123 中文\n\n<|end|>"
+        assert tables(tokenizer) == tables(expected)
+        assert tokenizer.encode(text, bos=True) == expected.encode(text, bos=True)
+    ask = "generate", "Hello", "--max-new-tokens", 3, "--device", "cpu", "--model-dir"
+    assert command(*ask, file)[:2] == command(*ask, tmp_path / "back")[:2]
 
 
 def test_gguf_file_stands_wherever_a_folder_does(command, base, tmp_path):
@@ -232,6 +254,14 @@ def test_gguf_flags_are_refused_for_a_folder(command, base):
     refuse_convert(command, base, words, args=["--adapter", base])
 
 
+def test_merges_that_llama_cpp_would_not_ignore_are_refused(command, tmp_path):
+    base, content = write_bpe_model(tmp_path / "base", "smollm"), content_of("smollm")
+    content["model"]["ignore_merges"] = True
+    write_bpe(base, content)
+    words = "llama.cpp ignores merges for Llama 3's tokenizer only"
+    assert_refused(command("convert", base, tmp_path / "m.gguf"), words)
+
+
 def test_tokenizers_that_llama_cpp_computes_otherwise_are_refused(tmp_path):
     from sentencepiece import SentencePieceTrainer
 
@@ -246,7 +276,7 @@ def test_tokenizers_that_llama_cpp_computes_otherwise_are_refused(tmp_path):
             sentence_iterator=iter(lines), model_prefix=prefix, **fixed, **options
         )
         with pytest.raises(UserError, match="not BPE without normalization"):
-            metadata_from_model((tmp_path / "t.model").read_bytes())
+            metadata_from_model((tmp_path / "t.model").read_bytes(), "t.model")
 
 
 # ---------------------------------------------------------------- files that lie
@@ -374,8 +404,36 @@ def test_gguf_tensors_on_the_same_bytes_are_refused(command, base, tmp_path):
     ids=lambda changes: str(changes)[:60],
 )
 def test_gguf_tokenizer_that_lies_is_refused(tmp_path, changes):
-    metadata = metadata_from_model(load_tokenizer(TOKENIZER).sentencepiece.serialized_model_proto())
+    model = load_tokenizer(TOKENIZER).sentencepiece.serialized_model_proto()
+    metadata = metadata_from_model(model, "t")
     assert model_from_metadata(dict(metadata), "m.gguf")
+    file = write_lying(tmp_path / "m.gguf", metadata | changes)
+    with pytest.raises(UserError, match="m.gguf"):
+        load_tokenizer(file)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokenizer.ggml.pre": None},
+        {"tokenizer.ggml.pre": "qwen2"},
+        {"tokenizer.ggml.merges": None},
+        {"tokenizer.ggml.merges": ["a"]},
+        {"tokenizer.ggml.merges": ["a b c"]},
+        {"tokenizer.ggml.merges": ["中 文"]},
+        {"tokenizer.ggml.tokens": ["a"] * 600},
+        {"tokenizer.ggml.tokens": ["a", "b"]},
+        {"tokenizer.ggml.token_type": [1]},
+        {"tokenizer.ggml.token_type": ["x"] * 600},
+        {"tokenizer.ggml.eos_token_id": None},
+        {"tokenizer.ggml.eos_token_id": 600},
+        {"tokenizer.ggml.add_bos_token": 7},
+    ],
+    ids=lambda changes: str(changes)[:60],
+)
+def test_gguf_bpe_that_lies_is_refused(tmp_path, changes):
+    metadata = metadata_from_bpe(load_tokenizer(write_bpe(tmp_path / "t")))
+    assert load_tokenizer(write_lying(tmp_path / "good.gguf", metadata)).pre == "gpt-2"
     file = write_lying(tmp_path / "m.gguf", metadata | changes)
     with pytest.raises(UserError, match="m.gguf"):
         load_tokenizer(file)

@@ -17,7 +17,9 @@ Byte i of 4-bit numbers holds number i in its low half and number i + 16 in its 
 
 import math
 import re
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ from alpaca.common.errors import UserError, join_names
 from alpaca.common.gguf_file import GGUF, check_spans
 from alpaca.weights.config_json import REQUIRED, typed_config
 from alpaca.weights.meta_format import half_split
-from model import LlamaConfig
+from model import LlamaConfig, stretch
 
 KINDS = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 8: "Q8_0", 30: "BF16"}
 KINDS |= {6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
@@ -69,6 +71,13 @@ NEEDED = [
     if field in (*REQUIRED, "max_position_embeddings", "rms_norm_eps")
 ]
 TEMPLATE_KEY = "tokenizer.chat_template"
+ROPE_FACTORS = "rope_freqs.weight"
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 HEAD_WIDTHS = ("llama.attention.value_length", "llama.rope.dimension_count")
 KNOWN_KEYS = {"llama.vocab_size", "llama.tensor_data_layout", *HEAD_WIDTHS, *CONFIG_KEYS}
 
@@ -101,6 +110,25 @@ def dequantize(blocks: Tensor, kind: str) -> Tensor:
 # ---------------------------------------------------------------- a file as a checkpoint
 
 
+def rope_factors(config: LlamaConfig, scaling: dict[str, Any]) -> Tensor:
+    """How much slower Llama 3.1 turns each pair of a head: (D/2), the tensor rope_freqs.weight."""
+    even = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
+    frequencies = 1.0 / config.rope_theta ** (even / config.head_dim)
+    return frequencies / stretch(frequencies, **scaling)
+
+
+def read_scaling(file: GGUF, config: LlamaConfig) -> dict[str, Any]:
+    """config.json's rope_scaling, of which a GGUF file has the result only: the largest factor, and
+    otherwise what all releases of Llama 3 have."""
+    count, (shape, kind, start) = config.head_dim // 2, file.tensors[ROPE_FACTORS]
+    if (shape, kind) == ([count], 0) and start + 4 * count <= len(file.data):
+        factors = torch.frombuffer(file.data, dtype=torch.float32, offset=start, count=count)
+        scaling = LLAMA3_SCALING | {"factor": factors.max().item()}
+        if scaling["factor"] < 1e6 and torch.allclose(factors, rope_factors(config, scaling)):
+            return scaling
+    raise UserError(f"{ROPE_FACTORS} is not Llama 3's, the only rope scaling that is supported")
+
+
 def gguf_config(file: GGUF) -> LlamaConfig:
     """The architecture, if model.py computes everything that the metadata asks for."""
     metadata, embedding = file.metadata, file.tensors.get("token_embd.weight")
@@ -112,8 +140,6 @@ def gguf_config(file: GGUF) -> LlamaConfig:
                 raise UserError(f"{name} {value!r} is not supported")
         if missing := [name for name in NEEDED if name not in metadata]:
             raise UserError(f"{join_names(missing)} is missing")
-        if "rope_freqs.weight" in file.tensors:
-            raise UserError("rope_freqs.weight: Llama 3's rope scaling is not supported")
         if embedding is None or not embedding.shape:
             raise UserError("token_embd.weight is missing")
         fields = {ours: metadata[name] for name, ours in CONFIG_KEYS.items() if name in metadata}
@@ -122,6 +148,8 @@ def gguf_config(file: GGUF) -> LlamaConfig:
                 fields[field] = float(str(np.float32(value)))
         fields["tie_word_embeddings"] = "output.weight" not in file.tensors
         config = typed_config({**fields, "vocab_size": embedding.shape[0]})
+        if ROPE_FACTORS in file.tensors:
+            config = replace(config, rope_scaling=read_scaling(file, config))
         for name in HEAD_WIDTHS:
             if (width := metadata.get(name, config.head_dim)) != config.head_dim:
                 raise UserError(f"{name} {width!r} is not supported, only {config.head_dim} is")
@@ -153,6 +181,7 @@ def gguf_tensors(file: GGUF, config: LlamaConfig) -> dict[str, tuple]:
         read = partial(read_tensor, file, shape, kind, start, sizes[name], heads.get(short))
         found[ours] = torch.Size(shape), PLAIN.get(kind, torch.float32), read
     check_spans(file, sizes)
+    found.pop(ROPE_FACTORS, None)  # `gguf_config` has read it
     return found
 
 

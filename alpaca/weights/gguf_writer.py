@@ -30,7 +30,9 @@ from alpaca.weights.gguf import (
     HEAD_WIDTHS,
     KINDS,
     PLAIN,
+    ROPE_FACTORS,
     gguf_template,
+    rope_factors,
     tensor_size,
 )
 from alpaca.weights.meta_format import interleave
@@ -154,6 +156,9 @@ def save_gguf(
     tied = config.tie_word_embeddings
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     kinds, entries = {}, {}
+    if config.rope_scaling:
+        factors = rope_factors(config, config.rope_scaling)
+        entries[ROPE_FACTORS] = list(factors.shape), KIND_NUMBERS["F32"], factors.nbytes
     for name, shape in parameter_shapes(config).items():
         kinds[name] = kind = kind_of(name, shape, file_type, tied)
         size = tensor_size(list(shape), kind)
@@ -167,6 +172,9 @@ def save_gguf(
     with atomic_file(path) as file:
         file.write(start)
         file.truncate(size)
+        if config.rope_scaling:
+            file.seek(positions[ROPE_FACTORS])
+            write_tensor(file, ROPE_FACTORS, factors, "F32")
         for name, weight in pairs:
             if count := heads.get(name.split(".")[-2]):
                 weight = interleave(weight, count)

@@ -89,6 +89,19 @@ def test_gguf_tokenizer_gives_the_same_ids(command, base, tmp_path):
     assert len(read_gguf(file).metadata["tokenizer.ggml.tokens"]) == 1030  # llama.cpp counts them
 
 
+def test_gguf_keeps_the_rope_scaling_of_llama_3(command, tmp_path):
+    scaling = {"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 8192}
+    scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    model = tiny(rope_theta=500000.0, rope_scaling=scaling, initializer_range=0.02)
+    save_model(model, model.config, tmp_path / "base", tokenizer=TOKENIZER)
+    file = convert(command, tmp_path / "base", tmp_path / "m.gguf")
+    assert read_config(file) == model.config == read_config(tmp_path / "base")
+    assert same_tensors(load_model(file).named_parameters(), model.named_parameters())
+    info = read_gguf(file).tensors["rope_freqs.weight"]
+    factors = gguf.read_tensor(read_gguf(file), info.shape, "F32", info.start, 32, None)
+    assert factors[0] == 1 and factors[-1] == 32 and 1 < factors[4] < 32
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gguf_byte_level_bpe_round_trip(command, tmp_path, kind):
     content, base = content_of(kind), tmp_path / "base"
@@ -327,7 +340,8 @@ def test_gguf_metadata_that_is_not_computed_is_refused(tmp_path, metadata, words
         ("output_norm.weight", ([40], 8, 256), "has no bytes of its own"),
         ("output_norm.weight", ([], 8, 256), "has no bytes of its own"),
         ("a.weight", ([64], 0, 256), "unexpected a.weight"),
-        ("rope_freqs.weight", ([8], 0, 32), "rope_freqs.weight: Llama 3's"),
+        ("rope_freqs.weight", ([8], 0, 32), "rope_freqs.weight is not Llama 3's"),
+        ("rope_freqs.weight", ([8], 8, 34), "rope_freqs.weight is not Llama 3's"),
         ("x" * 5000, ([1] * 5, 0, 4), "has 5 axes"),
         ("token_embd.weight", ([0], 0, 4), "vocab_size is 0"),
     ],

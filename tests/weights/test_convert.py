@@ -49,7 +49,7 @@ def test_convert_refuses_another_or_no_tokenizer(command, folder, tmp_path):
     (folder / "tokenizer.model").unlink()
     refuse_convert(command, folder, "give one with --tokenizer FILE")
     given[1] = folder / "absent"
-    refuse_convert(command, folder, "absent: no tokenizer.model", args=given)
+    refuse_convert(command, folder, "absent: no such file", args=given)
 
 
 @pytest.mark.parametrize(

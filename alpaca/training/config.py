@@ -62,7 +62,7 @@ def flag(default: Any, help: str, type: Callable | None = None, **options: Any) 
 class TrainConfig:
     model_dir: Path | None = flag(None, "base model, a folder or a GGUF file", Path)
     preset: str | None = flag(None, "or random weights of this size", choices=SIZES)
-    tokenizer: Path | None = flag(None, "a tokenizer.model (default: the base model's)", Path)
+    tokenizer: Path | None = flag(None, "its file or folder (default: the base model's)", Path)
     data: tuple[str, ...] = flag(
         (), "JSON or JSONL; FILE:2 counts twice", nargs="+", metavar="FILE[:WEIGHT]"
     )

@@ -14,6 +14,9 @@ from helpers.models import small_model
 
 SPECIAL = ["<|end|>", "<|begin|>", "<|im_end|>"]
 KINDS = list(PATTERNS)
+TELLING = (
+    "In  12 lines   345 and\n\n\n  6789,\n IT'S it's 12345 (12)\n"  # each kind splits it otherwise
+)
 
 
 @lru_cache
@@ -33,7 +36,7 @@ def trained(kind: str) -> str:
         vocab_size=600, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     lines = (ROOT / "data/corpus.txt").read_text().splitlines()[:300]
-    tokenizer.train_from_iterator(lines, trainer)
+    tokenizer.train_from_iterator([*lines, *[TELLING] * 30], trainer)
     return tokenizer.to_str()
 
 

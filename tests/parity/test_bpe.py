@@ -11,7 +11,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from helpers.bpe import KINDS, SPECIAL, content_of, save_tokenizer, write_bpe
+from helpers.bpe import KINDS, SPECIAL, TELLING, content_of, save_tokenizer, write_bpe
 from helpers.parity import apart
 
 from alpaca.common.tokenizer_json import read_tokenizer_json
@@ -87,10 +87,20 @@ def test_ids_equal_the_library_of_hugging_face(tmp_path, kind):
     file = write_bpe(tmp_path, content)
     ours = read_tokenizer_json(file)
     every = "".join(assigned()[::499])
-    texts = [f"{c} {c}a1{c}'s<tool>" for c in every] + random_texts(100)
+    texts = [f"{c} {c}a1{c}'s<tool>" for c in every] + random_texts(100) + [TELLING]
     compare(ours, file, texts)
     save_tokenizer(ours, tmp_path / "new")
     compare(ours, tmp_path / "new" / "tokenizer.json", texts[::10])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_differ_where_a_text_is_split_as_for_another_model(tmp_path, kind):
+    """The control: the texts of these tests tell the three kinds apart."""
+    ours = read_tokenizer_json(write_bpe(tmp_path, content_of(kind)))
+    right = ours.encode(TELLING)
+    for other in {*KINDS} - {kind}:
+        ours.pre = other
+        assert ours.encode(TELLING) != right
 
 
 def test_bytes_that_the_vocabulary_lacks_are_dropped_alike(tmp_path):

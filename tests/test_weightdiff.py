@@ -24,6 +24,7 @@ from helpers.models import small_config, small_model
 from safetensors.torch import load_file, save_file
 
 import weightdiff
+from alpaca.common.errors import UserError
 from alpaca.weights import bitdiff
 from alpaca.weights.checkpoint import DTYPES, as_dtype, read_config
 from model import Llama
@@ -443,6 +444,6 @@ def test_leftovers_of_a_killed_run_are_not_published(published, tmp_path):
     assert contents(tmp_path / "diff") == contents(diff)
     assert contents(tmp_path / "out") == contents(tuned)
     (tmp_path / "again.partial").symlink_to(base)  # nor is what a link leads to removed
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="is an input of this command"):
         weightdiff.make_exact_diff(base, tuned, tmp_path / "again")
     assert contents(base).keys() >= {"config.json", "model.safetensors"}

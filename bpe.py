@@ -28,6 +28,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 from alpaca.common.errors import UserError, check_unicode
+from templates import ALPACA, Template
 
 MAX_WORDS, MAX_WORD = 1 << 17, 64  # words in the cache, and characters of one
 
@@ -135,6 +136,8 @@ class WordCache(dict):
 
 
 class BPETokenizer:
+    template: Template | None = ALPACA  # see `load_tokenizer`
+
     def __init__(
         self,
         pieces: Sequence[str],  # the vocabulary: pieces[i] has the id i
@@ -165,6 +168,7 @@ class BPETokenizer:
             raise UserError(f"{path}: a special token has no piece in the vocabulary")
         if len({"", *self.pieces}) != self.vocab_size + 1:
             raise UserError(f"{path}: a piece of the vocabulary is empty or repeated")
+        self.special_ids = {self.pieces[token]: token for token in self.control | self.added}
         self.ids = {p: i for i, p in enumerate(self.pieces) if i not in self.control or i == unk_id}
         for a, b in self.ranks:
             if not a or not b or a + b not in self.ids:
@@ -205,6 +209,11 @@ class BPETokenizer:
         if ids[: len(head)] == head:
             return ids[len(head) :], False
         return self.encode(text), True
+
+    def special_id(self, name: str) -> int:
+        if name not in self.special_ids:
+            raise UserError(f"{self.path} has no {name}: give another --template")
+        return self.special_ids[name]
 
     def count_missing(self, text: str) -> int:
         """How many bytes of a text have no token: `encode` drops them."""

@@ -8,9 +8,8 @@ or {"text": …}; alpaca/datagen/formats.py reads the published file formats int
     for row in pack_rows(examples.lengths[which], ranks=1, row_tokens=4096)[0]:
         loss = model(**make_row(examples, which[row])._asdict())
 
-  - Training and decoding use the same two prompt templates, Alpaca's. The answer follows
-    `### Response:` without a space or a newline.
-  - Only the answer and its EOS have labels; the prompt is masked (-100).
+  - Training and decoding use the same template (templates.py): a model's own, or Alpaca's.
+  - Only the answer and the token that ends it have labels; the prompt is masked (-100).
   - The prompt's ids are the same with and without an answer behind them. A tokenizer would
     sometimes merge the template's last colon with the answer's first characters (`:` and `)` into
     `:)`), a prompt that decoding never produces; such an answer is tokenized separately.
@@ -25,6 +24,7 @@ import heapq
 from array import array
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -33,28 +33,28 @@ from torch import Tensor
 
 from alpaca.common.errors import UserError
 from model import IGNORE
-from tokenizer import Tokenizer
-
-REQUEST = "Write a response that appropriately completes the request."
-PREAMBLE = f"Below is an instruction that describes a task. {REQUEST}"
-PREAMBLE_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    f"context. {REQUEST}"
-)
-RESPONSE = "### Response:"
+from templates import TEMPLATES, AnswerText, Special, Template
+from tokenizer import Tokenizer, answer_end
 
 
-def format_prompt(instruction: str, input: str = "") -> str:
-    """Alpaca's prompt, character for character."""
-    if input:
-        instruction = f"{instruction}\n\n### Input:\n{input}"
-    preamble = PREAMBLE_WITH_INPUT if input else PREAMBLE
-    return f"{preamble}\n\n### Instruction:\n{instruction}\n\n{RESPONSE}"
+def chat_prompt(messages: list[dict], tokenizer: Tokenizer) -> list[int]:
+    """The ids after which the assistant answers, in training and in decoding."""
+    return encode_conversation(messages, tokenizer)[0]
 
 
 def encode_prompt(instruction: str, input: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids after which the answer begins, in training and in decoding."""
-    return tokenizer.encode(format_prompt(instruction, input), bos=True)
+    """The same for an instruction and its input."""
+    return chat_prompt(template_of(tokenizer).question(instruction, input), tokenizer)
+
+
+def template_of(tokenizer: Tokenizer) -> Template:
+    if tokenizer.template is None:
+        names = ", ".join(TEMPLATES)
+        raise UserError(
+            f"{tokenizer.path}: its chat template is none of {names}: give the one to use with "
+            "--template"
+        )
+    return tokenizer.template
 
 
 # ---------------------------------------------------------------- records → ids and labels
@@ -76,9 +76,9 @@ def encode_record(record: dict, tokenizer: Tokenizer) -> tuple[list[int], list[i
         return ids, [IGNORE, *ids[1:]], 0
     if "messages" in record:
         return encode_conversation(record["messages"], tokenizer)
-    prompt_ids = encode_prompt(record["instruction"], record["input"], tokenizer)
-    answer_ids, unmerged = encode_answer(record["output"], tokenizer)
-    return prompt_ids + answer_ids, [IGNORE] * len(prompt_ids) + answer_ids, unmerged
+    question = template_of(tokenizer).question(record["instruction"], record["input"])
+    answer = {"role": "assistant", "content": record["output"]}
+    return encode_conversation([*question, answer], tokenizer)
 
 
 def record_texts(record: dict) -> list[str]:
@@ -87,37 +87,25 @@ def record_texts(record: dict) -> list[str]:
     return [record[name] for name in ("text", "instruction", "input", "output") if name in record]
 
 
-def encode_answer(output: str, tokenizer: Tokenizer) -> tuple[list[int], bool]:
-    """The ids of an answer after `### Response:`, EOS last, and whether a merge was prevented."""
-    ids, prevented = tokenizer.encode_after(RESPONSE, output)
-    return [*ids, tokenizer.eos_id], prevented
-
-
 def encode_conversation(messages: list[dict], tokenizer: Tokenizer) -> tuple[list, list, int]:
-    """`encode_record` of a conversation: each turn of the assistant has labels, EOS included."""
-    ids, labels, unmerged = [], [], 0
-    preamble = PREAMBLE
-    if messages[0]["role"] == "system":
-        preamble, messages = messages[0]["content"], messages[1:]
-    for message in messages:
-        if message["role"] == "assistant":
-            new, prevented = encode_answer(message["content"], tokenizer)
-            labels += new
+    """`encode_record` of a conversation: each answer has labels, and the token that ends it."""
+    template, ids, labels, unmerged = template_of(tokenizer), [], [], 0
+    for kind, group in groupby(template.parts(messages), type):
+        if kind is AnswerText:
+            new, prevented = tokenizer.encode_after(template.before_answer, "".join(group))
+            new.append(answer_end(tokenizer))
             unmerged += prevented
+        elif kind is Special:
+            new = [tokenizer.special_id(name) for name in group]
         else:
-            turn = f"\n### Instruction:\n{message['content']}\n\n{RESPONSE}"
-            if ids:
-                new, _ = tokenizer.encode_after("", f"\n{turn}")
-            else:
-                new = tokenizer.encode(f"{preamble}\n{turn}", bos=True)
-            labels += [IGNORE] * len(new)
+            text = "".join(group)
+            new = tokenizer.encode_after("", text)[0] if ids else tokenizer.encode(text)
         ids += new
-    return ids, labels, unmerged
-
-
-def chat_prompt(messages: list[dict], tokenizer: Tokenizer) -> list[int]:
-    """The ids after which the assistant answers. For one user message: `format_prompt`'s."""
-    return encode_conversation(messages, tokenizer)[0]
+        labels += new if kind is AnswerText else [IGNORE] * len(new)
+    bos = [tokenizer.bos_id] if template.bos else []
+    if template.bos is None:
+        bos = tokenizer.encode("", bos=True)
+    return bos + ids, [IGNORE] * len(bos) + labels, unmerged
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from alpaca.common.gguf_file import is_gguf, read_gguf
 from alpaca.common.sentencepiece_file import model_from_metadata
 from alpaca.common.tokenizer_json import read_tokenizer_json
 from bpe import BPETokenizer
+from templates import ALPACA, TEMPLATES, Template, find_template
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 MAX_BYTES = 100 << 20  # of a tokenizer.model; those of 250,000 tokens have 5 MB
@@ -46,6 +47,8 @@ def read_model(file: Path) -> bytes:
 
 
 class SentencePieceTokenizer:
+    template: Template | None = ALPACA  # see `load_tokenizer`
+
     def __init__(self, path: str | Path):
         """`path` is a tokenizer.model, or a GGUF file with one in it."""
         self.path = Path(path)
@@ -86,6 +89,12 @@ class SentencePieceTokenizer:
                 "the answer. LLaMA's tokenizer has none"
             )
         return ids[count:]
+
+    def special_id(self, name: str) -> int:
+        token = self.sentencepiece.piece_to_id(name)
+        if token == self.unk_id:
+            raise UserError(f"{self.path} has no {name}: give another --template")
+        return token
 
     def count_missing(self, text: str) -> int:
         """How many bytes of a text `encode` drops: what has no token becomes <unk>."""
@@ -176,9 +185,25 @@ class TextStream:
 Tokenizer = SentencePieceTokenizer | BPETokenizer
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """`path` is a tokenizer.model, a tokenizer.json, a folder that contains one, or a GGUF file."""
-    path = Path(path)
+def load_tokenizer(
+    path: str | Path, *models: Path | None, template: str | None = None
+) -> Tokenizer:
+    """`path` is a tokenizer.model, a tokenizer.json, a folder that contains one, or a GGUF file.
+
+    Its template is the one named, or that of the first of `models` that has one, or the one beside
+    the tokenizer, or Alpaca's."""
+    tokenizer = open_tokenizer(Path(path))
+    if template:
+        tokenizer.template = TEMPLATES[template]
+        for name in tokenizer.template.specials:
+            tokenizer.special_id(name)
+    else:
+        beside = Path(path).parent if Path(path).suffix == ".json" else Path(path)
+        tokenizer.template = find_template(*filter(None, models), beside)
+    return tokenizer
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
     if path.is_dir():
         files = [path / name for name in ("tokenizer.model", "tokenizer.json")]
         path = next((file for file in files if file.exists()), files[0])
@@ -189,6 +214,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if is_gguf(path) and is_bpe(metadata := read_gguf(path).metadata):
         return bpe_from_metadata(metadata, str(path))
     return SentencePieceTokenizer(path)
+
+
+def answer_end(tokenizer: Tokenizer) -> int:
+    """The token that ends an answer in the tokenizer's template."""
+    end = tokenizer.template.end if tokenizer.template else ""
+    return tokenizer.special_id(end) if end else tokenizer.eos_id
+
+
+def end_ids(tokenizer: Tokenizer, config) -> list[int]:
+    """EOS and what else ends an answer: the template's end, and the ids that a LlamaConfig lists
+    beside EOS."""
+    listed = config.eos_token_id if isinstance(config.eos_token_id, list) else []
+    listed = listed if tokenizer.eos_id in listed else [tokenizer.eos_id]
+    return list(dict.fromkeys([*listed, answer_end(tokenizer)]))
 
 
 def check_tokenizer(tokenizer: Tokenizer, config) -> None:
@@ -203,6 +242,7 @@ def check_tokenizer(tokenizer: Tokenizer, config) -> None:
         unused = f"{count} to {size - 1} have no token and are never sampled"
         notice(f"the model has {size} embeddings: {unused}")
     theirs = config.bos_token_id, config.eos_token_id
-    if theirs != (tokenizer.bos_id, tokenizer.eos_id):
+    eos = theirs[1] if isinstance(theirs[1], list) else theirs[1:]
+    if theirs[0] != tokenizer.bos_id or tokenizer.eos_id not in eos:
         ours = f"the tokenizer's bos {tokenizer.bos_id} and eos {tokenizer.eos_id} are used"
         notice(f"config.json has bos {theirs[0]} and eos {theirs[1]}: {ours}")

@@ -16,7 +16,8 @@ from pathlib import Path
 from alpaca.datagen.formats import load_records
 from alpaca.weights.writer import copy_tokenizer
 from bench.measure import ROOT, bench_parser, run_in_turns, table, table_line
-from dataset import encode_all, format_prompt
+from dataset import encode_all
+from templates import format_prompt
 from tokenizer import load_tokenizer
 
 MAX_LENGTH = 512

@@ -21,17 +21,16 @@ from alpaca.datagen.train_tokenizer import train_tokenizer
 from bpe import CHARACTERS as CHARACTERS_OF_BYTES
 from bpe import BPETokenizer
 from dataset import (
-    PREAMBLE,
     chat_prompt,
     encode_all,
     encode_record,
-    format_prompt,
     make_row,
     pack_rows,
     step_examples,
     total_steps,
 )
 from model import IGNORE
+from templates import PREAMBLE, format_prompt
 from tokenizer import Tokenizer, load_tokenizer
 
 TOKENIZER = load_tokenizer(ROOT / "data/tokenizer.model")

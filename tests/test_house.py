@@ -10,7 +10,7 @@ import pytest
 from helpers.commands import FILES, ROOT
 
 COMMANDS = {"fsdp_train", "selfinstruct", "weightdiff"}
-CORE = {"model", "tokenizer", "bpe", "dataset", "rougel"}
+CORE = {"model", "tokenizer", "templates", "bpe", "dataset", "rougel"}
 MAY_IMPORT = {  # chapter → chapters below it; every chapter may import the core
     "common": set(),
     "weights": {"common"},

@@ -33,7 +33,8 @@ from alpaca.inference.answer import engine_from_args
 from alpaca.inference.engine import Sequence
 from alpaca.inference.sampling import add_sampling_arguments, sampling_from_args
 from alpaca.weights.loading import add_model_arguments, model_folders
-from dataset import encode_prompt, format_prompt
+from dataset import encode_prompt
+from templates import format_prompt
 
 EVAL_SET = CHECKOUT / "data/eval_instructions.jsonl"
 LOCAL_ARGUMENTS = (add_model_arguments, add_sampling_arguments)

@@ -26,7 +26,8 @@ from alpaca.common.json_files import bounded_json
 from alpaca.inference.engine import Sequence
 from alpaca.inference.sampling import SamplingParams
 from alpaca.serving.http import HTTPError
-from dataset import chat_prompt, format_prompt
+from dataset import chat_prompt
+from templates import format_prompt
 from tokenizer import Tokenizer
 
 MAX_CHOICES, MAX_STOPS, MAX_STOP_LENGTH = 8, 16, 200

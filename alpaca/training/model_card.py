@@ -25,8 +25,9 @@ from alpaca.common.json_files import json_records
 from alpaca.datagen.formats import parse_weight
 from alpaca.training.config import TrainConfig
 from alpaca.training.throughput import adapter_parameters, model_parameters
-from dataset import Examples, format_prompt
+from dataset import Examples
 from model import LlamaConfig
+from templates import format_prompt
 
 TEMPLATE = CHECKOUT / "data/MODEL_CARD.md"
 

@@ -22,10 +22,11 @@ from alpaca.common.files import refuse_existing
 from alpaca.common.progress import Progress
 from alpaca.weights.checkpoint import DTYPES, EMBEDDING, is_meta, open_checkpoint
 from alpaca.weights.config_json import typed_config
-from alpaca.weights.gguf import PLAIN, TEMPLATE_KEY
-from alpaca.weights.gguf_writer import FILE_TYPES, chat_template, save_gguf, tokenizer_metadata
+from alpaca.weights.gguf import PLAIN
+from alpaca.weights.gguf_writer import FILE_TYPES, save_gguf, tokenizer_metadata
 from alpaca.weights.merge import merged_tensors
 from alpaca.weights.writer import require_tokenizer, save_model, tokenizer_files
+from templates import ALPACA, TEMPLATE_KEY, read_jinja
 from tokenizer import load_tokenizer
 
 
@@ -65,7 +66,8 @@ def run(args: argparse.Namespace) -> None:
         names = {dtype: name for name, dtype in PLAIN.items()}
         kind = args.type or names[stored[EMBEDDING].dtype].lower()
         metadata = tokenizer_metadata(tokenizer, config.vocab_size)
-        metadata[TEMPLATE_KEY] = chat_template(*filter(None, [args.adapter, args.source]))
+        jinja = read_jinja(*filter(None, [args.adapter, args.source]))
+        metadata[TEMPLATE_KEY] = jinja or ALPACA.jinja(text.encode("", bos=True) != [])
         if args.adapter:
             dtype = PLAIN.get(kind.upper(), torch.float32)
             pairs = merged_tensors(args.source, args.adapter, dtype, {})

@@ -70,7 +70,6 @@ NEEDED = [
     for name, field in CONFIG_KEYS.items()
     if field in (*REQUIRED, "max_position_embeddings", "rms_norm_eps")
 ]
-TEMPLATE_KEY = "tokenizer.chat_template"
 ROPE_FACTORS = "rope_freqs.weight"
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -156,12 +155,6 @@ def gguf_config(file: GGUF) -> LlamaConfig:
     except UserError as error:
         raise UserError(f"{file.path}: {error}") from None
     return config
-
-
-def gguf_template(file: GGUF) -> str:
-    """The chat template, in Jinja; empty if there is none."""
-    template = file.metadata.get(TEMPLATE_KEY)
-    return template if isinstance(template, str) else ""
 
 
 def gguf_tensors(file: GGUF, config: LlamaConfig) -> dict[str, tuple]:

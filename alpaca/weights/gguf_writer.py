@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from alpaca.common.errors import UserError, join_names
-from alpaca.common.files import atomic_file, read_text
+from alpaca.common.files import atomic_file
 from alpaca.common.gguf_bpe import metadata_from_bpe
-from alpaca.common.gguf_file import MAX_TEXT, pack_start, read_gguf
+from alpaca.common.gguf_file import pack_start
 from alpaca.common.sentencepiece_file import SCORES, TOKENS, TYPES, UNUSED, metadata_from_model
 from alpaca.weights.checkpoint import EMBEDDING, HEAD, as_dtype, is_finite, parameter_shapes
 from alpaca.weights.gguf import (
@@ -31,13 +31,11 @@ from alpaca.weights.gguf import (
     KINDS,
     PLAIN,
     ROPE_FACTORS,
-    gguf_template,
     rope_factors,
     tensor_size,
 )
 from alpaca.weights.meta_format import interleave
 from bpe import BPETokenizer
-from dataset import PREAMBLE, RESPONSE
 from model import LlamaConfig
 from tokenizer import load_tokenizer
 
@@ -45,15 +43,6 @@ FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}  # llama.cpp
 KIND_NUMBERS = {kind: number for number, kind in KINDS.items()}
 SHORT_NAMES = {ours: short for short, ours in GGUF_NAMES.items()}
 CHUNK = 1 << 20  # numbers that are rounded at a time
-ALPACA_TEMPLATE = (  # dataset.py's `encode_conversation` in Jinja
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
-    + PREAMBLE
-    + "{% endif %}{% for message in messages %}{% if message['role'] == 'user' %}"
-    + "{{ '\\n\\n### Instruction:\\n' + message['content'] + '\\n\\n"
-    + RESPONSE
-    + "' }}{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
-    + "{% endif %}{% endfor %}"
-)
 
 
 # ---------------------------------------------------------------- metadata
@@ -88,16 +77,6 @@ def tokenizer_metadata(source: Path, vocab_size: int) -> dict[str, Any]:
             if name in metadata:
                 metadata[name].append(value)
     return metadata
-
-
-def chat_template(*folders: Path) -> str:
-    """The template of the first that has one, or Alpaca's, which all commands use by default."""
-    for folder in folders:
-        if folder.is_file() and (template := gguf_template(read_gguf(folder))):
-            return template
-        if (file := folder / "chat_template.jinja").is_file():
-            return read_text(file, MAX_TEXT)
-    return ALPACA_TEMPLATE
 
 
 # ---------------------------------------------------------------- tensors

@@ -38,8 +38,8 @@ from alpaca.common.gguf_file import is_gguf, read_gguf
 from alpaca.common.tokenizer_json import tokenizer_json_files
 from alpaca.weights.checkpoint import DTYPES, as_dtype, is_finite, is_meta, parameter_shapes
 from alpaca.weights.config_json import config_to_json
-from alpaca.weights.gguf import gguf_template
 from model import Llama, LlamaConfig
+from templates import JINJA_FILE, read_jinja
 from tokenizer import check_tokenizer, load_tokenizer, read_model
 
 SAFETENSORS_DTYPES = {
@@ -56,7 +56,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    JINJA_FILE,
     "vocab.json",
     "merges.txt",
 )
@@ -214,8 +214,8 @@ def tokenizer_files(source: Path) -> dict[str, bytes]:
             files = tokenizer_json_files(bpe_from_metadata(file.metadata, str(source)))
         else:
             files = {"tokenizer.model": read_model(source)}
-        if file and (template := gguf_template(file)):
-            files["chat_template.jinja"] = template.encode()
+        if template := read_jinja(source):
+            files[JINJA_FILE] = template.encode()
         return files
     if source.is_file():
         source = source.parent  # its tokenizer_config.json names BOS and EOS

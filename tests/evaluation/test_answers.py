@@ -14,7 +14,7 @@ from alpaca.common.json_files import read_log
 from alpaca.evaluation.outputs import pair_outputs, read_items
 from alpaca.inference.engine import Engine
 from alpaca.weights.loading import load_model
-from dataset import format_prompt
+from templates import format_prompt
 from tokenizer import load_tokenizer
 
 TINY = ROOT / "data/tiny-llama"  # a base model, which seldom ends its answers

@@ -17,7 +17,7 @@ from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
 from alpaca.weights import loading
 from alpaca.weights.loading import load_model
-from dataset import format_prompt
+from templates import format_prompt
 from tokenizer import load_tokenizer
 
 TINY = ROOT / "data/tiny-llama"  # a base model: it seldom ends an answer

@@ -9,8 +9,9 @@ from helpers.parity import apart
 from helpers.training import TOKENIZER, flags, metrics, succeeded, train, write_base
 
 from alpaca.datagen.formats import load_records
-from dataset import IGNORE, encode_record, format_prompt, step_examples
+from dataset import IGNORE, encode_record, step_examples
 from fsdp_train import learning_rate
+from templates import format_prompt
 from tokenizer import load_tokenizer
 
 

@@ -23,7 +23,7 @@ from helpers.demo_server import TINY, raw_request, running, tiny_engine
 
 from alpaca.inference.sampling import SamplingParams
 from alpaca.serving.moderation import RuleFilter
-from dataset import format_prompt
+from templates import format_prompt
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from alpaca.common.json_files import read_log
 from alpaca.inference.sampling import SamplingParams
 from alpaca.serving import app, scheduler, serve
 from alpaca.serving.moderation import Filter, FilterUnavailable, RuleFilter, make_filter
-from dataset import format_prompt
+from templates import format_prompt
 
 FRUIT = "Name a fruit."
 LONG = ("--max-new-tokens", 3000)

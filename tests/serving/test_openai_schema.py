@@ -10,7 +10,8 @@ from alpaca.inference.engine import Sequence
 from alpaca.inference.sampling import SamplingParams
 from alpaca.serving import openai_schema as api
 from alpaca.serving.http import HTTPError
-from dataset import chat_prompt, format_prompt
+from dataset import chat_prompt
+from templates import format_prompt
 from tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer(ROOT / "data/tokenizer.model")

@@ -17,8 +17,9 @@ from alpaca.training.config import TrainConfig
 from alpaca.training.model_card import describe_code, describe_data, describe_weights, fill_in_card
 from alpaca.training.throughput import model_parameters
 from alpaca.weights.lora import LoraConfig
-from dataset import IGNORE, Examples, format_prompt
+from dataset import IGNORE, Examples
 from model import LlamaConfig
+from templates import format_prompt
 
 MODEL = LlamaConfig(500, 64, 176, 3, 4, max_position_embeddings=512)
 RECIPE = {"learning_rate": 2e-5, "batch_size": 2, "data": "elsewhere", "lora": None}

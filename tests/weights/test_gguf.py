@@ -22,7 +22,7 @@ from alpaca.weights.checkpoint import open_checkpoint, read_config
 from alpaca.weights.gguf_writer import model_metadata, quantize, save_gguf
 from alpaca.weights.loading import load_model
 from alpaca.weights.writer import save_model
-from dataset import PREAMBLE, format_prompt
+from templates import PREAMBLE, format_prompt
 from tokenizer import load_tokenizer
 
 NORM, Q_PROJ = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
@@ -211,6 +211,7 @@ def test_chat_template_is_alpacas(command, base, tmp_path):
     def render(*turns: str, **names) -> str:
         roles = ["user", "assistant"] * 2
         messages = [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)]
+        names = {"add_generation_prompt": True, **names}
         return template.render(messages=messages, bos_token="<s>", eos_token="</s>", **names)
 
     assert render("Name a fruit.") == "<s>" + format_prompt("Name a fruit.")
@@ -218,7 +219,7 @@ def test_chat_template_is_alpacas(command, base, tmp_path):
     assert render("Hi", "Ho", "Why?") == f"<s>{format_prompt('Hi')}Ho</s>{second}"
     system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     expected = format_prompt("Hi").replace(PREAMBLE, "Be brief.")
-    assert template.render(messages=system, bos_token="") == expected
+    assert template.render(messages=system, add_generation_prompt=True) == expected
 
 
 def test_chat_template_of_the_source_goes_along(command, base, tmp_path):

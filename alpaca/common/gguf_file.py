@@ -160,7 +160,8 @@ def pack_value(value: Any) -> tuple[int, bytes]:
         return STRING, pack_text(value)
     if isinstance(value, list):
         items = [pack_value(item) for item in value]
-        kind = INT32 if items[0][0] == UINT32 else items[0][0]  # arrays of numbers are signed
+        kind = items[0][0] if items else STRING
+        kind = INT32 if kind == UINT32 else kind  # arrays of integers are signed
         start = struct.pack("<IQ", kind, len(items))
         return ARRAY, start + b"".join(content for _, content in items)
     kind = WRITTEN[type(value)]

@@ -167,14 +167,15 @@ def gguf_tensors(file: GGUF, config: LlamaConfig) -> dict[str, tuple]:
             known = ", ".join((*PLAIN, *BLOCK_BYTES))
             raise UserError(f"{file.path}: {name} is of kind {kind}, only {known} are read")
         sizes[name] = tensor_size(shape, kind)
-        block, short = re.findall(r"(?s)^(blk\.\d+\.)?(.*?)(?:\.weight)?$", name)[0]
-        ours = name  # `open_checkpoint` reports it as unexpected
-        if short in GGUF_NAMES:
-            ours = f"{block.replace('blk', 'model.layers')}{GGUF_NAMES[short]}.weight"
-        read = partial(read_tensor, file, shape, kind, start, sizes[name], heads.get(short))
+        if name == ROPE_FACTORS:  # `gguf_config` has read it
+            continue
+        parts = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
+        if not parts or parts[2] not in GGUF_NAMES:
+            raise UserError(f"{file.path}: unexpected {name}")
+        ours = f"model.layers.{parts[1]}." * bool(parts[1]) + f"{GGUF_NAMES[parts[2]]}.weight"
+        read = partial(read_tensor, file, shape, kind, start, sizes[name], heads.get(parts[2]))
         found[ours] = torch.Size(shape), PLAIN.get(kind, torch.float32), read
     check_spans(file, sizes)
-    found.pop(ROPE_FACTORS, None)  # `gguf_config` has read it
     return found
 
 

@@ -49,7 +49,8 @@ CHUNK = 1 << 20  # numbers that are rounded at a time
 
 
 def model_metadata(config: LlamaConfig, name: str, file_type: str) -> dict[str, Any]:
-    numbers = {key: getattr(config, field) for key, field in CONFIG_KEYS.items()}
+    fields = {key: field for key, field in CONFIG_KEYS.items() if key.startswith("llama.")}
+    numbers = {key: getattr(config, field) for key, field in fields.items()}
     for key in FLOATS:
         numbers[key] = float(numbers[key])
     return {

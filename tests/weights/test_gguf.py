@@ -122,6 +122,17 @@ def test_gguf_byte_level_bpe_round_trip(command, tmp_path, kind):
     assert command(*ask, file)[:2] == command(*ask, tmp_path / "back")[:2]
 
 
+def test_gguf_bpe_without_bos_or_merges(command, tmp_path):
+    content = content_of("gpt-2")
+    content["model"]["merges"] = []
+    given = write_bpe(tmp_path / "t", content, bos_token=None)
+    model = small_model(vocab_size=600, bos_token_id=-1)
+    save_model(model, model.config, tmp_path / "base", tokenizer=given.parent)
+    file = convert(command, tmp_path / "base", tmp_path / "m.gguf")
+    assert tables(load_tokenizer(file)) == tables(load_tokenizer(given))
+    assert load_tokenizer(file).bos_id is None
+
+
 def test_gguf_file_stands_wherever_a_folder_does(command, base, tmp_path):
     file, ids = convert(command, base, tmp_path / "m.gguf"), random_ids(2, 24)
     assert torch.equal(load_model(file)(ids), load_model(base)(ids))
@@ -341,6 +352,8 @@ def test_gguf_metadata_that_is_not_computed_is_refused(tmp_path, metadata, words
         ("output_norm.weight", ([40], 8, 256), "has no bytes of its own"),
         ("output_norm.weight", ([], 8, 256), "has no bytes of its own"),
         ("a.weight", ([64], 0, 256), "unexpected a.weight"),
+        ("output", ([1030, 64], 0, 256), "unexpected output"),
+        ("model.norm.weight", ([64], 0, 256), "unexpected model.norm.weight"),
         ("rope_freqs.weight", ([8], 0, 32), "rope_freqs.weight is not Llama 3's"),
         ("rope_freqs.weight", ([8], 8, 34), "rope_freqs.weight is not Llama 3's"),
         ("x" * 5000, ([1] * 5, 0, 4), "has 5 axes"),

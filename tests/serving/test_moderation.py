@@ -91,8 +91,8 @@ def test_the_reader_gets_every_character(filter, monkeypatch):
 
 
 def test_rules_stop_none_of_the_projects_own_texts():
-    texts = []
-    for name in ("seed_tasks.jsonl", "eval_instructions.jsonl", "sample_heldout.json"):
+    texts, names = [], ["seed_tasks.jsonl", "eval_instructions.jsonl", "sample_heldout.json"]
+    for name in [*names, "general_instructions.jsonl", "general_held_out.jsonl"]:
         texts += [text for record in load_records(ROOT / "data" / name) for text in record.values()]
     assert len(texts) > 1000
     assert [text for text in texts if check(text)] == []

@@ -7,7 +7,7 @@
     progress         one line: done/total, rate, time left
     charts           pictures as SVG text
     gguf_file        llama.cpp's files, their frame and metadata
-    sentencepiece_file   the tokenizer in such a file, as SentencePiece's own
+    sentencepiece_file, gguf_bpe   the tokenizer in such a file, of either kind
 
 Root modules import this chapter and no other.
 """

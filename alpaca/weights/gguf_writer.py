@@ -42,7 +42,7 @@ from tokenizer import load_tokenizer
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}  # llama.cpp's numbers
 KIND_NUMBERS = {kind: number for number, kind in KINDS.items()}
 SHORT_NAMES = {ours: short for short, ours in GGUF_NAMES.items()}
-CHUNK = 1 << 20  # numbers that are rounded at a time
+CHUNK = 1 << 18  # numbers that are rounded at a time
 
 
 # ---------------------------------------------------------------- metadata

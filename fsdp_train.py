@@ -69,9 +69,17 @@ from alpaca.weights.adapter import save_adapter
 from alpaca.weights.checkpoint import DTYPES, open_checkpoint
 from alpaca.weights.presets import preset
 from alpaca.weights.writer import save_model
-from dataset import Examples, encode_all, make_row, pack_rows, step_examples, total_steps
+from dataset import (
+    Examples,
+    encode_all,
+    make_row,
+    pack_rows,
+    step_examples,
+    template_of,
+    total_steps,
+)
 from model import Llama, LlamaConfig
-from tokenizer import Tokenizer, check_tokenizer, load_tokenizer
+from tokenizer import Tokenizer, check_tokenizer, end_ids, load_tokenizer
 
 BETAS, EPS, CLIP = (0.9, 0.999), 1e-8, 1.0  # the defaults of Hugging Face's Trainer, as in Alpaca
 ROW_MULTIPLE = 128  # compiled blocks see rows of a multiple of this many tokens
@@ -254,10 +262,11 @@ def save_result(model: Llama, job: Job) -> None:
         for _ in tensors:
             pass
     elif config.lora:
-        save_adapter(tensors, config.lora, config.result, config.base)
+        save_adapter(tensors, config.lora, config.result, config.base, job.jinja)
     else:
-        tokenizer = config.tokenizer or config.base
-        save_model(tensors, job.model_config, config.result, dtype, tokenizer)
+        tokenizer, ends = config.tokenizer or config.base, end_ids(job.tokenizer, job.model_config)
+        model_config = replace(job.model_config, eos_token_id=ends if ends[1:] else ends[0])
+        save_model(tensors, model_config, config.result, dtype, tokenizer, chat_template=job.jinja)
 
 
 # ---------------------------------------------------------------- the command
@@ -274,6 +283,12 @@ class Job(NamedTuple):
     held_out_records: list[dict]
     steps: int
 
+    @property
+    def jinja(self) -> str:
+        """The chat template of the tuned model, for other software too."""
+        bos = self.tokenizer.encode("", bos=True) != []
+        return template_of(self.tokenizer).jinja(bos)
+
 
 def prepare(config: TrainConfig) -> Job:
     """Read the inputs; everything that a user can have got wrong is an error here."""
@@ -286,7 +301,8 @@ def prepare(config: TrainConfig) -> Job:
             raise UserError("--offload cannot move quantized weights: leave it out")
     else:
         model_config, _ = open_checkpoint(config.base)
-    tokenizer = load_tokenizer(config.tokenizer or config.base)
+    source = config.tokenizer or config.base
+    tokenizer = load_tokenizer(source, config.model_dir, template=config.template)
     check_tokenizer(tokenizer, model_config)
     if config.max_length > model_config.max_position_embeddings:
         raise UserError(
@@ -314,7 +330,8 @@ def report_result(job: Job, run: RunDir, ranks: int, device: torch.device) -> No
         optimizer = f"AdamW {BETAS}, eps {EPS}, no weight decay; norm clipped at {CLIP}"
         recipe = {"steps": job.steps, "optimizer": optimizer, "ranks": ranks, "ids": digest}
         recipe = config.settings(digest) | recipe
-        write_card(config, job.model_config, job.train, recipe, run.summary())
+        template = template_of(job.tokenizer)
+        write_card(config, job.model_config, job.train, template, recipe, run.summary())
     print(run.summary())
     print_sample_answers(config, job.held_out_records, job.tokenizer, device)
     print(f"wrote {config.result} and {run.chart}")

@@ -49,7 +49,7 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     bos_token_id: int = 1
-    eos_token_id: int = 2
+    eos_token_id: int | list[int] = 2  # several: any of them ends an answer
 
     def __post_init__(self):
         width, heads = self.hidden_size, self.num_attention_heads

@@ -24,7 +24,7 @@ from dataset import chat_prompt
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_sampling_arguments(parser, batched=False)
-    parser.add_argument("--system", help="system message (default: Alpaca's preamble)")
+    parser.add_argument("--system", help="system message (default: the template's)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ An engine must be used by one thread only.
 
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import accumulate
 
@@ -34,7 +34,7 @@ from alpaca.common.errors import UserError
 from alpaca.inference.cuda_graphs import CudaGraphs
 from alpaca.inference.sampling import GREEDY, SamplingParams, penalize_repetition, sample
 from model import KVCache, Llama
-from tokenizer import Tokenizer, check_tokenizer
+from tokenizer import Tokenizer, check_tokenizer, end_ids
 
 PREFILL_TOKENS = 2048  # prompts are prefilled together up to about this many tokens
 LENGTH_MULTIPLE = 16  # prompts are padded to it: on a CPU, oneDNN stores a kernel per length
@@ -44,10 +44,16 @@ class Sequence:
     """A prompt and its growing answer. `text` never shrinks, so it can be shown as it grows."""
 
     def __init__(
-        self, prompt: list[int], params: SamplingParams, tokenizer: Tokenizer, max_tokens: int
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        end_ids: Iterable[int] = (),  # tokens that end the answer, beside EOS
     ):
         self.prompt, self.params, self.tokenizer = prompt, params, tokenizer
         self.max_new_tokens = min(params.max_new_tokens, max_tokens)
+        self.end_ids = {tokenizer.eos_id, *end_ids}
         self.ids: list[int] = []
         self.text = ""
         self.pending = ""  # decoded, but maybe the beginning of a stop text
@@ -60,7 +66,7 @@ class Sequence:
 
     def append(self, token: int) -> None:
         self.ids.append(token)
-        if token == self.tokenizer.eos_id:
+        if token in self.end_ids:
             return self.end("stop")
         self.add_text(self.decoder.push(token))
         if self.finish_reason is None and len(self.ids) == self.max_new_tokens:
@@ -255,7 +261,8 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens, {1 - left} too many: prompt and answer "
                 f"share {self.max_length}"
             )
-        self.waiting.append(Sequence(prompt, params, self.tokenizer, left))
+        ends = end_ids(self.tokenizer, self.model.config)
+        self.waiting.append(Sequence(prompt, params, self.tokenizer, left, ends))
         return self.waiting[-1]
 
     def cancel(self, sequence: Sequence) -> None:

@@ -5,8 +5,9 @@
     alpaca generate --model-dir alpaca-7b --file questions.jsonl --out answers.jsonl
     alpaca generate --model-dir llama-7b --adapter my-adapter "Name three primary colors."
 
-Instruction and input are put into Alpaca's prompt, exactly as in training. The answer is printed
-while it is generated; it ends with EOS, a --stop text or --max-new-tokens. With --out, answers are
+Instruction and input are put into the template that the model was tuned with, exactly as in
+training. The answer is printed while it is generated; it ends with EOS, a --stop text or
+--max-new-tokens. With --out, answers are
 appended to a file one by one, and the same command resumes after it was stopped.
 
 How tokens are chosen: sampling.py. How answers are decoded together: engine.py.
@@ -100,6 +101,8 @@ def generate_file(args: argparse.Namespace, params: SamplingParams) -> None:
     settings["sampling"] = vars(params) | {"stop": list(params.stop)}  # JSON has no tuples
     if args.adapter:
         settings["adapter"] = str(args.adapter.absolute())
+    if args.template:
+        settings["template"] = args.template
     with lock_output(args.out) if args.out else nullcontext():
         write_answers(args, params, questions, settings)
 

@@ -6,7 +6,7 @@
 
   - A chat takes the form that training and `alpaca chat` use; a completion continues its
     prompt as it is. Instead of a prompt it may have an `instruction` and an `input`, which go into
-    Alpaca's template: the page sends these.
+    the model's template: the page sends these.
   - top_k and repetition_penalty go beyond OpenAI's fields. A field of theirs that would change the
     answer and is not supported is refused, never ignored.
   - `max_tokens` is cut to what the server allows; finish_reason is "length" then.
@@ -26,8 +26,7 @@ from alpaca.common.json_files import bounded_json
 from alpaca.inference.engine import Sequence
 from alpaca.inference.sampling import SamplingParams
 from alpaca.serving.http import HTTPError
-from dataset import chat_prompt
-from templates import format_prompt
+from dataset import chat_prompt, encode_prompt
 from tokenizer import Tokenizer
 
 MAX_CHOICES, MAX_STOPS, MAX_STOP_LENGTH = 8, 16, 200
@@ -167,15 +166,14 @@ def parse_prompts(body: dict, tokenizer: Tokenizer) -> tuple[str, list[list[int]
         instruction, input = get_text(body, "instruction"), get_text(body, "input", "")
         if not instruction.strip():
             raise invalid("instruction", "the instruction is empty")
-        written, prompts = f"{instruction}\n{input}".strip(), [format_prompt(instruction, input)]
-    else:
-        given = body.get("prompt")
-        given = given if isinstance(given, list) else [given]
-        prompts = [get_text({"prompt": one}, "prompt") for one in given[: MAX_CHOICES + 1]]
-        if not prompts:
-            raise invalid("prompt", "prompt is an empty list")
-        written = "\n".join(prompts)
-    return written, [tokenizer.encode(one, bos=True) for one in prompts]
+        written = f"{instruction}\n{input}".strip()
+        return written, [encode_prompt(instruction, input, tokenizer)]
+    given = body.get("prompt")
+    given = given if isinstance(given, list) else [given]
+    prompts = [get_text({"prompt": one}, "prompt") for one in given[: MAX_CHOICES + 1]]
+    if not prompts:
+        raise invalid("prompt", "prompt is an empty list")
+    return "\n".join(prompts), [tokenizer.encode(one, bos=True) for one in prompts]
 
 
 def parse_messages(body: dict, tokenizer: Tokenizer) -> tuple[str, list[list[int]]]:

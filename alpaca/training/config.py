@@ -20,6 +20,7 @@ from alpaca.common.errors import UserError
 from alpaca.training.throughput import CHIPS
 from alpaca.weights.lora import TARGETS, LoraConfig
 from alpaca.weights.presets import SIZES
+from templates import TEMPLATES
 
 TINY_RECIPE = {  # the embedded model; paths of defaults are relative to the checkout
     "model_dir": Path("data/tiny-llama"),
@@ -63,6 +64,9 @@ class TrainConfig:
     model_dir: Path | None = flag(None, "base model, a folder or a GGUF file", Path)
     preset: str | None = flag(None, "or random weights of this size", choices=SIZES)
     tokenizer: Path | None = flag(None, "its file or folder (default: the base model's)", Path)
+    template: str | None = flag(
+        None, "chat template (default: the base model's, else alpaca)", choices=tuple(TEMPLATES)
+    )
     data: tuple[str, ...] = flag(
         (), "JSON or JSONL; FILE:2 counts twice", nargs="+", metavar="FILE[:WEIGHT]"
     )

@@ -27,7 +27,7 @@ from alpaca.training.config import TrainConfig
 from alpaca.training.throughput import adapter_parameters, model_parameters
 from dataset import Examples
 from model import LlamaConfig
-from templates import format_prompt
+from templates import Template
 
 TEMPLATE = CHECKOUT / "data/MODEL_CARD.md"
 
@@ -78,7 +78,12 @@ def describe_data(spec: str) -> str:
 
 
 def fill_in_card(
-    config: TrainConfig, model: LlamaConfig, train: Examples, recipe: dict[str, Any], results: str
+    config: TrainConfig,
+    model: LlamaConfig,
+    train: Examples,
+    template: Template,
+    recipe: dict[str, Any],
+    results: str,
 ) -> str:
     total = trained = model_parameters(model)
     if config.lora:
@@ -102,7 +107,8 @@ def fill_in_card(
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {platform.machine()}",
         "recipe": "\n".join(f"| {name} | {value} |" for name, value in rows),
         "results": results,
-        "prompt": format_prompt("(the instruction)"),
+        "template": template.name,
+        "prompt": "".join(template.parts(template.question("(the instruction)"))),
         "parameters": f"{total:,}",
         "trained": f"{trained:,}",
         "positions": f"{model.max_position_embeddings:,}",

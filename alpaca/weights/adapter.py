@@ -24,6 +24,7 @@ from alpaca.weights.checkpoint import is_finite, open_file
 from alpaca.weights.lora import LoraConfig, ThinLinear, target_shapes, wrap_targets
 from alpaca.weights.writer import dump_json
 from model import Llama, LlamaConfig
+from templates import JINJA_FILE
 
 PREFIX = "base_model.model."  # PEFT wraps a model twice
 ADAPTER_FILES = "adapter_model.safetensors", "adapter_model.bin"  # today's name, and an older one
@@ -114,9 +115,13 @@ def load_adapter(model: Llama, folder: str | Path) -> None:
 
 
 def save_adapter(
-    pairs: Iterable[tuple[str, Tensor]], lora: LoraConfig, folder: str | Path, base: str | Path
+    pairs: Iterable[tuple[str, Tensor]],
+    lora: LoraConfig,
+    folder: str | Path,
+    base: str | Path,
+    chat_template: str = "",
 ) -> None:
-    """Write (name, tensor) pairs as a folder that PEFT reads."""
+    """Write (name, tensor) pairs as a folder that PEFT reads, and the template it is trained in."""
     weights = {PREFIX + name: tensor.detach().float().cpu().contiguous() for name, tensor in pairs}
     if bad := [name for name, tensor in weights.items() if not is_finite(tensor)]:
         raise UserError(f"{join_names(bad)} would be written with NaN or infinity in it")
@@ -137,3 +142,5 @@ def save_adapter(
         # not save_file: its file could be read by its owner only
         (partial / ADAPTER_FILES[0]).write_bytes(save(weights, {"format": "pt"}))
         dump_json(partial / "adapter_config.json", fields)
+        if chat_template:
+            (partial / JINJA_FILE).write_text(chat_template, encoding="utf-8")

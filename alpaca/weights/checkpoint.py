@@ -147,6 +147,9 @@ def read_config(folder: str | Path, quantized: bool = False) -> LlamaConfig:
     if not file.exists():
         raise UserError(f"{folder}: no config.json (Hugging Face) or params.json (Meta) in it")
     fields, shards = read_json(file), meta_files(folder) if is_meta(folder) else []
+    generation = folder / "generation_config.json"
+    if generation.is_file() and isinstance(ends := read_json(generation).get("eos_token_id"), list):
+        fields["eos_token_id"] = ends  # transformers stops at these
     if quantized:
         del fields["quantization_config"]
     try:

@@ -101,18 +101,18 @@ def typed_config(fields: dict[str, Any]) -> LlamaConfig:
     known = {}
     for name, field in LlamaConfig.__dataclass_fields__.items():
         kind, value = type(field.default) if field.default is not None else int, fields.get(name)
-        if name == "eos_token_id" and isinstance(value, list) and value:
-            value = value[0]  # of several end tokens the first is the tokenizer's
         if value is None:
             continue
         if name == "rope_scaling":  # `stretching` has checked it
             known[name] = value
             continue
-        if type(value) is not kind and (kind, type(value)) != (float, int):
-            raise UserError(f"{name} is {value!r}, where {kind.__name__} was expected")
+        several = name == "eos_token_id" and isinstance(value, list) and value
         low, high = LIMITS.get(name, (1, 1 << 20))
-        if kind is not bool and not low <= value <= high:
-            raise UserError(f"{name} is {value!r}, not from {low} to {high}")
+        for one in value if several else [value]:
+            if type(one) is not kind and (kind, type(one)) != (float, int):
+                raise UserError(f"{name} is {value!r}, where {kind.__name__} was expected")
+            if kind is not bool and not low <= one <= high:
+                raise UserError(f"{name} is {value!r}, not from {low} to {high}")
         known[name] = value
     try:
         return LlamaConfig(**known)

@@ -59,7 +59,10 @@ def run(args: argparse.Namespace) -> None:
     if to_file or "tokenizer.model" in tokenizer_files(tokenizer):
         text = load_tokenizer(tokenizer)
         bos_id = config.bos_token_id if text.bos_id is None else text.bos_id
-        config = replace(config, bos_token_id=bos_id, eos_token_id=text.eos_id)
+        ends = config.eos_token_id
+        several = isinstance(ends, list) and text.eos_id in ends and not to_file
+        eos_id = ends if several else text.eos_id
+        config = replace(config, bos_token_id=bos_id, eos_token_id=eos_id)
     progress = Progress(len(stored), "tensors")
     pairs = ((name, tensor.read()) for name, tensor in stored.items())
     if to_file:

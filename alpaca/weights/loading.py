@@ -30,6 +30,7 @@ from alpaca.weights.checkpoint import DTYPES, EMBEDDING, as_dtype
 from alpaca.weights.kernels import optimize_layout
 from alpaca.weights.quantize import WeightSource
 from model import Llama
+from templates import TEMPLATES
 from tokenizer import Tokenizer, load_tokenizer
 
 DEFAULT_MODEL = CHECKOUT / "runs/tiny/model"  # where `make train` writes its model
@@ -73,6 +74,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     written = "folder or GGUF file of the model (default: runs/tiny/model, by `make train`)"
     add("--model-dir", type=Path, default=DEFAULT_MODEL, help=written)
     add("--adapter", type=Path, help="folder of a LoRA adapter for --model-dir (default: none)")
+    chat = "chat template (default: the one that the model was tuned with, else alpaca)"
+    add("--template", choices=TEMPLATES, help=chat)
     add("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one, else cpu)")
     add("--dtype", choices=DTYPES, help="dtype to compute in (default: as stored)")
     add("--compile", action="store_true", help="torch.compile the decoding step; meant for a GPU")
@@ -104,6 +107,6 @@ def load_from_args(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
         raise UserError("--device cuda: torch finds no GPU here")
     if args.compile and device == "cpu":
         notice("--compile is meant for a GPU; on a CPU it makes decoding slower")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, args.adapter, template=args.template)
     model = load_model(folder, args.adapter, args.bits, device, DTYPES.get(args.dtype))
     return optimize_layout(model, compiled=args.compile), tokenizer

@@ -20,6 +20,7 @@ from alpaca.weights.checkpoint import DTYPES, EMBEDDING, as_dtype, is_finite, op
 from alpaca.weights.lora import target_shapes
 from alpaca.weights.quantize import stored_bits
 from alpaca.weights.writer import require_tokenizer, save_model
+from templates import read_jinja
 
 
 def merged_tensors(
@@ -62,7 +63,8 @@ def run(args: argparse.Namespace) -> None:
     dtype, changed = DTYPES.get(args.dtype) or stored[EMBEDDING].dtype, {}
     pairs = merged_tensors(args.base, args.adapter, dtype, changed)
     progress = Progress(len(stored), "tensors")
-    save_model(progress.count(pairs), config, args.out, dtype, tokenizer)
+    template = read_jinja(args.adapter)
+    save_model(progress.count(pairs), config, args.out, dtype, tokenizer, chat_template=template)
     progress.close(str(args.out))
     counts = f"{sum(changed.values())} of {len(changed)} adapted matrices have changed"
     print(f"{args.out}: {counts}, rounded once to {str(dtype).removeprefix('torch.')}")

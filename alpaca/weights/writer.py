@@ -170,12 +170,14 @@ def save_model(
     tokenizer: str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
     keep_nonfinite: bool = False,
+    chat_template: str = "",
 ) -> None:
     """Write a Hugging Face folder from a model, or from (name, tensor) pairs in any order.
 
     `dtype` None keeps the first tensor's; `tokenizer` is a folder, or a file, to copy the tokenizer
-    from. The folder appears under its name only when it is complete. NaN and infinity are refused,
-    or kept with a notice (`keep_nonfinite`); a cast that overflows is refused."""
+    from, and `chat_template` (Jinja) replaces the one beside it. The folder appears under its name
+    only when it is complete. NaN and infinity are refused, or kept with a notice
+    (`keep_nonfinite`); a cast that overflows is refused."""
     pairs = iter(source.named_parameters() if isinstance(source, Llama) else source)
     first = next(pairs, ("", torch.empty(0)))
     dtype = dtype or first[1].dtype
@@ -187,7 +189,7 @@ def save_model(
         ShardWriter(partial, shapes, shard_bytes, keep_nonfinite) as shards,
     ):
         if tokenizer is not None:
-            copy_tokenizer(Path(tokenizer), partial)
+            copy_tokenizer(Path(tokenizer), partial, chat_template)
         dump_json(partial / "config.json", config_to_json(config, dtype))
         ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
         dump_json(partial / "generation_config.json", ends)
@@ -247,8 +249,14 @@ def require_tokenizer(folder: Path, given: Path | None, config: LlamaConfig) -> 
     return found
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
+def copy_tokenizer(source: Path, folder: Path, chat_template: str = "") -> None:
+    """`chat_template` replaces the source's."""
     files = tokenizer_files(source)
+    if chat_template:
+        files[JINJA_FILE] = chat_template.encode()
+        if named := files.get("tokenizer_config.json"):  # it may have another
+            config = {k: v for k, v in json.loads(named).items() if k != "chat_template"}
+            files["tokenizer_config.json"] = json.dumps(config, indent=2).encode()
     for name, content in files.items():
         (folder / name).write_bytes(content)
     if "tokenizer.model" in files and "tokenizer_config.json" not in files:

@@ -289,6 +289,21 @@ def test_pending_text_is_shown_when_the_answer_ends():
     assert (text, reason) == ("so ##", "stop")
 
 
+def test_any_of_several_end_tokens_ends_the_answer():
+    model, prompt = new_model(), TOKENIZER.encode("one", bos=True)
+    engine, params = Engine(model, TOKENIZER), SamplingParams(max_new_tokens=12)
+    (whole,) = engine.generate([prompt], params)
+    end = next(token for i, token in enumerate(whole.ids) if i and token not in whole.ids[:i])
+    before = whole.ids[: whole.ids.index(end)]
+    model.config.eos_token_id = [end, TOKENIZER.eos_id]
+    (cut,) = engine.generate([prompt], params)
+    assert cut.ids == [*before, end] and cut.finish_reason == "stop"
+    assert cut.text == TOKENIZER.decode(prompt + before).removeprefix("one")
+    model.config.eos_token_id = [end, end + 1]  # without the tokenizer's EOS: they are wrong
+    (again,) = engine.generate([prompt], params)
+    assert again.ids == whole.ids
+
+
 def test_first_finish_reason_stays():
     sequence = Sequence([1], SamplingParams(stop=("two",)), TOKENIZER, 99)
     for token in TOKENIZER.encode("one two"):

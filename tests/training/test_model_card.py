@@ -19,7 +19,7 @@ from alpaca.training.throughput import model_parameters
 from alpaca.weights.lora import LoraConfig
 from dataset import IGNORE, Examples
 from model import LlamaConfig
-from templates import format_prompt
+from templates import ALPACA, format_prompt
 
 MODEL = LlamaConfig(500, 64, 176, 3, 4, max_position_embeddings=512)
 RECIPE = {"learning_rate": 2e-5, "batch_size": 2, "data": "elsewhere", "lora": None}
@@ -46,7 +46,7 @@ def card_of(base, data, held_out=None, lora=None) -> str:
     config = TrainConfig(
         out=Path("runs/mine"), model_dir=base, data=data, eval_data=held_out, lora=lora
     )
-    return fill_in_card(config, MODEL, examples, RECIPE, "2 steps; loss 4.250 → 1.125")
+    return fill_in_card(config, MODEL, examples, ALPACA, RECIPE, "2 steps; loss 4.250 → 1.125")
 
 
 def sha256(data: bytes) -> str:

@@ -61,8 +61,21 @@ def test_config_is_read_in_old_and_new_spellings(folder):
     edit_json(file, rope_parameters="remove", rope_theta=1e6, rope_scaling=harmless)
     assert read_config(folder) == expected
     edit_json(file, rope_scaling=None, num_key_value_heads="remove", eos_token_id=[2, 7])
-    expected = small_config(vocab_size=1024, rope_theta=1e6, num_key_value_heads=4)
+    expected = small_config(
+        vocab_size=1024, rope_theta=1e6, num_key_value_heads=4, eos_token_id=[2, 7]
+    )
     assert read_config(folder) == expected
+
+
+def test_several_end_tokens_are_read_of_either_file(folder, command):
+    generation = folder / "generation_config.json"
+    for ends, expected in ([[2, 7], [2, 7]], [7, 2], [[2, 9, 11], [2, 9, 11]]):
+        edit_json(generation, eos_token_id=ends)  # a single wrong one is common
+        assert read_config(folder).eos_token_id == expected
+    for ends, words in (([2, "x"], "int was expected"), ([2, 1 << 21], "not from"), ([], "[]")):
+        edit_json(generation, eos_token_id=ends)
+        code, _, err = command("convert", folder, folder.with_name("out"))
+        assert code == 2 and words in err and "eos_token_id" in err
 
 
 def test_llama_3_and_mistral_configs_are_read(folder):

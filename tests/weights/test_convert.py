@@ -1,5 +1,7 @@
 """`alpaca convert`: dtypes, tokenizers, positions, and numbers that are not finite."""
 
+import json
+
 import pytest
 import torch
 from helpers.checkpoints import (
@@ -28,6 +30,16 @@ def test_convert_takes_special_ids_from_the_tokenizer(command, folder, tmp_path)
     assert code == 0 and "the tokenizer's bos 1 and eos 2 are used" in err
     config = read_config(tmp_path / "out")
     assert (config.bos_token_id, config.eos_token_id) == (1, 2)
+
+
+def test_convert_keeps_several_end_tokens(command, folder, tmp_path):
+    edit_json(folder / "config.json", eos_token_id=[7, 2])
+    assert command("convert", folder, tmp_path / "out")[0] == 0
+    assert read_config(tmp_path / "out").eos_token_id == [7, 2]
+    generation = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert generation["eos_token_id"] == [7, 2]
+    assert command("convert", folder, tmp_path / "out.gguf")[0] == 0
+    assert read_config(tmp_path / "out.gguf").eos_token_id == 2
 
 
 def test_convert_takes_positions(tmp_path, command, meta):

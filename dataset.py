@@ -57,6 +57,11 @@ def template_of(tokenizer: Tokenizer) -> Template:
     return tokenizer.template
 
 
+def template_in_jinja(tokenizer: Tokenizer) -> str:
+    """A tokenizer's template for other software."""
+    return template_of(tokenizer).jinja(bos=tokenizer.encode("", bos=True) != [])
+
+
 # ---------------------------------------------------------------- records → ids and labels
 
 

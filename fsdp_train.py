@@ -75,11 +75,12 @@ from dataset import (
     make_row,
     pack_rows,
     step_examples,
+    template_in_jinja,
     template_of,
     total_steps,
 )
 from model import Llama, LlamaConfig
-from tokenizer import Tokenizer, check_tokenizer, end_ids, load_tokenizer
+from tokenizer import Tokenizer, check_tokenizer, load_tokenizer, with_ends
 
 BETAS, EPS, CLIP = (0.9, 0.999), 1e-8, 1.0  # the defaults of Hugging Face's Trainer, as in Alpaca
 ROW_MULTIPLE = 128  # compiled blocks see rows of a multiple of this many tokens
@@ -258,15 +259,16 @@ def save_result(model: Llama, job: Job) -> None:
     dtype = torch.float32 if config.lora else DTYPES[config.save_dtype]
     parameters = trained_parameters(model).items()
     tensors = ((name, full_tensor(p.detach()).to(dtype)) for name, p in parameters)
+    jinja = template_in_jinja(job.tokenizer)
     if dist.get_rank() > 0:
         for _ in tensors:
             pass
     elif config.lora:
-        save_adapter(tensors, config.lora, config.result, config.base, job.jinja)
+        save_adapter(tensors, config.lora, config.result, config.base, jinja)
     else:
-        tokenizer, ends = config.tokenizer or config.base, end_ids(job.tokenizer, job.model_config)
-        model_config = replace(job.model_config, eos_token_id=ends if ends[1:] else ends[0])
-        save_model(tensors, model_config, config.result, dtype, tokenizer, chat_template=job.jinja)
+        tokenizer = config.tokenizer or config.base
+        model_config = with_ends(job.model_config, job.tokenizer)
+        save_model(tensors, model_config, config.result, dtype, tokenizer, chat_template=jinja)
 
 
 # ---------------------------------------------------------------- the command
@@ -282,12 +284,6 @@ class Job(NamedTuple):
     held_out: Examples | None
     held_out_records: list[dict]
     steps: int
-
-    @property
-    def jinja(self) -> str:
-        """The chat template of the tuned model, for other software too."""
-        bos = self.tokenizer.encode("", bos=True) != []
-        return template_of(self.tokenizer).jinja(bos)
 
 
 def prepare(config: TrainConfig) -> Job:

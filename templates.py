@@ -214,9 +214,9 @@ def read_jinja(*places: Path) -> str:
 
 
 def literals(jinja: str) -> list[str]:
-    """The texts in quotation marks, in order."""
-    jinja = re.sub(r"(?s)\{#.*?#\}", "", jinja)  # without comments
-    blocks = " ".join(re.findall(r"(?s)\{[{%].*?[%}]\}", jinja))
+    """The texts in quotation marks within {{ }} and {% %}, in order; none of {# comments #}."""
+    jinja = "".join(re.split(r"\{#|#\}", jinja)[::2])
+    blocks = " ".join(re.split(r"\{[{%]|[%}]\}", jinja)[1::2])
     found = re.findall(r"(?s)\"((?:\\.|[^\"\\])*)\"|'((?:\\.|[^'\\])*)'", blocks)
     escaped = [(one or other).encode("ascii", "backslashreplace") for one, other in found]
     return [text.decode("unicode-escape", "replace") for text in escaped]

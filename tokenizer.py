@@ -22,6 +22,7 @@ SentencePiece: arXiv:1808.06226; byte-pair encoding: arXiv:1508.07909.
 
 import codecs
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -228,6 +229,12 @@ def end_ids(tokenizer: Tokenizer, config) -> list[int]:
     listed = config.eos_token_id if isinstance(config.eos_token_id, list) else []
     listed = listed if tokenizer.eos_id in listed else [tokenizer.eos_id]
     return list(dict.fromkeys([*listed, answer_end(tokenizer)]))
+
+
+def with_ends(config, tokenizer: Tokenizer):
+    """A LlamaConfig for a model that was tuned with this tokenizer and its template."""
+    ends = end_ids(tokenizer, config)
+    return replace(config, eos_token_id=ends if ends[1:] else ends[0])
 
 
 def check_tokenizer(tokenizer: Tokenizer, config) -> None:

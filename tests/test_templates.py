@@ -1,11 +1,14 @@
 """Chat templates: which text has labels, and whose template a model is asked in."""
 
 import json
+import time
 
 import pytest
 from helpers.bpe import KINDS
 from helpers.commands import ROOT
 from helpers.templates import FOREIGN, LLAMA31, SMOLLM, SMOLLM_SYSTEM, write_chat_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from alpaca.common.errors import UserError
 from bpe import BPETokenizer
@@ -24,6 +27,9 @@ CHAT = [
         ("assistant", " Tokens<|im_end|>"),
     )
 ]
+PIECES = ["{{ ", " }}", "{% ", " %}", "{#", "#}", "'", '"', "\\", "\\n", "\n", "\\x", "\\N{", "{}"]
+PIECES += ["<|im_start|>system\n", "<|im_end|>\n", "<|start_header_id|>", "<|eot_id|>", "bos_token"]
+PIECES += ["<|im_start|>", "Cutting Knowledge Date: x\n", "26 Jul 2024", "trim"]
 SHOWN = {  # the text of CHAT, with what has labels in [ ]
     "alpaca": "Be brief.\n\n### Instruction:\nName a fruit. \n\n### Response:[A pear<|end|>]"
     "\n\n### Instruction:\n<|im_end|> and</s><|eot_id|>\n\n### Response:"
@@ -115,6 +121,22 @@ def test_unknown_template_is_refused_where_it_would_be_used(tmp_path, jinja):
     with pytest.raises(UserError, match="none of alpaca, chatml, llama3, vicuna.*--template"):
         encode_prompt("Hi", "", tokenizer)
     assert load_tokenizer(tmp_path, template="vicuna").template == VICUNA
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=30).map("".join))
+def test_any_text_is_a_template_or_none(jinja):
+    template = recognize(jinja)
+    if template:
+        assert recognize(template.jinja(bos=True)) in (template, template._replace(bos=True))
+        template.parts(CHAT)
+
+
+def test_hostile_templates_take_no_time():
+    start = time.process_time()
+    for piece in ("{#", "{{", "{% '", '{{ "', "\\", "{{ '<|im_start|>system\n"):
+        recognize(piece * (1 << 20 >> len(piece).bit_length()))
+    assert time.process_time() - start < 5
 
 
 def test_template_comes_from_the_first_place_that_has_one(tmp_path):

@@ -54,6 +54,12 @@ class Sequence:
         self.prompt, self.params, self.tokenizer = prompt, params, tokenizer
         self.max_new_tokens = min(params.max_new_tokens, max_tokens)
         self.end_ids = {tokenizer.eos_id, *end_ids}
+        # The space that Vicuna's template has before an answer is no part of the text.
+        self.to_skip, self.skipped = "", 0
+        template = tokenizer.template
+        space = template.answer.removesuffix("{}") if template else ""
+        if template and space and tokenizer.decode(prompt).endswith(template.before_answer):
+            self.to_skip = space
         self.ids: list[int] = []
         self.text = ""
         self.pending = ""  # decoded, but maybe the beginning of a stop text
@@ -80,6 +86,9 @@ class Sequence:
 
     def add_text(self, new: str) -> None:
         """Move text from pending to text, except an end that may turn into a stop text."""
+        if new:
+            self.skipped += len(self.to_skip) * new.startswith(self.to_skip)
+            new, self.to_skip = new.removeprefix(self.to_skip), ""
         pending = self.pending + new
         found = [at for stop in self.params.stop if (at := pending.find(stop)) >= 0]
         if found:

@@ -264,12 +264,12 @@ def event(content: dict) -> bytes:
 
 def visible_tokens(s: Sequence, text: str) -> Iterator[tuple[int, int, float, list]]:
     """Offset, token, log-probability and likeliest tokens, up to where a stop string cut."""
-    stream, end = s.tokenizer.stream(after=s.prompt), 0
+    stream, end = s.tokenizer.stream(after=s.prompt), -s.skipped
     for token, logprob, top in zip(s.ids, s.logprobs, s.top_logprobs, strict=True):
         start, end = end, end + len(stream.push(token))
         if end > len(text):
             return
-        yield start, token, logprob, top
+        yield max(0, start), token, logprob, top
 
 
 def chat_logprobs(s: Sequence, text: str) -> dict:

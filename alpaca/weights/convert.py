@@ -26,7 +26,8 @@ from alpaca.weights.gguf import PLAIN
 from alpaca.weights.gguf_writer import FILE_TYPES, save_gguf, tokenizer_metadata
 from alpaca.weights.merge import merged_tensors
 from alpaca.weights.writer import require_tokenizer, save_model, tokenizer_files
-from templates import ALPACA, TEMPLATE_KEY, read_jinja
+from dataset import template_in_jinja
+from templates import TEMPLATE_KEY, read_jinja
 from tokenizer import load_tokenizer
 
 
@@ -69,8 +70,8 @@ def run(args: argparse.Namespace) -> None:
         names = {dtype: name for name, dtype in PLAIN.items()}
         kind = args.type or names[stored[EMBEDDING].dtype].lower()
         metadata = tokenizer_metadata(tokenizer, config.vocab_size)
-        jinja = read_jinja(*filter(None, [args.adapter, args.source]))
-        metadata[TEMPLATE_KEY] = jinja or ALPACA.jinja(text.encode("", bos=True) != [])
+        jinja = read_jinja(*filter(None, [args.adapter, args.source, tokenizer]))
+        metadata[TEMPLATE_KEY] = jinja or template_in_jinja(text)
         if args.adapter:
             dtype = PLAIN.get(kind.upper(), torch.float32)
             pairs = merged_tensors(args.source, args.adapter, dtype, {})

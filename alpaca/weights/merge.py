@@ -21,6 +21,7 @@ from alpaca.weights.lora import target_shapes
 from alpaca.weights.quantize import stored_bits
 from alpaca.weights.writer import require_tokenizer, save_model
 from templates import read_jinja
+from tokenizer import load_tokenizer, with_ends
 
 
 def merged_tensors(
@@ -63,7 +64,8 @@ def run(args: argparse.Namespace) -> None:
     dtype, changed = DTYPES.get(args.dtype) or stored[EMBEDDING].dtype, {}
     pairs = merged_tensors(args.base, args.adapter, dtype, changed)
     progress = Progress(len(stored), "tensors")
-    template = read_jinja(args.adapter)
+    if template := read_jinja(args.adapter):  # of a tokenizer that this project could train with
+        config = with_ends(config, load_tokenizer(tokenizer, args.adapter))
     save_model(progress.count(pairs), config, args.out, dtype, tokenizer, chat_template=template)
     progress.close(str(args.out))
     counts = f"{sum(changed.values())} of {len(changed)} adapted matrices have changed"

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from helpers.commands import ROOT
 from helpers.decoding import TOKENIZER, new_model, plain_greedy, prompts_of
 from helpers.models import small_config
 
@@ -11,7 +12,9 @@ from alpaca.common.errors import UserError
 from alpaca.inference.engine import PREFILL_TOKENS, Engine, Sequence, overlap
 from alpaca.inference.sampling import SamplingParams
 from alpaca.weights.kernels import optimize_layout
+from dataset import encode_prompt
 from model import Llama
+from tokenizer import load_tokenizer
 
 # ---------------------------------------------------------------- batches
 
@@ -302,6 +305,18 @@ def test_any_of_several_end_tokens_ends_the_answer():
     model.config.eos_token_id = [end, end + 1]  # without the tokenizer's EOS: they are wrong
     (again,) = engine.generate([prompt], params)
     assert again.ids == whole.ids
+
+
+def test_space_before_an_answer_of_vicuna_is_not_shown():
+    tokenizer = load_tokenizer(ROOT / "data", template="vicuna")
+    answer = tokenizer.encode_after("", " a pear")[0]
+    for prompt, expected in (("Hi", "a pear"), (None, " a pear")):
+        ids = encode_prompt("Hi", "", tokenizer) if prompt else tokenizer.encode("ASS", bos=True)
+        sequence = Sequence(ids, SamplingParams(max_new_tokens=99), tokenizer, 99)
+        for token in [*answer, *answer, tokenizer.eos_id]:
+            sequence.append(token)
+        assert sequence.text == expected + " a pear"
+        assert sequence.skipped == len(" a pear") - len(expected)
 
 
 def test_first_finish_reason_stays():

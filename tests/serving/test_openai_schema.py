@@ -10,7 +10,7 @@ from alpaca.inference.engine import Sequence
 from alpaca.inference.sampling import SamplingParams
 from alpaca.serving import openai_schema as api
 from alpaca.serving.http import HTTPError
-from dataset import chat_prompt
+from dataset import chat_prompt, encode_prompt
 from templates import format_prompt
 from tokenizer import load_tokenizer
 
@@ -152,6 +152,18 @@ def finished(text: str, params: SamplingParams) -> Sequence:
 def test_last_chunk_of_a_chat_adds_no_text():
     last = json.loads(api.chunk(parse(), 0, "", "stop")[6:])["choices"][0]
     assert last["delta"] == {} and last["finish_reason"] == "stop"
+
+
+def test_logprobs_without_the_space_before_an_answer_of_vicuna():
+    tokenizer = load_tokenizer(ROOT / "data", template="vicuna")
+    s = Sequence(encode_prompt("Hi", "", tokenizer), SamplingParams(logprobs=0), tokenizer, 100)
+    for token in [*tokenizer.encode_after("", " A pear")[0], tokenizer.eos_id]:
+        s.logprobs.append(-1.0)
+        s.top_logprobs.append([])
+        s.append(token)
+    found = api.completion_logprobs(s, s.text)
+    assert s.text == "A pear" and len(found["tokens"]) == len(s.ids)
+    assert found["text_offset"][0] == 0 and found["text_offset"][-1] == len(s.text)
 
 
 @pytest.mark.parametrize("path", [CHAT, PLAIN])

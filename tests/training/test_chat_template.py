@@ -123,6 +123,15 @@ def test_server_asks_a_tuned_model_in_its_template(tuned):
         assert request.text == "Name a fruit."
 
 
+def test_merged_model_ends_as_its_adapter(command, base, tmp_path):
+    out = tune(base, tmp_path / "run", template="llama3", lora=True)
+    merge = ["--base", base / "model", "--adapter", out / "adapter", "--dtype", "fp32"]
+    assert command("merge", *merge, "--out", tmp_path / "merged")[0] == 0
+    tokenizer = load_tokenizer(tmp_path / "merged")
+    ends = [tokenizer.eos_id, tokenizer.special_id("<|eot_id|>")]
+    assert read_config(tmp_path / "merged").eos_token_id == ends
+
+
 def test_merged_and_converted_models_carry_the_adapters_template(command, base, adapter, tmp_path):
     merge = ["--base", base / "model", "--adapter", adapter, "--dtype", "fp32"]
     assert command("merge", *merge, "--out", tmp_path / "merged")[0] == 0

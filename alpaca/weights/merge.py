@@ -18,7 +18,7 @@ from alpaca.common.progress import Progress
 from alpaca.weights.adapter import read_adapter
 from alpaca.weights.checkpoint import DTYPES, EMBEDDING, as_dtype, is_finite, open_checkpoint
 from alpaca.weights.lora import target_shapes
-from alpaca.weights.quantize import stored_bits
+from alpaca.weights.quantize import stored_quantization
 from alpaca.weights.writer import require_tokenizer, save_model
 from templates import read_jinja
 from tokenizer import load_tokenizer, with_ends
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if stored_bits(args.base):
+    if stored_quantization(args.base):
         raise UserError(f"{args.base} is quantized: merge into the model that it was made from")
     config, stored = open_checkpoint(args.base)
     tokenizer = require_tokenizer(args.base, args.tokenizer, config)

@@ -34,7 +34,7 @@ from alpaca.weights.checkpoint import (
     stored_tensors,
 )
 from alpaca.weights.config_json import config_to_json
-from alpaca.weights.quantized_linear import GROUP, LINEAR, Int4Linear, Int8Linear
+from alpaca.weights.quantized_linear import GROUP_SIZES, LINEAR, Int4Linear, Int8Linear
 from alpaca.weights.writer import (
     ShardWriter,
     copy_tokenizer,
@@ -59,12 +59,19 @@ class WeightSource:
 
     A folder that `save_quantized` wrote gives its integers. Training does not round the head."""
 
-    def __init__(self, folder: str | Path, bits: int = 16, round_head: bool = True):
+    def __init__(
+        self,
+        folder: str | Path,
+        bits: int = 16,
+        round_head: bool = True,
+        group: int = GROUP_SIZES[0],
+    ):
         folder = Path(folder)
-        stored_as = stored_bits(folder)
-        if stored_as and bits not in (16, stored_as):
-            raise UserError(f"{folder} is quantized already, to {stored_as} bits")
-        self.quantized, self.bits = stored_as is not None, stored_as or bits
+        stored = stored_quantization(folder)
+        if stored and bits not in (16, stored["bits"]):
+            raise UserError(f"{folder} is quantized already, to {stored['bits']} bits")
+        self.quantized = stored is not None
+        self.bits, self.group = (stored["bits"], stored["group"]) if stored else (bits, group)
         round_head = self.quantized or (bits < 16 and round_head)
         self.linear_class = partial(linear_class, bits=self.bits, round_head=round_head)
         if self.quantized:
@@ -88,7 +95,7 @@ class WeightSource:
             dtype = self.stored[name].dtype if name in self.stored else None
             return {"weight": (shape, dtype)}
         try:
-            buffers = kind.quantize(torch.empty(shape, device="meta"))
+            buffers = kind.quantize(torch.empty(shape, device="meta"), self.group)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
         return {buffer: (tensor.shape, tensor.dtype) for buffer, tensor in buffers.items()}
@@ -111,24 +118,26 @@ class WeightSource:
         for buffer, tensor in tensors.items():
             if not is_finite(tensor):
                 raise UserError(f"{stem}{buffer} holds numbers that are not finite")
-        return tensors if self.quantized or kind is None else kind.quantize(tensors["weight"])
+        if self.quantized or kind is None:
+            return tensors
+        return kind.quantize(tensors["weight"], self.group)
 
 
-def quantization_config(bits: int) -> dict[str, Any]:  # a field of config.json
-    return {"quant_method": METHOD, "group": GROUP, "bits": bits, "head": 8, "embeddings": 16}
+def quantization_config(bits: int, group: int) -> dict[str, Any]:  # a field of config.json
+    return {"quant_method": METHOD, "group": group, "bits": bits, "head": 8, "embeddings": 16}
 
 
-def stored_bits(folder: Path) -> int | None:
-    """The bits of a folder that `save_quantized` wrote; None for any other folder."""
+def stored_quantization(folder: Path) -> dict[str, Any] | None:
+    """What a folder that `save_quantized` wrote says of itself; None for any other folder."""
     file = folder / "config.json"
     stored = read_json(file).get("quantization_config") if file.is_file() else None
     if not isinstance(stored, dict) or stored.get("quant_method") != METHOD:
         return None
-    if stored not in [quantization_config(bits) for bits in LINEAR]:
+    if stored not in [quantization_config(bits, group) for bits in LINEAR for group in GROUP_SIZES]:
         raise UserError(
             f"{file}: quantization_config {stored} is not supported: quantize the original again"
         )
-    return stored["bits"]
+    return stored
 
 
 def save_quantized(source: WeightSource, folder: Path, tokenizer: Path | None = None) -> None:
@@ -137,7 +146,7 @@ def save_quantized(source: WeightSource, folder: Path, tokenizer: Path | None = 
         if tokenizer is not None:
             copy_tokenizer(tokenizer, partial)
         config = config_to_json(source.config, source.stored[EMBEDDING].dtype)
-        config["quantization_config"] = quantization_config(source.bits)
+        config["quantization_config"] = quantization_config(source.bits, source.group)
         dump_json(partial / "config.json", config)
         for name in source.shapes:
             for buffer, tensor in source.read(name).items():
@@ -153,12 +162,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model-dir", type=Path, required=True, help="folder or GGUF file of the model")
     add("--bits", type=int, choices=(8, 4), required=True, help="of the blocks")
+    shared = f"weights that share an int4 scale (default: {GROUP_SIZES[0]})"
+    add("--group-size", type=int, choices=GROUP_SIZES, default=GROUP_SIZES[0], help=shared)
     add("--out", type=Path, help="folder to write (default: only report)")
     add("--tokenizer", type=Path, help="file or folder to copy it from (default: the model's)")
 
 
 def run(args: argparse.Namespace) -> None:
-    source = WeightSource(args.model_dir, args.bits)
+    if args.bits == 8 and args.group_size != GROUP_SIZES[0]:
+        raise UserError("--group-size goes with --bits 4")
+    source = WeightSource(args.model_dir, args.bits, group=args.group_size)
     if source.quantized:
         raise UserError(f"{args.model_dir} is quantized already")
     if args.out:

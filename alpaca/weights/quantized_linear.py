@@ -6,8 +6,8 @@ the tokens. A weight w becomes the nearest integer q on a scale s:
     int8   w ≈ q · s            s = max|w| / 127 over a row of the matrix
     int4   w ≈ (q - 8) · s + z  s = (max w - min w) / 15 and z = min w + 8 s over 32 neighbours
 
-32 int4 take 16 bytes, and 4 for s and z: 0.625 bytes a weight. Four weights as an example,
-w = (-0.3, 0.1, 0.22, 0.45), of which no error is larger than s / 2:
+32 int4 take 16 bytes, and 4 for s and z: 0.625 bytes a weight; 0.5625 in groups of 64. Four weights
+as an example, w = (-0.3, 0.1, 0.22, 0.45), of which no error is larger than s / 2:
 
     int8   s = 0.45 / 127 = 0.00354       q = (-85, 28, 62, 127)  w ≈ (-0.301, 0.099, 0.220, 0.45)
     int4   s = 0.75 / 15 = 0.05, z = 0.1  q = (0, 8, 10, 15)      w ≈ (-0.3, 0.1, 0.2, 0.45)
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from alpaca.common.errors import UserError
 
-GROUP = 32  # neighbours that share s and z in int4
+GROUP_SIZES = (32, 64)  # neighbours that share s and z in int4
 aten, onednn = torch.ops.aten, torch.ops.onednn
 
 
@@ -46,7 +46,7 @@ class Int8Linear(nn.Module):
         self.packed = False
 
     @staticmethod
-    def quantize(weight: Tensor) -> dict[str, Tensor]:
+    def quantize(weight: Tensor, group: int = 0) -> dict[str, Tensor]:  # a row is a group
         weight = weight.float()
         scale = (weight.abs().amax(1) / 127).bfloat16()  # rounded first, so that q fits it
         steps = weight / scale.float().clamp_min(1e-30)[:, None]
@@ -89,25 +89,26 @@ def split_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int4Linear(nn.Module):
-    """x Wᵀ, W (N, K) as two int4 to a byte, with s and z for every 32 neighbours of a row."""
+    """x Wᵀ, W (N, K) as two int4 to a byte, with s and z for every G neighbours of a row."""
 
     q: Tensor  # (N, K/2) uint8, the first of two neighbours in the high half
-    scales: Tensor  # (K/32, N, 2) bf16: s and z
+    scales: Tensor  # (K/G, N, 2) bf16: s and z
 
     def __init__(self, q: Tensor, scales: Tensor):
         super().__init__()
         self.out_features, self.in_features = q.shape[0], 2 * q.shape[1]
+        self.group = self.in_features // scales.shape[0]
         self.register_buffer("q", q)
         self.register_buffer("scales", scales)
         self.packed = False
 
     @staticmethod
-    def quantize(weight: Tensor) -> dict[str, Tensor]:
+    def quantize(weight: Tensor, group: int = GROUP_SIZES[0]) -> dict[str, Tensor]:
         N, K = weight.shape
-        if K % GROUP or N % 16:
-            raise UserError(f"int4 needs rows in 16s and columns in {GROUP}s, not {N} x {K}")
-        groups = weight.float().view(N, K // GROUP, GROUP)
-        low, high = groups.aminmax(dim=-1)  # (N, K/32)
+        if K % group or N % 16:
+            raise UserError(f"int4 needs rows in 16s and columns in {group}s, not {N} x {K}")
+        groups = weight.float().view(N, K // group, group)
+        low, high = groups.aminmax(dim=-1)  # (N, K/G)
         scale = ((high - low) / 15).bfloat16()
         zero = (low + 8 * scale.float()).bfloat16()
         steps = (groups - zero.float()[..., None]) / scale.float().clamp_min(1e-30)[..., None]
@@ -120,8 +121,8 @@ class Int4Linear(nn.Module):
 
     def dequantize(self) -> Tensor:
         assert not self.packed, "the integers are in the kernel's order"
-        scale, zero = self.scales.float().transpose(0, 1).unbind(-1)  # (N, K/32) each
-        groups = self.integers().view(self.out_features, -1, GROUP).float() - 8
+        scale, zero = self.scales.float().transpose(0, 1).unbind(-1)  # (N, K/G) each
+        groups = self.integers().view(self.out_features, -1, self.group).float() - 8
         return (groups * scale[..., None] + zero[..., None]).flatten(1)
 
     def pack(self) -> None:
@@ -137,7 +138,7 @@ class Int4Linear(nn.Module):
         if not self.packed:
             return F.linear(x, self.dequantize().to(x.dtype))
         multiply = aten._weight_int4pack_mm if x.is_cuda else aten._weight_int4pack_mm_for_cpu
-        out = multiply(x.flatten(0, -2).contiguous().bfloat16(), self.q, GROUP, self.scales)
+        out = multiply(x.flatten(0, -2).contiguous().bfloat16(), self.q, self.group, self.scales)
         return out.view(*x.shape[:-1], -1).to(x.dtype)
 
 

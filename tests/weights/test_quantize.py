@@ -291,3 +291,16 @@ def test_quantize_errors_are_one_line(tmp_path, command):
     assert_refused(command("quantize", "--model-dir", tmp_path / "x", "--bits", 8), "x")
     again = command("quantize", "--model-dir", folder, "--bits", 8, "--out", tmp_path / "p")
     assert again[0] == 2 and "exists" in again[2]
+
+
+def test_group_size_is_recorded_and_read_back(tmp_path, command):
+    folder, out = write_folder(tmp_path / "m"), tmp_path / "out"
+    words = "--model-dir", folder, "--group-size", 64
+    assert_refused(command("quantize", *words, "--bits", 8), "--group-size goes with --bits 4")
+    assert command("quantize", *words, "--bits", 4, "--out", out)[0] == 0
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["group"] == 64
+    source, ids = WeightSource(folder, 4, group=64), torch.arange(1, 9)[None]
+    assert source.read(f"{UP}.weight")["scales"].shape == (1, 192, 2)
+    expected, narrow = dequantized(source)(ids), dequantized(WeightSource(folder, 4))(ids)
+    off = (load(out, dtype=torch.float32)(ids) - expected).abs().max()
+    assert off < 0.1 < 0.2 < (narrow - expected).abs().max()

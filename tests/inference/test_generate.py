@@ -164,6 +164,7 @@ def test_user_errors_are_one_line(command, tmp_path):
         (("word " * 900,), "too many"),
         (("a", "--model-dir", tmp_path / "none"), "none"),
         (("a", "--model-dir", __file__), "no such folder or GGUF file"),
+        (("a", "--model-dir", "meta-llama/Llama-3.2-1B"), "hf download meta-llama/Llama-3.2-1B"),
         (("a", "--adapter", tmp_path), "no adapter_config.json in it"),
     ):
         assert_refused(generate(command, *args), word)

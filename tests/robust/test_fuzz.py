@@ -43,7 +43,7 @@ from alpaca.common.files import INPUTS
 from alpaca.weights.checkpoint import is_finite
 from alpaca.weights.writer import save_model
 
-SEED, COUNT = int(os.environ.get("FUZZ_SEED", 0)), int(os.environ.get("FUZZ_COUNT", 25))
+SEED, COUNT = int(os.environ.get("FUZZ_SEED", 0)), int(os.environ.get("FUZZ_COUNT", 22))
 SECONDS, LONGEST = 20, 500  # for one command; of its message
 ROOT_COMMANDS = {"fsdp_train": fsdp_train, "selfinstruct": selfinstruct, "weightdiff": weightdiff}
 ANSWER = "generate --device cpu --max-new-tokens 2 Hello --model-dir"

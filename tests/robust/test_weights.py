@@ -156,7 +156,7 @@ def reference(base, tmp_path_factory):
     return runs
 
 
-@pytest.mark.parametrize("number", [16, 4])
+@pytest.mark.parametrize("number", [pytest.param(16, marks=pytest.mark.slow), 4])
 def test_two_ranks_equal_one(base, reference, tmp_path, number):
     words = lora_flags(base, tmp_path / "run", bits=number, lora_dropout=0)
     succeeded(finish(launch(words, ranks=2)))
@@ -245,6 +245,7 @@ def test_adapter_learns_a_record_and_answers(base, command, tmp_path):
     assert command("generate", *ask)[1].strip() == "the old red fox"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "mode"), [(16, "full"), (4, "selective")])
 def test_blocks_compile_once_and_compute_the_same(number, mode):
     config = small_config(num_hidden_layers=4, intermediate_size=192)

@@ -45,7 +45,7 @@ class LlamaConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict = None  # type: ignore  # Llama 3.1's factors: see `stretch`
+    rope_scaling: dict | None = None  # Llama 3.1's factors: see `rotary_frequencies`
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     bos_token_id: int = 1
@@ -83,27 +83,24 @@ class RMSNorm(nn.Module):
         return self.weight * normed.type_as(x)
 
 
-def stretch(
-    frequencies: Tensor,
-    factor: float,
-    low_freq_factor: float,
-    high_freq_factor: float,
-    original_max_position_embeddings: int,
-    rope_type: str = "llama3",
-) -> Tensor:
-    """Llama 3.1's longer context: pairs that made few turns in the original context turn `factor`
+def rotary_frequencies(config: LlamaConfig, device: torch.device | None = None) -> Tensor:
+    """theta^(-2i/D), the angle that channel pair i turns from one position to the next: (D/2).
+
+    For Llama 3.1's longer context, pairs that made few turns in the original context turn `factor`
     times slower, those that made many as before, and those between by a share of both."""
-    turns = original_max_position_embeddings * frequencies / (2 * math.pi)
-    fast = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
-    return frequencies * (fast + (1 - fast) / factor)
+    even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
+    frequencies = 1.0 / config.rope_theta ** (even / config.head_dim)
+    if scaling := config.rope_scaling:
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        fast = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (fast + (1 - fast) / scaling["factor"])
+    return frequencies
 
 
 def rotary_tables(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin of position · theta^(-2i/D), the angle by which channel pair i is rotated."""
-    even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
-    frequencies = 1.0 / config.rope_theta ** (even / config.head_dim)  # (D/2)
-    if config.rope_scaling:
-        frequencies = stretch(frequencies, **config.rope_scaling)
+    """cos and sin of position · frequency, the angle by which each channel pair is rotated."""
+    frequencies = rotary_frequencies(config, positions.device)
     angles = (positions[..., None].float() * frequencies)[:, :, None]  # (B, T, 1, D/2)
     return angles.cos(), angles.sin()
 

@@ -29,7 +29,8 @@ from alpaca.common.errors import UserError, join_names
 from alpaca.common.gguf_file import GGUF, check_spans
 from alpaca.weights.config_json import REQUIRED, typed_config
 from alpaca.weights.meta_format import half_split
-from model import LlamaConfig, stretch
+from alpaca.weights.presets import LLAMA3_SCALING
+from model import LlamaConfig, rotary_frequencies
 
 KINDS = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 8: "Q8_0", 30: "BF16"}
 KINDS |= {6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
@@ -71,12 +72,6 @@ NEEDED = [
     if field in (*REQUIRED, "max_position_embeddings", "rms_norm_eps")
 ]
 ROPE_FACTORS = "rope_freqs.weight"
-LLAMA3_SCALING = {
-    "rope_type": "llama3",
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 HEAD_WIDTHS = ("llama.attention.value_length", "llama.rope.dimension_count")
 KNOWN_KEYS = {"llama.vocab_size", "llama.tensor_data_layout", *HEAD_WIDTHS, *CONFIG_KEYS}
 
@@ -111,9 +106,8 @@ def dequantize(blocks: Tensor, kind: str) -> Tensor:
 
 def rope_factors(config: LlamaConfig, scaling: dict[str, Any]) -> Tensor:
     """How much slower Llama 3.1 turns each pair of a head: (D/2), the tensor rope_freqs.weight."""
-    even = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
-    frequencies = 1.0 / config.rope_theta ** (even / config.head_dim)
-    return frequencies / stretch(frequencies, **scaling)
+    plain, slower = (replace(config, rope_scaling=each) for each in (None, scaling))
+    return rotary_frequencies(plain) / rotary_frequencies(slower)
 
 
 def read_scaling(file: GGUF, config: LlamaConfig) -> dict[str, Any]:

@@ -12,8 +12,8 @@ SIZES = {  # vocabulary, width, ffn width, layers, heads, key/value heads
     "llama-3.2-1b": (128256, 2048, 8192, 16, 32, 8),
     "llama-3.1-8b": (128256, 4096, 14336, 32, 32, 8),
 }
-ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-ROPE |= {"original_max_position_embeddings": 8192}
+LLAMA3_SCALING = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3_SCALING |= {"original_max_position_embeddings": 8192}  # all releases; `factor` differs
 LLAMA3 = {"max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 5e5}
 LLAMA3 |= {"bos_token_id": 128000, "eos_token_id": 128001}
 OTHERWISE = {  # where a model differs from LLaMA 1's 7B in more than its size
@@ -26,8 +26,12 @@ OTHERWISE = {  # where a model differs from LLaMA 1's 7B in more than its size
         "rope_theta": 1e5,
         "tie_word_embeddings": True,
     },
-    "llama-3.2-1b": LLAMA3 | {"tie_word_embeddings": True, "rope_scaling": ROPE | {"factor": 32.0}},
-    "llama-3.1-8b": LLAMA3 | {"rope_scaling": ROPE | {"factor": 8.0}},
+    "llama-3.2-1b": {
+        **LLAMA3,
+        "tie_word_embeddings": True,
+        "rope_scaling": LLAMA3_SCALING | {"factor": 32.0},
+    },
+    "llama-3.1-8b": LLAMA3 | {"rope_scaling": LLAMA3_SCALING | {"factor": 8.0}},
 }
 
 

@@ -5,7 +5,7 @@ are dropped, and neighbouring turns of one role are joined. A conversation that 
 like this raises OddConversation; formats.py counts these by reason and skips them.
 
 OpenAssistant (arXiv:2304.07327) publishes trees: to every message there are several replies, and
-people have ranked them. `tree_paths` gives the best conversation of a tree, or all of them.
+people have ranked them. `parse_tree` gives the best conversation of a tree, or all of them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -101,6 +101,20 @@ def tree_paths(root: dict, best: bool) -> list[list[dict]]:
         else:
             stack += [(reply, path) for reply in reversed(replies)]
     return paths
+
+
+def parse_tree(root: dict, best: bool) -> list[list[dict]]:
+    """The usable conversations of a tree, each once; the reason why there is none, if so."""
+    found, reason = [], OddConversation("no question has an answer")
+    for path in tree_paths(root, best):
+        try:
+            if (turns := parse_turns(path)) not in found:
+                found.append(turns)
+        except OddConversation as error:
+            reason = error
+    if not found:
+        raise reason
+    return found
 
 
 def rank_of(reply: dict) -> float:

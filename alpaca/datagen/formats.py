@@ -25,12 +25,7 @@ from typing import Any, NamedTuple
 
 from alpaca.common.errors import UserError, join_names, notice
 from alpaca.common.json_files import json_records, read_log
-from alpaca.datagen.conversations import (
-    OddConversation,
-    join_messages,
-    parse_turns,
-    tree_paths,
-)
+from alpaca.datagen.conversations import OddConversation, join_messages, parse_tree, parse_turns
 
 RUN_LOGS = ("records.jsonl", "rejected.jsonl", "responses.jsonl")  # of selfinstruct.py
 OTHER_NAMES = {"context": "input", "response": "output"}  # Dolly's
@@ -79,8 +74,7 @@ def normalize_record(raw: Any, reading: Reading = BEST) -> list[dict]:
     if isinstance(prompt := raw.get("prompt"), dict):  # a tree
         if reading.languages and prompt.get("lang") not in reading.languages:
             return []
-        paths = tree_paths(prompt, best=reading.oasst == "best")
-        return [{"messages": messages} for messages in parse_paths(paths)]
+        return [{"messages": turns} for turns in parse_tree(prompt, reading.oasst == "best")]
     if isinstance(prompt, list):
         return [{"messages": parse_turns(prompt + list_field(raw, "completion"))}]
     if "text" in raw and "instruction" not in raw:
@@ -110,20 +104,6 @@ def list_field(raw: dict, name: str) -> list:
     if not isinstance(value, list):
         raise UserError(f"{name} is {json.dumps(value)[:40]}, where a list was expected")
     return value
-
-
-def parse_paths(paths: list[list[dict]]) -> list[list[dict]]:
-    """The usable conversations of a tree, each once; the reason why there is none, if so."""
-    found, reason = [], OddConversation("no question has an answer")
-    for path in paths:
-        try:
-            if (turns := parse_turns(path)) not in found:
-                found.append(turns)
-        except OddConversation as error:
-            reason = error
-    if not found:
-        raise reason
-    return found
 
 
 def normalize_all(

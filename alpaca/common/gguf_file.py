@@ -14,6 +14,7 @@ A file from elsewhere may lie about every count, so none is believed before as m
 import mmap
 import struct
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +53,12 @@ def is_gguf(path: Path) -> bool:
 def read_gguf(path: Path) -> GGUF:
     if not is_gguf(input_file(path)):
         raise UserError(f"{path}: neither a folder nor a GGUF file")
+    info = path.stat()
+    return _read_gguf(path, info.st_ino, info.st_size, info.st_mtime_ns)
+
+
+@lru_cache(maxsize=2)  # model, tokenizer and template ask for the same file
+def _read_gguf(path: Path, *_version: int) -> GGUF:
     with path.open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     try:

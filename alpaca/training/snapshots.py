@@ -157,7 +157,7 @@ def read_state(folder: Path, tensors: dict[str, DTensor]) -> None:
     except (UserError, OSError) as error:
         raise UserError(
             f"{describe_error(error)}: remove {folder.name} to resume from an older snapshot, or "
-            "start anew with another --out"
+            "use another --out"
         ) from None
 
 

@@ -62,6 +62,19 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a - b).abs().max().item()
 
 
+def adamw_losses(model, loss_of, count: int, lr: float) -> list[float]:
+    """Train what is not frozen for `count` steps; the loss before each."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for _ in range(count):
+        loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 def lora_flags(base, out, **changes) -> list[str]:
     """A training run of 5 steps of an adapter."""
     lora = {"lora": True, "lora_dropout": 0.05, "lora_rank": 4, "learning_rate": 1e-2}

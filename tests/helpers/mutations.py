@@ -106,5 +106,5 @@ def damage_header(rng: random.Random, content: bytes) -> bytes:
     """Of a safetensors file; its length is mended half of the time."""
     size = struct.unpack("<Q", content[:8])[0]
     header = damage_json(rng, content[8 : 8 + size])
-    told = len(header) if rng.random() < 0.8 else rng.choice([0, 1, size, 2**30, 2**63 - 1])
-    return struct.pack("<Q", told) + header + content[8 + size :]
+    claimed = len(header) if rng.random() < 0.8 else rng.choice([0, 1, size, 2**30, 2**63 - 1])
+    return struct.pack("<Q", claimed) + header + content[8 + size :]

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from helpers.checkpoints import TOKENIZER, read_tensors, same_tensors
 from helpers.lora import (
     WEIGHTS,
+    adamw_losses,
     distance,
     lora_flags,
     randomize,
@@ -142,16 +144,7 @@ def peft_names(model: Llama) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("targets", [ATTENTION, ("gate_proj", "up_proj", "down_proj"), ("v_proj",)])
 def test_ten_steps_equal_pefts(base, targets):
-    def steps(model, loss_of) -> list[float]:
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        losses = []
-        for _ in range(10):
-            loss = loss_of(model)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses
+    steps = partial(adamw_losses, count=10, lr=1e-2)
 
     def our_loss(model):
         return model(ids, labels=labels) / (labels[:, 1:] != -100).sum()

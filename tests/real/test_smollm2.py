@@ -3,12 +3,14 @@
 ALPACA_SMOLLM2 names the GGUF file, which `make real` leaves in runs/real."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.commands import ROOT
+from helpers.lora import adamw_losses
 from helpers.parity import apart
 
 from alpaca.datagen.formats import load_records
@@ -72,16 +74,7 @@ def test_smollm2_lora_steps_equal_pefts(tokenizer):
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model
 
-    def steps(model, loss_of) -> list[float]:
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        losses = []
-        for _ in range(4):
-            loss = loss_of(model)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses
+    steps = partial(adamw_losses, count=4, lr=1e-3)
 
     def our_loss(model):
         return model(ids, labels=labels) / (labels[:, 1:] != IGNORE).sum()

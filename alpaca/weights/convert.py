@@ -61,15 +61,14 @@ def run(args: argparse.Namespace) -> None:
         text = load_tokenizer(tokenizer)
         bos_id = config.bos_token_id if text.bos_id is None else text.bos_id
         ends = config.eos_token_id
-        several = isinstance(ends, list) and text.eos_id in ends and not to_file
-        eos_id = ends if several else text.eos_id
+        eos_id = ends if isinstance(ends, list) and text.eos_id in ends else text.eos_id
         config = replace(config, bos_token_id=bos_id, eos_token_id=eos_id)
     progress = Progress(len(stored), "tensors")
     pairs = ((name, tensor.read()) for name, tensor in stored.items())
     if to_file:
         names = {dtype: name for name, dtype in PLAIN.items()}
         kind = args.type or names[stored[EMBEDDING].dtype].lower()
-        metadata = tokenizer_metadata(tokenizer, config.vocab_size)
+        metadata = tokenizer_metadata(tokenizer, config)
         jinja = read_jinja(*filter(None, [args.adapter, args.source, tokenizer]))
         metadata[TEMPLATE_KEY] = jinja or template_in_jinja(text)
         if args.adapter:

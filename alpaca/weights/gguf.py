@@ -65,6 +65,7 @@ CONFIG_KEYS = {  # metadata → config.json
     "tokenizer.ggml.bos_token_id": "bos_token_id",
     "tokenizer.ggml.eos_token_id": "eos_token_id",
 }
+END_KEYS = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]  # any is an end
 FLOATS = ("llama.attention.layer_norm_rms_epsilon", "llama.rope.freq_base")
 NEEDED = [
     name
@@ -139,6 +140,8 @@ def gguf_config(file: GGUF) -> LlamaConfig:
         for field, value in fields.items():
             if isinstance(value, float):  # 9.999999747378752e-06 is 1e-05 in fp32
                 fields[field] = float(str(np.float32(value)))
+        if len(ends := {metadata[k] for k in END_KEYS if type(metadata.get(k)) is int}) > 1:
+            fields["eos_token_id"] = sorted(ends)
         fields["tie_word_embeddings"] = "output.weight" not in file.tensors
         config = typed_config({**fields, "vocab_size": embedding.shape[0]})
         if ROPE_FACTORS in file.tensors:

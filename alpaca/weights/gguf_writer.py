@@ -25,6 +25,7 @@ from alpaca.weights.checkpoint import EMBEDDING, HEAD, as_dtype, is_finite, para
 from alpaca.weights.gguf import (
     BLOCK,
     CONFIG_KEYS,
+    END_KEYS,
     FLOATS,
     GGUF_NAMES,
     HEAD_WIDTHS,
@@ -65,15 +66,20 @@ def model_metadata(config: LlamaConfig, name: str, file_type: str) -> dict[str, 
     }
 
 
-def tokenizer_metadata(source: Path, vocab_size: int) -> dict[str, Any]:
-    """A tokenizer with a token for each of the model's embeddings: llama.cpp counts both."""
+def tokenizer_metadata(source: Path, config: LlamaConfig) -> dict[str, Any]:
+    """A tokenizer with a token for each of the model's embeddings, since llama.cpp counts both, and
+    the model's other EOS ids, which llama.cpp calls the ends of a turn and of a message."""
     tokenizer = load_tokenizer(source)
     if isinstance(tokenizer, BPETokenizer):
         metadata = metadata_from_bpe(tokenizer)
     else:
         model = tokenizer.sentencepiece.serialized_model_proto()
         metadata = metadata_from_model(model, str(source))
-    for index in range(len(metadata[TOKENS]), vocab_size):
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else []
+    if len(others := [token for token in ends if token != metadata[END_KEYS[0]]]) > 2:
+        raise UserError(f"{source}: {len(ends)} EOS ids, but a GGUF file has a place for 3")
+    metadata |= zip(END_KEYS[1:], others, strict=False)
+    for index in range(len(metadata[TOKENS]), config.vocab_size):
         for name, value in ((TOKENS, f"[PAD{index}]"), (SCORES, 0.0), (TYPES, UNUSED)):
             if name in metadata:
                 metadata[name].append(value)

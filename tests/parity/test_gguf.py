@@ -42,7 +42,7 @@ def test_blocks_are_the_gguf_packages_bit_for_bit(kind):
 @pytest.mark.parametrize("kind", FILE_TYPES)
 def test_gguf_package_reads_our_file(tmp_path, kind):
     model = small_model(**SHAPE)
-    metadata = tokenizer_metadata(TOKENIZER, 1024)
+    metadata = tokenizer_metadata(TOKENIZER, model.config)
     save_gguf(model.named_parameters(), model.config, tmp_path / "m.gguf", kind, metadata)
     reader, file = theirs.GGUFReader(tmp_path / "m.gguf"), read_gguf(tmp_path / "m.gguf")
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -73,7 +73,7 @@ def test_transformers_reads_our_file_with_the_same_logits(tmp_path, kind, change
     from transformers import AutoModelForCausalLM
 
     model = small_model(**SHAPE, **changes)
-    metadata = tokenizer_metadata(TOKENIZER, 1024)
+    metadata = tokenizer_metadata(TOKENIZER, model.config)
     save_gguf(model.named_parameters(), model.config, tmp_path / "m.gguf", kind, metadata)
     options = {"gguf_file": "m.gguf", "dtype": torch.float32}
     hf = AutoModelForCausalLM.from_pretrained(tmp_path, **options).eval()

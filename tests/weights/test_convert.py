@@ -13,9 +13,11 @@ from helpers.checkpoints import (
     replace_weights,
     same_tensors,
 )
+from helpers.commands import assert_refused
 from helpers.models import small_model
 
 from alpaca.common.errors import UserError
+from alpaca.common.gguf_file import read_gguf
 from alpaca.weights.checkpoint import DTYPES, read_config
 from alpaca.weights.loading import load_model
 from alpaca.weights.writer import save_model
@@ -38,8 +40,20 @@ def test_convert_keeps_several_end_tokens(command, folder, tmp_path):
     assert read_config(tmp_path / "out").eos_token_id == [7, 2]
     generation = json.loads((tmp_path / "out/generation_config.json").read_text())
     assert generation["eos_token_id"] == [7, 2]
+
+
+def test_convert_keeps_several_end_tokens_in_a_gguf_file(command, folder, tmp_path):
+    """llama.cpp reads three: EOS, end of turn, end of message."""
+    edit_json(folder / "config.json", eos_token_id=[1, 2, 7])
     assert command("convert", folder, tmp_path / "out.gguf")[0] == 0
-    assert read_config(tmp_path / "out.gguf").eos_token_id == 2
+    names = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    assert [read_gguf(tmp_path / "out.gguf").metadata[name] for name in names] == [2, 1, 7]
+    assert command("convert", tmp_path / "out.gguf", tmp_path / "back")[0] == 0
+    for written in (tmp_path / "out.gguf", tmp_path / "back"):
+        assert read_config(written).eos_token_id == [1, 2, 7]
+    edit_json(folder / "config.json", eos_token_id=[1, 2, 7, 9])
+    refused = command("convert", folder, tmp_path / "more.gguf")
+    assert_refused(refused, "4 EOS ids", "a GGUF file has a place for 3")
 
 
 def test_convert_takes_positions(tmp_path, command, meta):

@@ -95,8 +95,9 @@ def read_tokenizer_json(file: Path) -> BPETokenizer:
             raise UserError(f"{file}: {token['content']!r} has two ids")
         if not token["special"] and any(map(token.get, ("single_word", "lstrip", "rstrip"))):
             refuse(file, f"the added token {token['content']!r} as it is set there")
-    if {id for id in vocab.values() if type(id) is int} != {*range(len(vocab))}:
-        raise UserError(f"{file}: the ids are not 0 to {len(vocab) - 1}, each of them once")
+    if lacking := {*range(len(vocab))} - {id for id in vocab.values() if type(id) is int}:
+        what = f"0 to {len(vocab) - 1}, each of them once: no token has the id {min(lacking)}"
+        raise UserError(f"{file}: the ids are not {what}")
     bos, eos, add_bos = special_names(file, parts["post_processor"])
     unk = model.get("unk_token")
     for name in (bos, eos, unk):

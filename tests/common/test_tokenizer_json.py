@@ -84,7 +84,7 @@ def test_unknown_component_is_refused_by_name(tmp_path, part, error):
 @pytest.mark.parametrize(
     ("model", "error"),
     [
-        ({"vocab": {"a": 0, "b": 0}}, "ids are not 0 to"),
+        ({"vocab": {"a": 0, "b": 4}}, "not 0 to 4, each of them once: no token has the id 3"),
         ({"vocab": {"a": 10**400}}, "ids are not 0 to"),
         ({"vocab": {"a": True, "b": [], "c": 1.0}}, "ids are not 0 to"),
         ({"vocab": ["a"]}, "an object was expected"),

@@ -6,7 +6,8 @@
 
 The answers are written to model_outputs.json in AlpacaEval's format (outputs.py), which `alpaca
 blind` and `alpaca judge` compare. A local model is prompted as by `alpaca generate`. A server's
-chat API is sent the instruction as a user would write it, its completions API Alpaca's prompt.
+chat API, the default, is sent the instruction as a user would write it, and puts it into its
+model's template. The completions API is sent Alpaca's prompt: for base models and Alpacas.
 
 Every answer is on disk as soon as it is made, so the same command resumes a stopped run. Answer i
 is sampled with --seed + i: it depends neither on the answers decoded beside it nor on a restart.
@@ -201,7 +202,8 @@ def settings_of(
 def describe_files(folder: Path, out: Path) -> str:
     """A text that changes when a model is trained again in the same place. `out` is ignored."""
     folder = folder.resolve()
-    stats = [f.stat() for f in folder.rglob("*") if f.is_file() and out not in f.parents]
+    files = [folder, *folder.rglob("*")]  # a GGUF file stands for itself
+    stats = [file.stat() for file in files if file.is_file() and out not in file.parents]
     latest = max((stat.st_mtime_ns for stat in stats), default=0)
     written = datetime.fromtimestamp(latest // 10**9).isoformat(" ")
     size = sum(stat.st_size for stat in stats)

@@ -11,6 +11,7 @@ from helpers.teacher_server import Server
 
 from alpaca.common.errors import UserError
 from alpaca.common.json_files import read_log
+from alpaca.evaluation.answers import describe_files
 from alpaca.evaluation.outputs import pair_outputs, read_items
 from alpaca.inference.engine import Engine
 from alpaca.weights.loading import load_model
@@ -169,6 +170,13 @@ def test_a_run_resumes_only_with_the_same_model_and_set(command, tmp_path, monke
         assert answer(command, model / "answers", *flags)[0] == 0
     write(file, [{"instruction": "Name a tree."}])
     assert_refused(answer(command, tmp_path / "o", *flags), "another run", "set")
+
+
+def test_a_gguf_file_that_was_replaced_is_another_model(tmp_path):
+    (file := tmp_path / "m.gguf").write_bytes(b"GGUF")
+    before = describe_files(file, tmp_path / "o")
+    file.write_bytes(b"GGUF's")
+    assert ", 4 bytes, " in before and ", 6 bytes, " in describe_files(file, tmp_path / "o")
 
 
 def test_answers_errors_are_one_line_and_write_nothing(command, tmp_path, monkeypatch):

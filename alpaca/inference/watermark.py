@@ -65,8 +65,8 @@ class Watermark:
         for problem, found in problems.items():
             if found:
                 raise UserError(problem)
-        lists = CACHE_BYTES // math.ceil(vocab_size / 8)
-        self.green_list = lru_cache(max(1, lists))(self.make_green_list)
+        self.cached_lists = min(vocab_size, CACHE_BYTES // math.ceil(vocab_size / 8))
+        self.green_list = lru_cache(self.cached_lists)(self.make_green_list)
 
     def make_green_list(self, previous: int) -> bytes:
         """A bit per token, the lowest of each byte first: is it green after `previous`?"""

@@ -77,8 +77,9 @@ def make_engine(args: argparse.Namespace) -> tuple[Engine, Watermark]:
 
 
 def fill_green_lists(watermark: Watermark, stop: threading.Event) -> None:
-    """Compute every green list once, in the background; a cached one costs next to nothing."""
-    for token in range(watermark.vocab_size):
+    """Compute green lists in the background, as many as are cached: then one costs next to nothing.
+    The ids of frequent tokens are small."""
+    for token in range(watermark.cached_lists):
         if stop.is_set():
             return
         watermark.green_list(token)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,6 +30,7 @@ from helpers.demo_server import (
 import selfinstruct
 from alpaca.__main__ import load_verb
 from alpaca.common.json_files import read_log
+from alpaca.inference import watermark
 from alpaca.inference.sampling import SamplingParams
 from alpaca.serving import app, scheduler, serve
 from alpaca.serving.moderation import Filter, FilterUnavailable, RuleFilter, make_filter
@@ -229,6 +231,12 @@ def test_detection_marks_the_tokens_that_it_scores(tiny):
     assert tiny.post("/api/detect", {"text": "a" * 20_001}).status == 413
     for wrong in ("", "\ud800", 3):
         assert tiny.post("/api/detect", {"text": wrong}).status == 400
+
+
+def test_no_more_green_lists_are_made_ahead_than_are_cached(monkeypatch):
+    monkeypatch.setattr(watermark, "CACHE_BYTES", 3 * 128)
+    serve.fill_green_lists(mark := watermark.Watermark(1024), threading.Event())
+    assert mark.green_list.cache_info().misses == 3
 
 
 # ---------------------------------------------------------------- filter

@@ -120,7 +120,7 @@ class Examples:
     ids: np.ndarray  # int32
     labels: np.ndarray  # int32
     starts: np.ndarray  # int64
-    origins: list[str]  # the file and record each comes from
+    origins: list  # where each comes from
     report: dict[str, int]  # how many were kept, truncated, dropped, kept from merging
 
     def __len__(self) -> int:
@@ -143,7 +143,7 @@ class Examples:
 
 
 def encode_all(
-    records: list[dict], origins: list[str], tokenizer: Tokenizer, max_length: int
+    records: list[dict], origins: list, tokenizer: Tokenizer, max_length: int
 ) -> Examples:
     """Tokenize and truncate all records; one that truncation leaves without a label is dropped."""
     all_ids, all_labels = array("i"), array("i")  # lists take six times as much

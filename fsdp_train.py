@@ -183,7 +183,7 @@ def divergence(
     step: int, loss: float, norm: float, job: Job, batch: np.ndarray, snapshots: Snapshots
 ) -> UserError:
     snapshots.finish()
-    origins = join_names((job.train.origins[i] for i in batch), 16)
+    origins = join_names((job.train.origins[i].place for i in batch), 16)
     return UserError(
         f"step {step}: the loss is {loss}, the gradient norm {norm}. This step changed no weights "
         f"and nothing is saved. Its examples: {origins}"

@@ -7,7 +7,7 @@
     request_log       every response on disk before it is used; the budget
     batch             the same requests through the Batch API, at half the price
     formats           published data files as records; conversations, their odd turns mended
-    curate, lint      `alpaca curate`: reports on a data set, known defects
+    curate, lint      `alpaca curate`: reports on a data set, known defects, what each source adds
     train_tokenizer   `alpaca train-tokenizer`
 
 Begin with selfinstruct.py at the root, which contains the main loop.

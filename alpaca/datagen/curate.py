@@ -4,11 +4,15 @@
     alpaca curate report alpaca_data.json --out verbs.svg          # or any data file
     alpaca curate lint alpaca_data.json --examples 5
     alpaca curate lint alpaca_data.json --fix kept.json --dropped dropped.json
+    alpaca curate sources alpaca_data.json dolly.jsonl:2 --tokenizer llama-7b
 
 `report` prints how many records were kept and why others were not, lengths, similarity to the seed
 tasks, opening verbs with their objects, and the cost; --out draws Self-Instruct's figure of verbs
 and objects (arXiv:2212.10560). `lint` counts the defects that lint.py describes; --fix and
 --dropped split the records into those without and those with defects, each otherwise unchanged.
+`sources` counts what each source adds to a mixture: examples and tokens as fsdp_train.py takes
+them, and languages where the file says them. Elsewhere it counts scripts, which are not languages:
+a record's script is that of most of its letters.
 
 Verb and object are found without a parser, for English: the verb is the first word, if it can open
 a command, and the object is the last word of the phrase after it. "Write a short story about …" is
@@ -21,6 +25,7 @@ import argparse
 import json
 import math
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from html import escape
@@ -30,13 +35,15 @@ from pathlib import Path
 import numpy as np
 
 from alpaca.common.charts import Bars, sunburst
-from alpaca.common.cli import positive
-from alpaca.common.errors import UserError, escape_control
+from alpaca.common.cli import not_negative, positive
+from alpaca.common.errors import UserError, escape_control, join_names
 from alpaca.common.files import atomic_file
 from alpaca.common.json_files import read_json, read_log
-from alpaca.datagen.formats import read_source
+from alpaca.datagen.formats import Reading, group_by_source, load_mixture, read_source
 from alpaca.datagen.lint import RULES, find_defects
 from rougel import Pool, tokenize, tokenize_unicode
+from templates import TEMPLATES
+from tokenizer import load_tokenizer
 
 TOP_VERBS, TOP_OBJECTS = 20, 4  # shown: verbs, and objects of each
 WORD_BINS = (1, 5, 9, 17, 33, 65, 129, 257, 513)  # lower ends of the bars of the histograms
@@ -269,6 +276,45 @@ def split_records(args: argparse.Namespace, records: list[dict], defects: dict[i
             file.write(text.encode("utf-8", "backslashreplace"))  # half a surrogate pair: \ud83d
 
 
+# ---------------------------------------------------------------- sources
+
+SCRIPTS = {"Cjk": "Han", "Hiragana": "Kana", "Katakana": "Kana", "Katakana-Hiragana": "Kana"}
+SOURCE_LINE = "{:<40} {:>9} {:>13} {:>7} {:>11} {:>10}  {}"
+
+
+def find_script(text: str) -> str:
+    """The script of most letters of a text, from their names: CYRILLIC SMALL LETTER A."""
+    scripts: Counter[str] = Counter()
+    for letter, n in Counter(filter(str.isalpha, text)).items():
+        word = unicodedata.name(letter, "unnamed").split()[0].title()
+        scripts[SCRIPTS.get(word, word)] += n
+    return f"{scripts.most_common(1)[0][0]} script" if scripts else "no letters"
+
+
+def run_sources(args: argparse.Namespace) -> None:
+    from dataset import encode_all, record_texts  # torch, which takes seconds to load
+
+    tokenizer = load_tokenizer(args.tokenizer, template=args.template)
+    reading = Reading(args.oasst, tuple(args.languages))
+    records, origins = load_mixture(args.files, args.seed, reading)
+    for i, record in enumerate(records):
+        language = origins[i].language or find_script(" ".join(record_texts(record)))
+        origins[i] = origins[i]._replace(language=language)
+    examples = encode_all(records, origins, tokenizer, args.max_length)
+    lengths, supervised, origins = examples.lengths, examples.supervised, examples.origins
+    print("examples: " + ", ".join(f"{n:,} {what}" for what, n in examples.report.items()))
+    head = "source", "examples", "tokens", "share", "mean length", "in answers", "languages"
+    print(SOURCE_LINE.format(*head))
+    groups = [*group_by_source(origins).items(), ("all", list(range(len(origins))))]
+    for source, which in groups if len(groups) > 2 else groups[:1]:
+        tokens, languages = lengths[which].sum(), Counter(origins[i].language for i in which)
+        names = (f"{printable(name, 24)} {n:,}" for name, n in languages.most_common())
+        share, answers = tokens / lengths.sum(), supervised[which].sum() / tokens
+        figures = f"{len(which):,}", f"{tokens:,}", f"{share:.1%}", f"{tokens / len(which):.1f}"
+        line = printable(source, 40), *figures, f"{answers:.1%}", join_names(names, 6)
+        print(SOURCE_LINE.format(*line))
+
+
 # ---------------------------------------------------------------- command
 
 
@@ -286,6 +332,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--examples", type=count, default=3, help="shown of each defect (default: 3)")
     add("--fix", type=Path, metavar="KEPT", help="JSON file to write: records without a defect")
     add("--dropped", type=Path, metavar="DROPPED", help="JSON file to write: records with one")
+    sources = verbs.add_parser("sources", help="count what each source adds to a mixture")
+    sources.set_defaults(command=run_sources)
+    add = sources.add_argument
+    add("files", nargs="+", metavar="FILE[:WEIGHT]", help="as --data of fsdp_train.py")
+    add("--tokenizer", type=Path, required=True, help="a tokenizer's file, or a model")
+    add("--template", choices=TEMPLATES, help="chat template (default: the model's, else alpaca)")
+    add("--max-length", type=count, default=512, help="that records are cut to (default: 512)")
+    add("--seed", type=not_negative, default=42, help="of FILE:0.5 (default: 42)")
+    add("--oasst", choices=("best", "all"), default="best", help="replies of OpenAssistant's trees")
+    add("--languages", nargs="+", default=(), metavar="LANG", help="of them (default: all)")
 
 
 def run(args: argparse.Namespace) -> None:

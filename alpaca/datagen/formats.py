@@ -12,18 +12,20 @@
     {"text": "Once upon a time"}                                             plain text
 
 A file is a JSON list or JSONL, perhaps gzipped. `load_records` reads one file, `load_mixture`
-several with weights: `FILE:2` repeats every record, `FILE:0.5` takes a seeded half. An error names
-the file and the record ("data.json, record 17") or line ("data.jsonl, line 17"). Conversations that
-cannot be used are skipped and counted; a file with more than a tenth of them is refused.
+several with weights: `FILE:2` repeats every record, `FILE:0.5` takes a seeded half. A record's
+source is its field `source`, or else the file's name. An error names the file and the record
+("data.json, record 17") or line ("data.jsonl, line 17"). Conversations that cannot be used are
+skipped and counted; a file with more than a tenth of them is refused.
 """
 
 import json
 import random
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alpaca.common.errors import UserError, join_names, notice
+from alpaca.common.errors import UserError, escape_control, join_names, notice
 from alpaca.common.json_files import json_records, read_log
 from alpaca.datagen.conversations import OddConversation, join_messages, parse_tree, parse_turns
 
@@ -33,6 +35,7 @@ OTHER_NAMES |= {"prompt": "instruction", "completion": "output"}
 KNOWN = "instruction and output, prompt and completion, messages, conversations, question and "
 KNOWN += "chatgpt_answers, OpenAssistant's trees, text"
 MOST_SKIPPED = 0.1  # of a file's records; beyond, something else is wrong with it
+MOST_SOURCES = 20  # that are told apart: in some files each record names its own
 
 
 class Reading(NamedTuple):
@@ -43,6 +46,14 @@ class Reading(NamedTuple):
 
 
 BEST = Reading()
+
+
+class Origin(NamedTuple):
+    """Where a record comes from. Source and language are the file's words, escaped."""
+
+    place: str  # "data.json record 17"
+    source: str
+    language: str  # what its `lang` says, or ""
 
 
 def string_field(record: dict, field: str, default: str | None = None) -> str:
@@ -140,13 +151,18 @@ def read_source(source: Path) -> list[tuple[Any, list[dict]]]:
     return [(raw, cases) for _, raw, cases in normalize_all(records)]
 
 
+def load_pairs(path: str | Path, reading: Reading = BEST) -> list[tuple[dict, dict]]:
+    """The records of a file, each as it is there and normalized."""
+    found = normalize_all(json_records(path), reading)
+    pairs = [(raw, case) for _, raw, cases in found for case in cases]
+    if not pairs:
+        raise UserError(f"{path}: no records in it")
+    return pairs
+
+
 def load_records(path: str | Path, reading: Reading = BEST) -> list[dict]:
     """The records of a file, normalized."""
-    found = normalize_all(json_records(path), reading)
-    records = [case for _, _, cases in found for case in cases]
-    if not records:
-        raise UserError(f"{path}: no records in it")
-    return records
+    return [case for _, case in load_pairs(path, reading)]
 
 
 def parse_weight(spec: str) -> tuple[Path, float]:
@@ -159,24 +175,48 @@ def parse_weight(spec: str) -> tuple[Path, float]:
     except ValueError:
         return Path(spec), 1.0
     if not 0 < number < 1000:
-        raise UserError(f"--data {spec}: the weight must be above 0 and below 1000")
+        raise UserError(f"{spec}: the weight must be above 0 and below 1000")
     return Path(file), number
+
+
+def find_origin(place: str, raw: dict, file_name: str) -> Origin:
+    prompt = raw.get("prompt")
+    fields = prompt | raw if isinstance(prompt, dict) else raw  # a tree's language is its root's
+    given = (fields.get(name) for name in ("source", "lang"))
+    source, language = (each.strip() if isinstance(each, str) else "" for each in given)
+    return Origin(place, escape_control(source or file_name), escape_control(language))
 
 
 def load_mixture(
     specs: Iterable[str | Path], seed: int, reading: Reading = BEST
-) -> tuple[list[dict], list[str]]:
+) -> tuple[list[dict], list[Origin]]:
     """The records of several files (`FILE` or `FILE:WEIGHT`), and each record's origin."""
     records, origins = [], []
+    weights = {str(spec): parse_weight(str(spec)) for spec in specs}
+    same = Counter(file.name for file in {file for file, _ in weights.values()})
     for spec in specs:
-        file, weight = parse_weight(str(spec))
-        found = load_records(file, reading)
+        file, weight = weights[str(spec)]
+        found = load_pairs(file, reading)
+        name = "/".join(file.parts[-2 if same[file.name] > 1 else -1 :])
         repeats, fraction = divmod(weight, 1)
         chosen = list(range(len(found))) * int(repeats)
         sampler = random.Random(f"{seed} {spec}")
         chosen += sorted(sampler.sample(range(len(found)), round(fraction * len(found))))
-        records += [found[i] for i in chosen]
-        origins += [f"{file} record {i + 1}" for i in chosen]
+        records += [found[i][1] for i in chosen]
+        origins += [find_origin(f"{file} record {i + 1}", found[i][0], name) for i in chosen]
     if not records:
         raise UserError("the weights leave no record")
     return records, origins
+
+
+def group_by_source(origins: list[Origin]) -> dict[str, list[int]]:
+    """The indices of each source, the largest source first; the smallest of many are one."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for i, origin in enumerate(origins):
+        groups[origin.source].append(i)
+    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+    if len(ordered) > MOST_SOURCES:
+        rest = ordered[MOST_SOURCES - 1 :]
+        indices = sorted(i for _, group in rest for i in group)
+        ordered[MOST_SOURCES - 1 :] = [(f"({len(rest):,} smaller sources)", indices)]
+    return dict(ordered)

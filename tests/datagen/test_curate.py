@@ -7,12 +7,15 @@ import time
 from xml.etree import ElementTree
 
 import pytest
-from helpers.commands import assert_refused
+from helpers.commands import ROOT, assert_refused
 
 from alpaca.common.json_files import read_log
 from alpaca.datagen import curate
 from alpaca.datagen.curate import opening, printable
+from alpaca.datagen.formats import load_mixture
 from alpaca.datagen.lint import RULES, find_defects
+from dataset import encode_all
+from tokenizer import load_tokenizer
 
 HOSTILE = "<script>alert(1)</script>"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -206,10 +209,65 @@ def test_user_errors_are_one_line_and_write_nothing(command, folder, tmp_path):
         assert_refused(command("curate", verb, broken), "broken.json", "not JSON")
         assert_refused(command("curate", verb, bare), "bare.jsonl, line 2", "output")
         assert_refused(command("curate", verb, write(tmp_path / "list.json", [])), "no records")
+    words = "--tokenizer", ROOT / "data"
+    assert_refused(command("curate", "sources", bare, *words), "bare.jsonl, line 2", "output")
+    assert_refused(command("curate", "sources", empty, *words), "empty is not a regular file")
     for out in ("report.png", "none/report.html"):
         assert_refused(command("curate", "report", folder, "--out", tmp_path / out), "report")
     files = {"bare.jsonl", "broken.json", "empty", "list.json", "run"}
     assert {file.name for file in tmp_path.iterdir()} == files
+
+
+# ---------------------------------------------------------------- sources
+
+
+def sources_of(command, *words) -> dict[str, list[str]]:
+    """Source → the rest of its line."""
+    code, out, err = command("curate", "sources", *words, "--tokenizer", ROOT / "data")
+    assert code == 0, err
+    rows = [re.split(r"  +", line, maxsplit=6) for line in out.splitlines()[2:]]
+    return {name: figures for name, *figures in rows}
+
+
+def test_sources_counts_a_mixture_as_training_does(command, tmp_path):
+    own = [record("Name a fruit.", "", "Fig " * n, source="koala\x1b[2J") for n in (1, 900)]
+    chat = {"conversations": [{"from": "user", "value": "你好"}, {"from": "gpt", "value": "好"}]}
+    tree = {"prompt": {"text": "Hm?", "role": "prompter", "lang": "de", "replies": []}}
+    tree["prompt"]["replies"] = [{"text": "Ja.", "role": "assistant"}]
+    a = write(tmp_path / "a.json", [*own, record("Да?", "", "нет")])
+    b = write(tmp_path / "b.json", [chat, tree, {"text": "12 + 3"}])
+    shown = sources_of(command, a, f"{b}:2", "--max-length", 60)
+    records, origins = load_mixture([a, f"{b}:2"], 0)
+    examples = encode_all(records, origins, load_tokenizer(ROOT / "data"), 60)
+    languages = {"b.json": "Han script 2, de 2, no letters 2", "koala\\x1b[2J": "Latin script 2"}
+    languages["a.json"] = "Cyrillic script 1"
+    assert list(shown) == [*languages, "all"]
+    assert shown["all"][:3] == ["9", f"{examples.lengths.sum()}", "100.0%"]
+    for name, said in languages.items():
+        which = [i for i, o in enumerate(examples.origins) if printable(o.source) == name]
+        tokens, answers = (x[which].sum() for x in (examples.lengths, examples.supervised))
+        mean, share = f"{tokens / len(which):.1f}", f"{tokens / examples.lengths.sum():.1%}"
+        figures = f"{len(which)}", f"{tokens}", share, mean, f"{answers / tokens:.1%}"
+        assert shown[name] == [*figures, said]
+    assert list(sources_of(command, write(tmp_path / "c.json", own[:1]))) == ["koala\\x1b[2J"]
+
+
+@pytest.mark.parametrize(
+    ("text", "script"),
+    [
+        ("Tschüß, 世界!", "Latin"),
+        ("あああー ラーーーー 東京都庁", "Kana"),
+        ("北京市 A", "Han"),
+        ("안녕", "Hangul"),
+        ("γεια", "Greek"),
+        ("שלום", "Hebrew"),
+        ("สวัสดี", "Thai"),
+        ("नमस्ते", "Devanagari"),
+        ("مرحبا", "Arabic"),
+    ],
+)
+def test_script_of_a_text_is_that_of_most_letters(text, script):
+    assert curate.find_script(text) == f"{script} script"
 
 
 # ---------------------------------------------------------------- lint

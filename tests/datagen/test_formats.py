@@ -6,7 +6,7 @@ import json
 import pytest
 
 from alpaca.common.errors import UserError
-from alpaca.datagen.formats import load_mixture, load_records
+from alpaca.datagen.formats import Origin, group_by_source, load_mixture, load_records
 
 ALPACA = '{"instruction": "Say hi.", "input": "", "output": "hi"}'
 RECORD = json.loads(ALPACA)
@@ -143,9 +143,9 @@ def test_mixture_repeats_or_samples_files_reproducibly(two_files):
 
 def test_mixture_origins_name_file_and_record(two_files):
     records, origins = load_mixture([f"{two_files[0]}:1.5", f"{two_files[1]}:0.3"], 0)
-    assert len(records) == len(origins) == 18 and origins[2] == f"{two_files[0]} record 3"
+    assert len(records) == len(origins) == 18 and origins[2].place == f"{two_files[0]} record 3"
     for record, origin in zip(records, origins, strict=True):
-        file, number = origin.split(" record ")
+        file, number = origin.place.split(" record ")
         assert record == load_records(file)[int(number) - 1]
 
 
@@ -153,10 +153,40 @@ def test_mixture_takes_a_colon_in_a_file_name(tmp_path):
     written(tmp_path / "at:2", ALPACA)
     written(tmp_path / "a:b.json", ALPACA)
     assert len(load_mixture([tmp_path / "at:2"], 0)[0]) == 1
-    assert load_mixture([f"{tmp_path}/at:2:3"], 0)[1] == [f"{tmp_path}/at:2 record 1"] * 3
+    origin = Origin(f"{tmp_path}/at:2 record 1", "at:2", "")
+    assert load_mixture([f"{tmp_path}/at:2:3"], 0)[1] == [origin] * 3
     assert len(load_mixture([tmp_path / "a:b.json", f"{tmp_path}/a:b.json:2"], 0)[0]) == 3
     with pytest.raises(FileNotFoundError, match="c:d"):
         load_mixture([f"{tmp_path}/c:d"], 0)
+
+
+def test_source_is_a_records_own_or_its_files_name(tmp_path):
+    """Two files of one name differ by their folder; control characters are escaped."""
+    tree = '{"source": "oasst", "prompt": {"text": "a", "role": "prompter", "lang": "de", '
+    tree += '"replies": [{"text": "b", "role": "assistant", "lang": "en"}]}}'
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        own = [RECORD | {"source": source} for source in ("a\x1b[2J\n", " ", 5)]
+        lines = [tree, *map(json.dumps, own), json.dumps(RECORD | {"lang": "fr"})]
+        written(tmp_path / name / "data.jsonl", "\n".join(lines))
+    file = f"{tmp_path}/one/data.jsonl"
+
+    def about(*files):
+        return [(origin.source, origin.language) for origin in load_mixture(files, 0)[1]]
+
+    given = [("oasst", "de"), ("a\\x1b[2J", "")]
+    name = "data.jsonl"
+    assert about(file, file) == [*given, (name, ""), (name, ""), (name, "fr")] * 2
+    two = about(file, f"{tmp_path}/two/data.jsonl")
+    assert two[:3] == [*given, ("one/data.jsonl", "")] and two[-1] == ("two/data.jsonl", "fr")
+
+
+def test_sources_are_grouped_by_size_and_the_smallest_of_many_together():
+    origins = [Origin("", source, "") for source in "abbca"]
+    assert list(group_by_source(origins).items()) == [("a", [0, 4]), ("b", [1, 2]), ("c", [3])]
+    groups = group_by_source([Origin("", f"{i % 40}", "") for i in range(60)])
+    assert len(groups) == 20 and groups["(21 smaller sources)"] == [*range(19, 40), 59]
+    assert len(groups["0"]) == 2 and sum(map(len, groups.values())) == 60
 
 
 def test_mixture_refuses_weights_out_of_range_or_too_small(two_files):

@@ -78,7 +78,7 @@ READERS = {  # a file, and the command that reads it
     "float/model.safetensors": "weightdiff recover --base plain --diff float --tuned new",
     "data.jsonl.gz": "curate report data.jsonl.gz --out new.html",
     "data.jsonl": "curate lint data.jsonl --fix new.json --dropped dropped.json",
-    "sharegpt.json": "curate report sharegpt.json --out new.html",
+    "sharegpt.json": "curate sources sharegpt.json --tokenizer base/model",
     "seeds.jsonl": f"{TEACHER} --teacher m --out new --seeds seeds.jsonl",
     "run/settings.json": f"{TEACHER} --teacher m --out run",
     "run/responses.jsonl": "selfinstruct report run",

@@ -42,7 +42,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from alpaca.common.cli import Parser
 from alpaca.common.errors import UserError, join_names, notice
-from alpaca.datagen.formats import Reading, load_mixture, load_records
+from alpaca.datagen.formats import Reading, group_by_source, load_mixture
 from alpaca.training.config import TrainConfig, add_arguments
 from alpaca.training.memory_plan import measure, report_plan
 from alpaca.training.model_card import write_card
@@ -199,19 +199,25 @@ def exit_to_resume(step: int, snapshots: Snapshots, run: RunDir, stop: StopSigna
 
 @torch.no_grad()
 def log_held_out_loss(model: Llama, job: Job, run: RunDir, device: torch.device, step: int) -> None:
-    """The mean loss over examples that are not trained on."""
+    """The mean loss over examples that are not trained on, and over those of each source."""
     if job.held_out is None:
         return
-    total = torch.zeros(1, dtype=torch.float64, device=device)
+    sources = group_by_source(job.held_out.origins)
+    totals = torch.zeros(len(sources), dtype=torch.float64, device=device)
     model.eval()  # no dropout
-    for row in packed_rows(job.held_out, np.arange(len(job.held_out)), job.config, device):
-        total += model(**row)
+    for i, which in enumerate(sources.values()):  # a row holds examples of one source
+        for row in packed_rows(job.held_out, np.array(which), job.config, device):
+            totals[i] += model(**row)
     model.train()
-    dist.all_reduce(total)
+    dist.all_reduce(totals)
     assert isinstance(model, FSDPModule)
     model.reshard()  # without a backward pass, the root group would stay gathered
-    loss = total.item() / int(job.held_out.supervised.sum())
-    run.log({"step": step, "held_out_loss": loss})
+    targets = [int(job.held_out.supervised[which].sum()) for which in sources.values()]
+    losses = {"held_out_loss": totals.sum().item() / sum(targets)}
+    for source, total, count in zip(sources, totals.tolist(), targets, strict=True):
+        if len(sources) > 1:
+            losses[f"held_out_loss/{source}"] = total / count
+    run.log({"step": step, **losses})
 
 
 # ---------------------------------------------------------------- before and after the steps
@@ -314,8 +320,7 @@ def prepare(config: TrainConfig) -> Job:
         raise UserError(f"--epochs {config.epochs} of {len(train)} examples is not one step")
     records, held_out = [], None
     if config.eval_data:
-        records = load_records(config.eval_data, reading)
-        origins = [f"{config.eval_data} record {number}" for number in range(1, len(records) + 1)]
+        records, origins = load_mixture(config.eval_data, config.seed, reading)
         held_out = encode_all(records, origins, tokenizer, config.max_length)
     return Job(config, model_config, tokenizer, train, held_out, records, steps)
 

@@ -1,10 +1,12 @@
 """The trainer as people run it: divided into rows and ranks, resumed, misused."""
 
+import json
 import math
 import os
 import re
 import shutil
 import signal
+from collections import Counter
 from unittest import mock
 
 import pytest
@@ -29,11 +31,14 @@ from helpers.training import (
 )
 
 import fsdp_train
+from alpaca.datagen.formats import load_mixture
 from alpaca.training import parallel
 from alpaca.training.run_dir import RunDir
 from alpaca.weights.loading import load_model
+from dataset import encode_record
 from fsdp_train import learning_rate
-from model import Llama
+from model import IGNORE, Llama
+from tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +52,18 @@ def reference(base, tmp_path_factory):
     out = tmp_path_factory.mktemp("reference") / "run"
     succeeded(train(flags(base, out)))
     return out
+
+
+@pytest.fixture(scope="module")
+def measured(base, tmp_path_factory):
+    """The plain run with held-out records of three sources in two files, and these files."""
+    folder = tmp_path_factory.mktemp("measured")
+    records = json.loads((base / "records.json").read_text())[:9]
+    koala = [{**record, "source": "koala"} for record in records[3:5]]
+    (folder / "mixed.json").write_text(json.dumps([*records[:3], *koala, *records[5:]]))
+    files = [folder / "mixed.json", base / "records.json"]
+    succeeded(train(flags(base, folder / "run", eval_data=files, sample_answers=0)))
+    return folder / "run", files
 
 
 @pytest.fixture
@@ -83,9 +100,11 @@ def test_step_does_not_depend_on_how_it_is_divided(base, reference, tmp_path, ch
     assert_same_run(tmp_path / "run", reference)
 
 
-def test_two_ranks_equal_one(base, reference, tmp_path):
-    succeeded(finish(launch(flags(base, tmp_path / "run"), ranks=2)))
-    assert_same_run(tmp_path / "run", reference)
+def test_two_ranks_equal_one(base, measured, tmp_path):
+    out, files = measured
+    words = flags(base, tmp_path / "run", eval_data=files, sample_answers=0)
+    succeeded(finish(launch(words, ranks=2)))
+    assert_same_run(tmp_path / "run", out)
 
 
 def test_clipping_is_exact_for_large_gradients():
@@ -178,6 +197,26 @@ def test_base_that_is_not_finite_is_refused_at_once(base, tmp_path):
 
 
 # ---------------------------------------------------------------- the run
+
+
+def test_held_out_loss_of_each_source_is_the_mean_over_its_tokens(base, measured):
+    out, files = measured
+    first, last = (record for record in metrics(out) if "held_out_loss" in record)
+    names = [*["mixed.json"] * 3, *["koala"] * 2, *["mixed.json"] * 4, *["records.json"] * 40]
+    model, tokenizer, sums = load_model(base / "model"), load_tokenizer(TOKENIZER), Counter()
+    for name, record in zip(names, load_mixture(files, 0)[0], strict=True):
+        ids, labels = (torch.tensor([part[:128]]) for part in encode_record(record, tokenizer)[:2])
+        loss, tokens = model(ids, labels=labels).item(), int((labels != IGNORE).sum())
+        for figure in ("held_out_loss", f"held_out_loss/{name}"):
+            sums[figure] += loss
+            sums[figure, "tokens"] += tokens
+    shown = {"held_out_loss": "; held out", "held_out_loss/records.json": ", records.json"}
+    shown |= {"held_out_loss/mixed.json": ", mixed.json", "held_out_loss/koala": ", koala"}
+    assert list(first) == ["step", *shown]
+    for figure in shown:
+        assert first[figure] == pytest.approx(sums[figure] / sums[figure, "tokens"], rel=1e-5)
+        shown[figure] += f" {first[figure]:.3f} → {last[figure]:.3f}"
+    assert "".join(shown.values()) + "." in (out / "model/README.md").read_text()
 
 
 def test_resume_is_bit_identical(base, tmp_path, watch):

@@ -25,7 +25,7 @@ from templates import TEMPLATES
 TINY_RECIPE = {  # the embedded model; paths of defaults are relative to the checkout
     "model_dir": Path("data/tiny-llama"),
     "data": ("data/sample_train.json",),
-    "eval_data": Path("data/sample_heldout.json"),
+    "eval_data": ("data/sample_heldout.json",),
     "out": Path("runs/tiny"),
     "epochs": 2,
     "batch_size": 16,
@@ -74,7 +74,12 @@ class TrainConfig:
     languages: tuple[str, ...] = flag(
         (), "of OpenAssistant's trees, such as en de (default: all)", nargs="+", metavar="LANG"
     )
-    eval_data: Path | None = flag(None, "held-out records, measured before and after", Path)
+    eval_data: tuple[str, ...] = flag(
+        (),
+        "held-out records; their loss before and after, by source",
+        nargs="+",
+        metavar="FILE[:WEIGHT]",
+    )
     out: Path = flag(Path("runs/alpaca"), "folder of the run", Path)
 
     epochs: float = flag(3, "passes over the examples", positive(float, 10_000))
@@ -132,9 +137,11 @@ class TrainConfig:
         for name, value in defaults.items():
             if isinstance(value, Path):
                 defaults[name] = in_checkout(value)
-        defaults["data"] = [in_checkout(Path(spec)) for spec in defaults["data"]]
         values = {**defaults, **given}
-        config = cls(**{**values, "data": tuple(map(str, values["data"]))})
+        for name in ("data", "eval_data"):
+            files = given.get(name) or map(in_checkout, map(Path, defaults[name]))
+            values[name] = tuple(map(str, files))
+        config = cls(**values)
         config.check()
         return config
 

@@ -102,7 +102,7 @@ def fill_in_card(
         "base": base,
         "base_files": files,
         "data_files": "\n".join(f"- {describe_data(spec)}" for spec in config.data),
-        "held_out_file": describe_data(str(config.eval_data)) if config.eval_data else "none",
+        "held_out_files": "; ".join(map(describe_data, config.eval_data)) or "none",
         "flags": "--model-dir BASE --adapter FOLDER" if config.lora else "--model-dir FOLDER",
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {platform.machine()}",
         "recipe": "\n".join(f"| {name} | {value} |" for name, value in rows),

@@ -24,7 +24,7 @@ from alpaca.common.run_folder import run_folder
 STEP_FORMAT = "loss {loss:.3f}  lr {lr:.2e}  grad norm {grad_norm:.2f}  {tokens_per_s:,.0f} tok/s"
 NUMBER = int | float
 STEP = {"step": int, "loss": NUMBER, "tokens": int, "tokens_per_s": NUMBER}  # of metrics.jsonl
-HELD_OUT = {"step": int, "held_out_loss": NUMBER}
+HELD_OUT = "held_out_loss"  # of "held_out_loss/SOURCE", too
 RECENT = 20  # steps that the progress line averages tok/s and MFU over
 
 
@@ -66,10 +66,11 @@ class RunDir:
         self.records = []
         if done and self.metrics.exists():
             for record in read_log(self.metrics):
-                check_shape(record, STEP if "loss" in record else HELD_OUT, str(self.metrics))
+                held_out = dict.fromkeys([HELD_OUT, *record], NUMBER) | {"step": int}
+                check_shape(record, STEP if "loss" in record else held_out, str(self.metrics))
                 if record["step"] <= done:
                     self.records.append(record)
-            if done == steps and self.records and "held_out_loss" in self.records[-1]:
+            if done == steps and self.records and HELD_OUT in self.records[-1]:
                 self.records.pop()  # of the trained model; it is measured again
         with atomic_file(self.metrics, "w") as file:
             file.writelines(json.dumps(record) + "\n" for record in self.records)
@@ -97,24 +98,29 @@ class RunDir:
     def series(self, figure: str) -> list[tuple[float, float]]:
         return [(r["step"], r[figure]) for r in self.records if figure in r]
 
+    def change(self, figure: str) -> str:
+        losses = [loss for _, loss in self.series(figure)]
+        return f"{losses[0]:.3f} → {losses[-1]:.3f}"
+
     def summary(self) -> str:
         """The run in one line."""
         steps = [record for record in self.records if "loss" in record]
         if not steps:
             return "the log of this run is lost"
         tokens, seconds = sum(r["tokens"] for r in steps), sum(map(step_seconds, steps))
-        held_out = [loss for _, loss in self.series("held_out_loss")]
-        return (
-            f"{len(steps)} steps of {tokens:,} tokens in {duration(seconds)}; "
-            f"training loss {steps[0]['loss']:.3f} → {steps[-1]['loss']:.3f}"
-            + (f"; held out {held_out[0]:.3f} → {held_out[-1]:.3f}" if held_out else "")
-        )
+        text = f"{len(steps)} steps of {tokens:,} tokens in {duration(seconds)}; "
+        text += f"training loss {self.change('loss')}"
+        for figure in next((r for r in reversed(self.records) if HELD_OUT in r), ()):
+            name, _, source = figure.partition("/")
+            if name == HELD_OUT:
+                text += f"{f', {source[:60]}' if source else '; held out'} {self.change(figure)}"
+        return text
 
     def end_log(self) -> None:
         """Print the last progress line and plot the losses."""
         if not self.quiet:
             self.progress.close()
-            lines = {"training": self.series("loss"), "held out": self.series("held_out_loss")}
+            lines = {"training": self.series("loss"), "held out": self.series(HELD_OUT)}
             chart = charts.line_chart("Loss", "step", {k: v for k, v in lines.items() if v})
             with atomic_file(self.chart, "w") as file:
                 file.write(chart)

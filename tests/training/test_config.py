@@ -27,7 +27,7 @@ def test_defaults_are_alpacas_or_those_of_the_tiny_and_lora_recipes(monkeypatch)
     assert (alpaca.epochs, alpaca.batch_size, alpaca.learning_rate) == (3, 128, 2e-5)
     assert (alpaca.warmup_ratio, alpaca.max_length, alpaca.seed) == (0.03, 512, 42)
     assert (alpaca.dtype, alpaca.checkpointing, alpaca.lora) == ("bf16", "selective", None)
-    assert alpaca.out == Path("runs/alpaca") and alpaca.eval_data is None
+    assert alpaca.out == Path("runs/alpaca") and alpaca.eval_data == ()
     assert tiny.model_dir == Path("data/tiny-llama") and tiny.data == ("data/sample_train.json",)
     assert (tiny.epochs, tiny.batch_size, tiny.learning_rate, tiny.dtype) == (2, 16, 3e-4, "fp32")
     preset = config_of("--preset", "7B", "--tokenizer", "t", "--data", "a.json")
@@ -54,7 +54,8 @@ def test_default_paths_and_settings_do_not_depend_on_the_folder(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     elsewhere = config_of()
     for config, folder in ((here, CHECKOUT), (elsewhere, tmp_path)):
-        assert os.path.normpath(folder / config.base) == str(CHECKOUT / "data/tiny-llama")
+        paths = [os.path.normpath(folder / path) for path in (config.base, *config.eval_data)]
+        assert paths == [str(CHECKOUT / "data" / n) for n in ("tiny-llama", "sample_heldout.json")]
     assert here.out == Path("runs/tiny") and elsewhere.out != here.out
     assert elsewhere.settings("id") == settings and settings["model_dir"] == "data/tiny-llama"
     (tmp_path / "llama").mkdir()

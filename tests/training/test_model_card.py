@@ -38,7 +38,7 @@ def files(tmp_path):
     return base, tmp_path / "data.json"
 
 
-def card_of(base, data, held_out=None, lora=None) -> str:
+def card_of(base, data, held_out=(), lora=None) -> str:
     """Of a run on three examples of 7 tokens, of which 5, 1 and 3 are supervised."""
     labels = np.arange(21, dtype=np.int32)
     labels[[0, 1, *range(7, 13), 14, 15, 16, 17]] = IGNORE
@@ -56,7 +56,7 @@ def sha256(data: bytes) -> str:
 def test_card_has_base_data_recipe_and_losses(files):
     base, data = files
     digest = sha256(data.read_bytes())
-    card = card_of(base, (f"{data}:0.5",), held_out=data)
+    card = card_of(base, (f"{data}:0.5",), held_out=(str(data), f"{data}:2"))
     assert f"`some-base`\n\n- `model.safetensors`, {sha256(b'weights')}" in card
     assert f"- `data.json`: 2 records, taken 0.5 times, 1 by t-1; {digest}" in card
     assert "# mine\n" in card and "| learning_rate | 2e-05 |\n| batch_size | 2 |" in card
@@ -65,7 +65,7 @@ def test_card_has_base_data_recipe_and_losses(files):
     total = f"{model_parameters(MODEL):,}"
     assert format_prompt("(the instruction)") in card and f"{total} of {total} parameters" in card
     assert "3 examples with 9 supervised tokens" in card and "than 512 tokens" in card
-    assert f"Held-out file: `data.json`: 2 records, 1 by t-1; {digest}." in card
+    assert f"Held-out data: `data.json`: 2 records, 1 by t-1; {digest}; `data.json`: 2 " in card
     assert re.search(r"commit [0-9a-f]{40}|a copy without version history", card)
     assert str(data.parent) not in card, "where files are is private"
     assert f"torch {version('torch')}" in card and time.strftime("%Y-%m-%d") in card
@@ -78,7 +78,7 @@ def test_card_of_an_adapter_from_an_unknown_base(files):
     assert "`alpaca generate --model-dir BASE --adapter FOLDER " in card
     assert f"{3 * 4 * (64 + 64):,} of {model_parameters(MODEL):,} parameters" in card
     card = card_of(None, (str(files[1]),))
-    assert "training started from random weights" in card and "Held-out file: none." in card
+    assert "training started from random weights" in card and "Held-out data: none." in card
 
 
 def test_files_of_any_format_are_described(files, tmp_path):

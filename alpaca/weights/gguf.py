@@ -3,16 +3,18 @@ format's frame).
 
 Names differ from Hugging Face's (`blk.0.attn_q` is `model.layers.0.self_attn.q_proj`), queries and
 keys lie in Meta's order (meta_format.py), and a tied head is left out. F32, F16 and BF16 are plain
-numbers, mapped from the file. Of the others three are read; each stores 32 neighbours of a row as a
-block of small integers q with a scale d in fp16, and numbers w become again, in fp32,
+numbers, mapped from the file. Of the others four are read; each stores 32 neighbours of a row, or
+256, as a block of small integers q with a scale d in fp16, and numbers w become again, in fp32,
 
-    Q8_0   d, 32 × int8        w = d q           34 bytes, 8.5 bits a weight
-    Q4_0   d, 32 × 4 bits      w = d (q - 8)     18 bytes, 4.5 bits
-    Q4_1   d, m, 32 × 4 bits   w = d q + m       20 bytes, 5 bits
+    Q8_0   d, 32 × int8        w = d q            34 bytes, 8.5 bits a weight
+    Q4_0   d, 32 × 4 bits      w = d (q - 8)      18 bytes, 4.5 bits
+    Q4_1   d, m, 32 × 4 bits   w = d q + m        20 bytes, 5 bits
+    Q6_K   256 × 6 bits, d     w = d s (q - 32)   210 bytes, 6.6 bits; s: int8, one for 16 numbers
 
-Byte i of 4-bit numbers holds number i in its low half and number i + 16 in its high half. Writing
-(gguf_writer.py) takes d = max |w| / 127, and for Q4_0 d = w / -8, w the number with the largest
-|w|: the one that is kept exactly, since 4 bits reach from -8 to 7.
+Byte i of 4-bit numbers holds number i in its low half and number i + 16 in its high half. Q6_K is
+the head or tied embedding of files that llama.cpp writes in 4 bits. Writing (gguf_writer.py) takes
+d = max |w| / 127, and for Q4_0 d = w / -8, w the number with the largest |w|: the one that is kept
+exactly, since 4 bits reach from -8 to 7.
 """
 
 import math
@@ -36,8 +38,8 @@ KINDS = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 8: "Q8_0", 30: "BF16"}
 KINDS |= {6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
 KINDS |= {16: "IQ2_XXS", 18: "IQ3_XXS", 20: "IQ4_NL", 21: "IQ3_S", 23: "IQ4_XS"}
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-BLOCK = 32  # numbers
-BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
+BLOCK = 32  # numbers, but for Q6_K's
+BLOCKS = {"Q8_0": (BLOCK, 34), "Q4_0": (BLOCK, 18), "Q4_1": (BLOCK, 20), "Q6_K": (256, 210)}
 GGUF_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -85,11 +87,14 @@ def tensor_size(shape: list[int], kind: str) -> int:
     count = math.prod(shape)
     if kind in PLAIN:
         return count * PLAIN[kind].itemsize
-    return 0 if not shape or shape[-1] % BLOCK else count // BLOCK * BLOCK_BYTES[kind]
+    numbers, size = BLOCKS[kind]
+    return 0 if not shape or shape[-1] % numbers else count // numbers * size
 
 
 def dequantize(blocks: Tensor, kind: str) -> Tensor:
-    """uint8 (N, bytes of a block) → fp32 (N, 32)."""
+    """uint8 (N, bytes of a block) → fp32 (N, numbers of a block)."""
+    if kind == "Q6_K":
+        return dequantize_6_bits(blocks)
     numbers = torch.empty(len(blocks), BLOCK)
     scale = blocks[:, :2].view(torch.float16).float()  # (N, 1)
     if kind == "Q8_0":
@@ -100,6 +105,18 @@ def dequantize(blocks: Tensor, kind: str) -> Tensor:
     if kind == "Q4_0":
         return numbers.sub_(8).mul_(scale)
     return numbers.mul_(scale).add_(blocks[:, 2:4].view(torch.float16).float())
+
+
+def dequantize_6_bits(blocks: Tensor) -> Tensor:
+    """Each half of a block has 64 bytes with the low 4 bits of 128 numbers, number i + 64 in the high
+    half of byte i; then each half has 32 bytes with their high 2 bits, number i + 32 above i."""
+    low, high, scales, scale = blocks.split([128, 64, 16, 2], dim=1)
+    low = low.view(-1, 2, 1, 64)
+    low = torch.cat([low & 15, low >> 4], dim=2).view(-1, 2, 4, 32)
+    high = high.view(-1, 2, 1, 32) >> torch.tensor([[0], [2], [4], [6]], dtype=torch.uint8) & 3
+    scales = scale.view(torch.float16) * scales.view(torch.int8).float()  # (N, 16)
+    numbers = (low | high << 4).view(-1, 16, 16).float().sub_(32)
+    return numbers.mul_(scales[:, :, None]).view(-1, 256)
 
 
 # ---------------------------------------------------------------- a file as a checkpoint
@@ -160,9 +177,10 @@ def gguf_tensors(file: GGUF, config: LlamaConfig) -> dict[str, tuple]:
     sizes, found = {}, {}
     for name, (shape, number, start) in file.tensors.items():
         kind = KINDS.get(number, str(number))
-        if kind not in PLAIN and kind not in BLOCK_BYTES:
-            known = ", ".join((*PLAIN, *BLOCK_BYTES))
-            raise UserError(f"{file.path}: {name} is of kind {kind}, only {known} are read")
+        if kind not in PLAIN and kind not in BLOCKS:
+            known = ", ".join((*PLAIN, *BLOCKS))
+            hint = "get the model's F16 or Q8_0 file"
+            raise UserError(f"{file.path}: {name} is of kind {kind}, only {known} are read: {hint}")
         sizes[name] = tensor_size(shape, kind)
         if name == ROPE_FACTORS:  # `gguf_config` has read it
             continue
@@ -183,5 +201,5 @@ def read_tensor(
     if kind in PLAIN:
         weight = content.view(PLAIN[kind]).view(shape)
     else:
-        weight = dequantize(content.view(-1, BLOCK_BYTES[kind]), kind).view(shape)
+        weight = dequantize(content.view(-1, BLOCKS[kind][1]), kind).view(shape)
     return half_split(weight, heads) if heads else weight

@@ -39,6 +39,15 @@ def test_blocks_are_the_gguf_packages_bit_for_bit(kind):
     assert np.array_equal(read.view(np.int32), expected.view(np.int32))
 
 
+def test_blocks_of_6_bits_are_read_as_by_the_gguf_package():
+    """The package cannot write them: any bytes are such a block, if the scale is a number."""
+    blocks = torch.randint(256, (999, 210), dtype=torch.uint8)
+    blocks[:, 208:] = torch.randn(999, 1).to(torch.float16).view(torch.uint8)
+    expected = theirs.quants.dequantize(blocks.numpy(), theirs.GGMLQuantizationType.Q6_K)
+    read = ours.dequantize(blocks, "Q6_K").numpy()
+    assert np.array_equal(read.view(np.int32), expected.view(np.int32))
+
+
 @pytest.mark.parametrize("kind", FILE_TYPES)
 def test_gguf_package_reads_our_file(tmp_path, kind):
     model = small_model(**SHAPE)

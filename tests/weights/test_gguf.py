@@ -191,6 +191,19 @@ def test_quantized_file_is_near(command, base, tmp_path, kind, error):
     assert stored["lm_head.weight"].dtype == torch.float32
 
 
+def test_number_200_of_a_block_of_6_bits():
+    """In the second half, number 72 = 64 + 8: byte 8's high 4 bits, and bits 4 and 5 above them."""
+    block = torch.zeros(1, 210, dtype=torch.uint8)
+    block[0, 64 + 8], block[0, 128 + 32 + 8] = 0xA0, 0b10 << 4
+    block[0, 192 + 200 // 16] = 256 - 3  # its scale is -3
+    block[0, 208:] = torch.tensor([0.5], dtype=torch.float16).view(torch.uint8)
+    (numbers,) = gguf.dequantize(block, "Q6_K")
+    assert numbers[200] == 0.5 * -3 * (0b10_1010 - 32)
+    assert numbers.nonzero().flatten().tolist() == list(range(192, 208))  # the others' scale is 0
+    assert gguf.tensor_size([3, 512], "Q6_K") == 6 * 210
+    assert gguf.tensor_size([3, 128], "Q6_K") == 0
+
+
 def test_zeros_stay_zeros():
     for kind in ("Q8_0", "Q4_0"):
         assert not gguf.dequantize(quantize(torch.zeros(1, 32), kind, "w"), kind).any()

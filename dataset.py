@@ -107,9 +107,9 @@ def encode_conversation(messages: list[dict], tokenizer: Tokenizer) -> tuple[lis
             new = tokenizer.encode_after("", text)[0] if ids else tokenizer.encode(text)
         ids += new
         labels += new if kind is AnswerText else [IGNORE] * len(new)
-    bos = [tokenizer.bos_id] if template.bos else []
-    if template.bos is None:
-        bos = tokenizer.encode("", bos=True)
+    bos = tokenizer.encode("", bos=True)
+    if template.bos is not None:
+        bos = [tokenizer.bos_id] if template.bos and tokenizer.bos_id is not None else []
     return bos + ids, [IGNORE] * len(bos) + labels, unmerged
 
 

@@ -196,14 +196,15 @@ def find_template(*places: Path) -> Template | None:
 
 
 def read_jinja(*places: Path) -> str:
-    """The Jinja of the first folder or GGUF file that has some; "" if none has."""
+    """The Jinja of the first folder or GGUF file that has some, or that stands beside a file; "" if
+    there is none."""
     for place in places:
-        text = None
+        text, folder = None, place.parent if place.is_file() else place
         if is_gguf(place):
             text = read_gguf(place).metadata.get(TEMPLATE_KEY)
-        elif (file := place / JINJA_FILE).is_file():
+        elif (file := folder / JINJA_FILE).is_file():
             text = read_text(file, MAX_TEXT)
-        elif (file := place / "tokenizer_config.json").is_file():
+        elif (file := folder / "tokenizer_config.json").is_file():
             text = read_json(file).get("chat_template")
             if isinstance(text, list):  # several, by name
                 named = [each for each in text if isinstance(each, dict)]

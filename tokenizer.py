@@ -199,8 +199,7 @@ def load_tokenizer(
         for name in tokenizer.template.specials:
             tokenizer.special_id(name)
     else:
-        beside = Path(path).parent if Path(path).suffix == ".json" else Path(path)
-        tokenizer.template = find_template(*filter(None, models), beside)
+        tokenizer.template = find_template(*filter(None, models), Path(path))
     return tokenizer
 
 

@@ -1,6 +1,7 @@
 """Chat templates: which text has labels, and whose template a model is asked in."""
 
 import json
+import shutil
 import time
 
 import pytest
@@ -106,6 +107,13 @@ def test_recognize_keeps_system_message_date_and_bos():
     assert recognize(FOREIGN["llama-3.0"]) == LLAMA3_CHAT
 
 
+def test_template_with_bos_where_the_tokenizer_has_none(tmp_path):
+    """Jinja's bos_token is empty there."""
+    folder = write_chat_tokenizer(tmp_path, chat_template=LLAMA31, bos_token=None)
+    tokenizer = load_tokenizer(folder)
+    assert chat_prompt(CHAT[1:2], tokenizer)[0] == tokenizer.special_id("<|start_header_id|>")
+
+
 @pytest.mark.parametrize(
     "jinja",
     [
@@ -153,6 +161,8 @@ def test_template_comes_from_the_first_place_that_has_one(tmp_path):
     config = {"chat_template": named}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert find_template(tmp_path) == recognize(SMOLLM)
+    shutil.copy(ROOT / "data/tokenizer.model", tmp_path)
+    assert load_tokenizer(tmp_path / "tokenizer.model").template == recognize(SMOLLM)
 
 
 def test_template_that_a_tokenizer_cannot_write_is_refused():

@@ -108,8 +108,8 @@ def dequantize(blocks: Tensor, kind: str) -> Tensor:
 
 
 def dequantize_6_bits(blocks: Tensor) -> Tensor:
-    """Each half of a block has 64 bytes with the low 4 bits of 128 numbers, number i + 64 in the high
-    half of byte i; then each half has 32 bytes with their high 2 bits, number i + 32 above i."""
+    """Each half of a block has 64 bytes with the low 4 bits of 128 numbers, number i + 64 above i;
+    then each half has 32 bytes with their high 2 bits, number i + 32 above i."""
     low, high, scales, scale = blocks.split([128, 64, 16, 2], dim=1)
     low = low.view(-1, 2, 1, 64)
     low = torch.cat([low & 15, low >> 4], dim=2).view(-1, 2, 4, 32)

@@ -228,10 +228,10 @@ class Row(NamedTuple):
     cu_seqlens: Tensor  # int32, from 0 to T
 
 
-def make_row(examples: Examples, which: np.ndarray, multiple: int = 1, bounds: int = 0) -> Row:
+def make_row(examples: Examples, which: np.ndarray, multiple: int = 1, bounds: int = 1) -> Row:
     """The examples `which` packed into one row. Kernels that are compiled for a shape need few
     shapes: a masked document pads the row to a multiple of `multiple` tokens, and empty documents
-    pad cu_seqlens to `bounds` entries.
+    pad cu_seqlens to a multiple of `bounds` entries.
 
     Rows of the 4 documents above, of 5, 3, 2 and 4 tokens. Each document's first label is masked:
     the model would predict it from the last token of the document before.
@@ -254,7 +254,7 @@ def make_row(examples: Examples, which: np.ndarray, multiple: int = 1, bounds: i
     labels = np.concatenate([*(examples.labels[span] for span in spans), padding + IGNORE])
     ends = np.concatenate([[0], np.cumsum(lengths)])
     labels[ends[:-1]] = IGNORE
-    ends = np.pad(ends, (0, max(0, bounds - len(ends))), mode="edge")
+    ends = np.pad(ends, (0, -len(ends) % bounds), mode="edge")
     return Row(
         torch.from_numpy(ids.astype(np.int64))[None],
         torch.from_numpy(labels.astype(np.int64))[None],

@@ -31,12 +31,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
@@ -83,7 +82,7 @@ from model import Llama, LlamaConfig
 from tokenizer import Tokenizer, check_tokenizer, load_tokenizer, with_ends
 
 BETAS, EPS, CLIP = (0.9, 0.999), 1e-8, 1.0  # the defaults of Hugging Face's Trainer, as in Alpaca
-ROW_MULTIPLE = 128  # compiled blocks see rows of a multiple of this many tokens
+ROW_MULTIPLE, BOUNDS_MULTIPLE = 128, 32  # of the tokens and bounds that compiled blocks see
 
 
 def train(job: Job, run: RunDir, mesh: DeviceMesh, device: torch.device, stop: StopSignal) -> None:
@@ -138,21 +137,24 @@ def learning_rate(step: int, steps: int, max_lr: float, warmup_ratio: float) -> 
 
 def packed_rows(
     examples: Examples, batch: np.ndarray, config: TrainConfig, device: torch.device
-) -> Iterator[dict[str, Tensor]]:
-    """This rank's share of a batch, packed into as many rows as every other rank's."""
+) -> Iterator[dict[str, Any]]:
+    """This rank's share of a batch, packed into as many rows as every other rank's: the arguments
+    of the model. `longest` is the same for all rows, because it is compiled in."""
     rows = pack_rows(examples.lengths[batch], dist.get_world_size(), config.row_tokens)
-    multiple, bounds = 1, 0
-    if config.compiles(device):  # few shapes
-        multiple, bounds = min(ROW_MULTIPLE, config.max_length), len(batch) + 2
+    few_shapes = config.compiles(device)
+    multiples = (min(ROW_MULTIPLE, config.max_length), BOUNDS_MULTIPLE) if few_shapes else (1, 1)
     for row in rows[dist.get_rank()]:
-        packed = make_row(examples, batch[row], multiple, bounds)
-        yield {name: tensor.to(device) for name, tensor in packed._asdict().items()}
+        packed = make_row(examples, batch[row], *multiples)
+        tensors = {name: tensor.to(device) for name, tensor in packed._asdict().items()}
+        if few_shapes:  # else rows with more documents than the first would be compiled again
+            torch._dynamo.maybe_mark_dynamic(tensors["cu_seqlens"], 0)
+        yield {**tensors, "longest": config.max_length}
 
 
 def train_step(
     model: Llama,
     optimizer: torch.optim.Optimizer,
-    rows: Iterable[dict[str, Tensor]],
+    rows: Iterable[dict[str, Any]],
     targets: int,
     device: torch.device,
     stop: StopSignal,

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+FLASH = "cuda"  # where packed documents are one kernel: FlashAttention, arXiv:2307.08691
 IGNORE = -100  # the label of a masked token: no loss, no gradient
 LOGITS_CHUNK = 2**23  # logits in memory at once: 32 MiB in fp32, 262 tokens of LLaMA's vocabulary
 
@@ -123,12 +124,12 @@ class AttentionContext:
         positions: Tensor,  # (B, T)
         slots: Tensor | None = None,  # (B, T): the cache slot that stores each token
         cu_seqlens: Tensor | None = None,  # document i is tokens cu_seqlens[i] … [i + 1]
+        longest: int = 0,  # tokens that no document exceeds
         mask: Tensor | None = None,  # (B, 1, T, L), added to the scores of L stored tokens
     ):
         self.cos, self.sin = rotary_tables(positions, config)  # (B, T, 1, D/2), fp32
         self.positions, self.slots = positions, slots
-        self.cu_seqlens, self.mask = cu_seqlens, mask
-        self.max_length = config.max_position_embeddings  # of a document
+        self.cu_seqlens, self.longest, self.mask = cu_seqlens, longest, mask
 
 
 def plain_context(ids: Tensor, config: LlamaConfig) -> AttentionContext:
@@ -138,17 +139,18 @@ def plain_context(ids: Tensor, config: LlamaConfig) -> AttentionContext:
     return AttentionContext(config, torch.arange(T, device=ids.device)[None])
 
 
-def packed_context(ids: Tensor, config: LlamaConfig, cu_seqlens: Tensor) -> AttentionContext:
+def packed_context(ids: Tensor, config: LlamaConfig, cu_seqlens, longest) -> AttentionContext:
     assert len(ids) == 1, "packed documents are one row of ids"
     T, lengths = ids.shape[1], cu_seqlens.diff()
-    valid = (lengths >= 0).all() & (lengths <= config.max_position_embeddings).all()
+    longest = min(longest or T, config.max_position_embeddings)
+    valid = (lengths >= 0).all() & (lengths <= longest).all()
     valid &= (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T)
-    message = "cu_seqlens must rise from 0 to T, by at most the model's positions"
+    message = "cu_seqlens must rise from 0 to T, by at most `longest` or the model's positions"
     torch._assert_async(valid, message)  # type: ignore  # checked on the device, without waiting
     token, start = torch.arange(T, device=ids.device), cu_seqlens.long()
     document = torch.searchsorted(start, token, right=True) - 1  # (T): the last start ≤ token
     positions = (token - start[document])[None]
-    return AttentionContext(config, positions, document[None], cu_seqlens)
+    return AttentionContext(config, positions, document[None], cu_seqlens, longest)
 
 
 class KVCache:
@@ -181,12 +183,6 @@ class KVCache:
         view.k, view.v, view.lengths = self.k[:, slots], self.v[:, slots], self.lengths[slots]
         view.static = self.static
         return view
-
-    def copy_slot(self, source: int, target: int) -> None:
-        length = int(self.lengths[source])
-        for stored in (self.k, self.v):
-            stored[:, target, :, :length] = stored[:, source, :, :length]
-        self.lengths[target] = length
 
     def check_call(self, sequences: int, dtype: torch.dtype) -> None:
         """Refuse a call that would otherwise give silently wrong results."""
@@ -232,14 +228,20 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     """Causal attention within each document of a row, q (1, T, H, D); no work across documents."""
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):  # all documents in one kernel
-        # Imported here: it loads torch's compiler, which would cost every start two seconds.
+    if q.device.type == FLASH and q.dtype in (torch.bfloat16, torch.float16):
+        # One kernel for all. Importing it loads torch's compiler: two seconds, at every start.
         from torch.nn.attention.varlen import varlen_attn
 
-        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+        D, options = q.shape[-1], {"scale": q.shape[-1] ** -0.5, "enable_gqa": True}
+        if "enable_gqa" not in varlen_attn.__kwdefaults__:  # type: ignore  # torch 2.11
+            k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+            del options["enable_gqa"]
+        if D % 8:  # the kernel's heads are as wide as a multiple of 8; zeros change no score
+            q, k, v = (F.pad(x, (0, -D % 8)) for x in (q, k, v))
         bounds = (cu_seqlens, cu_seqlens, longest, longest)  # of the queries and of the keys
         causal = (-1, 0)  # a window over all earlier tokens and no later one
-        return varlen_attn(q[0], k[0], v[0], *bounds, window_size=causal)[None]  # type: ignore
+        out = varlen_attn(q[0], k[0], v[0], *bounds, window_size=causal, **options)  # type: ignore
+        return out[None, :, :, :D]  # type: ignore
     lengths = cu_seqlens.diff().tolist()  # split, not slices: its backward is a single cat
     documents = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), lengths, strict=True)
     return torch.cat([causal_attention(q, k, v) for q, k, v, length in documents if length], dim=1)
@@ -281,7 +283,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v, context)
         if context.cu_seqlens is not None:
-            out = packed_attention(q, k, v, context.cu_seqlens, min(T, context.max_length))
+            out = packed_attention(q, k, v, context.cu_seqlens, context.longest)
         elif context.mask is not None:
             out = cached_attention(q, k, v, context.mask)
         else:
@@ -381,12 +383,12 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids: Tensor, cu_seqlens=None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, ids: Tensor, cu_seqlens=None, cache=None, longest=None) -> Tensor:
         x = self.embed_tokens(ids)
         if cache is not None:
             cache.check_call(len(ids) if cu_seqlens is None else len(cu_seqlens) - 1, x.dtype)
         if cu_seqlens is not None:
-            context = packed_context(ids, self.config, cu_seqlens)
+            context = packed_context(ids, self.config, cu_seqlens, longest)
         elif cache is not None:
             context = cache.context(ids.shape[1], self.config)
         else:
@@ -433,12 +435,13 @@ class Llama(nn.Module):
         cu_seqlens: Tensor | None = None,  # int32, from 0 to T; T may repeat, for a fixed length
         cache: KVCache | None = None,
         labels: Tensor | None = None,  # (B, T), aligned with ids: the shift by one happens here
+        longest: int | None = None,  # tokens that no packed document exceeds
     ) -> Tensor:
         """Logits (B, T, V); with labels, the cross-entropy summed over those not masked (-100).
 
         The first label of each packed document must be masked: the token before it is of another.
         Decoding calls `model.model` and `lm_head`: of a prompt it needs only the last logits."""
-        hidden = self.model(ids, cu_seqlens, cache)
+        hidden = self.model(ids, cu_seqlens, cache, longest)
         if labels is None:
             return self.lm_head(hidden)
         supervised = labels[:, 1:] != IGNORE

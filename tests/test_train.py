@@ -13,7 +13,6 @@ import pytest
 import torch
 from helpers.checkpoints import copied_tensors, replace_weights
 from helpers.commands import assert_refused
-from helpers.models import small_config
 from helpers.training import (
     LONG,
     TOKENIZER,
@@ -37,7 +36,7 @@ from alpaca.training.run_dir import RunDir
 from alpaca.weights.loading import load_model
 from dataset import encode_record
 from fsdp_train import learning_rate
-from model import IGNORE, Llama
+from model import IGNORE
 from tokenizer import load_tokenizer
 
 
@@ -109,21 +108,6 @@ def test_two_ranks_equal_one(base, measured, tmp_path):
 
 def test_clipping_is_exact_for_large_gradients():
     assert_clipping_is_exact()
-
-
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
-def test_compiler_sees_checkpointed_blocks(mode):
-    """It once silently compiled nothing of them."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    model = Llama(small_config())
-    parallel.apply_activation_checkpointing(model, mode)
-    for block in model.model.layers:
-        block.compile(backend="eager")
-    ids = torch.arange(24)[None]
-    model(ids, labels=ids).backward()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "for all blocks"
-    torch._dynamo.reset()
 
 
 def test_weights_are_fp32_while_blocks_compute_in_bf16(base, tmp_path, monkeypatch, watch):

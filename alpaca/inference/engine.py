@@ -182,7 +182,7 @@ class Engine:
             if self.active[slot].finish_reason is not None:
                 last = len(self.active) - 1
                 if slot < last:
-                    self.cache.copy_slot(last, slot)
+                    copy_slot(self.cache, last, slot)
                 self.cache.lengths[last] = 0
                 self.active[slot] = self.active[last]
                 self.active.pop()
@@ -313,6 +313,13 @@ class Engine:
 
     def stream(self, prompt: list[int], params: SamplingParams = GREEDY) -> Iterator[str]:
         return self.stream_text(self.add(prompt, params))
+
+
+def copy_slot(cache: KVCache, source: int, target: int) -> None:
+    length = int(cache.lengths[source])
+    for stored in (cache.k, cache.v):
+        stored[:, target, :, :length] = stored[:, source, :, :length]
+    cache.lengths[target] = length
 
 
 def decode_step(model: Llama, ids: Tensor, cache: KVCache) -> Tensor:

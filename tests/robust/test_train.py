@@ -9,10 +9,15 @@ import socket
 import subprocess
 import sys
 import time
+from unittest import mock
 
+import numpy as np
 import pytest
+import torch
 from helpers.checkpoints import read_tensors
 from helpers.commands import ROOT, assert_refused
+from helpers.flash import flash_on_cpu
+from helpers.models import small_model
 from helpers.training import (
     LONG,
     TOKENIZER,
@@ -26,6 +31,13 @@ from helpers.training import (
     write_base,
     write_model,
 )
+
+from alpaca.training import parallel
+from alpaca.training.config import TrainConfig
+from alpaca.weights.lora import LoraConfig, add_lora
+from dataset import Examples
+from fsdp_train import packed_rows, train_step
+from model import Block
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +102,33 @@ def test_clipping_of_divided_gradients_is_exact():
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*run, "--no-python", sys.executable, "-c", code], env=environment)
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize(("mode", "lora"), [("none", 1), ("selective", 0), ("full", 0)])
+def test_compiled_blocks_are_few_graphs_without_a_break(monkeypatch, mode, lora):
+    """As on a GPU, under FSDP and checkpointing. A row with more documents and the short last step
+    make no graph of their own. LoRA's first block, whose input needs no gradient, has its own."""
+    calls, compile, counts = flash_on_cpu(monkeypatch), Block.compile, torch._dynamo.utils.counters
+    monkeypatch.setattr(Block, "compile", lambda block: compile(block, backend="eager"))
+    torch._dynamo.reset()
+    counts.clear()
+    ids, ends = np.arange(320, dtype=np.int32) % 99, np.arange(0, 321, 4)  # documents of 4 tokens
+    config, graphs = TrainConfig(max_length=16, row_tokens=512, compile=True), []
+    with parallel.process_group("cpu", 1) as (mesh, device):
+        model = small_model(head_dim=20)
+        if lora:
+            add_lora(model.bfloat16(), LoraConfig())
+        parallel.apply_activation_checkpointing(model, mode)
+        parallel.apply_compile(model)
+        parallel.apply_fsdp(model, mesh, torch.bfloat16, False)
+        for count in (20, 10, 50, 1):
+            examples = Examples(ids, ids, ends[: count + 1], [], {})
+            rows = packed_rows(examples, np.arange(count), config, device)
+            train_step(model, mock.Mock(), rows, 1, device, mock.Mock(number=0))
+            graphs.append(counts["stats"]["unique_graphs"])
+    assert graphs == [1 + lora] + [2 + 2 * lora] * 3 and not counts["graph_break"]
+    assert {bounds for bounds, _ in calls} == {32, 64} and {longest for _, longest in calls} == {16}
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 fsdp_train.py --model-dir llama-7b --data alpaca_data.json
     torchrun --nproc-per-node 2 fsdp_train.py --device cpu  # two ranks without a GPU
     torchrun fsdp_train.py --lora --bits 4 --model-dir llama-7b --data alpaca_data.json
-    python fsdp_train.py --model-dir llama-7b --data alpaca_data.json --plan --gpus 8
+    python fsdp_train.py --model-dir llama-7b --data alpaca_data.json --plan --gpus 8 --chip H100
 
 The second line is Alpaca's run; the fourth trains an adapter on a GPU with 12 GiB. The same command
 resumes a run that was interrupted.
@@ -43,7 +43,7 @@ from alpaca.common.cli import Parser
 from alpaca.common.errors import UserError, join_names, notice
 from alpaca.datagen.formats import Reading, group_by_source, load_mixture
 from alpaca.training.config import TrainConfig, add_arguments
-from alpaca.training.memory_plan import measure, report_plan
+from alpaca.training.memory_plan import measure, report_plan, settle, stored_bytes
 from alpaca.training.model_card import write_card
 from alpaca.training.parallel import (
     apply_activation_checkpointing,
@@ -52,6 +52,7 @@ from alpaca.training.parallel import (
     checkpoint_weights,
     full_tensor,
     load_sharded_weights,
+    local_ranks,
     process_group,
     random_weights,
     run_on_all_ranks,
@@ -59,7 +60,7 @@ from alpaca.training.parallel import (
     trained_parameters,
 )
 from alpaca.training.process import StopSignal, keep_freed_memory, run_rank
-from alpaca.training.run_dir import RunDir
+from alpaca.training.run_dir import RunDir, check_space
 from alpaca.training.sample_answers import print_sample_answers
 from alpaca.training.snapshots import Snapshots, remove_snapshots
 from alpaca.training.throughput import Throughput
@@ -212,8 +213,9 @@ def log_held_out_loss(model: Llama, job: Job, run: RunDir, device: torch.device,
             totals[i] += model(**row)
     model.train()
     dist.all_reduce(totals)
-    assert isinstance(model, FSDPModule)
-    model.reshard()  # without a backward pass, the root group would stay gathered
+    for module in model.modules():  # what is freed after a backward pass would stay gathered
+        if isinstance(module, FSDPModule):
+            module.reshard()
     targets = [int(job.held_out.supervised[which].sum()) for which in sources.values()]
     losses = {"held_out_loss": totals.sum().item() / sum(targets)}
     for source, total, count in zip(sources, totals.tolist(), targets, strict=True):
@@ -242,7 +244,7 @@ def build_model(config: TrainConfig, model_config: LlamaConfig, mesh: DeviceMesh
     apply_activation_checkpointing(model, config.checkpointing)
     if config.compiles(device):
         apply_compile(model)
-    apply_fsdp(model, mesh, dtype, config.offload)
+    apply_fsdp(model, mesh, dtype, config.offload, config.reshard is not False)
     model.to_empty(device="cpu" if config.offload else device)
     load_sharded_weights(model, mesh, read)
     return model
@@ -301,10 +303,10 @@ def prepare(config: TrainConfig) -> Job:
     elif config.lora:
         base = lora.open_base(config.base, config.bits)
         model_config, config = base.config, replace(config, bits=base.bits)
-        if config.offload and config.bits < 16:
-            raise UserError("--offload cannot move quantized weights: leave it out")
     else:
         model_config, _ = open_checkpoint(config.base)
+    if config.offload and config.bits < 16:
+        raise UserError("--offload cannot move quantized weights: leave it out")
     source = config.tokenizer or config.base
     tokenizer = load_tokenizer(source, config.model_dir, template=config.template)
     check_tokenizer(tokenizer, model_config)
@@ -320,6 +322,7 @@ def prepare(config: TrainConfig) -> Job:
     steps = min(steps, config.max_steps or steps)
     if not steps:
         raise UserError(f"--epochs {config.epochs} of {len(train)} examples is not one step")
+    config = settle(config, model_config, train, steps)
     records, held_out = [], None
     if config.eval_data:
         records, origins = load_mixture(config.eval_data, config.seed, reading)
@@ -346,13 +349,21 @@ def main() -> None:
     config = TrainConfig.from_args(parser.parse_args())
     if config.plan:
         job = prepare(config)
-        work = measure(job.config, job.model_config, job.train, job.steps)
-        return print(report_plan(work))
+        work, simulated = measure(job.config, job.model_config, job.train, job.steps), None
+        if config.simulate:
+            from alpaca.training.simulate import simulate  # loads torch's compiler
+
+            simulated = simulate(work, build_optimizer, train_step)
+        return print(report_plan(work, simulated))
     keep_freed_memory()
     with ExitStack() as lock:
         with process_group(config.device, config.replicas) as (mesh, device):
+            config = replace(config, gpus=mesh.size())
             job = run_on_all_ranks(lambda: prepare(config))
             config, settings = job.config, job.config.settings(job.train.digest())
+            disk, memory = stored_bytes(config, job.model_config, job.steps)
+            if not config.result.exists():
+                run_on_all_ranks(lambda: check_space(config.out, disk, memory * local_ranks()))
             other = dist.get_rank() > 0
             make = partial(RunDir, config.out, settings, config.resume, other)
             run = lock.enter_context(run_on_all_ranks(make))

@@ -295,6 +295,7 @@ ERRORS = {
     "replicas": ({"replicas": 2}, "1 ranks are not a multiple of --replicas 2"),
     "a plan's replicas": ({"replicas": 2, "plan": True}, "not a multiple of --replicas 2"),
     "too many epochs": ({"epochs": 1e300}, "--epochs", "more than 10,000"),
+    "a simulation without a plan": ({"simulate": True}, "--simulate goes with --plan"),
     "a plan's ranks": ({"gpus": 10**9, "plan": True}, "--gpus", "more than 1,048,576"),
     "large batch": ({"batch_size": 10**30}, "--batch-size", "more than 32,768"),
     "large rows": ({"row_tokens": 10**9}, "--row-tokens", "more than 1,048,576"),
@@ -310,6 +311,14 @@ ERRORS = {
 def test_user_error_is_one_line_and_writes_nothing(base, tmp_path, changes_and_words):
     changes, *words = changes_and_words
     assert_refused(train(flags(base, tmp_path / "run", **changes)), *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("needed", "what"), [((1e18, 0), "disk"), ((0, 1e18), "host memory")])
+def test_run_without_space_for_snapshots_is_refused(base, tmp_path, monkeypatch, needed, what):
+    monkeypatch.setattr(fsdp_train, "stored_bytes", lambda *_: needed)
+    refused = train(flags(base, tmp_path / "run"))
+    assert_refused(refused, f"931322574.6 GiB of {what}", "--save-every 0 writes no snapshots")
     assert not (tmp_path / "run").exists()
 
 

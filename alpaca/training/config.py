@@ -95,7 +95,9 @@ class TrainConfig:
     )
     bits: int = flag(16, "of the frozen blocks; 16: as --dtype", int, choices=(16, 8, 4))
 
-    row_tokens: int = flag(4096, "tokens that a rank computes at once", COUNT)
+    row_tokens: int = flag(
+        0, "tokens that a rank computes at once (default: 4096; on a GPU, what --plan fits)", COUNT
+    )
     checkpointing: str = flag(
         "selective", "what the backward pass recomputes", choices=("full", "selective", "none")
     )
@@ -105,6 +107,11 @@ class TrainConfig:
     )
     offload: bool = flag(False, "keep weights and moments in host memory")
     replicas: int = flag(1, "copies of the sharded model", COUNT)
+    reshard: bool | None = flag(
+        None,
+        "gather blocks again for the backward pass (default: if they do not fit)",
+        action=argparse.BooleanOptionalAction,
+    )
     device: str = flag("auto", "to train on", choices=("auto", "cpu", "cuda"))
 
     save_every: int = flag(100, "steps between snapshots; 0: none", not_negative)
@@ -114,6 +121,7 @@ class TrainConfig:
     sample_answers: int = flag(4, "held-out instructions to answer at the end", not_negative)
 
     plan: bool = flag(False, "print memory, steps and hours; do not train")
+    simulate: bool = flag(False, "with --plan: run one step without data, in about a minute")
     gpus: int = flag(1, "ranks to plan for", COUNT)
     chip: str | None = flag(None, "GPU to plan for (default: this machine's)", choices=CHIPS)
 
@@ -149,7 +157,11 @@ class TrainConfig:
         """What can be wrong with flags before any file is read."""
         if self.preset and self.model_dir:
             raise UserError("--preset is random weights, --model-dir a base model: give one")
-        if self.preset and self.lora:
+        if self.simulate and not self.plan:
+            raise UserError("--simulate goes with --plan")
+        if self.plan and self.gpus % self.replicas:
+            raise UserError(f"--gpus {self.gpus} is not a multiple of --replicas {self.replicas}")
+        if self.preset and self.lora and not self.plan:
             raise UserError("--lora adapts a base model: give --model-dir instead of --preset")
         if self.preset and self.tokenizer is None:
             raise UserError("--preset needs a --tokenizer")
@@ -157,7 +169,7 @@ class TrainConfig:
             raise UserError("--data is needed: the records to train on")
         if not 0 <= self.warmup_ratio < 1:
             raise UserError(f"--warmup-ratio must be from 0 to below 1, not {self.warmup_ratio}")
-        if self.row_tokens < self.max_length:
+        if 0 < self.row_tokens < self.max_length:
             raise UserError(
                 f"--row-tokens {self.row_tokens} is less than --max-length {self.max_length}"
             )

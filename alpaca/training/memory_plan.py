@@ -6,28 +6,40 @@ Weights, gradients and Adam's two moments are 16 bytes a parameter in fp32, divi
 With LoRA they are the adapter's; the frozen base is in the dtype that blocks compute in, or in
 integers, whole on every rank and dequantized one matrix at a time. A step has its peak in one of
 
-    forward      at its end: every block's activations and a chunk of logits
-    recompute    the same activations, and one block computed again (--checkpointing)
-    reduce       no activations; the gradients of embedding and head whole, and a copy in fp32
+    forward      at its end: what all blocks store, and the gradient of the head
+    block N      N blocks are left in the backward pass. This one is computed again and has whole
+                 gradients; those of the block before it are on their way to the other ranks in
+                 fp32, and the weights of the next one are gathered already
+    embedding    nearly all gradients are there, and those of embedding and head still whole
+    root         these two are reduced
 
-The estimate counts the tensors of model.py and FSDP in eager mode, within 10 % of a real step;
-compiled blocks need less, the allocator adds some. The longest row is that of
-the run's first thousands of steps. Activations: arXiv:2205.05198.
+Few blocks left means few activations and many gradients, so the worst N is the first or the last.
+The estimate counts the tensors of model.py and FSDP in eager mode, and agrees with `--simulate`
+within 3 %; compiled blocks need less. MARGIN is for what no tensor takes. The longest row is that
+of the run's first thousands of steps. Activations: arXiv:2205.05198.
 """
 
 from dataclasses import dataclass, replace
 
-from alpaca.common.errors import UserError
+import torch
+
 from alpaca.common.progress import short_number
 from alpaca.training import throughput as counts
 from alpaca.training.config import TrainConfig
-from alpaca.training.throughput import CHIPS, GIB, find_device, flops_per_token, mean_length
+from alpaca.training.throughput import (
+    CHIPS,
+    GIB,
+    estimated_seconds,
+    find_device,
+    flops_per_token,
+    mean_length,
+)
 from alpaca.weights.checkpoint import DTYPES
 from dataset import Examples, pack_rows, shuffle_epoch, step_examples
 from model import LOGITS_CHUNK, LlamaConfig
 
-ASSUMED_MFU = 0.45  # the share of a GPU's peak that the hours assume
-USABLE = 0.95  # of a GPU's memory: the rest is the allocator's and the driver's
+MARGIN = 1.5 * GIB, 0.04  # of CUDA, cuBLAS and NCCL; the allocator's share of the peak
+ROW_TOKENS = 4096  # the default without a GPU
 PACKED = 2**27  # bounds the steps that are packed to find the longest row: about a second
 IN_HOST_MEMORY = ("weights", "moments", "gradients")  # with --offload
 INTEGER_BYTES = {8: 1.0, 4: 0.625}  # of a quantized weight, see quantized_linear.py
@@ -78,76 +90,111 @@ def block_activations(work: Workload) -> float:
     return 2 * 4 * width + attention + 3 * size * inner + adapter
 
 
-def activations(work: Workload) -> float:
-    """Bytes that autograd stores of one row, at the end of the forward pass."""
-    config, size, width, lora = work.model, work.itemsize, work.model.hidden_size, work.config.lora
-    block = size * width  # its input
+def block_stored(work: Workload) -> float:
+    """Bytes a token that a block stores until its backward pass."""
+    config, size, lora = work.model, work.itemsize, work.config.lora
+    block = size * config.hidden_size  # its input
     if work.config.checkpointing == "none":
-        block = block_activations(work)
-    elif work.config.checkpointing == "selective":  # results of matrix products and attention
+        return block_activations(work)
+    if work.config.checkpointing == "selective":  # results of matrix products and attention
         shapes = counts.projection_shapes(config)
         results = sum(N for N, _ in shapes.values()) + shapes["q_proj"][0]
         block += size * results + 4 * config.num_attention_heads
         if lora:
             block += size * sum(lora.rank + shapes[name][0] for name in lora.targets)
+    return block
+
+
+def activations(work: Workload) -> float:
+    """Bytes that autograd stores of one row, at the end of the forward pass."""
+    size, width = work.itemsize, work.model.hidden_size
     last = 4 * width + 2 * size * width + 2 * size * width * work.supervised  # norm; head's input
-    if lora:
+    if work.config.lora:
         last = 4 * width + size * width * work.supervised
-    return work.row_tokens * (config.num_hidden_layers * block + last)
+    return work.row_tokens * (work.model.num_hidden_layers * block_stored(work) + last)
 
 
-def frozen_base(work: Workload) -> tuple[float, float]:
-    """Bytes of an adapter's base: those a rank always has, and those gathered for a block."""
+def dequantized(work: Workload) -> float:
+    """Bytes of an integer matrix on its way to the dtype that blocks compute in."""
+    shapes = counts.projection_shapes(work.model).values()
+    return max(N * K for N, K in shapes) * DEQUANTIZED_BYTES.get(work.config.bits, 0)
+
+
+def block_backward(work: Workload) -> tuple[float, float]:
+    """Bytes of activations and of whole gradients at the worst moment of a block's backward pass,
+    its activations computed again: in its MLP, in the norm before the MLP, or at its end."""
+    config, size, T, stored = work.model, work.itemsize, work.row_tokens, block_activations(work)
+    width, inner = config.hidden_size, size * config.intermediate_size  # inner: bytes a token
+    if work.config.lora:  # the adapter's gradients are small, but a matrix may be dequantized
+        stored += 2 * size * width  # gradients of the residual stream
+        return T * stored + max(3 * T * inner, dequantized(work)), 0
+    mlp = T * (stored + 3 * inner), width * inner
+    norm = T * (stored - 4 * inner + 16 * width), 3 * width * inner
+    end = T * 24 * width, size * counts.block_parameters(config)
+    return max(mlp, norm, end, key=sum)
+
+
+def frozen_base(work: Workload) -> tuple[float, float, float]:
+    """Bytes of an adapter's base: those a rank always has, those gathered of a block, and those
+    gathered outside the blocks."""
     config, size, bits = work.model, work.itemsize, work.config.bits
     layers, root = config.num_hidden_layers, counts.root_parameters(config)
     matrices = counts.matrix_parameters(config)
     plain = counts.block_parameters(config) - (matrices if bits < 16 else 0)  # not quantized
     always = size * (layers * plain + root) / work.shards
-    sharded = work.shards > 1 or work.config.offload
-    gathered = size * (root + 2 * plain) if sharded else 0
     if bits < 16:
         always += layers * matrices * INTEGER_BYTES[bits]
-        largest = max(N * K for N, K in counts.projection_shapes(config).values())
-        gathered += largest * DEQUANTIZED_BYTES[bits]
-    return always, gathered
+    sharded = work.shards > 1 or work.config.offload
+    return always, size * plain * sharded, size * root * sharded
 
 
 def memory_by_phase(work: Workload) -> dict[str, dict[str, float]]:
-    """Bytes of a rank by category, in each phase of a step."""
+    """Bytes of a rank by category, in each phase of a step that can need most."""
     config, size, lora = work.model, work.itemsize, work.config.lora
+    layers, root = config.num_hidden_layers, counts.root_parameters(config)
     if lora:
-        trained, (base, gathered) = counts.adapter_parameters(config, lora), frozen_base(work)
-        block, table = trained / config.num_hidden_layers, 0  # the head has no gradient
-        passing = 3 * size * config.intermediate_size  # gradients of the MLP's activations
+        trained, (base, block, whole) = counts.adapter_parameters(config, lora), frozen_base(work)
+        reduced, root, table = 4 * trained / layers, 0, 0  # the head has no gradient
+        block += size * trained / layers
     else:
-        trained, base, passing = counts.model_parameters(config), 0, 0
-        gathered = size * counts.root_parameters(config)
-        block, table = counts.block_parameters(config), config.vocab_size * config.hidden_size
+        trained, base, whole = counts.model_parameters(config), 0, size * root
+        reduced, table = 4 * counts.block_parameters(config), config.vocab_size * config.hidden_size
+        block = size * counts.block_parameters(config)
     shard = trained / work.shards
+    always = {"weights": base + 4 * shard, "moments": 8 * shard}
+    earlier = 4 * shard * (work.rows > 1)  # gradients of the rows before
+    waiting = work.rows > 1 and work.config.replicas > 1  # replicas' sums are added at the end
+    ahead = block * (work.shards > 1)  # the block that is gathered while another one computes
+    kept = 0 if work.config.reshard is not False else block  # by every block from its forward pass
     in_chunk = min(work.row_tokens * work.supervised, max(1, LOGITS_CHUNK // config.vocab_size))
     logits = in_chunk * config.vocab_size * (size + 4)  # and their fp32 copy
-    always = {"weights": base + 4 * shard, "moments": 8 * shard}
-    early = {**always, "gradients": 4 * shard * (work.rows > 1 or lora is not None)}
-    gathered += size * 2 * block
+    cast = size * table  # the head's gradient, which is summed in fp32
+    head = 4 * table + max(logits + cast, 4 * table + cast * (size < 4))
     phases = {
         "forward": {
-            **early,
+            **always,
+            "gradients": earlier,
             "activations": activations(work),
-            "gathered": gathered,
-            "logits": logits + table * (4 + size),  # and the head's gradient
+            "gathered": whole + (layers * kept or ahead),
+            "temporary": max(head, dequantized(work)),
         }
     }
-    if work.config.checkpointing != "none":
-        phases["recompute"] = {
-            **early,
-            "activations": activations(work)
-            + work.row_tokens * (block_activations(work) + passing),
-            "gathered": gathered + (size + 4) * block,
-            "logits": size * table,
+    stored, (computed, gradients) = work.row_tokens * block_stored(work), block_backward(work)
+    for left in {layers, max(1, layers - 1), min(2, layers), 1}:  # blocks to go backward through
+        done = (layers - left) * reduced / work.shards
+        phases[f"block {left}"] = {
+            **always,
+            "gradients": max(earlier, done) + waiting * done,
+            "activations": (left - 1) * stored + computed,
+            "gathered": whole + (left * kept or block + ahead * (left > 1)),
+            "reduced": reduced * (left < layers),  # gradients of the block before, whole, in fp32
+            "temporary": gradients + cast,
         }
-    if lora is None:  # an adapter's gradients are small
-        whole = (2 * size + 4) * counts.root_parameters(config)
-        phases["reduce"] = {**always, "gradients": 4 * shard, "gathered": whole}
+    done = layers * reduced / work.shards
+    last = {**always, "gradients": max(earlier, done) + waiting * done}
+    phases["embedding"] = last | {"gathered": whole, "reduced": reduced, "temporary": 2 * cast}
+    last["gradients"] += 4 * root / work.shards
+    phases["root"] = last | {"reduced": 4 * root, "temporary": cast}
     return phases
 
 
@@ -164,7 +211,25 @@ def peak_bytes(work: Workload) -> float:
     return sum(peak_categories(work).values())
 
 
-def suggest(work: Workload, limit: float) -> str:
+def needed_bytes(work: Workload) -> float:
+    """The memory that a GPU must have: the peak and a margin."""
+    fixed, share = MARGIN
+    return fixed + (1 + share) * peak_bytes(work)
+
+
+def stored_bytes(config: TrainConfig, model: LlamaConfig, steps: int) -> tuple[float, float]:
+    """Bytes on disk that a run needs at most, and a rank's in host memory."""
+    parameters = trained = counts.model_parameters(model)
+    result = parameters * DTYPES[config.save_dtype].itemsize
+    if config.lora:
+        trained = counts.adapter_parameters(model, config.lora)
+        result = 4 * trained
+    saves = -(-steps // config.save_every) if config.save_every else 0
+    snapshots = 12 * trained * min(saves, config.save_total_limit + 1)  # one is being written
+    return result + snapshots, 12 * trained * (saves > 0) / config.gpus
+
+
+def suggest(work: Workload, memory: float) -> str:
     """The first of a few changes after which it fits."""
     changes: list[tuple[str, dict]] = [("", {})]
     changes += [(" --bits 4", {"bits": 4})] if work.config.lora else []
@@ -172,15 +237,35 @@ def suggest(work: Workload, limit: float) -> str:
     changes += [(f" on {count} GPUs", {"gpus": count, "replicas": 1}) for count in counts]
     for text, change in changes:
         config = replace(work.config, checkpointing="full", **change)
-        if peak_bytes(replace(work, config=config)) <= limit:
+        if needed_bytes(replace(work, config=config)) <= memory:
             return f"It would fit with --checkpointing full{text}."
     return "Choose a smaller model, a smaller --row-tokens, or GPUs with more memory."
 
 
+def settle(config: TrainConfig, model: LlamaConfig, examples: Examples, steps: int) -> TrainConfig:
+    """Decide what the flags leave open. On a GPU: rows as long as fit, and blocks stay gathered if
+    they fit, too."""
+    _, memory = find_device(config.chip)
+    gpu = config.chip or (config.device != "cpu" and torch.cuda.is_available())
+
+    def fits(work: Workload, **settings) -> bool:
+        return needed_bytes(replace(work, config=replace(work.config, **settings))) <= memory
+
+    if not config.row_tokens:
+        shortest, each = max(512, config.max_length), -(-config.batch_size // config.gpus)
+        lengths = range(shortest, each * config.max_length + shortest, 128) if gpu else ()
+        share = float(examples.supervised.sum() / examples.lengths.sum())
+        rows = [T for T in lengths if fits(Workload(config, model, T, share, rows=2))]
+        default = shortest if gpu else max(ROW_TOKENS, config.max_length)
+        config = replace(config, row_tokens=max(rows, default=default))
+    if config.reshard is None:
+        keep = gpu and fits(measure(config, model, examples, steps), reshard=False)
+        config = replace(config, reshard=not keep)
+    return config
+
+
 def measure(config: TrainConfig, model: LlamaConfig, examples: Examples, steps: int) -> Workload:
     """By the packed rows that the run would have, or those of its first steps if it has many."""
-    if config.gpus % config.replicas:
-        raise UserError(f"--gpus {config.gpus} is not a multiple of --replicas {config.replicas}")
     lengths, count, batch_size = examples.lengths, len(examples), config.batch_size
     epochs, rest = divmod(min(steps * batch_size, round(count * config.epochs)), count)
     tokens = int(lengths[shuffle_epoch(count, config.seed, epochs)[:rest]].sum())
@@ -196,8 +281,8 @@ def measure(config: TrainConfig, model: LlamaConfig, examples: Examples, steps: 
     return Workload(config, model, longest, share, rows, steps, tokens, mean_length(lengths))
 
 
-def report_plan(work: Workload) -> str:
-    """What `--plan` prints."""
+def report_plan(work: Workload, simulated: dict[str, float] | None = None) -> str:
+    """What `--plan` prints, beside what a simulation found."""
     config, model, (chip, memory) = work.config, work.model, find_device(work.config.chip)
     trained = f"{short_number(counts.model_parameters(model))} parameters"
     if config.lora:
@@ -205,22 +290,34 @@ def report_plan(work: Workload) -> str:
         adapter = short_number(counts.adapter_parameters(model, config.lora))
         trained = f"an adapter of {adapter} parameters on {trained} in {base}"
     categories = {**peak_categories(work), "peak": peak_bytes(work)}
-    sizes = [f"{name:<12}{size / GIB:8.2f} GiB a rank" for name, size in categories.items()]
-    sizes[-1] += f", of {memory / GIB:.0f} GiB"
+    if simulated:  # which cannot tell these from activations
+        categories["activations"] = categories.get("activations", 0) + categories.pop("temporary")
+        simulated = {**simulated, "peak": sum(simulated.values())}
+    lines = [f"{name:<12}{size / GIB:8.2f} GiB a rank" for name, size in categories.items()]
+    if simulated:
+        found = (simulated.get(name, 0) / GIB for name in categories)
+        lines = [f"{line}, simulated {size:8.2f}" for line, size in zip(lines, found, strict=True)]
+    margin = (needed_bytes(work) - peak_bytes(work)) / GIB
+    lines.append(f"margin      {margin:8.2f} GiB for CUDA, NCCL and the allocator")
+    lines.append(f"together    {needed_bytes(work) / GIB:8.2f} GiB, of {memory / GIB:.0f} GiB")
+    disk, host = stored_bytes(config, model, work.steps)
     if config.offload:
         phases = memory_by_phase(work).values()
-        host = max(sum(phase.get(name, 0) for name in IN_HOST_MEMORY) for phase in phases)
-        sizes.append(f"host memory {host / GIB:8.2f} GiB a rank")
+        host += max(sum(phase.get(name, 0) for name in IN_HOST_MEMORY) for phase in phases)
+    lines.append(f"host memory {host / GIB:8.2f} GiB a rank, a snapshot's copy included")
+    lines.append(f"disk        {disk / GIB:8.2f} GiB for snapshots and the result")
     time = f"{work.steps} steps of {work.tokens / work.steps:,.0f} tokens"
     if chip:
         flops = flops_per_token(model, work.length, work.supervised, config.lora) * work.tokens
-        hours = flops / (config.gpus * CHIPS[chip].flops * ASSUMED_MFU) / 3600
-        time += f", {flops:.2e} operations: {hours:.2f} hours at an MFU of {ASSUMED_MFU:.0%}"
-    fits = peak_bytes(work) <= USABLE * memory
-    verdict = "It fits." if fits else f"It does not fit. {suggest(work, USABLE * memory)}"
+        seconds = estimated_seconds(work, CHIPS[chip]) * work.steps
+        mfu = flops / (config.gpus * CHIPS[chip].flops * seconds)
+        time += f", {flops:.2e} operations: {seconds / 3600:.2f} hours at an MFU of {mfu:.0%}"
+    fits = needed_bytes(work) <= memory
+    verdict = "It fits." if fits else f"It does not fit. {suggest(work, memory)}"
     settings = (
         f"{trained}, {config.gpus} x {chip or 'this machine'}, checkpointing "
         f"{config.checkpointing}, rows of up to {work.row_tokens} {config.dtype} tokens "
-        f"(--row-tokens {config.row_tokens})"
+        f"(--row-tokens {config.row_tokens}), "
+        f"blocks {'stay gathered' if config.reshard is False else 'gathered twice'}"
     )
-    return "\n".join([settings, "", "at the peak of a step:", *sizes, "", time, verdict])
+    return "\n".join([settings, "", "at the peak of a step:", *lines, "", time, verdict])

@@ -82,9 +82,12 @@ def apply_compile(model: Llama) -> None:
         block.compile()
 
 
-def apply_fsdp(model: Llama, mesh: DeviceMesh, dtype: torch.dtype, offload: bool) -> None:
-    """Each block is gathered for its computation and freed after it. Embedding, last norm and head
-    form the root group, which stays gathered for the step."""
+def apply_fsdp(
+    model: Llama, mesh: DeviceMesh, dtype: torch.dtype, offload: bool, reshard: bool = True
+) -> None:
+    """Each block is gathered for its computation and freed after it, or with `reshard` false after
+    its backward pass. Embedding, last norm and head form the root group, which stays gathered for
+    the step."""
     options: dict[str, Any] = {"mesh": mesh}
     if dtype != torch.float32:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -93,7 +96,7 @@ def apply_fsdp(model: Llama, mesh: DeviceMesh, dtype: torch.dtype, offload: bool
     if mesh["shard"].size() == 1 and not offload:  # frozen and whole already: no copy
         options["ignored_params"] = {p for p in model.parameters() if not p.requires_grad}
     for block in blocks_of(model):
-        fully_shard(block, **options)
+        fully_shard(block, **options, reshard_after_forward=reshard)
     fully_shard(model, **options, reshard_after_forward=False)
 
 
@@ -166,17 +169,27 @@ def random_weights(config: LlamaConfig, seed: int, device: torch.device) -> Call
 # ---------------------------------------------------------------- many ranks, one program
 
 
+def local_ranks() -> int:
+    """The number of ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def make_mesh(device_type: str, world: int, replicas: int) -> DeviceMesh:
+    """All ranks as replicas × shards."""
+    if replicas == 1:
+        return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
+    shape, names = (replicas, world // replicas), ("replicate", "shard")
+    return init_device_mesh(device_type, shape, mesh_dim_names=names)
+
+
 @contextmanager
 def process_group(device_type: str, replicas: int) -> Iterator[tuple[DeviceMesh, torch.device]]:
     """torchrun's ranks, or without torchrun a single one, as a mesh of replicas × shards."""
     cuda = torch.cuda.is_available() if device_type == "auto" else device_type == "cuda"
     if cuda and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if cuda and local_ranks > torch.cuda.device_count():
-        raise UserError(
-            f"{local_ranks} ranks on this machine, but {torch.cuda.device_count()} GPUs"
-        )
+    if cuda and (ranks := local_ranks()) > (gpus := torch.cuda.device_count()):
+        raise UserError(f"{ranks} ranks on this machine, but {gpus} GPUs")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world % replicas:
         raise UserError(f"{world} ranks are not a multiple of --replicas {replicas}")
@@ -189,12 +202,8 @@ def process_group(device_type: str, replicas: int) -> Iterator[tuple[DeviceMesh,
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    shape, names = (world,), ("shard",)
-    if replicas > 1:
-        shape, names = (replicas, world // replicas), ("replicate", "shard")
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     try:
-        yield mesh, device
+        yield make_mesh(device.type, world, replicas), device
     except UserError:  # raised on every rank; after other errors ranks may be gone: do not wait
         dist.destroy_process_group()
         raise

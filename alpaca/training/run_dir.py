@@ -8,6 +8,8 @@ The lock keeps a second process out; it ends with the process that holds it.
 """
 
 import json
+import re
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from alpaca.common.files import atomic_file
 from alpaca.common.json_files import append_jsonl, check_shape, read_log
 from alpaca.common.progress import Progress, duration
 from alpaca.common.run_folder import run_folder
+from alpaca.training.throughput import GIB
 
 STEP_FORMAT = "loss {loss:.3f}  lr {lr:.2e}  grad norm {grad_norm:.2f}  {tokens_per_s:,.0f} tok/s"
 NUMBER = int | float
@@ -30,6 +33,20 @@ RECENT = 20  # steps that the progress line averages tok/s and MFU over
 
 def step_seconds(step: dict[str, Any]) -> float:
     return step["tokens"] / max(1, step["tokens_per_s"])
+
+
+def check_space(out: Path, disk: float, memory: float) -> None:
+    """Refuse a run that would end with a full disk or no host memory, by the bytes it needs."""
+    folder = next(each for each in (out.absolute(), *out.absolute().parents) if each.exists())
+    free = shutil.disk_usage(folder).free + sum(f.stat().st_size for f in out.rglob("rank-*"))
+    found = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
+    available = 1024 * int(found[1]) if found else memory
+    for what, need, has in (("disk", disk, free), ("host memory", memory, available)):
+        if need > has:
+            raise UserError(
+                f"{out}: snapshots and result need {need / GIB:.1f} GiB of {what}, "
+                f"{has / GIB:.1f} are free: --save-every 0 writes no snapshots"
+            )
 
 
 class RunDir:

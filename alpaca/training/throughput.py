@@ -11,7 +11,7 @@ Kaplan et al. arXiv:2001.08361; MFU: PaLM, 2204.02311.
 import os
 import resource
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,21 +26,27 @@ GIB = 2**30
 class Chip(NamedTuple):
     flops: float  # a second: bf16 with fp32 accumulation, dense
     memory: float  # bytes
+    bandwidth: float  # of the memory, bytes a second
+    link: float  # to the other GPUs: NVLink or PCIe, one direction, bytes a second
 
 
 CHIPS = {
-    "A100 40GB": Chip(312e12, 40 * GIB),
-    "A100 80GB": Chip(312e12, 80 * GIB),
-    "H100 PCIe": Chip(756e12, 80 * GIB),
-    "H100": Chip(989e12, 80 * GIB),
-    "H200": Chip(989e12, 140 * GIB),
-    "B200": Chip(2250e12, 180 * GIB),
-    "L40S": Chip(362e12, 48 * GIB),
-    "A10": Chip(125e12, 24 * GIB),
-    "RTX 4090": Chip(165e12, 24 * GIB),
-    "RTX 3090": Chip(71e12, 24 * GIB),
-    "RTX 4070": Chip(58e12, 12 * GIB),
+    "A100 40GB": Chip(312e12, 40 * GIB, 1.56e12, 300e9),
+    "A100 80GB": Chip(312e12, 80 * GIB, 2.04e12, 300e9),
+    "H100 PCIe": Chip(756e12, 80 * GIB, 2.0e12, 64e9),
+    "H100": Chip(989e12, 80 * GIB, 3.35e12, 450e9),
+    "H200": Chip(989e12, 140 * GIB, 4.8e12, 450e9),
+    "B200": Chip(2250e12, 180 * GIB, 8.0e12, 900e9),
+    "L40S": Chip(362e12, 48 * GIB, 0.86e12, 32e9),
+    "A10": Chip(125e12, 24 * GIB, 0.6e12, 32e9),
+    "RTX 4090": Chip(165e12, 24 * GIB, 1.01e12, 32e9),
+    "RTX 3090": Chip(71e12, 24 * GIB, 0.94e12, 32e9),
+    "RTX 4070": Chip(58e12, 12 * GIB, 0.5e12, 32e9),
 }
+# Assumed by estimated_seconds: no GPU has confirmed them yet.
+COMPUTED = 0.58  # of a GPU's peak, while a row is computed
+MOVED = 0.8  # of the bandwidth of memory and links
+HIDDEN = 0.5  # the share of the computing that traffic hides behind
 
 
 def find_chip(device_name: str) -> str | None:
@@ -117,6 +123,31 @@ def flops_per_token(
 def mean_length(lengths: np.ndarray) -> float:
     """The mean over tokens of the length of their document: long documents hold more tokens."""
     return float((lengths.astype(float) ** 2).sum() / lengths.sum())
+
+
+def estimated_seconds(work: Any, chip: Chip) -> float:
+    """The estimated time of a step of a Workload (memory_plan.py): computing; copies of weights and
+    gradients on the GPU; traffic between GPUs, as far as it takes longer than half of the computing.
+
+    For each row, weights are gathered before the forward pass and again before the backward pass,
+    and gradients are reduced in fp32. A GPU also casts and copies what it gathers and reduces,
+    which costs more where fewer share the work. AdamW and clipping move 40 bytes a parameter."""
+    config, size, shards = work.config, work.itemsize, work.shards
+    flops = flops_per_token(work.model, work.length, work.supervised, config.lora)
+    if config.checkpointing == "full":  # the forward pass again: 2 operations to 6, or LoRA's 4
+        flops *= 3 / 2 if config.lora else 4 / 3
+    compute = flops * work.tokens / work.steps / config.gpus / (COMPUTED * chip.flops)
+    gathered = reduced = trained = model_parameters(work.model)
+    if config.lora:  # a base in integers, or on one rank, is whole already
+        gathered *= shards > 1 and config.bits == 16
+        reduced = trained = adapter_parameters(work.model, config.lora)
+    gathered *= work.rows * (1 if config.reshard is False else 2)
+    reduced *= work.rows
+    copied = gathered * (2 * size + (size + 4) / shards) + reduced * (size + 4 + 12 / shards)
+    sent = (size * gathered + 4 * reduced) * (1 - 1 / shards)
+    sent += 8 * trained / shards * work.rows * (config.replicas > 1)
+    exposed = max(0, sent / (MOVED * chip.link) - HIDDEN * compute)
+    return compute + (copied + 40 * trained / shards) / (MOVED * chip.bandwidth) + exposed
 
 
 # ---------------------------------------------------------------- a run's figures

@@ -68,16 +68,6 @@ def save_tokenizer(tokenizer: BPETokenizer, folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
-def codes_of(category: str) -> set[int]:
-    """The letters (L) or numbers (N) of the table in data/."""
-    codes = set()
-    for line in (ROOT / "data/unicode_ranges.txt").read_text().splitlines():
-        if line.startswith(category):
-            for ends in (part.split("-") for part in line.split()[1:]):
-                codes |= {*range(int(ends[0], 16), int(ends[-1], 16) + 1)}
-    return codes
-
-
 def tables(tokenizer) -> dict:
     """All that two equal tokenizers have in common."""
     return {k: v for k, v in vars(tokenizer).items() if k not in ("path", "words")}

@@ -30,6 +30,7 @@ from helpers.training import (
     train,
     write_base,
     write_model,
+    write_records,
 )
 
 from alpaca.training import parallel
@@ -374,3 +375,14 @@ def test_two_processes_do_not_train_in_one_folder(base, tmp_path):
     finally:
         os.killpg(process.pid, signal.SIGCONT)
         kill(process)
+
+
+def test_simulation_needs_no_weights_and_no_gpu(tmp_path):
+    records = write_records(tmp_path / "records.json", 40)
+    how = ["--tokenizer", TOKENIZER, "--data", records, "--plan", "--simulate"]
+    how += ["--preset", "tiny", "--gpus", 64, "--replicas", 8, "--chip", "H100"]
+    for more in ([], ["--lora", "--bits", 4], ["--offload"]):
+        _, shown, _ = succeeded(train([*how, *more]))
+        assert shown.count("simulated") == shown.count("GiB a rank") - 1, "all but host memory"
+    assert_refused(train([*how, "--replicas", 7]), "--gpus 64 is not a multiple of --replicas 7")
+    assert_refused(train([*how, "--lora", "--bits", 4, "--offload"]), "--offload cannot")

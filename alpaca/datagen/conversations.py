@@ -13,7 +13,8 @@ from typing import Any
 
 from alpaca.common.errors import UserError
 
-ROLES = {"human": "user", "user": "user", "prompter": "user", "system": "system"}
+ROLES = {"human": "user", "user": "user", "prompter": "user"}
+ROLES |= {"system": "system", "developer": "system"}  # OpenAI's older name and newer
 ROLES |= dict.fromkeys(("gpt", "chatgpt", "assistant", "bard", "bing", "model"), "assistant")
 LONGEST = 1000  # messages on a path of a tree
 
@@ -56,8 +57,10 @@ def role_and_text(turn: Any) -> tuple[str, str]:
         raise OddConversation(f"a turn is from {str(name)[:20]!r}")
     if not isinstance(text, str):
         raise OddConversation("a turn has no text")
-    if not text.strip():
+    if not text.strip() and ROLES[name] != "system":
         raise OddConversation("a turn is empty")
+    if turn.get("weight") == 0:  # in OpenAI's files: no loss on this answer
+        raise OddConversation("an answer has weight 0")
     return ROLES[name], text
 
 
@@ -81,7 +84,7 @@ def join_messages(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any
         if parent := messages.get(str(message["parent_id"])):
             parent[1]["replies"].append(message)
     for place, message in messages.values():
-        if message["parent_id"] is None:
+        if str(message["parent_id"]) not in messages:
             yield place, {"prompt": message}
 
 
@@ -105,6 +108,8 @@ def tree_paths(root: dict, best: bool) -> list[list[dict]]:
 
 def parse_tree(root: dict, best: bool) -> list[list[dict]]:
     """The usable conversations of a tree, each once; the reason why there is none, if so."""
+    if root.get("parent_id") is not None:
+        raise OddConversation("a message's parent is not in the file")
     found, reason = [], OddConversation("no question has an answer")
     for path in tree_paths(root, best):
         try:

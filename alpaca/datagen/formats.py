@@ -51,7 +51,7 @@ BEST = Reading()
 class Origin(NamedTuple):
     """Where a record comes from. Source and language are the file's words, escaped."""
 
-    place: str  # "data.json record 17"
+    place: str  # "data.json, record 17"
     source: str
     language: str  # what its `lang` says, or ""
 
@@ -81,7 +81,10 @@ def normalize_record(raw: Any, reading: Reading = BEST) -> list[dict]:
     if not isinstance(raw, dict):
         raise UserError("an object with instruction, input and output was expected")
     if "conversations" in raw or "messages" in raw:
-        return [{"messages": parse_turns(raw.get("conversations", raw.get("messages")))}]
+        turns = raw.get("conversations", raw.get("messages"))
+        if raw.get("system") and isinstance(turns, list):
+            turns = [{"role": "system", "content": raw["system"]}, *turns]
+        return [{"messages": parse_turns(turns)}]
     if isinstance(prompt := raw.get("prompt"), dict):  # a tree
         if reading.languages and prompt.get("lang") not in reading.languages:
             return []
@@ -103,6 +106,8 @@ def normalize_record(raw: Any, reading: Reading = BEST) -> list[dict]:
     instruction = string_field(raw, "instruction")
     if not instruction.strip():
         raise UserError("instruction is empty: remove the record or write an instruction")
+    if raw.get("system") or raw.get("history"):
+        raise OddConversation("an instruction comes with a system message or a history")
     instances = raw.get("instances", [raw])
     if not is_list_of_objects(instances) or not instances:
         raise UserError("instances must be a list of objects with input and output")
@@ -151,18 +156,18 @@ def read_source(source: Path) -> list[tuple[Any, list[dict]]]:
     return [(raw, cases) for _, raw, cases in normalize_all(records)]
 
 
-def load_pairs(path: str | Path, reading: Reading = BEST) -> list[tuple[dict, dict]]:
-    """The records of a file, each as it is there and normalized."""
+def load_placed(path: str | Path, reading: Reading = BEST) -> list[tuple[str, dict, dict]]:
+    """The records of a file: the place of each, as it is there, and normalized."""
     found = normalize_all(json_records(path), reading)
-    pairs = [(raw, case) for _, raw, cases in found for case in cases]
-    if not pairs:
+    records = [(place, raw, case) for place, raw, cases in found for case in cases]
+    if not records:
         raise UserError(f"{path}: no records in it")
-    return pairs
+    return records
 
 
 def load_records(path: str | Path, reading: Reading = BEST) -> list[dict]:
     """The records of a file, normalized."""
-    return [case for _, case in load_pairs(path, reading)]
+    return [case for *_, case in load_placed(path, reading)]
 
 
 def parse_weight(spec: str) -> tuple[Path, float]:
@@ -196,14 +201,14 @@ def load_mixture(
     same = Counter(file.name for file in {file for file, _ in weights.values()})
     for spec in specs:
         file, weight = weights[str(spec)]
-        found = load_pairs(file, reading)
+        found = load_placed(file, reading)
         name = "/".join(file.parts[-2 if same[file.name] > 1 else -1 :])
         repeats, fraction = divmod(weight, 1)
         chosen = list(range(len(found))) * int(repeats)
         sampler = random.Random(f"{seed} {spec}")
         chosen += sorted(sampler.sample(range(len(found)), round(fraction * len(found))))
-        records += [found[i][1] for i in chosen]
-        origins += [find_origin(f"{file} record {i + 1}", found[i][0], name) for i in chosen]
+        records += [found[i][2] for i in chosen]
+        origins += [find_origin(found[i][0], found[i][1], name) for i in chosen]
     if not records:
         raise UserError("the weights leave no record")
     return records, origins

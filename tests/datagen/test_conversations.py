@@ -27,6 +27,11 @@ MENDED = {
     "two answers in a row": (turns("U:a A:b A:c U:d"), "U:a A:b\n\nc"),
     "from bard": ([*turns("U:a"), {"from": "bard", "value": "b"}], "U:a A:b"),
     "in parts": ([PARTS, *turns("A:b")], "U:a A:b"),
+    "an empty system turn": (turns("S: U:a A:b"), "S: U:a A:b"),
+    "from the developer": (
+        [{"role": "developer", "content": "s"}, *turns("U:a A:b")],
+        "S:s U:a A:b",
+    ),
 }
 
 
@@ -47,6 +52,8 @@ def test_every_form_of_messages_gives_the_same(tmp_path):
     forms = {"messages": talk}, {"conversations": share}
     file = write(tmp_path / "a.jsonl", *forms, {"prompt": talk[:-1], "completion": talk[-1:]})
     assert load_records(file) == [{"messages": talk}] * 3
+    write(file, {"system": "Short", "conversations": share[1:]})
+    assert load_records(file) == [{"messages": talk}]
 
 
 def test_odd_conversations_are_skipped_and_counted(tmp_path, capsys):
@@ -109,6 +116,13 @@ def test_openassistant_gives_the_best_path_or_all(tmp_path, form):
     assert [turn["role"] for turn in record["messages"]] == ["user", "assistant"] * 2
     every = load_records(file, Reading("all"))
     assert sorted(ids(every)) == ["1 2 3 4", "1 5", "1 5 6 7", "1 5 6 8"]
+
+
+def test_openassistant_message_without_its_parent_is_no_plain_text(tmp_path):
+    lost = flat(TREE)[1] | {"message_id": "lost", "parent_id": "elsewhere"}
+    file = write(tmp_path / "oasst.jsonl", *flat(TREE), lost)
+    with pytest.raises(UserError, match="line 11: a message's parent is not in the file; 1 of 2"):
+        load_records(file)
 
 
 def test_openassistant_trees_are_chosen_by_language(tmp_path):

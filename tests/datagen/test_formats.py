@@ -97,6 +97,13 @@ BROKEN = {
     "no role": ('{"conversations": [{"value": "x"}]}', "a turn is from 'None'"),
     "value a number": (conversation(("human", 5)), "a turn has no text"),
     "empty turn": (conversation(("human", "x"), ("gpt", " ")), "a turn is empty"),
+    "weight": (
+        '{"messages": [{"role": "user", "content": "x"}, '
+        '{"role": "assistant", "content": "y", "weight": 0}]}',
+        "an answer has weight 0",
+    ),
+    "history": (ALPACA[:-1] + ', "history": [["a", "b"]]}', "a system message or a history"),
+    "system": (ALPACA[:-1] + ', "system": "Be brief."}', "a system message or a history"),
     "a turn of text": ('{"conversations": ["x"]}', "a turn is not an object"),
     "turns not a list": ('{"conversations": "x"}', "the turns are not a list"),
     "replies a text": ('{"prompt": {"replies": "x"}}', "replies are not a list of objects"),
@@ -143,17 +150,24 @@ def test_mixture_repeats_or_samples_files_reproducibly(two_files):
 
 def test_mixture_origins_name_file_and_record(two_files):
     records, origins = load_mixture([f"{two_files[0]}:1.5", f"{two_files[1]}:0.3"], 0)
-    assert len(records) == len(origins) == 18 and origins[2].place == f"{two_files[0]} record 3"
+    assert len(records) == len(origins) == 18 and origins[2].place == f"{two_files[0]}, record 3"
     for record, origin in zip(records, origins, strict=True):
-        file, number = origin.place.split(" record ")
+        file, number = origin.place.split(", record ")
         assert record == load_records(file)[int(number) - 1]
+
+
+def test_mixture_origin_is_the_records_place_in_its_file(tmp_path):
+    hc3 = {"question": "Why?", "human_answers": ["a", "b"], "chatgpt_answers": ["c"]}
+    file = written(tmp_path / "a.jsonl", f"{json.dumps(hc3)}\n\n{ALPACA}\n")
+    places = [origin.place for origin in load_mixture([file], 0)[1]]
+    assert places == [f"{file}, line 1"] * 3 + [f"{file}, line 3"]
 
 
 def test_mixture_takes_a_colon_in_a_file_name(tmp_path):
     written(tmp_path / "at:2", ALPACA)
     written(tmp_path / "a:b.json", ALPACA)
     assert len(load_mixture([tmp_path / "at:2"], 0)[0]) == 1
-    origin = Origin(f"{tmp_path}/at:2 record 1", "at:2", "")
+    origin = Origin(f"{tmp_path}/at:2, line 1", "at:2", "")
     assert load_mixture([f"{tmp_path}/at:2:3"], 0)[1] == [origin] * 3
     assert len(load_mixture([tmp_path / "a:b.json", f"{tmp_path}/a:b.json:2"], 0)[0]) == 3
     with pytest.raises(FileNotFoundError, match="c:d"):

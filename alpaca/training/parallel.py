@@ -182,6 +182,16 @@ def make_mesh(device_type: str, world: int, replicas: int) -> DeviceMesh:
     return init_device_mesh(device_type, shape, mesh_dim_names=names)
 
 
+def use_deterministic_kernels() -> None:
+    """Have a GPU compute the same bits each time, so that a resumed run is the run it continues:
+    by default kernels add numbers in the order in which threads happen to finish. To be called
+    before CUDA starts, because cuBLAS reads its setting then."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    # by default all new memory would now be filled, in case someone read it
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore
+
+
 @contextmanager
 def process_group(device_type: str, replicas: int) -> Iterator[tuple[DeviceMesh, torch.device]]:
     """torchrun's ranks, or without torchrun a single one, as a mesh of replicas × shards."""
@@ -195,6 +205,7 @@ def process_group(device_type: str, replicas: int) -> Iterator[tuple[DeviceMesh,
         raise UserError(f"{world} ranks are not a multiple of --replicas {replicas}")
     device = torch.device("cpu")
     if cuda:
+        use_deterministic_kernels()
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -208,6 +219,8 @@ def process_group(device_type: str, replicas: int) -> Iterator[tuple[DeviceMesh,
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+    if cuda:  # decoding needs none of it
+        torch.use_deterministic_algorithms(False)
 
 
 def run_on_all_ranks(work: Callable[[], Any], group: Any = None) -> Any:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 FLASH = "cuda"  # where packed documents are one kernel: FlashAttention, arXiv:2307.08691
 IGNORE = -100  # the label of a masked token: no loss, no gradient
 LOGITS_CHUNK = 2**23  # logits in memory at once: 32 MiB in fp32, 262 tokens of LLaMA's vocabulary
+CUDA_LOGITS_CHUNK = 2**26  # of fewer tokens, a GPU would spend its time on adding up gradients
 
 
 @dataclass
@@ -144,9 +145,8 @@ def packed_context(ids: Tensor, config: LlamaConfig, cu_seqlens, longest) -> Att
     T, lengths = ids.shape[1], cu_seqlens.diff()
     longest = min(longest or T, config.max_position_embeddings)
     valid = (lengths >= 0).all() & (lengths <= longest).all()
-    valid &= (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T)
-    message = "cu_seqlens must rise from 0 to T, by at most `longest` or the model's positions"
-    torch._assert_async(valid, message)  # type: ignore  # checked on the device, without waiting
+    valid &= (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T)  # on the device, without waiting for it
+    torch._assert_async(valid, "cu_seqlens must rise from 0 to T, by `longest` at most")  # type: ignore
     token, start = torch.arange(T, device=ids.device), cu_seqlens.long()
     document = torch.searchsorted(start, token, right=True) - 1  # (T): the last start ≤ token
     positions = (token - start[document])[None]
@@ -174,8 +174,7 @@ class KVCache:
         self.k = torch.zeros(*shape, config.head_dim, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
-        # With static shapes, for torch.compile and CUDA graphs, the mask spans max_length.
-        self.static = self.k.is_cuda
+        self.static = self.k.is_cuda  # static shapes, for CUDA graphs: the mask spans max_length
 
     def __getitem__(self, slots: slice) -> "KVCache":
         assert isinstance(slots, slice), "a part of a cache is a slice of its slots"
@@ -327,9 +326,8 @@ class SummedCrossEntropy(torch.autograd.Function):
     8,192 tokens and a vocabulary of 32,000 make 1 GiB in fp32, and their gradient another.
 
     A token's loss, -log softmax(W h)[y], needs only that token's logits, so they are computed for a
-    chunk of tokens at a time. Their gradient, softmax(W h) - onehot(y), is then known too, so the
-    forward pass uses it at once and the backward pass needs no logits: Liger Kernel's idea,
-    arXiv:2410.10989. There is no second derivative."""
+    chunk of tokens at a time. Their gradient, softmax(W h) - onehot(y), is then known: `forward`
+    uses it at once, and `backward` needs no logits (Liger Kernel, arXiv:2410.10989)."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, needs_grad: bool) -> Tensor:
@@ -338,7 +336,7 @@ class SummedCrossEntropy(torch.autograd.Function):
         if needs_grad and weight.requires_grad:
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        size = max(1, LOGITS_CHUNK // len(weight))
+        size = max(1, (CUDA_LOGITS_CHUNK if hidden.is_cuda else LOGITS_CHUNK) // len(weight))
         for start in range(0, len(hidden), size):
             chunk = slice(start, start + size)
             h, target = hidden[chunk], targets[chunk, None]
@@ -351,18 +349,19 @@ class SummedCrossEntropy(torch.autograd.Function):
                 p.scatter_add_(1, target, torch.full_like(p[:, :1], -1.0))  # softmax - onehot
                 p = p.type_as(h)
                 grad_hidden[chunk] = p @ weight
-                if grad_weight is not None:
+                if grad_weight is not None and h.is_cuda:  # neither rounded to 16 bits nor stored
+                    torch.addmm(grad_weight, p.T, h, out_dtype=torch.float32, out=grad_weight)
+                elif grad_weight is not None:
                     grad_weight += p.T @ h
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):
         (upstream,), (grad_hidden, grad_weight) = grad_outputs, ctx.saved_tensors
         if grad_weight is not None:
-            grad_weight = (grad_weight * upstream).to(ctx.dtype)
-        return (grad_hidden * upstream).type_as(grad_hidden), grad_weight, None, None
+            grad_weight = grad_weight * upstream  # autograd rounds it to the weight's dtype
+        return grad_hidden * upstream, grad_weight, None, None
 
 
 def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -24,11 +24,11 @@ class Operations(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.largest, self.names = 0, set()
+        self.largest, self.names = 0, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.names.add(str(func.overloadpacket))
+        self.names.append(str(func.overloadpacket))
         if isinstance(out, torch.Tensor):
             self.largest = max(self.largest, out.numel())
         return out
@@ -47,13 +47,28 @@ def test_loss_and_gradients_equal_the_naive_ones(monkeypatch, chunk, scale):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * scale)
 
 
-def test_loss_in_bf16_is_as_exact_as_the_naive_one(monkeypatch):
+def add_on_cpu(total, a, b, out_dtype, *, beta=1, alpha=1, out):
+    """CUDA's addmm with a wider result, and what it asks for."""
+    assert a.dtype == b.dtype == torch.bfloat16 and total.dtype == out.dtype == out_dtype
+    assert out_dtype == torch.float32 and out.data_ptr() == total.data_ptr(), "in place"
+    return out.add_(a.float() @ b.float())
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_loss_in_bf16_is_as_exact_as_the_naive_one(monkeypatch, cuda):
+    """On a GPU the weight's gradient is one product, because the chunks are larger."""
     monkeypatch.setattr(model, "LOGITS_CHUNK", 64 * 128)
+    library = torch.library.Library("aten", "IMPL")
+    if cuda:
+        library.impl("addmm.dtype_out", add_on_cpu, "CPU")
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     hidden, weight, targets = random_inputs(512, torch.bfloat16)
     wide = [t.detach().float().requires_grad_() for t in (hidden, weight)]
     exact = torch.autograd.grad(naive(*wide, targets), wide)
     expected = torch.autograd.grad(naive(hidden, weight, targets), (hidden, weight))
-    total = summed_cross_entropy(hidden, weight, targets)
+    with Operations() as seen:
+        total = summed_cross_entropy(hidden, weight, targets)
+    assert seen.names.count("aten.addmm") == cuda, "one chunk"
     torch.testing.assert_close(total, naive(hidden, weight, targets), rtol=1e-5, atol=0)
     found = torch.autograd.grad(total, (hidden, weight))
     for ours, theirs, true in zip(found, expected, exact, strict=True):

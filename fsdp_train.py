@@ -263,12 +263,20 @@ def build_optimizer(model: Llama) -> torch.optim.AdamW:
     return optimizer
 
 
+def gathered_tensors(model: Llama, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """What is trained, one whole tensor at a time. Before each, all ranks wait for the one that
+    writes: NCCL ends a run in which a gather, queued on the others, waits for ten minutes."""
+    group: Any = dist.new_group(backend="gloo")
+    for name, parameter in trained_parameters(model).items():
+        dist.barrier(group)
+        yield name, full_tensor(parameter.detach()).to(dtype)
+
+
 def save_result(model: Llama, job: Job) -> None:
     """Write model/ or adapter/, one tensor at a time: all ranks gather it, rank 0 writes it."""
     config = job.config
     dtype = torch.float32 if config.lora else DTYPES[config.save_dtype]
-    parameters = trained_parameters(model).items()
-    tensors = ((name, full_tensor(p.detach()).to(dtype)) for name, p in parameters)
+    tensors = gathered_tensors(model, dtype)
     jinja = template_in_jinja(job.tokenizer)
     if dist.get_rank() > 0:
         for _ in tensors:

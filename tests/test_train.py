@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import threading
+import time
 from collections import Counter
 from unittest import mock
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from helpers.checkpoints import copied_tensors, replace_weights
 from helpers.commands import assert_refused
+from helpers.models import small_model
 from helpers.training import (
     LONG,
     TOKENIZER,
@@ -35,7 +38,7 @@ from alpaca.training import parallel
 from alpaca.training.run_dir import RunDir
 from alpaca.weights.loading import load_model
 from dataset import encode_record
-from fsdp_train import learning_rate
+from fsdp_train import gathered_tensors, learning_rate
 from model import IGNORE
 from tokenizer import load_tokenizer
 
@@ -273,6 +276,31 @@ def test_progress_line_shows_recent_means_and_the_log_every_step(tmp_path, monke
     assert shown[-1].endswith("1,500 tok/s  MFU 15.0%  peak memory 2.0 GiB"), "weighted by time"
     assert [record["tokens_per_s"] for record in metrics(tmp_path / "run")] == rates
     assert run.summary() == "30 steps of 270,000 tokens in 2:01; training loss 2.000 → 0.067"
+
+
+def test_slow_export_keeps_no_gather_waiting(monkeypatch):
+    """Two ranks as threads. A disk needs a minute a tensor by the simulated clock, of which NCCL
+    lets a gather that some ranks have started wait for ten."""
+    model, clock, started, waited = small_model(), [0], [], []
+    meeting = threading.Barrier(2, timeout=10)
+    monkeypatch.setattr(fsdp_train.dist, "new_group", lambda backend: backend)
+    monkeypatch.setattr(fsdp_train.dist, "barrier", lambda group: meeting.wait())
+
+    def gather(tensor):
+        if threading.current_thread() is threading.main_thread():
+            waited.append(clock[0] - started[len(waited)] if len(waited) < len(started) else 0)
+        else:
+            started.append(clock[0])
+        return tensor
+
+    monkeypatch.setattr(fsdp_train, "full_tensor", gather)
+    other = threading.Thread(target=list, args=[gathered_tensors(model, torch.float32)])
+    other.start()
+    for _ in gathered_tensors(model, torch.float32):
+        time.sleep(0.002)  # the other rank runs ahead if it can
+        clock[0] += 1
+    other.join()
+    assert len(started) == len(waited) == 21 and max(waited) <= 1
 
 
 # ---------------------------------------------------------------- errors of users

@@ -107,12 +107,14 @@ def train(job: Job, run: RunDir, mesh: DeviceMesh, device: torch.device, stop: S
         targets = int(supervised[batch].sum())
         lr = learning_rate(step, job.steps, config.learning_rate, config.warmup_ratio)
         optimizer.param_groups[0]["lr"] = lr
-        loss, norm, stopping = train_step(model, optimizer, rows, targets, device, stop)
+        loss, norm, stopping, overdue = train_step(
+            model, optimizer, rows, targets, device, stop, snapshots.overdue()
+        )
         if not math.isfinite(loss + norm):
             raise divergence(step + 1, loss, norm, job, batch, snapshots)
         figures = throughput.step(examples.lengths[batch], targets)
         run.log_step({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm, **figures})
-        if stopping or config.saves_after(step + 1, job.steps):
+        if stopping or config.saves_after(step + 1, job.steps, overdue):
             snapshots.save(step + 1)
         if stopping and step + 1 < job.steps:
             exit_to_resume(step + 1, snapshots, run, stop)
@@ -159,27 +161,31 @@ def train_step(
     targets: int,
     device: torch.device,
     stop: StopSignal,
-) -> tuple[float, float, bool]:
+    overdue: bool = False,
+) -> tuple[float, float, bool, bool]:
     """One step; returns the mean loss of all ranks, the gradient norm before clipping, and whether
-    any rank got a signal to stop. A loss or norm that is not finite changes no weights.
+    any rank got a signal to stop, or has a snapshot overdue. A loss or norm that is not finite
+    changes no weights. The host waits for a GPU once, for these numbers.
 
     `targets` is the number of supervised tokens of the whole step. FSDP averages gradients over
     ranks; the factor world size makes them a sum."""
-    totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, ranks that stop, norm²
+    # loss, ranks that stop, ranks with a snapshot overdue, squared norm
+    totals = torch.zeros(4, dtype=torch.float64, device=device)
     for row in rows:
         loss = model(**row)
         (loss * (dist.get_world_size() / targets)).backward()
         totals[0] += loss.detach()
     totals[1] = stop.number
-    totals[2] = squared_gradient_norm(model)
+    totals[2] = overdue
+    totals[3] = squared_gradient_norm(model)
     dist.all_reduce(totals)
-    torch.nn.utils.clip_grads_with_norm_(model.parameters(), CLIP, totals[2].sqrt().float())
-    total_loss, stopping, squared_norm = totals.tolist()
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), CLIP, totals[3].sqrt().float())
+    total_loss, stopping, any_overdue, squared_norm = totals.tolist()
     loss, norm = total_loss / targets, math.sqrt(squared_norm)
     if math.isfinite(loss + norm):
         optimizer.step()
     optimizer.zero_grad()
-    return loss, norm, stopping > 0
+    return loss, norm, stopping > 0, any_overdue > 0
 
 
 def divergence(

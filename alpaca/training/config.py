@@ -114,7 +114,9 @@ class TrainConfig:
     )
     device: str = flag("auto", "to train on", choices=("auto", "cpu", "cuda"))
 
-    save_every: int = flag(100, "steps between snapshots; 0: none", not_negative)
+    save_every: int = flag(
+        100, "steps between snapshots, of which one is due after 15 minutes; 0: none", not_negative
+    )
     save_total_limit: int = flag(2, "snapshots kept on disk", positive(int))
     resume: bool = flag(False, "resume a run, do not start one")
     save_dtype: str = flag("bf16", "of model/", choices=DTYPE_NAMES)
@@ -194,9 +196,9 @@ class TrainConfig:
             return device.type == "cuda" and self.dtype == "bf16"
         return self.compile
 
-    def saves_after(self, step: int, steps: int) -> bool:
+    def saves_after(self, step: int, steps: int, overdue: bool) -> bool:
         """Is a snapshot due after this step, counted from 1?"""
-        return self.save_every > 0 and (step == steps or step % self.save_every == 0)
+        return self.save_every > 0 and (overdue or step == steps or step % self.save_every == 0)
 
     def settings(self, digest: str) -> dict[str, Any]:
         """What decides the trained weights; a run resumes with equal settings only. `digest` is

@@ -75,7 +75,8 @@ def test_flags_that_contradict_each_other_are_refused(words, message):
         config_of("--data", "a.json", *words)
 
 
-def test_snapshots_are_due_at_intervals_and_at_the_end():
-    config = TrainConfig(save_every=4)
-    assert [step for step in range(1, 11) if config.saves_after(step, 10)] == [4, 8, 10]
-    assert not any(TrainConfig(save_every=0).saves_after(step, 10) for step in range(1, 11))
+def test_snapshots_are_due_at_intervals_after_a_time_and_at_the_end():
+    def due(config: TrainConfig) -> list[int]:
+        return [step for step in range(1, 11) if config.saves_after(step, 10, overdue=step == 5)]
+
+    assert due(TrainConfig(save_every=4)) == [4, 5, 8, 10] and due(TrainConfig(save_every=0)) == []

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,72 @@ def test_state_comes_back_bit_for_bit(snapshots, monkeypatch):
     for name, tensor in state(snapshots).items():
         assert torch.equal(tensor.view(torch.int32), saved[name].view(torch.int32)), name
     assert {moments["step"].item() for moments in snapshots.optimizer.state.values()} == {7}
+
+
+class FakeStream:
+    """A GPU's stream, whose copies run as late as they may."""
+
+    def __init__(self):
+        self.queued, self.waiting = [], threading.Event()
+
+    def run(self):
+        while self.queued:
+            self.queued.pop(0)()
+
+    def synchronize(self):
+        self.waiting.wait()
+        self.run()
+
+    def wait_stream(self, other):
+        other.run()
+
+
+def test_state_is_copied_beside_a_gpus_next_step(snapshots, monkeypatch):
+    """Simulated: the copies may take until the weights change, and the files wait for them."""
+    current, copy, pinned = FakeStream(), torch.Tensor.copy_, []
+
+    @contextmanager
+    def on(stream):
+        def queue(self, source, non_blocking):
+            assert non_blocking
+            stream.queued.append(lambda: copy(self, source))
+            return self
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "copy_", queue)
+            yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(module, "pin_memory", lambda *where: pinned.append(where))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_cuda", True)
+        snapshots = Snapshots(snapshots.folder, 2, snapshots.model, snapshots.optimizer)
+    for step in (1, 2):
+        saved = {name: tensor.clone() for name, tensor in state(snapshots).items()}
+        snapshots.save(step)
+        if step == 1:
+            for parameter in snapshots.model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            snapshots.optimizer.step()
+        snapshots.stream.waiting.set()
+        snapshots.finish()
+        stored = load_file(part(snapshots.folder / f"step-{step:06}"))
+        assert all(torch.equal(stored[name], tensor) for name, tensor in saved.items())
+    assert pinned == [
+        (snapshots.staging.data_ptr(), 12 * sum(p.numel() for p in snapshots.model.parameters()))
+    ]
+
+
+def test_snapshot_is_overdue_after_fifteen_minutes(snapshots, monkeypatch):
+    now = snapshots.saved
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    assert not snapshots.overdue()
+    now += 901
+    assert snapshots.overdue()
+    save(snapshots, 1)
+    assert not snapshots.overdue()
 
 
 def test_only_the_newest_states_stay(snapshots):

@@ -226,6 +226,7 @@ class Row(NamedTuple):
     ids: Tensor  # (1, T) int64
     labels: Tensor  # (1, T) int64
     cu_seqlens: Tensor  # int32, from 0 to T
+    supervised: Tensor  # (N) int64: where labels are not masked
 
 
 def make_row(examples: Examples, which: np.ndarray, multiple: int = 1, bounds: int = 1) -> Row:
@@ -241,8 +242,8 @@ def make_row(examples: Examples, which: np.ndarray, multiple: int = 1, bounds: i
     >>> row = make_row(examples, np.array([0, 2]))
     >>> row.ids.tolist(), row.cu_seqlens.tolist()
     ([[10, 11, 12, 13, 14, 30, 31]], [0, 5, 7])
-    >>> row.labels.tolist()
-    [[-100, 11, 12, 13, 14, -100, 31]]
+    >>> row.labels.tolist(), row.supervised.tolist()
+    ([[-100, 11, 12, 13, 14, -100, 31]], [1, 2, 3, 4, 6])
     """
     spans = [slice(examples.starts[i], examples.starts[i + 1]) for i in which]
     lengths = examples.lengths[which].tolist()
@@ -259,4 +260,5 @@ def make_row(examples: Examples, which: np.ndarray, multiple: int = 1, bounds: i
         torch.from_numpy(ids.astype(np.int64))[None],
         torch.from_numpy(labels.astype(np.int64))[None],
         torch.from_numpy(ends.astype(np.int32)),
+        torch.from_numpy(np.flatnonzero(labels != IGNORE)),
     )

@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
@@ -148,10 +149,17 @@ def packed_rows(
     multiples = (min(ROW_MULTIPLE, config.max_length), BOUNDS_MULTIPLE) if few_shapes else (1, 1)
     for row in rows[dist.get_rank()]:
         packed = make_row(examples, batch[row], *multiples)
-        tensors = {name: tensor.to(device) for name, tensor in packed._asdict().items()}
+        tensors = {name: to_device(x, device) for name, x in packed._asdict().items()}
         if few_shapes:  # else rows with more documents than the first would be compiled again
             torch._dynamo.maybe_mark_dynamic(tensors["cu_seqlens"], 0)
         yield {**tensors, "longest": config.max_length}
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Start to copy a tensor: a GPU computes the row before meanwhile, from pinned memory."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def train_step(

@@ -434,6 +434,7 @@ class Llama(nn.Module):
         cu_seqlens: Tensor | None = None,  # int32, from 0 to T; T may repeat, for a fixed length
         cache: KVCache | None = None,
         labels: Tensor | None = None,  # (B, T), aligned with ids: the shift by one happens here
+        supervised: Tensor | None = None,  # (N): the labels that are not masked, if known already
         longest: int | None = None,  # tokens that no packed document exceeds
     ) -> Tensor:
         """Logits (B, T, V); with labels, the cross-entropy summed over those not masked (-100).
@@ -443,6 +444,7 @@ class Llama(nn.Module):
         hidden = self.model(ids, cu_seqlens, cache, longest)
         if labels is None:
             return self.lm_head(hidden)
-        supervised = labels[:, 1:] != IGNORE
-        hidden, targets = hidden[:, :-1][supervised], labels[:, 1:][supervised]  # (N, C) and (N)
-        return summed_cross_entropy(hidden, self.lm_head.weight, targets)
+        if supervised is None:  # a GPU has to be waited for here
+            supervised = F.pad(labels[:, 1:] != IGNORE, (1, 0)).flatten().nonzero()[:, 0]
+        hidden = hidden.flatten(0, 1)[supervised - 1]  # (N, C)
+        return summed_cross_entropy(hidden, self.lm_head.weight, labels.flatten()[supervised])

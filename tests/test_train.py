@@ -11,11 +11,12 @@ import time
 from collections import Counter
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from helpers.checkpoints import copied_tensors, replace_weights
 from helpers.commands import assert_refused
-from helpers.models import small_model
+from helpers.models import small_config, small_model
 from helpers.training import (
     LONG,
     TOKENIZER,
@@ -31,15 +32,19 @@ from helpers.training import (
     write_base,
     write_records,
 )
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fsdp_train
+import model as model_module
 from alpaca.datagen.formats import load_mixture
 from alpaca.training import parallel
 from alpaca.training.run_dir import RunDir
 from alpaca.weights.loading import load_model
-from dataset import encode_record
-from fsdp_train import gathered_tensors, learning_rate
-from model import IGNORE
+from dataset import Examples, encode_record, make_row
+from fsdp_train import build_optimizer, gathered_tensors, learning_rate, to_device, train_step
+from model import IGNORE, Llama
 from tokenizer import load_tokenizer
 
 
@@ -111,6 +116,28 @@ def test_two_ranks_equal_one(base, measured, tmp_path):
 
 def test_clipping_is_exact_for_large_gradients():
     assert_clipping_is_exact()
+
+
+def test_host_waits_for_a_gpu_once_in_a_step(monkeypatch):
+    """Fake tensors refuse what depends on their numbers, as waiting for a GPU always does."""
+    waits, counts, ends = [], np.arange(40, dtype=np.int32), np.array([0, 10, 25, 40])
+    monkeypatch.setattr(model_module, "FLASH", "cpu")
+    monkeypatch.setattr(FakeTensor, "tolist", lambda x: waits.append(len(x)) or [1.0] * len(x))
+    row = make_row(Examples(counts, counts, ends, [], {}), np.arange(3))
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
+    with FakeTensorMode() as mode:
+        with torch.device("meta"):
+            model = Llama(small_config())
+        parallel.apply_activation_checkpointing(model, "selective")
+        parallel.apply_fsdp(model, mesh, torch.bfloat16, offload=False)
+        optimizer = build_optimizer(model.to_empty(device="cpu"))
+        rows = [{name: mode.from_tensor(x) for name, x in row._asdict().items()}] * 2
+        train_step(model, optimizer, rows, 9, torch.device("cpu"), mock.Mock(number=0))
+    assert waits == [4]
+    tensor, device = mock.Mock(), torch.device("cuda")
+    assert to_device(tensor, device) is tensor.pin_memory().to.return_value
+    tensor.pin_memory().to.assert_called_with(device, non_blocking=True)
 
 
 def test_weights_are_fp32_while_blocks_compute_in_bf16(base, tmp_path, monkeypatch, watch):

@@ -6,10 +6,12 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from helpers.decoding import TOKENIZER, new_model, plain_greedy, prompts_of
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from alpaca.inference.cuda_graphs import CudaGraphs
-from alpaca.inference.engine import Engine
+from alpaca.inference.engine import Engine, decode_step
 from alpaca.inference.sampling import SamplingParams
+from model import KVCache
 
 
 def test_engine_replays_a_graph_for_each_batch_size(monkeypatch):
@@ -43,6 +45,19 @@ def test_engine_replays_a_graph_for_each_batch_size(monkeypatch):
     answers = engine.generate(prompts[:4], params) + engine.generate(prompts[3:], params)
     expected = [plain_greedy(engine.model, prompt, 20) for prompt in (*prompts[:4], *prompts[3:])]
     assert [answer.ids for answer in answers] == expected and set(replayed) == {1, 2, 3}
+
+
+@torch.inference_mode()
+def test_decoding_step_does_not_wait_for_the_gpu():
+    """Fake tensors refuse what depends on their numbers; a graph could not record it either."""
+    with FakeTensorMode():
+        model = new_model()
+        cache = KVCache(model.config, slots=2, max_length=16)
+        cache.static = True
+        assert decode_step(model, torch.ones(2, dtype=torch.int64), cache).shape[0] == 2
+        cache.static = False
+        with pytest.raises(DataDependentOutputException):
+            decode_step(model, torch.ones(2, dtype=torch.int64), cache)
 
 
 @pytest.mark.gpu

@@ -95,24 +95,27 @@ def to_bytes(piece: str) -> bytes:
 def merge(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     """Join the neighbours of the lowest rank, the leftmost first, until none has a rank.
 
-    A queue holds the pairs to join. What is joined stays at its left piece's place; `after` and
-    `before` lead from there to its neighbours. Pairs in the queue that are gone are skipped."""
-    count = len(pieces)
+    A queue holds the pairs to join, each as one integer: rank · count + place. What is joined stays
+    at its left piece's place; `after` and `before` lead from there to its neighbours. Pairs in the
+    queue that are gone are skipped."""
+    count, rank_of = len(pieces), ranks.get
     pieces = [*pieces, ""]  # an end; pieces[-1], before the first, is the same
     after, before = [*range(1, count + 1), 0], list(range(-1, count))
-    queue = [(ranks[pair], i, pair) for i, pair in enumerate(pairwise(pieces)) if pair in ranks]
+    queue = [ranks[pair] * count + i for i, pair in enumerate(pairwise(pieces)) if pair in ranks]
     heapify(queue)
     while queue:
-        _, left, pair = heappop(queue)
+        key = heappop(queue)
+        left = key % count
         right = after[left]
-        if (pieces[left], pieces[right]) != pair:
+        pair = pieces[left], pieces[right]
+        if rank_of(pair) != key // count:
             continue
         pieces[left], pieces[right] = pair[0] + pair[1], ""
         after[left], before[after[right]] = after[right], left
         for start in (before[left], left):
-            pair = pieces[start], pieces[after[start]]
-            if pair in ranks:
-                heappush(queue, (ranks[pair], start, pair))
+            rank = rank_of((pieces[start], pieces[after[start]]))
+            if rank is not None:
+                heappush(queue, rank * count + start)
     return [piece for piece in pieces if piece]
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from helpers.bpe import KINDS, SPECIAL, content_of, write_bpe
+from helpers.bpe import KINDS, SPECIAL, assigned, codes_of, content_of, write_bpe
 from helpers.commands import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,20 +73,10 @@ def test_word_pattern_loses_no_character(pre):
 
 
 def test_ranges_are_those_of_unicode():
-    letters, digits = (word_pattern_class(name) for name in ("L", "N"))
-    for code in range(0x110000):
-        category = unicodedata.category(chr(code))
-        if category not in ("Cn", "Cs"):
-            assert (code in letters, code in digits) == (category[0] == "L", category[0] == "N")
-
-
-def word_pattern_class(category: str) -> set[int]:
-    codes = set()
-    for line in (ROOT / "data/unicode_ranges.txt").read_text().splitlines():
-        if line.startswith(category):
-            for ends in (part.split("-") for part in line.split()[1:]):
-                codes |= {*range(int(ends[0], 16), int(ends[-1], 16) + 1)}
-    return codes
+    letters, digits = (codes_of(name) for name in ("L", "N"))
+    for char in assigned():
+        kind, code = unicodedata.category(char)[0], ord(char)
+        assert (code in letters, code in digits) == (kind == "L", kind == "N")
 
 
 @pytest.mark.skipif(not UNICODE_DATA.exists(), reason="needs Debian's package unicode-data")

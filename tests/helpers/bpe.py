@@ -1,6 +1,8 @@
 """Small byte-level BPE tokenizers, one of each kind, as tokenizer.json files."""
 
 import json
+import sys
+import unicodedata
 from functools import lru_cache
 from pathlib import Path
 
@@ -66,6 +68,24 @@ def save_tokenizer(tokenizer: BPETokenizer, folder: Path) -> None:
     folder.mkdir()
     for name, content in tokenizer_json_files(tokenizer).items():
         (folder / name).write_bytes(content)
+
+
+def assigned() -> list[str]:
+    """Every character of this Python's Unicode, but for halves of surrogate pairs. A Python whose
+    Unicode is newer than the project's, 15.0, gives those of its oldest."""
+    tables = unicodedata if unicodedata.unidata_version <= "15.0.0" else unicodedata.ucd_3_2_0
+    codes = map(chr, range(sys.maxunicode + 1))
+    return [char for char in codes if tables.category(char) not in ("Cn", "Cs")]
+
+
+def codes_of(category: str) -> set[int]:
+    """The letters (L) or numbers (N) of the table in data/."""
+    codes = set()
+    for line in (ROOT / "data/unicode_ranges.txt").read_text().splitlines():
+        if line.startswith(category):
+            for ends in (part.split("-") for part in line.split()[1:]):
+                codes |= {*range(int(ends[0], 16), int(ends[-1], 16) + 1)}
+    return codes
 
 
 def tables(tokenizer) -> dict:

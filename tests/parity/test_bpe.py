@@ -6,16 +6,23 @@ tokenizer.json and tokenizer_config.json; they are compared on much more text. T
 
 import os
 import random
-import sys
-import unicodedata
 from pathlib import Path
 
 import pytest
-from helpers.bpe import KINDS, SPECIAL, TELLING, content_of, save_tokenizer, write_bpe
+from helpers.bpe import (
+    KINDS,
+    SPECIAL,
+    TELLING,
+    assigned,
+    codes_of,
+    content_of,
+    save_tokenizer,
+    write_bpe,
+)
 from helpers.parity import apart
 
 from alpaca.common.tokenizer_json import read_tokenizer_json
-from bpe import BPETokenizer
+from bpe import CHARACTERS, BPETokenizer, word_pattern
 
 REAL = sorted(Path(os.environ.get("ALPACA_TOKENIZERS", "/nowhere")).glob("*/tokenizer.json"))
 SPACES = [*" \t\n\r\x0b\x85\xa0\u2028\u3000\x1c", "\r\n", "\n\n", "  "]
@@ -48,10 +55,12 @@ WORDS += [
 ]
 
 
-def assigned() -> list[str]:
-    """Every character of this Python's Unicode, but for halves of surrogate pairs."""
-    codes = map(chr, range(sys.maxunicode + 1))
-    return [char for char in codes if unicodedata.category(char) not in ("Cn", "Cs")]
+def every_character() -> list[str]:
+    """Those of this Python and the letters and numbers of Unicode 15, but for the planes of private
+    use: each alone, and between a letter and a number."""
+    codes = codes_of("L") | codes_of("N") | {*map(ord, assigned())}
+    lines = [f"{chr(code)} a{chr(code)}1\n" for code in sorted(codes) if code < 0xF0000]
+    return ["".join(lines[i : i + 64]) for i in range(0, len(lines), 64)]
 
 
 def random_texts(count: int) -> list[str]:
@@ -91,6 +100,20 @@ def test_ids_equal_the_library_of_hugging_face(tmp_path, kind):
     compare(ours, file, texts)
     save_tokenizer(ours, tmp_path / "new")
     compare(ours, tmp_path / "new" / "tokenizer.json", texts[::10])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_character_is_split_as_by_the_library(tmp_path, kind):
+    """Small tokenizers have the same ids for many a wrong split, so the words are compared."""
+    from tokenizers import Tokenizer
+
+    theirs = Tokenizer.from_file(str(write_bpe(tmp_path, content_of(kind)))).pre_tokenizer
+    for text in every_character():
+        words = word_pattern(kind, 0xFFFF if max(text) <= "\uffff" else 0x10FFFF).findall(text)
+        words = [word.encode().decode("latin-1").translate(CHARACTERS) for word in words]
+        expected = [word for word, _ in theirs.pre_tokenize_str(text)]
+        apart("texts that are split otherwise: tokenizers", words != expected, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,6 +161,6 @@ def test_ids_of_published_tokenizers_equal_the_library(file):
     code = "".join(
         p.read_text(errors="replace") for p in sorted(Path(os.__file__).parent.glob("*.py"))
     )
-    texts = [f"{c} {c}a1{c}\n" for c in assigned()] + random_texts(10_000)
+    texts = every_character() + random_texts(10_000)
     texts += [code[i : i + 4000] for i in range(0, 1_000_000, 4000)] + [code[:1_000_000]]
     compare(read_tokenizer_json(file), file, texts)

@@ -29,8 +29,9 @@ from sentencepiece import SentencePieceProcessor
 
 from alpaca.common.errors import UserError, check_unicode, notice
 from alpaca.common.files import input_file
-from alpaca.common.gguf_bpe import bpe_from_metadata, is_bpe
+from alpaca.common.gguf_bpe import ADD_BOS, bpe_from_metadata, is_bpe
 from alpaca.common.gguf_file import is_gguf, read_gguf
+from alpaca.common.json_files import read_json
 from alpaca.common.sentencepiece_file import model_from_metadata
 from alpaca.common.tokenizer_json import read_tokenizer_json
 from bpe import BPETokenizer
@@ -45,6 +46,14 @@ def read_model(file: Path) -> bytes:
     if is_gguf(file):
         return model_from_metadata(read_gguf(file).metadata, str(file))
     return input_file(file, MAX_BYTES).read_bytes()
+
+
+def expects_bos(file: Path) -> bool:
+    """Whether BOS comes before a text, as in LLaMA: a few others say that it does not."""
+    if is_gguf(file):
+        return read_gguf(file).metadata.get(ADD_BOS) is not False
+    config = file.with_name("tokenizer_config.json")
+    return not config.is_file() or read_json(config).get("add_bos_token") is not False
 
 
 class SentencePieceTokenizer:
@@ -65,11 +74,17 @@ class SentencePieceTokenizer:
         for name, token in (("unk", self.unk_id), ("bos", self.bos_id), ("eos", self.eos_id)):
             if token < 0:
                 raise UserError(f"{path}: no {name} token, so no LLaMA was trained with it")
+        self.add_bos = expects_bos(self.path)
         self.newline_ids = self.encode("\n")  # a space, which SentencePiece puts first, and "\n"
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """`bos` puts BOS first, if the model expects it; `eos` puts EOS last."""
         check_unicode(text)
-        return [self.bos_id] * bos + self.sentencepiece.encode(text) + [self.eos_id] * eos
+        return (
+            [self.bos_id] * (bos and self.add_bos)
+            + self.sentencepiece.encode(text)
+            + [self.eos_id] * eos
+        )
 
     def encode_after(self, before: str, text: str) -> tuple[list[int], bool]:
         """The ids of a text that follows `before`, and whether a token was kept from spanning both:

@@ -86,7 +86,6 @@ def metadata_from_model(model: bytes, place: str) -> dict[str, Any]:
         TOKENS: [token[1][-1].decode() for token in tokens],
         SCORES: [struct.unpack("<f", token[2][-1])[0] if 2 in token else 0.0 for token in tokens],
         TYPES: [token.get(3, [NORMAL])[-1] for token in tokens],
-        "tokenizer.ggml.add_bos_token": True,
         "tokenizer.ggml.add_eos_token": False,
         "tokenizer.ggml.add_space_prefix": normalization.get(3, [1])[-1] == 1,
     }

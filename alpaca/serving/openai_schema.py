@@ -192,7 +192,7 @@ def parse_messages(body: dict, tokenizer: Tokenizer) -> tuple[str, list[list[int
         if isinstance(content, list) and all(isinstance(part, dict) for part in content):
             if any(part.get("type") != "text" for part in content):
                 raise invalid("messages", "content other than text is not supported")
-            content = "".join(get_text({name: part.get("text")}, name) for part in content)
+            content = "\n".join(get_text({name: part.get("text")}, name) for part in content)
         messages.append({"role": role, "content": get_text({name: content}, name)})
     if expected != "assistant" or not messages[-1]["content"].strip():
         raise invalid("messages", "the last message must be the user's, and not empty")

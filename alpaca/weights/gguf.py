@@ -68,7 +68,6 @@ CONFIG_KEYS = {  # metadata → config.json
     "tokenizer.ggml.eos_token_id": "eos_token_id",
 }
 END_KEYS = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]  # any is an end
-FLOATS = ("llama.attention.layer_norm_rms_epsilon", "llama.rope.freq_base")
 NEEDED = [
     name
     for name, field in CONFIG_KEYS.items()
@@ -144,6 +143,8 @@ def gguf_config(file: GGUF) -> LlamaConfig:
     """The architecture, if model.py computes everything that the metadata asks for."""
     metadata, embedding = file.metadata, file.tensors.get("token_embd.weight")
     try:
+        if metadata.get("split.count", 1) not in (0, 1):
+            raise UserError("part of a split file: join its parts with `llama-gguf-split --merge`")
         if (architecture := metadata.get("general.architecture")) != "llama":
             raise UserError(f"architecture {architecture!r} is not supported, only 'llama' is")
         for name, value in metadata.items():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from alpaca.common.errors import UserError, join_names
 from alpaca.common.files import atomic_file
-from alpaca.common.gguf_bpe import metadata_from_bpe
+from alpaca.common.gguf_bpe import ADD_BOS, metadata_from_bpe
 from alpaca.common.gguf_file import pack_start
 from alpaca.common.sentencepiece_file import SCORES, TOKENS, TYPES, UNUSED, metadata_from_model
 from alpaca.weights.checkpoint import EMBEDDING, HEAD, as_dtype, is_finite, parameter_shapes
@@ -26,7 +26,6 @@ from alpaca.weights.gguf import (
     BLOCK,
     CONFIG_KEYS,
     END_KEYS,
-    FLOATS,
     GGUF_NAMES,
     HEAD_WIDTHS,
     KINDS,
@@ -51,9 +50,6 @@ CHUNK = 1 << 18  # numbers that are rounded at a time
 
 def model_metadata(config: LlamaConfig, name: str, file_type: str) -> dict[str, Any]:
     fields = {key: field for key, field in CONFIG_KEYS.items() if key.startswith("llama.")}
-    numbers = {key: getattr(config, field) for key, field in fields.items()}
-    for key in FLOATS:
-        numbers[key] = float(numbers[key])
     return {
         "general.architecture": "llama",
         "general.type": "model",
@@ -62,7 +58,7 @@ def model_metadata(config: LlamaConfig, name: str, file_type: str) -> dict[str, 
         "general.quantization_version": 2,
         "llama.vocab_size": config.vocab_size,
         **dict.fromkeys(HEAD_WIDTHS, config.head_dim),
-        **numbers,
+        **{key: getattr(config, field) for key, field in fields.items()},
     }
 
 
@@ -75,6 +71,7 @@ def tokenizer_metadata(source: Path, config: LlamaConfig) -> dict[str, Any]:
     else:
         model = tokenizer.sentencepiece.serialized_model_proto()
         metadata = metadata_from_model(model, str(source))
+        metadata[ADD_BOS] = tokenizer.add_bos
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else []
     if len(others := [token for token in ends if token != metadata[END_KEYS[0]]]) > 2:
         raise UserError(f"{source}: {len(ends)} EOS ids, but a GGUF file has a place for 3")

@@ -40,7 +40,7 @@ from alpaca.weights.checkpoint import DTYPES, as_dtype, is_finite, is_meta, para
 from alpaca.weights.config_json import config_to_json
 from model import Llama, LlamaConfig
 from templates import JINJA_FILE, read_jinja
-from tokenizer import check_tokenizer, load_tokenizer, read_model
+from tokenizer import Tokenizer, check_tokenizer, load_tokenizer, read_model
 
 SAFETENSORS_DTYPES = {
     torch.float32: "F32",
@@ -60,15 +60,6 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-TOKENIZER_CONFIG = {  # written beside a bare tokenizer.model; without it AutoTokenizer adds no BOS
-    "tokenizer_class": "LlamaTokenizer",
-    "add_bos_token": True,
-    "add_eos_token": False,
-    "bos_token": "<s>",
-    "eos_token": "</s>",
-    "unk_token": "<unk>",
-    "clean_up_tokenization_spaces": False,
-}
 
 
 # ---------------------------------------------------------------- safetensors files
@@ -249,6 +240,18 @@ def require_tokenizer(folder: Path, given: Path | None, config: LlamaConfig) -> 
     return found
 
 
+def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What is written beside a bare tokenizer.model; without it AutoTokenizer adds no BOS."""
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": tokenizer.unk_id}
+    return {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": tokenizer.add_bos,
+        "add_eos_token": False,
+        **{f"{name}_token": tokenizer.piece(token) for name, token in ids.items()},
+        "clean_up_tokenization_spaces": False,
+    }
+
+
 def copy_tokenizer(source: Path, folder: Path, chat_template: str = "") -> None:
     """`chat_template` replaces the source's."""
     files = tokenizer_files(source)
@@ -260,4 +263,4 @@ def copy_tokenizer(source: Path, folder: Path, chat_template: str = "") -> None:
     for name, content in files.items():
         (folder / name).write_bytes(content)
     if "tokenizer.model" in files and "tokenizer_config.json" not in files:
-        dump_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
+        dump_json(folder / "tokenizer_config.json", tokenizer_config(load_tokenizer(source)))

@@ -40,14 +40,14 @@ def test_prompts_have_the_one_template():
 
 
 def test_messages_with_a_system_message_and_parts():
-    parts = [{"type": "text", "text": "Name "}, {"type": "text", "text": "two."}]
+    parts = [{"type": "text", "text": "Name"}, {"type": "text", "text": "two."}]
     answer = {"role": "assistant", "content": "A pear."}
     sent = [{"role": "developer", "content": "Be brief."}, *USER, answer]
     same = [{"role": "system", "content": "Be brief."}, *USER, answer]
     request = parse(messages=[*sent, {"role": "user", "content": parts}])
-    expected = chat_prompt([*same, {"role": "user", "content": "Name two."}], TOKENIZER)
+    expected = chat_prompt([*same, {"role": "user", "content": "Name\ntwo."}], TOKENIZER)
     assert request.prompts == [expected]
-    assert request.text == "Be brief.\nName a fruit.\nA pear.\nName two."
+    assert request.text == "Be brief.\nName a fruit.\nA pear.\nName\ntwo."
 
 
 def test_sampling_fields_arrive():

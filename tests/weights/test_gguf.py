@@ -1,5 +1,6 @@
 """GGUF files: written, read in place of a folder, and refused where they lie."""
 
+import json
 import random
 import struct
 import weakref
@@ -87,6 +88,28 @@ def test_gguf_tokenizer_gives_the_same_ids(command, base, tmp_path):
         assert pieces[:1024] == pieces[1024:]
         assert (ours.vocab_size, ours.unk_id, ours.bos_id, ours.eos_id) == (1024, 0, 1, 2)
     assert len(read_gguf(file).metadata["tokenizer.ggml.tokens"]) == 1030  # llama.cpp counts them
+
+
+def test_gguf_keeps_that_no_bos_comes_first_and_its_name(command, tmp_path):
+    from sentencepiece import SentencePieceTrainer
+
+    names = {"bos_piece": "<|start|>", "eos_piece": "<|stop|>", "unk_piece": "<?>"}
+    fixed = {"model_type": "bpe", "vocab_size": 300, "byte_fallback": True, "minloglevel": 2}
+    fixed |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    prefix, lines = str(tmp_path / "tokenizer"), iter(["The quick brown fox jumps."] * 9)
+    SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=prefix, **fixed, **names)
+    model, config = small_model(vocab_size=300), tmp_path / "tokenizer_config.json"
+    config.write_text('{"add_bos_token": false}')
+    save_model(model, model.config, tmp_path / "base", tokenizer=tmp_path / "tokenizer.model")
+    written = json.loads((tmp_path / "base/tokenizer_config.json").read_text())
+    assert written["bos_token"] == "<|start|>" and written["unk_token"] == "<?>"
+    convert(command, tmp_path / "base", tmp_path / "m.gguf")
+    convert(command, tmp_path / "m.gguf", tmp_path / "back")
+    for source in (tmp_path, tmp_path / "base", tmp_path / "m.gguf", tmp_path / "back"):
+        tokenizer = load_tokenizer(source)
+        assert tokenizer.encode("fox", bos=True) == tokenizer.encode("fox")
+    config.unlink()
+    assert load_tokenizer(tmp_path).encode("", bos=True) == [1]
 
 
 def test_gguf_keeps_the_rope_scaling_of_llama_3(command, tmp_path):
@@ -334,6 +357,7 @@ def write_lying(path, metadata=(), tensors=(), **sizes):
     ("metadata", "words"),
     [
         ({"general.architecture": "qwen2"}, "architecture 'qwen2' is not supported"),
+        ({"split.count": 3}, "join its parts with `llama-gguf-split --merge`"),
         ({"llama.expert_count": 8}, "llama.expert_count 8 is not supported"),
         ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type 'yarn'"),
         ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count 8"),

@@ -36,7 +36,7 @@ from alpaca.training.throughput import (
 )
 from alpaca.weights.checkpoint import DTYPES
 from dataset import Examples, pack_rows, shuffle_epoch, step_examples
-from model import LOGITS_CHUNK, LlamaConfig
+from model import CUDA_LOGITS_CHUNK, LOGITS_CHUNK, LlamaConfig
 
 MARGIN = 1.5 * GIB, 0.04  # of CUDA, cuBLAS and NCCL; the allocator's share of the peak
 ROW_TOKENS = 4096  # the default without a GPU
@@ -65,8 +65,16 @@ class Workload:
         return self.config.gpus // self.config.replicas
 
     @property
+    def logits_chunk(self) -> int:
+        return CUDA_LOGITS_CHUNK if is_for_gpu(self.config) else LOGITS_CHUNK
+
+    @property
     def itemsize(self) -> int:
         return DTYPES[self.config.dtype].itemsize
+
+
+def is_for_gpu(config: TrainConfig) -> bool:
+    return bool(config.chip) or (config.device != "cpu" and torch.cuda.is_available())
 
 
 def block_activations(work: Workload) -> float:
@@ -166,7 +174,9 @@ def memory_by_phase(work: Workload) -> dict[str, dict[str, float]]:
     waiting = work.rows > 1 and work.config.replicas > 1  # replicas' sums are added at the end
     ahead = block * (work.shards > 1)  # the block that is gathered while another one computes
     kept = 0 if work.config.reshard is not False else block  # by every block from its forward pass
-    in_chunk = min(work.row_tokens * work.supervised, max(1, LOGITS_CHUNK // config.vocab_size))
+    in_chunk = min(
+        work.row_tokens * work.supervised, max(1, work.logits_chunk // config.vocab_size)
+    )
     logits = in_chunk * config.vocab_size * (size + 4)  # and their fp32 copy
     cast = size * table  # the head's gradient, which is summed in fp32
     head = 4 * table + max(logits + cast, 4 * table + cast * (size < 4))
@@ -246,7 +256,7 @@ def settle(config: TrainConfig, model: LlamaConfig, examples: Examples, steps: i
     """Decide what the flags leave open. On a GPU: rows as long as fit, and blocks stay gathered if
     they fit, too."""
     _, memory = find_device(config.chip)
-    gpu = config.chip or (config.device != "cpu" and torch.cuda.is_available())
+    gpu = is_for_gpu(config)
 
     def fits(work: Workload, **settings) -> bool:
         return needed_bytes(replace(work, config=replace(work.config, **settings))) <= memory

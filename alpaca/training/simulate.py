@@ -7,8 +7,9 @@ The model, the sharding, checkpointing, clipping and AdamW are those of a real r
 fake: they have a shape and a dtype, and FSDP sends them to ranks that do not exist. So 65B on 1,024
 ranks takes a minute on a laptop. A tracker adds up the storages that are alive.
 
-Where the simulation differs from a GPU: blocks are not compiled, and nothing is copied from host
-memory with --offload. What CUDA, NCCL and the allocator take comes on top, see memory_plan.py.
+Where the simulation differs from a GPU: blocks are not compiled, parts of the head's gradient are
+stored, and nothing is copied from host memory with --offload. What CUDA, NCCL and the allocator
+take comes on top: the margin in memory_plan.py.
 """
 
 from collections import Counter
@@ -24,9 +25,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType
-from torch.nn.attention.varlen import varlen_attn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from alpaca.training.memory_plan import IN_HOST_MEMORY, Workload
@@ -52,9 +52,10 @@ CATEGORIES = {  # the tracker's → the plan's; all else is an activation
 class PeakTracker(FSDPMemTracker):
     """Notes the bytes on the device by category, at the moment when they are most."""
 
-    def __init__(self, model: Any, optimizer: Any, supervised: int, ignored: tuple[str, ...]):
+    def __init__(self, work: Workload, model: Any, optimizer: torch.optim.Optimizer):
         super().__init__(model, optimizer)
-        self.supervised, self.ignored, self.peak = supervised, ignored, Counter()
+        self.row_tokens, self.peak = work.row_tokens, Counter()
+        self.ignored = IN_HOST_MEMORY if work.config.offload else ()
         for tensor in (*model.parameters(), *model.buffers()):
             self._update_and_maybe_create_winfos(tensor, _FSDPRefType.SHARDED_PARAM)
 
@@ -68,20 +69,11 @@ class PeakTracker(FSDPMemTracker):
             self.peak = max(now, self.peak, key=Counter.total)
 
     def __torch_dispatch__(self, func, types, args: Any = (), kwargs=None):
-        if func is aten._local_scalar_dense.default:  # `item` and its like
-            return 1.0
+        if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 1.0 if args[0].is_floating_point() else self.row_tokens  # loss, norm; a length
         if func is aten.empty_strided.default:  # DTensor asks for shapes with whole fake tensors
             return func(*args, **kwargs or {})
-        if func is aten.index.Tensor and args[1][0].dtype == torch.bool:
-            args = args[0], [torch.empty(self.supervised, dtype=torch.long)] * args[1][0].ndim
         return super().__torch_dispatch__(func, types, args, kwargs or {})
-
-
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-    """What packed_attention does on a GPU."""
-    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
-    bounds = (cu_seqlens, cu_seqlens, longest, longest)
-    return varlen_attn(q[0], k[0], v[0], *bounds, window_size=(-1, 0))[None]  # type: ignore
 
 
 def dropout(x: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
@@ -110,13 +102,13 @@ def simulate(work: Workload, build_optimizer: Callable, train_step: Callable) ->
         reshard = config.reshard is not False
         apply_fsdp(model, mesh, DTYPES[config.dtype], config.offload, reshard)
         fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(mock.patch("model.packed_attention", varlen_attention))
+        stack.enter_context(mock.patch("model.FLASH", "cpu"))  # as on a GPU
+        stack.enter_context(mock.patch("model.LOGITS_CHUNK", work.logits_chunk))
         stack.enter_context(mock.patch.object(F, "dropout", dropout))
         model.to_empty(device=device)
         optimizer = build_optimizer(model)
         rows = [{n: fake.from_tensor(t) for n, t in row._asdict().items()}] * work.rows
-        ignored = IN_HOST_MEMORY if config.offload else ()
-        tracker = PeakTracker(model, optimizer, int((labels[1:] != IGNORE).sum()), ignored)
+        tracker = PeakTracker(work, model, optimizer)
         with tracker:
             each = (tracker.reset_mod_stats() or row for row in rows)
             train_step(model, optimizer, each, 1, device, SimpleNamespace(number=0))

@@ -127,7 +127,7 @@ def mean_length(lengths: np.ndarray) -> float:
 
 def estimated_seconds(work: Any, chip: Chip) -> float:
     """The estimated time of a step of a Workload (memory_plan.py): computing; copies of weights and
-    gradients on the GPU; traffic between GPUs, as far as it takes longer than half of the computing
+    gradients on the GPU; traffic between GPUs, as far as it outlasts half of the computing.
 
     For each row, weights are gathered before the forward pass and again before the backward pass,
     and gradients are reduced in fp32. A GPU also casts and copies what it gathers and reduces,

@@ -9,12 +9,12 @@ A text becomes ids in four steps:
 
   1. A regular expression splits it into words: "I'd say  42" → "I", "'d", " say", " ", " 42".
   2. The bytes of a word are written as 256 printable characters: a space as Ġ, a newline as Ċ.
-  3. Merges join neighbours, those that training found first are joined first:
+  3. Merges join neighbouring pieces, in the order in which training found them:
          Ġ s a y   --(a, y)-->   Ġ s ay   --(Ġ, s)-->   Ġs ay   --(Ġs, ay)-->   Ġsay
-  4. Each piece that is left has its id in the vocabulary.
+  4. Each piece that remains is a token of the vocabulary.
 
-The ids are those of the library `tokenizers` with its `encode_special_tokens`: what a user types is
-text, even if it spells <|im_end|>. A text has few different words: each is merged once and cached.
+The ids equal those of the library `tokenizers` with `encode_special_tokens`: what a user types is
+text, even if it spells <|im_end|>. Words repeat, so each is merged once and its ids are cached.
 
 BPE: arXiv:1508.07909; on bytes: GPT-2 (Radford et al., 2019).
 """
@@ -41,9 +41,9 @@ LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# By the names that GGUF files use.
+# Keyed by the names in GGUF files (tokenizer.ggml.pre).
 PATTERNS = {"gpt-2": GPT2_WORDS, "smollm": SMOLLM_WORDS, "llama-bpe": LLAMA3_WORDS}
-# To Python, U+001C to U+001F are spaces, too.
+# Unicode's white space; Python's \s also matches U+001C to U+001F.
 WHITESPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 BEYOND_FFFF = re.compile("[\U00010000-\U0010ffff]")
 
@@ -52,7 +52,7 @@ BEYOND_FFFF = re.compile("[\U00010000-\U0010ffff]")
 def word_pattern(pre: str, highest: int) -> re.Pattern:
     """The expression for texts without characters above `highest`: fewer ranges are faster.
 
-    Python's `re` lacks \\p{L}, letters, and \\p{N}, numbers: their ranges are written out."""
+    Python's `re` lacks \\p{L} (letters) and \\p{N} (numbers), so their ranges are written out."""
     classes = {r"\p{L}": "", r"\p{N}": "", r"\s": WHITESPACE}
     table = (Path(__file__).parent / "data/unicode_ranges.txt").read_text(encoding="utf-8")
     for category, *ranges in map(str.split, table.splitlines()):
@@ -85,7 +85,7 @@ BYTES = {character: byte for byte, character in enumerate(CHARACTERS)}
 def to_bytes(piece: str) -> bytes:
     try:
         return bytes(map(BYTES.__getitem__, piece))
-    except KeyError:  # an added token, which the vocabulary has as plain text
+    except KeyError:  # an added token: the vocabulary holds its plain text
         return piece.encode()
 
 
@@ -95,11 +95,11 @@ def to_bytes(piece: str) -> bytes:
 def merge(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     """Join the neighbours of the lowest rank, the leftmost first, until none has a rank.
 
-    A queue holds the pairs to join, each as one integer: rank · count + place. What is joined stays
-    at its left piece's place; `after` and `before` lead from there to its neighbours. Pairs in the
-    queue that are gone are skipped."""
+    A heap holds the pairs to join, each as one integer: rank · count + position. A joined piece has
+    the position of its left half; `after` and `before` hold the positions of each piece's
+    neighbours. An entry whose pair has changed since is skipped."""
     count, rank_of = len(pieces), ranks.get
-    pieces = [*pieces, ""]  # an end; pieces[-1], before the first, is the same
+    pieces = [*pieces, ""]  # a sentinel behind the last piece and, as pieces[-1], before the first
     after, before = [*range(1, count + 1), 0], list(range(-1, count))
     queue = [ranks[pair] * count + i for i, pair in enumerate(pairwise(pieces)) if pair in ranks]
     heapify(queue)
@@ -149,14 +149,14 @@ class BPETokenizer:
         eos_id: int,
         bos_id: int | None = None,
         unk_id: int | None = None,  # for bytes that the vocabulary lacks; None drops them
-        control: Iterable[int] = (),  # special tokens: never found in a text, decoded to none
-        added: Iterable[int] = (),  # tokens that are found in a text before it is split
+        control: Iterable[int] = (),  # special tokens: never matched in a text, decoded to nothing
+        added: Iterable[int] = (),  # other added tokens: matched in a text before it is split
         add_bos: bool = False,  # whether the model expects BOS before a text
-        ignore_merges: bool | None = None,  # a word in the vocabulary is one token; None: by `pre`
+        ignore_merges: bool | None = None,  # do not merge words of the vocabulary; None: by `pre`
         path: str | Path = "tokenizer.json",  # what errors name
     ):
         if pre not in PATTERNS:
-            raise UserError(f"{path}: texts are split as for {pre!r}, not {', '.join(PATTERNS)}")
+            raise UserError(f"{path}: pre-tokenizer {pre!r} is not one of {', '.join(PATTERNS)}")
         self.pieces, self.pre, self.path = list(pieces), pre, path
         self.vocab_size = len(self.pieces)
         self.bos_id, self.eos_id, self.unk_id, self.add_bos = bos_id, eos_id, unk_id, add_bos
@@ -168,7 +168,7 @@ class BPETokenizer:
         if add_bos:
             special.add(-1 if bos_id is None else bos_id)
         if not 0 <= min(special) <= max(special) < self.vocab_size:
-            raise UserError(f"{path}: a special token has no piece in the vocabulary")
+            raise UserError(f"{path}: the id of a special token is not in the vocabulary")
         if len({"", *self.pieces}) != self.vocab_size + 1:
             raise UserError(f"{path}: a piece of the vocabulary is empty or repeated")
         self.special_ids = {self.pieces[token]: token for token in self.control | self.added}
@@ -206,8 +206,8 @@ class BPETokenizer:
         return [self.ids[piece] for piece in merge(list(pieces), self.ranks)]
 
     def encode_after(self, before: str, text: str) -> tuple[list[int], bool]:
-        """The ids of a text that follows `before`, and whether a piece was kept from spanning both:
-        the ids of what is before are its own."""
+        """The ids of `text` after `before`, whose ids do not change, and whether a token that spans
+        both was prevented."""
         head, ids = self.encode(before), self.encode(before + text)
         if ids[: len(head)] == head:
             return ids[len(head) :], False
@@ -215,7 +215,7 @@ class BPETokenizer:
 
     def special_id(self, name: str) -> int:
         if name not in self.special_ids:
-            raise UserError(f"{self.path} has no {name}: give another --template")
+            raise UserError(f"{self.path} has no {name}: choose another --template")
         return self.special_ids[name]
 
     def count_missing(self, text: str) -> int:
@@ -251,7 +251,7 @@ class BPETokenizer:
 
 
 class BPEStream:
-    """Ids → text, one id at a time, complete characters only; bytes of none become U+FFFD."""
+    """Ids → text, one id at a time, complete characters only; invalid bytes become U+FFFD."""
 
     def __init__(self, tokenizer: BPETokenizer, after: Sequence[int]):
         self.tokenizer = tokenizer

@@ -12,7 +12,7 @@ or {"text": …}; alpaca/datagen/formats.py reads the published file formats int
   - Only the answer and the token that ends it have labels; the prompt is masked (-100).
   - The prompt's ids are the same with and without an answer behind them. A tokenizer would
     sometimes merge the template's last colon with the answer's first characters (`:` and `)` into
-    `:)`), a prompt that decoding never produces; such an answer is tokenized separately.
+    `:)`), but decoding always starts from `:`. Such an answer is tokenized separately.
   - A step takes the next examples of a seeded shuffle, however many ranks there are. They are
     packed, uncut, into rows of about equal length: no compute is spent on padding.
 
@@ -38,12 +38,12 @@ from tokenizer import Tokenizer, answer_end
 
 
 def chat_prompt(messages: list[dict], tokenizer: Tokenizer) -> list[int]:
-    """The ids after which the assistant answers, in training and in decoding."""
+    """The ids before the assistant's answer, in training and in decoding."""
     return encode_conversation(messages, tokenizer)[0]
 
 
 def encode_prompt(instruction: str, input: str, tokenizer: Tokenizer) -> list[int]:
-    """The same for an instruction and its input."""
+    """`chat_prompt` for an instruction and its input."""
     return chat_prompt(template_of(tokenizer).question(instruction, input), tokenizer)
 
 
@@ -51,8 +51,7 @@ def template_of(tokenizer: Tokenizer) -> Template:
     if tokenizer.template is None:
         names = ", ".join(TEMPLATES)
         raise UserError(
-            f"{tokenizer.path}: its chat template is none of {names}: give the one to use with "
-            "--template"
+            f"{tokenizer.path}: its chat template is none of {names}: choose one with --template"
         )
     return tokenizer.template
 
@@ -66,7 +65,7 @@ def template_in_jinja(tokenizer: Tokenizer) -> str:
 
 
 def encode_record(record: dict, tokenizer: Tokenizer) -> tuple[list[int], list[int], int]:
-    """(ids, labels, number of answers that were kept from merging with their prompt).
+    """(ids, labels, number of answers that would have merged with their prompt).
 
     The end of {"instruction": "Name a fruit.", "input": "", "output": "a pear"}:
 
@@ -93,7 +92,7 @@ def record_texts(record: dict) -> list[str]:
 
 
 def encode_conversation(messages: list[dict], tokenizer: Tokenizer) -> tuple[list, list, int]:
-    """`encode_record` of a conversation: each answer has labels, and the token that ends it."""
+    """`encode_record` for a conversation: each answer and the token that ends it have labels."""
     template, ids, labels, unmerged = template_of(tokenizer), [], [], 0
     for kind, group in groupby(template.parts(messages), type):
         if kind is AnswerText:
@@ -121,7 +120,7 @@ class Examples:
     labels: np.ndarray  # int32
     starts: np.ndarray  # int64
     origins: list  # where each comes from
-    report: dict[str, int]  # how many were kept, truncated, dropped, kept from merging
+    report: dict[str, int]  # how many were kept, truncated, dropped, tokenized separately
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -137,7 +136,7 @@ class Examples:
         return np.diff(before[self.starts])
 
     def digest(self) -> str:
-        """Equal for equal training sets only."""
+        """A hash of all ids and labels."""
         parts = (self.ids.tobytes(), self.labels.tobytes(), self.starts.tobytes())
         return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
@@ -148,7 +147,7 @@ def encode_all(
     """Tokenize and truncate all records; one that truncation leaves without a label is dropped."""
     all_ids, all_labels = array("i"), array("i")  # lists take six times as much
     starts, kept_origins = [0], []
-    report = {"kept": 0, "truncated": 0, "dropped": 0, "merges undone": 0}
+    report = {"kept": 0, "truncated": 0, "dropped": 0, "answers tokenized separately": 0}
     missing = 0
     for record, origin in zip(records, origins, strict=True):
         ids, labels, unmerged = encode_record(record, tokenizer)
@@ -158,7 +157,7 @@ def encode_all(
             report["dropped"] += 1
             continue
         report["kept"] += 1
-        report["merges undone"] += unmerged
+        report["answers tokenized separately"] += unmerged
         all_ids.extend(ids[:max_length])
         all_labels.extend(labels[:max_length])
         starts.append(len(all_ids))
@@ -169,7 +168,7 @@ def encode_all(
             f"{len(records)} records: raise --max-length"
         )
     if missing:
-        report["bytes without a token, left out"] = missing
+        report["bytes without a token"] = missing
     ids, labels = np.array(all_ids, np.int32), np.array(all_labels, np.int32)
     return Examples(ids, labels, np.array(starts), kept_origins, report)
 
@@ -230,11 +229,11 @@ class Row(NamedTuple):
 
 
 def make_row(examples: Examples, which: np.ndarray, multiple: int = 1, bounds: int = 1) -> Row:
-    """The examples `which` packed into one row. Kernels that are compiled for a shape need few
-    shapes: a masked document pads the row to a multiple of `multiple` tokens, and empty documents
-    pad cu_seqlens to a multiple of `bounds` entries.
+    """The examples `which` packed into one row. So that compiled kernels see few shapes, a masked
+    document pads the row to a multiple of `multiple` tokens, and empty documents pad cu_seqlens to
+    a multiple of `bounds` entries.
 
-    Rows of the 4 documents above, of 5, 3, 2 and 4 tokens. Each document's first label is masked:
+    A row of the documents above, of 5, 3, 2 and 4 tokens. Each document's first label is masked:
     the model would predict it from the last token of the document before.
 
     >>> tokens = np.array([10, 11, 12, 13, 14, 20, 21, 22, 30, 31, 40, 41, 42, 43])

@@ -4,7 +4,7 @@
     jinja = TEMPLATES["chatml"].jinja()      # the same for other software
     template = find_template(Path("smollm2"))
 
-A question, or a system message and a question, and the beginning of the answer (⏎ is a newline):
+A system message, a question and the start of the answer in each template (⏎ is a newline):
 
     alpaca  {system}⏎⏎### Instruction:⏎{user}⏎⏎### Response:
     vicuna  {system} USER: {user} ASSISTANT:
@@ -14,9 +14,9 @@ A question, or a system message and a question, and the beginning of the answer 
             <|start_header_id|>user<|end_header_id|>⏎⏎{user}<|eot_id|>
             <|start_header_id|>assistant<|end_header_id|>⏎⏎
 
-A model answers well in the template it was tuned with. Its folder holds that as a small program in
-the language Jinja, which is not run here: `recognize` looks at the texts in it. dataset.py makes
-ids of the parts, so a user who types <|im_end|> gets a few ordinary tokens.
+A model answers best in the template it was tuned with. Its folder holds that template as a Jinja
+program, which is never executed: `recognize` looks at its string literals. dataset.py encodes each
+part by itself, so <|im_end|> typed by a user becomes a few ordinary tokens.
 
 Alpaca: crfm.stanford.edu/2023/03/13/alpaca.html; Vicuna: lmsys.org/blog/2023-03-30-vicuna.
 """
@@ -51,7 +51,7 @@ class Special(str):
 
 
 class AnswerText(str):
-    """An answer; the token that ends it follows."""
+    """An answer; dataset.py adds the token that ends it."""
 
 
 @lru_cache
@@ -68,8 +68,8 @@ class Template(NamedTuple):
     """{} stands for a message. A <|special token|> must be in the tokenizer's vocabulary."""
 
     name: str
-    system: str | None  # the system message of a conversation that has none
-    first: str  # left out without a system message
+    system: str | None  # the default system message
+    first: str  # for the system message, if there is one
     user: str
     reply: str  # before an answer
     answer: str = "{}"
@@ -114,7 +114,7 @@ class Template(NamedTuple):
         return SPECIAL_NAME.split(self.reply)[-1]
 
     def jinja(self, bos: bool = False) -> str:
-        """For transformers, llama.cpp and others; `bos`: what `self.bos` None means."""
+        """For transformers, llama.cpp and others; `bos` replaces a self.bos of None."""
         content = "(message['content'] | trim)" if self.trim else "message['content']"
         end = jinja_text(self.end) if self.end else "eos_token"
         first = write_jinja(self.first, content.replace("message[", "messages[0]["))
@@ -189,15 +189,15 @@ def format_prompt(instruction: str, input: str = "") -> str:
 
 
 def find_template(*places: Path) -> Template | None:
-    """The template of the first folder or GGUF file that has one, Alpaca's if none has; None if it
-    is not one of the registry's."""
+    """The template of the first folder or GGUF file that has one, Alpaca's if none has; None if
+    that template is not in the registry."""
     jinja = read_jinja(*places)
     return recognize(jinja) if jinja else ALPACA
 
 
 def read_jinja(*places: Path) -> str:
-    """The Jinja of the first folder or GGUF file that has some, or that stands beside a file; "" if
-    there is none."""
+    """The Jinja program of the first folder or GGUF file that has one, or beside a file of another
+    kind; "" if there is none."""
     for place in places:
         text, folder = None, place.parent if place.is_file() else place
         if is_gguf(place):
@@ -215,7 +215,7 @@ def read_jinja(*places: Path) -> str:
 
 
 def literals(jinja: str) -> list[str]:
-    """The texts in quotation marks within {{ }} and {% %}, in order; none of {# comments #}."""
+    """The string literals within {{ }} and {% %}, in order, without those in {# comments #}."""
     jinja = "".join(re.split(r"\{#|#\}", jinja)[::2])
     blocks = " ".join(re.split(r"\{[{%]|[%}]\}", jinja)[1::2])
     found = re.findall(r"(?s)\"((?:\\.|[^\"\\])*)\"|'((?:\\.|[^'\\])*)'", blocks)
@@ -224,9 +224,9 @@ def literals(jinja: str) -> list[str]:
 
 
 def recognize(jinja: str) -> Template | None:
-    """The template that a Jinja program is, by the texts in it; None if it is not of a kind here.
+    """The template that a Jinja program writes, judged by its string literals; None if unknown.
 
-    Its own system message, its date and whether it puts BOS first are kept."""
+    The program decides the default system message, the date, and whether BOS comes first."""
     texts = literals(jinja)
     joined = "".join(texts)
     bos = "bos_token" in jinja or "<|begin_of_text|>" in joined

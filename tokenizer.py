@@ -1,17 +1,17 @@
-"""Text ↔ token ids: one interface, two kinds of tokenizer.
+"""Text ↔ token ids: one interface for two kinds of tokenizer.
 
     tokenizer = load_tokenizer("data")                # a tokenizer.model, tokenizer.json or folder
     ids = tokenizer.encode("Name a fruit.", bos=True)
     stream = tokenizer.stream()                       # decodes ids as they arrive
     text = "".join(stream.push(id) for id in ids) + stream.flush()
 
-LLaMA 1 and 2 use SentencePiece (this file), SmolLM2 and Llama 3 byte-level BPE (bpe.py). Of both:
+LLaMA 1 and 2 use SentencePiece (this file), SmolLM2 and Llama 3 byte-level BPE (bpe.py). For both:
 
   - BOS and EOS are added as ids and never parsed from text: a user who types `</s>` gets a few
     ordinary tokens.
   - A character may span several tokens. `stream` holds its bytes until it is complete; the strings
     it returns, joined, are `decode` of all ids.
-  - `encode_after` continues a text whose ids stay as they are, as the model sees it in decoding.
+  - `encode_after` encodes a continuation without changing the ids before it, as in decoding.
 
 `SentencePieceTokenizer.encode` gives SentencePiece's own ids. LLaMA's vocabulary contains all 256
 bytes as tokens, so any text can be encoded and decoding restores it. Only U+2581, SentencePiece's
@@ -38,7 +38,7 @@ from bpe import BPETokenizer
 from templates import ALPACA, TEMPLATES, Template, find_template
 
 SPACE = "\u2581"  # how SentencePiece writes a space
-MAX_BYTES = 100 << 20  # of a tokenizer.model; those of 250,000 tokens have 5 MB
+MAX_BYTES = 100 << 20  # of a tokenizer.model; one of 250,000 tokens has 5 MB
 
 
 def read_model(file: Path) -> bytes:
@@ -66,14 +66,14 @@ class SentencePieceTokenizer:
         try:
             self.sentencepiece.LoadFromSerializedProto(read_model(self.path))
             self.vocab_size = self.sentencepiece.vocab_size()
-            self.sentencepiece.id_to_piece(list(range(self.vocab_size)))  # a damaged one is no text
+            self.sentencepiece.id_to_piece(list(range(self.vocab_size)))  # fails if not UTF-8
         except (RuntimeError, UnicodeDecodeError):
             raise UserError(f"{path}: not a SentencePiece model, or a damaged one") from None
         self.unk_id, self.bos_id = self.sentencepiece.unk_id(), self.sentencepiece.bos_id()
         self.eos_id = self.sentencepiece.eos_id()
         for name, token in (("unk", self.unk_id), ("bos", self.bos_id), ("eos", self.eos_id)):
             if token < 0:
-                raise UserError(f"{path}: no {name} token, so no LLaMA was trained with it")
+                raise UserError(f"{path}: no {name} token, which every LLaMA needs")
         self.add_bos = expects_bos(self.path)
         self.newline_ids = self.encode("\n")  # a space, which SentencePiece puts first, and "\n"
 
@@ -87,9 +87,9 @@ class SentencePieceTokenizer:
         )
 
     def encode_after(self, before: str, text: str) -> tuple[list[int], bool]:
-        """The ids of a text that follows `before`, and whether a token was kept from spanning both:
-        the ids of what is before are its own. No token of LLaMA's spans a newline, so the last line
-        before is enough context."""
+        """The ids of `text` after `before`, whose ids do not change, and whether a token that spans
+        both was prevented. No token of LLaMA's spans a newline, so the last line of `before` is
+        enough context."""
         line = before.rpartition("\n")[2]
         head, ids = self._encode_after_newline(line), self._encode_after_newline(line + text)
         if ids[: len(head)] == head:
@@ -97,7 +97,7 @@ class SentencePieceTokenizer:
         return self._encode_after_newline(text), True
 
     def _encode_after_newline(self, text: str) -> list[int]:
-        """The ids of a text that follows a newline: without the space SentencePiece puts first."""
+        """The ids of a text after a newline: without the space that SentencePiece puts first."""
         ids, count = self.encode("\n" + text), len(self.newline_ids)
         if ids[:count] != self.newline_ids:
             raise UserError(
@@ -109,11 +109,11 @@ class SentencePieceTokenizer:
     def special_id(self, name: str) -> int:
         token = self.sentencepiece.piece_to_id(name)
         if token == self.unk_id:
-            raise UserError(f"{self.path} has no {name}: give another --template")
+            raise UserError(f"{self.path} has no {name}: choose another --template")
         return token
 
     def count_missing(self, text: str) -> int:
-        """How many bytes of a text `encode` drops: what has no token becomes <unk>."""
+        """`encode` drops no bytes: a character without a token becomes <unk>."""
         return 0
 
     def decode(self, ids: list[int]) -> str:
@@ -206,8 +206,8 @@ def load_tokenizer(
 ) -> Tokenizer:
     """`path` is a tokenizer.model, a tokenizer.json, a folder that contains one, or a GGUF file.
 
-    Its template is the one named, or that of the first of `models` that has one, or the one beside
-    the tokenizer, or Alpaca's."""
+    Its template is the first of these: the one named, that of the first of `models` that has one,
+    the one beside the tokenizer, Alpaca's."""
     tokenizer = open_tokenizer(Path(path))
     if template:
         tokenizer.template = TEMPLATES[template]
@@ -238,8 +238,7 @@ def answer_end(tokenizer: Tokenizer) -> int:
 
 
 def end_ids(tokenizer: Tokenizer, config) -> list[int]:
-    """EOS and what else ends an answer: the template's end, and the ids that a LlamaConfig lists
-    beside EOS."""
+    """All ids that end an answer: EOS, the other EOS ids of a LlamaConfig, the template's end."""
     listed = config.eos_token_id if isinstance(config.eos_token_id, list) else []
     listed = listed if tokenizer.eos_id in listed else [tokenizer.eos_id]
     return list(dict.fromkeys([*listed, answer_end(tokenizer)]))
@@ -252,7 +251,7 @@ def with_ends(config, tokenizer: Tokenizer):
 
 
 def check_tokenizer(tokenizer: Tokenizer, config) -> None:
-    """Refuse a model, given its LlamaConfig, that a tokenizer does not fit."""
+    """Refuse a tokenizer that does not fit the model of a LlamaConfig."""
     count, size = tokenizer.vocab_size, config.vocab_size
     if count > size:
         raise UserError(

@@ -173,22 +173,20 @@ def test_conversation_labels_are_the_assistants_turns(texts, system, tokenizers)
 
 def test_encode_all_counts_the_merges_it_prevents(merging):
     records = [record("(a)"), record("b (a)"), record("(b)")]
-    assert encode_all(records, [""] * 3, merging, 512).report["merges undone"] == 2
+    assert encode_all(records, [""] * 3, merging, 512).report["answers tokenized separately"] == 2
     records.append({"messages": conversation("Do it.", "(a)", "Again.", "(a)")})
-    assert encode_all(records, [""] * 4, merging, 512).report["merges undone"] == 4
-    assert encode_all(records, [""] * 4, TOKENIZER, 512).report["merges undone"] == 0
+    assert encode_all(records, [""] * 4, merging, 512).report["answers tokenized separately"] == 4
+    assert encode_all(records, [""] * 4, TOKENIZER, 512).report["answers tokenized separately"] == 0
 
 
-def test_encode_all_counts_the_bytes_it_leaves_out():
+def test_encode_all_counts_bytes_without_a_token():
     pieces = [*{*CHARACTERS_OF_BYTES} - {"x"}, "<|end|>"]
     lacking = BPETokenizer(pieces, [], "gpt-2", eos_id=255)
     records = [record("axx"), {"text": "x"}, {"messages": conversation("x", "y")}]
     counts = encode_all(records, [""] * 3, lacking, 512).report
-    assert counts["bytes without a token, left out"] == 4
-    assert (
-        "bytes without a token, left out"
-        not in encode_all(records, [""] * 3, TOKENIZER, 512).report
-    )
+    assert counts["bytes without a token"] == 4
+    complete = encode_all(records, [""] * 3, TOKENIZER, 512).report
+    assert "bytes without a token" not in complete
 
 
 def test_encode_all_counts_truncated_and_drops_unlabeled_records():
@@ -196,7 +194,12 @@ def test_encode_all_counts_truncated_and_drops_unlabeled_records():
     short, long = record("yes"), record("word " * 100)
     late = record("yes", instruction="wait " * 100)
     examples = encode_all([short, long, late], ["a", "b", "c"], TOKENIZER, prompt + 10)
-    assert examples.report == {"kept": 2, "truncated": 2, "dropped": 1, "merges undone": 0}
+    assert examples.report == {
+        "kept": 2,
+        "truncated": 2,
+        "dropped": 1,
+        "answers tokenized separately": 0,
+    }
     assert examples.origins == ["a", "b"] and len(examples) == 2
     assert (examples.lengths <= prompt + 10).all() and (examples.supervised > 0).all()
     assert examples.ids[examples.starts[1] - 1] == TOKENIZER.eos_id

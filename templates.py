@@ -91,8 +91,8 @@ class Template(NamedTuple):
         """Special tokens, answers and texts, in order; after a user's message comes `reply`."""
         system = self.system
         if messages[0]["role"] == "system":
-            system, messages = messages[0]["content"], messages[1:]
-        parts = [] if system is None else fill(self.first, self.trimmed(system))
+            system, messages = self.trimmed(messages[0]["content"]), messages[1:]
+        parts = [] if system is None else fill(self.first, system)
         for message in messages:
             content = self.trimmed(message["content"])
             if message["role"] == "assistant":
@@ -223,6 +223,12 @@ def literals(jinja: str) -> list[str]:
     return [text.decode("unicode-escape", "replace") for text in escaped]
 
 
+def find_system(template: Template, texts: list[str]) -> str | None:
+    """The system message that one of a Jinja program's texts has where `template` puts it."""
+    pattern = re.compile("(.+)".join(map(re.escape, template.first.split("{}"))), re.DOTALL)
+    return next((found[1] for text in texts if (found := pattern.fullmatch(text))), None)
+
+
 def recognize(jinja: str) -> Template | None:
     """The template that a Jinja program writes, judged by its string literals; None if unknown.
 
@@ -232,11 +238,10 @@ def recognize(jinja: str) -> Template | None:
     bos = "bos_token" in jinja or "<|begin_of_text|>" in joined
     trim = re.search(r"\|\s*trim|\.strip\(\)", jinja) is not None
     if "<|im_start|>" in joined and "<|im_end|>\n" in joined:
-        system = re.compile(r"(?s)<\|im_start\|>system\n(.+)<\|im_end\|>\n")
-        defaults = [found[1] for text in texts if (found := system.fullmatch(text))]
-        return CHATML._replace(system=defaults[0] if defaults else None, bos=bos, trim=trim)
+        return CHATML._replace(system=find_system(CHATML, texts), bos=bos, trim=trim)
     if "<|start_header_id|>" in joined and "<|eot_id|>" in joined:
-        template = LLAMA3_CHAT._replace(bos=bos, trim=trim)
+        system = find_system(LLAMA3_CHAT, texts)
+        template = LLAMA3_CHAT._replace(system=system, bos=bos, trim=trim)
         if cutoff := re.search(r"Cutting Knowledge Date: .*\n", joined):  # Llama 3.1 and later
             today = re.search(r"\d\d? [A-Z][a-z]{2} \d{4}", joined)
             dates = f"{cutoff[0]}Today Date: {today[0]}\n\n" if today else cutoff[0]

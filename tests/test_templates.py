@@ -104,7 +104,12 @@ def test_recognize_keeps_system_message_date_and_bos():
     dates = "Cutting Knowledge Date: December 2023\nToday Date: 1 Jan 2025\n\n{}"
     later = LLAMA3_CHAT._replace(system="", first=LLAMA3_CHAT.first.replace("{}", dates))
     assert recognize(LLAMA31.replace("26 Jul 2024", "1 Jan 2025")) == later
-    assert recognize(FOREIGN["llama-3.0"]) == LLAMA3_CHAT
+    llama = FOREIGN["llama-3.0"]
+    assert recognize(llama) == LLAMA3_CHAT
+    default = "<|start_header_id|>system<|end_header_id|>\n\nBe kind. <|eot_id|>"
+    template = recognize(f"{{% if no_system %}}{{{{ '{default}' }}}}{{% endif %}}{llama}")
+    assert template == LLAMA3_CHAT._replace(system="Be kind. ")
+    assert "".join(template.parts(CHAT[1:2])).startswith(default)  # a text of Jinja is not trimmed
 
 
 def test_template_with_bos_where_the_tokenizer_has_none(tmp_path):

@@ -2,8 +2,8 @@
 
 The file has the pieces in the order of their ids, the merges in the order of their ranks, each as
 "a b", a type for each piece (see sentencepiece_file.py) and, as `pre`, the name of the expression
-that splits a text. Whether a word of the vocabulary is taken whole, and by default whether BOS
-comes first, follows from that name, as in llama.cpp.
+that splits a text. As in llama.cpp, this name decides whether words of the vocabulary are merged
+and, by default, whether BOS comes first.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from bpe import BPETokenizer
 MERGES, PRE = "tokenizer.ggml.merges", "tokenizer.ggml.pre"
 BOS, EOS = "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id"
 ADD_BOS = "tokenizer.ggml.add_bos_token"
-PRE_NAMES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}  # other names of the same
+PRE_NAMES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}  # synonyms
 
 
 def is_bpe(metadata: dict[str, Any]) -> bool:
@@ -31,7 +31,7 @@ def bpe_from_metadata(metadata: dict[str, Any], place: str) -> BPETokenizer:
     pre = PRE_NAMES.get(metadata[PRE]) or metadata[PRE]
     merges = [tuple(pair.split(" ")) for pair in metadata[MERGES]]
     if len(types) != len(pieces) or any(len(pair) != 2 for pair in merges):
-        raise UserError(f"{place}: its tokens, types and merges are no tokenizer")
+        raise UserError(f"{place}: its tokens, types and merges do not fit together")
     return BPETokenizer(
         pieces,
         merges,
@@ -47,7 +47,7 @@ def bpe_from_metadata(metadata: dict[str, Any], place: str) -> BPETokenizer:
 
 def metadata_from_bpe(tokenizer: BPETokenizer) -> dict[str, Any]:
     if tokenizer.ignore_merges != (tokenizer.pre == "llama-bpe"):
-        raise UserError(f"{tokenizer.path}: llama.cpp ignores merges for Llama 3's tokenizer only")
+        raise UserError(f"{tokenizer.path}: llama.cpp ignores merges only for Llama 3's tokenizer")
     types = [NORMAL] * tokenizer.vocab_size
     for kind, tokens in ((CONTROL, tokenizer.control), (ADDED, tokenizer.added)):
         for token in tokens:

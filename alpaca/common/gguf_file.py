@@ -1,14 +1,14 @@
-"""GGUF, llama.cpp's file: a model's configuration, tokenizer and tensors together.
+"""GGUF, llama.cpp's file format: a model's configuration, tokenizer and tensors in one file.
 
-    start       "GGUF", version 3, number of tensors, number of metadata
+    header      "GGUF", version 3, number of tensors, number of metadata entries
     metadata    name, type, value              "llama.block_count", uint32, 30
-    tensors     name, sizes, kind, offset      "blk.0.attn_q.weight", [576, 576], Q4_1, 4718592
-    numbers     one tensor after another, each at a multiple of 32 bytes from the first on
+    tensors     name, shape, kind, offset      "blk.0.attn_q.weight", [576, 576], Q4_1, 4718592
+    data        one tensor after another, each at a multiple of 32 bytes from the first
 
-Everything is little-endian. A text is its length in 8 bytes and UTF-8; sizes stand in reverse, the
-axis along which numbers are neighbours first. alpaca/weights/gguf.py knows what the numbers mean.
+Everything is little-endian. A text is its length in 8 bytes, then UTF-8. A shape is stored
+in reverse: the contiguous axis comes first. alpaca/weights/gguf.py decodes the tensors' data.
 
-A file from elsewhere may lie about every count, so none is believed before as many bytes are there.
+The counts in a hostile file may be false, so each is limited and checked against the file's size.
 """
 
 import mmap
@@ -22,25 +22,25 @@ from alpaca.common.errors import UserError
 from alpaca.common.files import input_file
 
 MAGIC = b"GGUF"
-ALIGNMENT = 32  # of each tensor's numbers, unless general.alignment says otherwise
+ALIGNMENT = 32  # of each tensor's data, unless general.alignment says otherwise
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
 STRUCT_LETTERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # type → struct's letter
 WRITTEN = {int: UINT32, float: FLOAT32, bool: BOOL}
-MAX_COUNT = 1 << 21  # of an array's values, of metadata, of tensors: 250,000 tokens are many
+MAX_COUNT = 1 << 21  # values of an array, metadata entries, tensors; a large vocabulary is 2^18
 MAX_TEXT = 1 << 20  # bytes; a chat template has a few thousand
 
 
 class TensorInfo(NamedTuple):
     shape: list[int]
     kind: int
-    start: int  # of its numbers in the file
+    start: int  # of its data in the file
 
 
 class GGUF(NamedTuple):
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
-    data: mmap.mmap  # the whole file; a change in memory does not change it
+    data: mmap.mmap  # the whole file; changes are not written back
 
 
 def is_gguf(path: Path) -> bool:
@@ -57,12 +57,12 @@ def read_gguf(path: Path) -> GGUF:
     return _read_gguf(path, info.st_ino, info.st_size, info.st_mtime_ns)
 
 
-@lru_cache(maxsize=2)  # model, tokenizer and template ask for the same file
+@lru_cache(maxsize=2)  # model, tokenizer and template are read from the same file
 def _read_gguf(path: Path, *_version: int) -> GGUF:
     with path.open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     try:
-        return GGUF(path, *read_start(Cursor(data)), data)
+        return GGUF(path, *read_header(Cursor(data)), data)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -78,7 +78,7 @@ class Cursor:
 
     def take(self, size: int) -> bytes:
         if size > len(self.data) - self.at:
-            raise UserError(f"damaged or cut short: {size:,} bytes are not there at {self.at:,}")
+            raise UserError(f"damaged or cut short: {size:,} bytes are missing at {self.at:,}")
         self.at += size
         return self.data[self.at - size : self.at]
 
@@ -113,21 +113,21 @@ class Cursor:
         raise UserError(f"a value of type {inner} is not supported")  # arrays of arrays, too
 
 
-def read_start(cursor: Cursor) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+def read_header(cursor: Cursor) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     version = cursor.number("I")
-    if version not in (2, 3):  # the same but for big-endian files; 1 had shorter counts
+    if version not in (2, 3):  # 3 only added big-endian files; 1 had shorter counts
         raise UserError(f"GGUF version {version} is not supported, only 2 and 3 are")
     tensor_count, metadata_count = cursor.count(), cursor.count()
     metadata, tensors = {}, {}
     for _ in range(metadata_count):
         name, kind = cursor.text(), cursor.number("I")
         if name in metadata:
-            raise UserError(f"{name} is there twice")
+            raise UserError(f"{name} appears twice")
         metadata[name] = cursor.value(kind)
     for _ in range(tensor_count):
         name, axes = cursor.text(), cursor.number("I")
         if name in tensors or axes > 4:
-            raise UserError(f"{name} is there twice, or has {axes} axes")
+            raise UserError(f"{name} appears twice, or has {axes} axes")
         sizes = cursor.numbers("Q", axes)
         tensors[name] = TensorInfo(list(sizes[::-1]), cursor.number("I"), cursor.number("Q"))
     alignment = metadata.get("general.alignment", ALIGNMENT)
@@ -142,15 +142,15 @@ def read_start(cursor: Cursor) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
 
 
 def check_spans(file: GGUF, sizes: Mapping[str, int]) -> None:
-    """Refuse tensors that leave the file or share bytes, given their sizes in bytes."""
+    """Refuse tensors that overlap or exceed the file, given their sizes in bytes."""
     end = 0
     for name, info in sorted(file.tensors.items(), key=lambda item: item[1].start):
         if info.start < end or not sizes[name]:
-            raise UserError(f"{file.path}: damaged: {name} has no bytes of its own")
+            raise UserError(f"{file.path}: damaged: {name} is empty or overlaps another tensor")
         end = info.start + sizes[name]
     if end > len(file.data):
-        bytes_there = f"{len(file.data):,} of {end:,} bytes are there"
-        raise UserError(f"{file.path}: damaged or cut short: {bytes_there}")
+        sizes_differ = f"it has {len(file.data):,} of {end:,} bytes"
+        raise UserError(f"{file.path}: damaged or cut short: {sizes_differ}")
 
 
 # ---------------------------------------------------------------- writing
@@ -175,11 +175,11 @@ def pack_value(value: Any) -> tuple[int, bytes]:
     return kind, struct.pack(f"<{STRUCT_LETTERS[kind]}", value)
 
 
-def pack_start(
+def pack_header(
     metadata: Mapping[str, Any], tensors: Mapping[str, tuple[Sequence[int], int, int]]
 ) -> tuple[bytes, dict[str, int], int]:
-    """The bytes before the numbers, each tensor's position in the file, and the file's size, given
-    each tensor's shape, kind and size in bytes."""
+    """All bytes before the tensors' data, each tensor's position in the file, and the file's size,
+    given each tensor's shape, kind and size in bytes."""
     text = MAGIC + struct.pack("<IQQ", 3, len(tensors), len(metadata))
     for name, value in metadata.items():
         kind, content = pack_value(value)

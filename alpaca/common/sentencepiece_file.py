@@ -10,8 +10,8 @@ token "▁co" with score -41 is
 
 These fields matter: 1 the tokens (1 text, 2 score, 3 type), 2 training (3 kind, 35 bytes are
 tokens, 40 to 42 ids and 45 to 47 texts of unknown, bos and eos), 3 normalization (2 table, 3 a
-space is put first, 4 spaces are merged). GGUF has texts, scores and types as three lists; the rest
-is as in LLaMA's tokenizer, the only one that llama.cpp computes, so any other is refused.
+space is put first, 4 spaces are merged). GGUF has texts, scores and types as three lists. The
+rest must be as in LLaMA's tokenizer, the only kind that llama.cpp implements, or it is refused.
 """
 
 import struct
@@ -78,7 +78,7 @@ def metadata_from_model(model: bytes, place: str) -> dict[str, Any]:
     fields = read_fields(model)
     training, normalization = (read_fields(b"".join(fields.get(n, []))) for n in (2, 3))
     if training.get(3) != [BPE] or any(normalization.get(2, [])) or normalization.get(4) != [0]:
-        raise UserError(f"{place}: not BPE without normalization, as llama.cpp computes it")
+        raise UserError(f"{place}: not BPE without normalization, which a GGUF file needs")
     tokens = [read_fields(token) for token in fields[1]]
     metadata = {
         "tokenizer.ggml.model": "llama",
@@ -94,7 +94,7 @@ def metadata_from_model(model: bytes, place: str) -> dict[str, Any]:
 
 
 def drop_padding(tokens: list[str], *others: list) -> list[list]:
-    """Lists without the entries at the end that stand for embeddings without a token."""
+    """The lists without the entries at their end that pad the vocabulary to the embeddings."""
     count = len(tokens)
     while count and tokens[count - 1] == f"[PAD{count - 1}]":
         count -= 1
@@ -110,7 +110,7 @@ def model_from_metadata(metadata: dict[str, Any], place: str) -> bytes:
     ids = [metadata.get(name, usual) for usual, name in enumerate(SPECIAL)]
     known = all(i in range(len(tokens)) for i in ids) and all(t in range(1, 7) for t in types)
     if not known or len(scores) != len(tokens) or len(types) != len(tokens):
-        raise UserError(f"{place}: its tokens, scores and types are no tokenizer")
+        raise UserError(f"{place}: its tokens, scores and types do not fit together")
     model = b"".join(
         pack_field(1, pack_field(1, token) + pack_field(2, score) + pack_field(3, type_))
         for token, score, type_ in zip(tokens, scores, types, strict=True)

@@ -11,9 +11,8 @@ The file describes a tokenizer as a chain of components:
     post_processor  puts BOS first, in some files
     decoder         turns pieces into text
 
-and lists the added tokens, the special ones and others. Any component that `bpe.py` does not have
-is refused by its name: the ids would be wrong. BOS and EOS are named in the tokenizer_config.json
-beside it.
+and lists the added tokens, special or not. A component that `bpe.py` does not implement is refused
+by name, because the ids would be wrong. The tokenizer_config.json beside it names BOS and EOS.
 """
 
 import json
@@ -38,13 +37,13 @@ PRE_TOKENIZERS = {
     "smollm": [DIGITS, BYTE_LEVEL],
     "llama-bpe": [SPLIT, BYTE_LEVEL | {"use_regex": False}],
 }
-COMPONENTS = {  # its list in a Sequence, and the types that are read
+COMPONENTS = {  # component: the field that lists its parts in a Sequence, the supported types
     "normalizer": ("normalizers", ()),
     "pre_tokenizer": ("pretokenizers", ("ByteLevel", "Digits", "Split")),
     "post_processor": ("processors", ("ByteLevel", "TemplateProcessing")),
     "decoder": ("decoders", ("ByteLevel",)),
 }
-HARMLESS = {  # a field of the model: the values that change nothing
+HARMLESS = {  # field of the model: the values that do not change ids
     "type": ("BPE",), "dropout": (None, 0), "byte_fallback": (None, False),
     "fuse_unk": (None, False), "continuing_subword_prefix": (None, ""),
     "end_of_word_suffix": (None, ""),
@@ -55,13 +54,13 @@ ADDED = {"id": int, "content": str, "special": bool}
 
 def refuse(file: Path, what: str) -> NoReturn:
     raise UserError(
-        f"{file}: {what} is not supported: byte-level BPE is read, as GPT-2, SmolLM2 and Llama 3 "
-        "have it; of LLaMA 1 and 2, the tokenizer.model"
+        f"{file}: {what} is not supported, only byte-level BPE as in GPT-2, SmolLM2 and Llama 3. "
+        "For LLaMA 1 and 2 give the tokenizer.model"
     )
 
 
 def read_parts(content: dict, name: str, file: Path) -> list[dict]:
-    """A component as the list of its parts, each of a type that is read."""
+    """A component as the list of its parts, each of a supported type."""
     list_name, known = COMPONENTS[name]
     parts = content.get(name)
     if isinstance(parts, dict):
@@ -86,7 +85,7 @@ def read_tokenizer_json(file: Path) -> BPETokenizer:
     pre = next((name for name, known in PRE_TOKENIZERS.items() if steps == known), None)
     if pre is None:
         names = " + ".join(step["type"] for step in steps) or "null"
-        refuse(file, f"the pre_tokenizer {names} as it is set there")
+        refuse(file, f"the pre_tokenizer {names} with these settings")
     check_shape(model, MODEL, f"{file}: model")
     check_shape(added, [ADDED], f"{file}: added_tokens")
     vocab = dict(model["vocab"])
@@ -94,7 +93,7 @@ def read_tokenizer_json(file: Path) -> BPETokenizer:
         if vocab.setdefault(token["content"], token["id"]) != token["id"]:
             raise UserError(f"{file}: {token['content']!r} has two ids")
         if not token["special"] and any(map(token.get, ("single_word", "lstrip", "rstrip"))):
-            refuse(file, f"the added token {token['content']!r} as it is set there")
+            refuse(file, f"the added token {token['content']!r} with these settings")
     if lacking := {*range(len(vocab))} - {id for id in vocab.values() if type(id) is int}:
         what = f"0 to {len(vocab) - 1}, each of them once: no token has the id {min(lacking)}"
         raise UserError(f"{file}: the ids are not {what}")
@@ -123,11 +122,11 @@ def read_merge(pair: Any, file: Path) -> tuple[str, str]:
     both = pair.split(" ") if isinstance(pair, str) else pair
     if isinstance(both, list) and len(both) == 2 and all(p and isinstance(p, str) for p in both):
         return both[0], both[1]
-    raise UserError(f"{file}: a merge is {str(pair)[:50]!r}, two pieces were expected")
+    raise UserError(f"{file}: a merge is {str(pair)[:50]!r}, where two pieces were expected")
 
 
 def special_names(file: Path, post_processor: list[dict]) -> tuple[str | None, str, bool]:
-    """The names of BOS and EOS, and whether BOS stands before a text."""
+    """The names of BOS and EOS, and whether a text begins with BOS."""
     names, add_bos = {}, False
     config_file = file.with_name("tokenizer_config.json")
     if config_file.exists():

@@ -1,4 +1,4 @@
-"""Hugging Face's config.json: read strictly, written so that every transformers reads it.
+"""Hugging Face's config.json: read strictly, written for every version of transformers.
 
 A field that a reader ignores may change what the model computes: a rotary embedding stretched to
 longer contexts, a bias, a window on attention. The weights would load, every shape would fit, and
@@ -18,7 +18,7 @@ from alpaca.common.json_files import check_shape
 from model import LlamaConfig
 
 SUPPORTED = {
-    "model_type": ("llama", "mistral"),  # Mistral's is a LLaMA where it has no window
+    "model_type": ("llama", "mistral"),  # without a window, Mistral is a LLaMA
     "hidden_act": ("silu", None),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
@@ -49,9 +49,9 @@ NEEDS = {  # what other architectures compute that model.py does not
     "mixtral": "experts",
     "gpt2": "learned positions, LayerNorm and biases",
 }
-LIMITS = {  # from 1 to 1 << 20, or as here; a damaged config would take hours to build a model for
+LIMITS = {  # others: 1 to 1 << 20. A model of a damaged config could take hours to build
     "num_hidden_layers": (1, 1000),
-    "max_position_embeddings": (2, 1 << 24),  # a prompt and its answer; fp32 counts no further
+    "max_position_embeddings": (2, 1 << 24),  # prompt and answer; fp32 integers are exact so far
     "rope_theta": (1, 1e30),  # beyond, fp32 has no number for the angles
     "rms_norm_eps": (1e-30, 1),  # below, fp32 divides a row of zeros by zero
     "initializer_range": (0, 100),
@@ -60,8 +60,8 @@ LIMITS = {  # from 1 to 1 << 20, or as here; a damaged config would take hours t
 }
 
 
-def stretching(rope: dict[str, Any]) -> dict[str, Any] | None:
-    """The factors of Llama 3.1's rotary embedding; None for the plain one."""
+def parse_rope_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
+    """The settings of Llama 3.1's rotary embedding; None for the plain one."""
     kinds = {rope.get("rope_type"), rope.get("type")} - {None, "default"}
     if not kinds:
         return None
@@ -84,7 +84,7 @@ def config_from_json(fields: dict[str, Any]) -> LlamaConfig:
         if not isinstance(rope, dict):
             raise UserError(f"{key} is {rope!r}, where an object was expected")
         flat |= {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
-        flat["rope_scaling"] = flat["rope_scaling"] or stretching(rope)
+        flat["rope_scaling"] = flat["rope_scaling"] or parse_rope_scaling(rope)
     if needed := NEEDS.get(str(flat.get("model_type"))):
         raise UserError(f"model_type {flat['model_type']!r} is not supported: it has {needed}")
     for name, values in SUPPORTED.items():
@@ -95,7 +95,7 @@ def config_from_json(fields: dict[str, Any]) -> LlamaConfig:
 
 
 def typed_config(fields: dict[str, Any]) -> LlamaConfig:
-    """A LlamaConfig of fields whose types and sizes make sense."""
+    """A LlamaConfig, if the types and sizes of all fields are valid."""
     if missing := [name for name in REQUIRED if fields.get(name) is None]:
         raise UserError(f"{join_names(missing)} is missing")
     known = {}
@@ -103,7 +103,7 @@ def typed_config(fields: dict[str, Any]) -> LlamaConfig:
         kind, value = type(field.default) if field.default is not None else int, fields.get(name)
         if value is None:
             continue
-        if name == "rope_scaling":  # `stretching` has checked it
+        if name == "rope_scaling":  # `parse_rope_scaling` has checked it
             known[name] = value
             continue
         several = name == "eos_token_id" and isinstance(value, list) and value
@@ -121,7 +121,7 @@ def typed_config(fields: dict[str, Any]) -> LlamaConfig:
 
 
 def config_to_json(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The spelling that transformers 4 and 5 both read, if this project's reader would read it."""
+    """The spelling that transformers 4 and 5 both read, checked as `typed_config` checks it."""
     typed_config(vars(config))
     fixed = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
     given = {name: value for name, value in vars(config).items() if value is not None}

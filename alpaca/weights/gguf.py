@@ -1,20 +1,20 @@
-"""Reads GGUF files, llama.cpp's, as Hugging Face checkpoints (alpaca/common/gguf_file.py has the
-format's frame).
+"""Reads llama.cpp's GGUF files as Hugging Face checkpoints (alpaca/common/gguf_file.py parses the
+format).
 
 Names differ from Hugging Face's (`blk.0.attn_q` is `model.layers.0.self_attn.q_proj`), queries and
-keys lie in Meta's order (meta_format.py), and a tied head is left out. F32, F16 and BF16 are plain
-numbers, mapped from the file. Of the others four are read; each stores 32 neighbours of a row, or
-256, as a block of small integers q with a scale d in fp16, and numbers w become again, in fp32,
+keys are in Meta's order (meta_format.py), and a tied head is left out. F32, F16 and BF16 are plain
+numbers, mapped from the file. Four quantized kinds are read. Each stores 32 or 256 consecutive
+weights of a row as a block of small integers q with an fp16 scale d; in fp32, a weight w is
 
     Q8_0   d, 32 × int8        w = d q            34 bytes, 8.5 bits a weight
     Q4_0   d, 32 × 4 bits      w = d (q - 8)      18 bytes, 4.5 bits
     Q4_1   d, m, 32 × 4 bits   w = d q + m        20 bytes, 5 bits
     Q6_K   256 × 6 bits, d     w = d s (q - 32)   210 bytes, 6.6 bits; s: int8, one for 16 numbers
 
-Byte i of 4-bit numbers holds number i in its low half and number i + 16 in its high half. Q6_K is
-the head or tied embedding of files that llama.cpp writes in 4 bits. Writing (gguf_writer.py) takes
-d = max |w| / 127, and for Q4_0 d = w / -8, w the number with the largest |w|: the one that is kept
-exactly, since 4 bits reach from -8 to 7.
+Byte i of the 4-bit integers holds integer i in its low half and integer i + 16 in its high half.
+llama.cpp's 4-bit files have Q6_K for the head or tied embedding. gguf_writer.py writes Q8_0 with
+d = max |w| / 127, and Q4_0 with d = w / -8, where w has the largest |w| of its block: q - 8 ranges
+from -8 to 7, so this w becomes -8 exactly.
 """
 
 import math
@@ -38,7 +38,7 @@ KINDS = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 8: "Q8_0", 30: "BF16"}
 KINDS |= {6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
 KINDS |= {16: "IQ2_XXS", 18: "IQ3_XXS", 20: "IQ4_NL", 21: "IQ3_S", 23: "IQ4_XS"}
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-BLOCK = 32  # numbers, but for Q6_K's
+BLOCK = 32  # numbers of a block, except Q6_K's
 BLOCKS = {"Q8_0": (BLOCK, 34), "Q4_0": (BLOCK, 18), "Q4_1": (BLOCK, 20), "Q6_K": (256, 210)}
 GGUF_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -67,7 +67,7 @@ CONFIG_KEYS = {  # metadata → config.json
     "tokenizer.ggml.bos_token_id": "bos_token_id",
     "tokenizer.ggml.eos_token_id": "eos_token_id",
 }
-END_KEYS = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]  # any is an end
+END_KEYS = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]  # end an answer
 NEEDED = [
     name
     for name, field in CONFIG_KEYS.items()
@@ -82,7 +82,7 @@ KNOWN_KEYS = {"llama.vocab_size", "llama.tensor_data_layout", *HEAD_WIDTHS, *CON
 
 
 def tensor_size(shape: list[int], kind: str) -> int:
-    """Bytes of a tensor's numbers; 0 if there are none, or if its rows are not whole blocks."""
+    """Bytes of a tensor's data; 0 if it is empty or its rows do not divide into whole blocks."""
     count = math.prod(shape)
     if kind in PLAIN:
         return count * PLAIN[kind].itemsize
@@ -94,11 +94,11 @@ def dequantize(blocks: Tensor, kind: str) -> Tensor:
     """uint8 (N, bytes of a block) → fp32 (N, numbers of a block)."""
     if kind == "Q6_K":
         return dequantize_6_bits(blocks)
-    numbers = torch.empty(len(blocks), BLOCK)
+    numbers = torch.empty(len(blocks), BLOCK)  # (N, 32)
     scale = blocks[:, :2].view(torch.float16).float()  # (N, 1)
     if kind == "Q8_0":
         return numbers.copy_(blocks[:, 2:].view(torch.int8)).mul_(scale)
-    halves = blocks[:, -BLOCK // 2 :]
+    halves = blocks[:, -BLOCK // 2 :]  # (N, 16), two integers in a byte
     numbers[:, : BLOCK // 2] = halves & 15
     numbers[:, BLOCK // 2 :] = halves >> 4
     if kind == "Q4_0":
@@ -111,25 +111,26 @@ def dequantize_6_bits(blocks: Tensor) -> Tensor:
     then each half has 32 bytes with their high 2 bits, number i + 32 above i."""
     low, high, scales, scale = blocks.split([128, 64, 16, 2], dim=1)
     low = low.view(-1, 2, 1, 64)
-    low = torch.cat([low & 15, low >> 4], dim=2).view(-1, 2, 4, 32)
-    high = high.view(-1, 2, 1, 32) >> torch.tensor([[0], [2], [4], [6]], dtype=torch.uint8) & 3
+    low = torch.cat([low & 15, low >> 4], dim=2).view(-1, 2, 4, 32)  # (N, 2, 4, 32)
+    shifts = torch.tensor([[0], [2], [4], [6]], dtype=torch.uint8)  # (4, 1)
+    high = high.view(-1, 2, 1, 32) >> shifts & 3  # (N, 2, 4, 32)
     scales = scale.view(torch.float16) * scales.view(torch.int8).float()  # (N, 16)
-    numbers = (low | high << 4).view(-1, 16, 16).float().sub_(32)
-    return numbers.mul_(scales[:, :, None]).view(-1, 256)
+    numbers = (low | high << 4).view(-1, 16, 16).float().sub_(32)  # (N, scales, numbers of one)
+    return numbers.mul_(scales[:, :, None]).view(-1, 256)  # (N, 256)
 
 
 # ---------------------------------------------------------------- a file as a checkpoint
 
 
 def rope_factors(config: LlamaConfig, scaling: dict[str, Any]) -> Tensor:
-    """How much slower Llama 3.1 turns each pair of a head: (D/2), the tensor rope_freqs.weight."""
+    """(D/2): plain rotary frequencies divided by Llama 3.1's, the tensor rope_freqs.weight."""
     plain, slower = (replace(config, rope_scaling=each) for each in (None, scaling))
     return rotary_frequencies(plain) / rotary_frequencies(slower)
 
 
 def read_scaling(file: GGUF, config: LlamaConfig) -> dict[str, Any]:
-    """config.json's rope_scaling, of which a GGUF file has the result only: the largest factor, and
-    otherwise what all releases of Llama 3 have."""
+    """config.json's rope_scaling. A GGUF file has only the resulting factors: the largest is
+    `factor`, and the other settings are the same in all releases of Llama 3."""
     count, (shape, kind, start) = config.head_dim // 2, file.tensors[ROPE_FACTORS]
     if (shape, kind) == ([count], 0) and start + 4 * count <= len(file.data):
         factors = torch.frombuffer(file.data, dtype=torch.float32, offset=start, count=count)

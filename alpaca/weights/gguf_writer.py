@@ -1,11 +1,11 @@
-"""Writes a model as one GGUF file, which llama.cpp and what stands on it open.
+"""Writes a model as one GGUF file, for llama.cpp and software that is built on it.
 
     alpaca convert runs/tiny/model tiny.gguf --type q8_0
     alpaca convert llama-7b alpaca.gguf --type q4_0 --adapter runs/alpaca-lora/adapter
 
-The metadata is written first: sizes are known from shapes. Then one tensor after another is read,
-rounded and written. Norms stay F32, and in a Q4_0 file head and tied embedding are Q8_0: rounding
-them costs the most. The tokenizer goes along, and the chat template: the source's, or Alpaca's.
+The metadata is written first, since shapes give all sizes; then one tensor after another is read,
+rounded and written. Norms stay F32. In a Q4_0 file the head and a tied embedding are Q8_0, because
+rounding them costs the most. The tokenizer and its chat template are included.
 """
 
 import re
@@ -19,7 +19,7 @@ from torch import Tensor
 from alpaca.common.errors import UserError, join_names
 from alpaca.common.files import atomic_file
 from alpaca.common.gguf_bpe import ADD_BOS, metadata_from_bpe
-from alpaca.common.gguf_file import pack_start
+from alpaca.common.gguf_file import pack_header
 from alpaca.common.sentencepiece_file import SCORES, TOKENS, TYPES, UNUSED, metadata_from_model
 from alpaca.weights.checkpoint import EMBEDDING, HEAD, as_dtype, is_finite, parameter_shapes
 from alpaca.weights.gguf import (
@@ -63,8 +63,8 @@ def model_metadata(config: LlamaConfig, name: str, file_type: str) -> dict[str, 
 
 
 def tokenizer_metadata(source: Path, config: LlamaConfig) -> dict[str, Any]:
-    """A tokenizer with a token for each of the model's embeddings, since llama.cpp counts both, and
-    the model's other EOS ids, which llama.cpp calls the ends of a turn and of a message."""
+    """The tokenizer, padded to a token for each embedding, as llama.cpp requires, and the model's
+    other EOS ids, which llama.cpp calls the ends of a turn (eot) and of a message (eom)."""
     tokenizer = load_tokenizer(source)
     if isinstance(tokenizer, BPETokenizer):
         metadata = metadata_from_bpe(tokenizer)
@@ -74,7 +74,7 @@ def tokenizer_metadata(source: Path, config: LlamaConfig) -> dict[str, Any]:
         metadata[ADD_BOS] = tokenizer.add_bos
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else []
     if len(others := [token for token in ends if token != metadata[END_KEYS[0]]]) > 2:
-        raise UserError(f"{source}: {len(ends)} EOS ids, but a GGUF file has a place for 3")
+        raise UserError(f"{source}: {len(ends)} EOS ids, but a GGUF file holds at most 3")
     metadata |= zip(END_KEYS[1:], others, strict=False)
     for index in range(len(metadata[TOKENS]), config.vocab_size):
         for name, value in ((TOKENS, f"[PAD{index}]"), (SCORES, 0.0), (TYPES, UNUSED)):
@@ -87,20 +87,20 @@ def tokenizer_metadata(source: Path, config: LlamaConfig) -> dict[str, Any]:
 
 
 def quantize(numbers: Tensor, kind: str, name: str) -> Tensor:
-    """fp32 (N, 32) → uint8 (N, bytes of a block): for gguf.py's `dequantize`."""
-    size = numbers.abs()
+    """fp32 (N, 32) → uint8 (N, bytes of a block), as gguf.py's `dequantize` reads it."""
+    size = numbers.abs()  # (N, 32)
     if kind == "Q8_0":
         scale = size.amax(dim=1, keepdim=True) / 127
     else:
         scale = numbers.gather(1, size.argmax(dim=1, keepdim=True)) / -8
-    q = numbers * torch.where(scale == 0, 0, 1 / scale)
-    stored = as_dtype(scale, torch.float16, name).view(torch.uint8)
+    q = numbers * torch.where(scale == 0, 0, 1 / scale)  # (N, 32)
+    stored = as_dtype(scale, torch.float16, name).view(torch.uint8)  # (N, 2)
     if kind == "Q8_0":  # to the nearest, halves away from zero
         whole = q.abs().floor()
         q = (whole + (2 * (q.abs() - whole)).floor()) * q.sign()
         return torch.cat([stored, q.to(torch.int8).view(torch.uint8)], dim=1)
     q = (q + 8.5).to(torch.uint8).clamp_(max=15)
-    low, high = q.chunk(2, dim=1)
+    low, high = q.chunk(2, dim=1)  # (N, 16) each
     return torch.cat([stored, low | high << 4], dim=1)
 
 
@@ -113,8 +113,8 @@ def gguf_name(name: str) -> str:
 def kind_of(name: str, shape: torch.Size, file_type: str, tied: bool) -> str:
     if len(shape) == 1:
         return "F32"
-    kept = name == HEAD or (name == EMBEDDING and tied)
-    return "Q8_0" if file_type == "q4_0" and kept else file_type.upper()
+    is_head = name == HEAD or (name == EMBEDDING and tied)
+    return "Q8_0" if file_type == "q4_0" and is_head else file_type.upper()
 
 
 def write_tensor(file: IO, name: str, weight: Tensor, kind: str) -> None:
@@ -135,7 +135,7 @@ def save_gguf(
     file_type: str,
     metadata: dict[str, Any],
 ) -> None:
-    """Write (name, tensor) pairs, in any order, behind the metadata of config and tokenizer."""
+    """Write the metadata of config and tokenizer, and (name, tensor) pairs in any order."""
     tied = config.tie_word_embeddings
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     kinds, entries = {}, {}
@@ -147,11 +147,11 @@ def save_gguf(
         size = tensor_size(list(shape), kind)
         if not size:
             raise UserError(
-                f"{name}: rows of {shape[-1]} are not blocks of {BLOCK}: use --type f16"
+                f"{name}: rows of {shape[-1]} are not whole blocks of {BLOCK}: use --type f16"
             )
         entries[gguf_name(name)] = list(shape), KIND_NUMBERS[kind], size
     metadata = model_metadata(config, path.stem, file_type) | metadata
-    start, positions, size = pack_start(metadata, entries)
+    start, positions, size = pack_header(metadata, entries)
     with atomic_file(path) as file:
         file.write(start)
         file.truncate(size)

@@ -3,8 +3,8 @@
 from model import LlamaConfig
 
 SIZES = {  # vocabulary, width, ffn width, layers, heads, key/value heads
-    "tiny": (1024, 128, 352, 4, 4, 4),  # for data/tokenizer.model: a minute on two CPU cores
-    "7B": (32000, 4096, 11008, 32, 32, 32),  # LLaMA 1's four
+    "tiny": (1024, 128, 352, 4, 4, 4),  # for data/tokenizer.model; a minute on two CPU cores
+    "7B": (32000, 4096, 11008, 32, 32, 32),  # the four sizes of LLaMA 1
     "13B": (32000, 5120, 13824, 40, 40, 40),
     "30B": (32000, 6656, 17920, 60, 52, 52),
     "65B": (32000, 8192, 22016, 80, 64, 64),
@@ -16,8 +16,8 @@ LLAMA3_SCALING = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_fact
 LLAMA3_SCALING |= {"original_max_position_embeddings": 8192}  # all releases; `factor` differs
 LLAMA3 = {"max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 5e5}
 LLAMA3 |= {"bos_token_id": 128000, "eos_token_id": 128001}
-OTHERWISE = {  # where a model differs from LLaMA 1's 7B in more than its size
-    # Narrow layers start wider, or attention is too even for heads that copy to form.
+OVERRIDES = {  # where a model differs from LLaMA 1's 7B in more than its size
+    # Narrow layers need larger initial weights: otherwise attention stays too uniform to copy.
     "tiny": {"max_position_embeddings": 512, "initializer_range": 0.06},
     "65B": {"rms_norm_eps": 1e-5},
     "smollm2-135m": {
@@ -36,4 +36,4 @@ OTHERWISE = {  # where a model differs from LLaMA 1's 7B in more than its size
 
 
 def preset(name: str) -> LlamaConfig:
-    return LlamaConfig(*SIZES[name], **OTHERWISE.get(name, {}))
+    return LlamaConfig(*SIZES[name], **OVERRIDES.get(name, {}))

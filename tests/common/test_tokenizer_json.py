@@ -63,7 +63,7 @@ def test_special_names_are_strings_objects_or_the_template_s(tmp_path):
         ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend"}]}}, "'Prepend'"),
         ({"pre_tokenizer": SPACE}, "the pre_tokenizer 'Metaspace'"),
         ({"pre_tokenizer": None}, "the pre_tokenizer null"),
-        ({"pre_tokenizer": QWEN}, "the pre_tokenizer Split as it is set there"),
+        ({"pre_tokenizer": QWEN}, "the pre_tokenizer Split with these settings"),
         ({"decoder": {"type": "ByteFallback"}}, "the decoder 'ByteFallback'"),
         ({"post_processor": {"type": "BertProcessing"}}, "the post_processor 'BertProcessing'"),
         ({"model": {"type": "Unigram", "vocab": []}}, "type 'Unigram'"),
@@ -111,7 +111,7 @@ def test_added_token_with_two_ids_or_odd_flags_is_refused(tmp_path):
         read_tokenizer_json(write_bpe(tmp_path, content))
     content = content_of()
     content["added_tokens"].append({"id": 600, "content": "xx", "special": False, "lstrip": True})
-    with pytest.raises(UserError, match="the added token 'xx' as it is set there"):
+    with pytest.raises(UserError, match="the added token 'xx' with these settings"):
         read_tokenizer_json(write_bpe(tmp_path, content))
 
 

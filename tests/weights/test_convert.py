@@ -53,7 +53,7 @@ def test_convert_keeps_several_end_tokens_in_a_gguf_file(command, folder, tmp_pa
         assert read_config(written).eos_token_id == [1, 2, 7]
     edit_json(folder / "config.json", eos_token_id=[1, 2, 7, 9])
     refused = command("convert", folder, tmp_path / "more.gguf")
-    assert_refused(refused, "4 EOS ids", "a GGUF file has a place for 3")
+    assert_refused(refused, "4 EOS ids", "a GGUF file holds at most 3")
 
 
 def test_convert_takes_positions(tmp_path, command, meta):

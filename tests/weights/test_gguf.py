@@ -16,7 +16,7 @@ from jinja2 import Template
 
 from alpaca.common.errors import UserError
 from alpaca.common.gguf_bpe import metadata_from_bpe
-from alpaca.common.gguf_file import pack_start, read_gguf
+from alpaca.common.gguf_file import pack_header, read_gguf
 from alpaca.common.sentencepiece_file import metadata_from_model, model_from_metadata
 from alpaca.weights import gguf
 from alpaca.weights.checkpoint import open_checkpoint, read_config
@@ -156,7 +156,7 @@ def test_gguf_bpe_without_bos_or_merges(command, tmp_path):
     assert load_tokenizer(file).bos_id is None
 
 
-def test_gguf_file_stands_wherever_a_folder_does(command, base, tmp_path):
+def test_commands_take_a_gguf_file_for_a_folder(command, base, tmp_path):
     file, ids = convert(command, base, tmp_path / "m.gguf"), random_ids(2, 24)
     assert torch.equal(load_model(file)(ids), load_model(base)(ids))
     ask = "generate", "Hello", "--max-new-tokens", 3, "--device", "cpu", "--model-dir"
@@ -180,7 +180,7 @@ def test_gguf_file_stands_wherever_a_folder_does(command, base, tmp_path):
     )
 
 
-def test_adapter_is_merged_on_the_way(command, tmp_path):
+def test_convert_to_gguf_merges_an_adapter(command, tmp_path):
     base = write_lora_base(tmp_path)
     adapter, words = write_adapter(base, tmp_path / "adapter"), ("--base", base / "model")
     assert command("merge", *words, "--adapter", adapter, "--out", tmp_path / "merged")[0] == 0
@@ -204,7 +204,7 @@ def test_q4_0_keeps_the_number_of_the_largest_size():
 
 
 @pytest.mark.parametrize(("kind", "error"), [("q8_0", 0.006), ("q4_0", 0.1)])
-def test_quantized_file_is_near(command, base, tmp_path, kind, error):
+def test_quantized_weights_are_close(command, base, tmp_path, kind, error):
     file = convert(command, base, tmp_path / "m.gguf", "--type", kind)
     stored, weights = read_tensors(file), read_tensors(base)
     for name, weight in weights.items():
@@ -214,7 +214,7 @@ def test_quantized_file_is_near(command, base, tmp_path, kind, error):
     assert stored["lm_head.weight"].dtype == torch.float32
 
 
-def test_number_200_of_a_block_of_6_bits():
+def test_dequantize_of_one_number_in_6_bits():
     """In the second half, number 72 = 64 + 8: byte 8's high 4 bits, and bits 4 and 5 above them."""
     block = torch.zeros(1, 210, dtype=torch.uint8)
     block[0, 64 + 8], block[0, 128 + 32 + 8] = 0xA0, 0b10 << 4
@@ -269,7 +269,7 @@ def test_chat_template_is_alpacas(command, base, tmp_path):
     assert template.render(messages=system, add_generation_prompt=True) == expected
 
 
-def test_chat_template_of_the_source_goes_along(command, base, tmp_path):
+def test_gguf_file_has_the_chat_template_of_its_source(command, base, tmp_path):
     (base / "chat_template.jinja").write_text(TEMPLATE)
     file = convert(command, base, tmp_path / "m.gguf")
     assert read_gguf(file).metadata["tokenizer.chat_template"] == TEMPLATE
@@ -290,7 +290,9 @@ def test_gguf_writer_refuses_in_one_line(command, base, tmp_path):
 
     refused("--dtype is for a folder", args=["--dtype", "fp16"])
     save_model(small, small.config, tmp_path / "small", tokenizer=TOKENIZER)
-    refused("rows of 176 are not blocks of 32", args=["--type", "q8_0"], source=tmp_path / "small")
+    refused(
+        "rows of 176 are not whole blocks of 32", args=["--type", "q8_0"], source=tmp_path / "small"
+    )
     model = tiny()
     for number, kind, word in (
         (1e5, "f16", "too large for fp16"),
@@ -323,7 +325,7 @@ def test_merges_that_llama_cpp_would_not_ignore_are_refused(command, tmp_path):
     assert_refused(command("convert", base, tmp_path / "m.gguf"), words)
 
 
-def test_tokenizers_that_llama_cpp_computes_otherwise_are_refused(tmp_path):
+def test_tokenizers_that_llama_cpp_lacks_are_refused(tmp_path):
     from sentencepiece import SentencePieceTrainer
 
     lines = ["The quick brown fox jumps over the lazy dog."] * 9
@@ -348,7 +350,7 @@ def write_lying(path, metadata=(), tensors=(), **sizes):
     model = tiny()
     found = model_metadata(model.config, "m", "f32") | dict(metadata)
     entries = {"token_embd.weight": ([1030, 64], 0, 1030 * 64 * 4), **dict(tensors)}
-    start, _, size = pack_start({k: v for k, v in found.items() if v is not None}, entries)
+    start, _, size = pack_header({k: v for k, v in found.items() if v is not None}, entries)
     path.write_bytes(start + bytes(sizes.get("size", size) - len(start)))
     return path
 
@@ -372,7 +374,7 @@ def write_lying(path, metadata=(), tensors=(), **sizes):
     ],
     ids=str,
 )
-def test_gguf_metadata_that_is_not_computed_is_refused(tmp_path, metadata, words):
+def test_unsupported_gguf_metadata_is_refused(tmp_path, metadata, words):
     file = write_lying(tmp_path / "m.gguf", metadata, {"a": ([8], 0, 32)})
     with pytest.raises(UserError, match=words.replace("[", r"\[")):
         open_checkpoint(file)
@@ -385,9 +387,9 @@ def test_gguf_metadata_that_is_not_computed_is_refused(tmp_path, metadata, words
         ("output_norm.weight", ([64], 4000, 256), "of kind 4000"),
         ("output_norm.weight", ([2**62, 2**62], 0, 256), "cut short"),
         ("output_norm.weight", ([2**40], 0, 256), "cut short"),
-        ("output_norm.weight", ([0, 2**62], 0, 256), "has no bytes of its own"),
-        ("output_norm.weight", ([40], 8, 256), "has no bytes of its own"),
-        ("output_norm.weight", ([], 8, 256), "has no bytes of its own"),
+        ("output_norm.weight", ([0, 2**62], 0, 256), "is empty or overlaps another tensor"),
+        ("output_norm.weight", ([40], 8, 256), "is empty or overlaps another tensor"),
+        ("output_norm.weight", ([], 8, 256), "is empty or overlaps another tensor"),
         ("a.weight", ([64], 0, 256), "unexpected a.weight"),
         ("output", ([1030, 64], 0, 256), "unexpected output"),
         ("model.norm.weight", ([64], 0, 256), "unexpected model.norm.weight"),
@@ -398,7 +400,7 @@ def test_gguf_metadata_that_is_not_computed_is_refused(tmp_path, metadata, words
     ],
     ids=str,
 )
-def test_gguf_tensors_that_lie_are_refused(command, tmp_path, name, entry, words):
+def test_gguf_false_tensor_entries_are_refused(command, tmp_path, name, entry, words):
     file = write_lying(tmp_path / "m.gguf", (), {name: entry})
     refuse_convert(command, file, words)
 
@@ -423,14 +425,14 @@ def key(name: bytes, kind: int) -> bytes:
         ((3, 0, 1), key(b"\xff", 4) + bytes(4), "not UTF-8"),
         ((3, 0, 1), key(b"a", 8) + HUGE, "a count of 1,152"),
         ((3, 0, 1), key(b"a", 9) + struct.pack("<I", 4) + HUGE, "a count of 1,152"),
-        ((3, 0, 1), key(b"a", 9) + struct.pack("<IQ", 12, 2**20), "8,388,608 bytes are not there"),
+        ((3, 0, 1), key(b"a", 9) + struct.pack("<IQ", 12, 2**20), "8,388,608 bytes are missing"),
         ((3, 0, 1), key(b"a", 9) + struct.pack("<IQ", 9, 1), "type 9 is not supported"),
         ((3, 0, 1), key(b"a", 77), "type 77 is not supported"),
-        ((3, 0, 2), (key(b"a", 7) + b"\1") * 2, "a is there twice"),
+        ((3, 0, 2), (key(b"a", 7) + b"\1") * 2, "a appears twice"),
     ],
     ids=lambda value: repr(value)[:40],
 )
-def test_gguf_counts_that_lie_are_refused(command, tmp_path, head, rest, words):
+def test_gguf_false_counts_are_refused(command, tmp_path, head, rest, words):
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", *head) + rest)
     refuse_convert(command, tmp_path / "m.gguf", words)
 
@@ -450,7 +452,7 @@ def test_gguf_tensors_on_the_same_bytes_are_refused(command, base, tmp_path):
     at = content.index(b"blk.0.attn_q.weight") + 19 + 4 + 16 + 4
     content[at : at + 8] = struct.pack("<Q", struct.unpack_from("<Q", content, at)[0] - 32)
     (tmp_path / "m.gguf").write_bytes(content)
-    refuse_convert(command, tmp_path / "m.gguf", "has no bytes of its own")
+    refuse_convert(command, tmp_path / "m.gguf", "is empty or overlaps another tensor")
 
 
 @pytest.mark.parametrize(
@@ -468,7 +470,7 @@ def test_gguf_tensors_on_the_same_bytes_are_refused(command, base, tmp_path):
     ],
     ids=lambda changes: str(changes)[:60],
 )
-def test_gguf_tokenizer_that_lies_is_refused(tmp_path, changes):
+def test_gguf_inconsistent_tokenizer_is_refused(tmp_path, changes):
     model = load_tokenizer(TOKENIZER).sentencepiece.serialized_model_proto()
     metadata = metadata_from_model(model, "t")
     assert model_from_metadata(dict(metadata), "m.gguf")
@@ -496,7 +498,7 @@ def test_gguf_tokenizer_that_lies_is_refused(tmp_path, changes):
     ],
     ids=lambda changes: str(changes)[:60],
 )
-def test_gguf_bpe_that_lies_is_refused(tmp_path, changes):
+def test_gguf_inconsistent_bpe_is_refused(tmp_path, changes):
     metadata = metadata_from_bpe(load_tokenizer(write_bpe(tmp_path / "t")))
     assert load_tokenizer(write_lying(tmp_path / "good.gguf", metadata)).pre == "gpt-2"
     file = write_lying(tmp_path / "m.gguf", metadata | changes)

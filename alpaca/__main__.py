@@ -6,7 +6,7 @@ import sys
 
 from alpaca.common.errors import notice, run_command
 
-VERBS = {  # in the order of the road from data to a published model
+VERBS = {  # in order, from data to a published model
     "train-tokenizer": ("alpaca.datagen.train_tokenizer", "train a tokenizer.model on text files"),
     "curate": ("alpaca.datagen.curate", "inspect and clean instruction data"),
     "convert": ("alpaca.weights.convert", "write a checkpoint as a Hugging Face folder"),

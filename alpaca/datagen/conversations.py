@@ -1,8 +1,8 @@
 """Published conversations → turns {role, content}: perhaps a system turn, then user, assistant, …
 
-Published files contain odd conversations. Turns before the first user turn or after the last answer
-are dropped, and neighbouring turns of one role are joined. A conversation that cannot be repaired
-like this raises OddConversation; formats.py counts these by reason and skips them.
+Published files contain malformed conversations. Turns before the first user turn or after the last
+answer are dropped, and neighbouring turns of one role are joined. A conversation that cannot be
+repaired like this raises OddConversation; formats.py skips it and counts the reasons.
 
 OpenAssistant (arXiv:2304.07327) publishes trees: to every message there are several replies, and
 people have ranked them. `parse_tree` gives the best conversation of a tree, or all of them.
@@ -14,13 +14,13 @@ from typing import Any
 from alpaca.common.errors import UserError
 
 ROLES = {"human": "user", "user": "user", "prompter": "user"}
-ROLES |= {"system": "system", "developer": "system"}  # OpenAI's older name and newer
+ROLES |= {"system": "system", "developer": "system"}  # OpenAI's older and newer name
 ROLES |= dict.fromkeys(("gpt", "chatgpt", "assistant", "bard", "bing", "model"), "assistant")
-LONGEST = 1000  # messages on a path of a tree
+LONGEST = 1000  # messages in one conversation of a tree
 
 
 class OddConversation(UserError):
-    """A conversation that cannot be used, for a reason that is the same for many."""
+    """A conversation that cannot be used; equal messages are counted as one reason."""
 
 
 def parse_turns(raw: Any) -> list[dict]:
@@ -107,7 +107,7 @@ def tree_paths(root: dict, best: bool) -> list[list[dict]]:
 
 
 def parse_tree(root: dict, best: bool) -> list[list[dict]]:
-    """The usable conversations of a tree, each once; the reason why there is none, if so."""
+    """The usable conversations of a tree, each once; if there is none, the last reason why."""
     if root.get("parent_id") is not None:
         raise OddConversation("a message's parent is not in the file")
     found, reason = [], OddConversation("no question has an answer")

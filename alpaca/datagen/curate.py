@@ -10,9 +10,9 @@
 tasks, opening verbs with their objects, and the cost; --out draws Self-Instruct's figure of verbs
 and objects (arXiv:2212.10560). `lint` counts the defects that lint.py describes; --fix and
 --dropped split the records into those without and those with defects, each otherwise unchanged.
-`sources` counts what each source adds to a mixture: examples and tokens as fsdp_train.py takes
-them, and languages where the file says them. Elsewhere it counts scripts, which are not languages:
-a record's script is that of most of its letters.
+`sources` counts what each source adds to a mixture: examples and tokens as fsdp_train.py trains on
+them, and languages, where the file names them. Otherwise it counts scripts, which are not
+languages: a record's script is that of most of its letters.
 
 Verb and object are found without a parser, for English: the verb is the first word, if it can open
 a command, and the object is the last word of the phrase after it. "Write a short story about …" is
@@ -47,7 +47,7 @@ from tokenizer import load_tokenizer
 
 TOP_VERBS, TOP_OBJECTS = 20, 4  # shown: verbs, and objects of each
 WORD_BINS = (1, 5, 9, 17, 33, 65, 129, 257, 513)  # lower ends of the bars of the histograms
-ASKS_FOR = "asks for "  # the reasons that are shown as one group
+ASKS_FOR = "asks for "  # reasons that begin like this are shown as one group
 
 
 def printable(text: str, width: int = 100) -> str:
@@ -235,7 +235,7 @@ def html_page(text: str, figure: str) -> str:
 
 def run_lint(args: argparse.Namespace) -> None:
     if bool(args.fix) != bool(args.dropped):
-        raise UserError("--fix and --dropped go together: one gets what the other does not")
+        raise UserError("give both --fix and --dropped: records without and with defects")
     outputs = [args.fix, args.dropped] if args.fix else []
     if outputs and args.fix.resolve() == args.dropped.resolve():
         raise UserError(f"--fix and --dropped are both {args.fix}: name two files")
@@ -320,7 +320,7 @@ def run_sources(args: argparse.Namespace) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    report = verbs.add_parser("report", help="describe the data in figures and a picture")
+    report = verbs.add_parser("report", help="print statistics of the data, and draw its verbs")
     lint = verbs.add_parser("lint", help="find known defects; remove the records with them")
     for verb, command in ((report, run_report), (lint, run_lint)):
         verb.add_argument("source", type=Path, help="--out of selfinstruct.py, or a data file")
@@ -329,19 +329,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num", type=count, default=52_000, help="records wanted in the end (default: 52000)")
     add("--out", type=Path, help="write an .html page, or an .svg of the verbs alone")
     add = lint.add_argument
-    add("--examples", type=count, default=3, help="shown of each defect (default: 3)")
+    add("--examples", type=count, default=3, help="records to show of each defect (default: 3)")
     add("--fix", type=Path, metavar="KEPT", help="JSON file to write: records without a defect")
     add("--dropped", type=Path, metavar="DROPPED", help="JSON file to write: records with one")
     sources = verbs.add_parser("sources", help="count what each source adds to a mixture")
     sources.set_defaults(command=run_sources)
     add = sources.add_argument
-    add("files", nargs="+", metavar="FILE[:WEIGHT]", help="as --data of fsdp_train.py")
-    add("--tokenizer", type=Path, required=True, help="a tokenizer's file, or a model")
+    add("files", nargs="+", metavar="FILE[:WEIGHT]", help="data, as for fsdp_train.py")
+    add("--tokenizer", type=Path, required=True, help="tokenizer file, or a model")
     add("--template", choices=TEMPLATES, help="chat template (default: the model's, else alpaca)")
-    add("--max-length", type=count, default=512, help="that records are cut to (default: 512)")
-    add("--seed", type=not_negative, default=42, help="of FILE:0.5 (default: 42)")
+    add("--max-length", type=count, default=512, help="in tokens; cuts records (default: 512)")
+    add("--seed", type=not_negative, default=42, help="seed for FILE:0.5 (default: 42)")
     add("--oasst", choices=("best", "all"), default="best", help="replies of OpenAssistant's trees")
-    add("--languages", nargs="+", default=(), metavar="LANG", help="of them (default: all)")
+    add("--languages", nargs="+", default=(), metavar="LANG", help="of those trees (default: all)")
 
 
 def run(args: argparse.Namespace) -> None:

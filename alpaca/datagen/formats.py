@@ -34,22 +34,22 @@ OTHER_NAMES = {"context": "input", "response": "output"}  # Dolly's
 OTHER_NAMES |= {"prompt": "instruction", "completion": "output"}
 KNOWN = "instruction and output, prompt and completion, messages, conversations, question and "
 KNOWN += "chatgpt_answers, OpenAssistant's trees, text"
-MOST_SKIPPED = 0.1  # of a file's records; beyond, something else is wrong with it
-MOST_SOURCES = 20  # that are told apart: in some files each record names its own
+MAX_SKIPPED = 0.1  # share of a file's records; above it the file is refused
+MAX_SOURCES = 20  # reported separately: in some files every record has its own
 
 
 class Reading(NamedTuple):
-    """What to take of OpenAssistant's trees."""
+    """Which conversations to take from OpenAssistant's trees."""
 
-    oasst: str = "best"  # the conversation of the best replies, or "all"
-    languages: tuple[str, ...] = ()  # such as "en"; none: all
+    oasst: str = "best"  # one conversation, of the best replies, or "all"
+    languages: tuple[str, ...] = ()  # such as "en"; empty: all
 
 
 BEST = Reading()
 
 
 class Origin(NamedTuple):
-    """Where a record comes from. Source and language are the file's words, escaped."""
+    """Where a record comes from. Source and language are as in the file, but escaped."""
 
     place: str  # "data.json, record 17"
     source: str
@@ -77,7 +77,7 @@ def is_list_of_objects(value: Any) -> bool:
 
 
 def normalize_record(raw: Any, reading: Reading = BEST) -> list[dict]:
-    """A raw record in the form that dataset.py encodes; some hold several."""
+    """The records that a raw record holds, in the form that dataset.py encodes."""
     if not isinstance(raw, dict):
         raise UserError("an object with instruction, input and output was expected")
     if "conversations" in raw or "messages" in raw:
@@ -138,15 +138,15 @@ def normalize_all(
             raise UserError(f"{place}: {error}") from None
     total = sum(map(len, skipped.values()))
     reasons = [f"{len(p)} because {why} (first {p[0]})" for why, p in skipped.items()]
-    if total > MOST_SKIPPED * count:
+    if total > MAX_SKIPPED * count:
         first, (place, *_) = next(iter(skipped.items()))
-        raise UserError(f"{place}: {first}; {total} of {count} records are such conversations")
+        raise UserError(f"{place}: {first}; {total} of {count} records are unusable: remove them")
     if skipped:
-        notice(f"{total} of {count} conversations skipped: {join_names(reasons)}")
+        notice(f"{total} of {count} records skipped: {join_names(reasons)}")
 
 
 def read_source(source: Path) -> list[tuple[Any, list[dict]]]:
-    """Each record of a file, or of a run of selfinstruct.py, as it is there and normalized."""
+    """(raw record, normalized records) for each record of a file or run of selfinstruct.py."""
     records = json_records(source)
     if source.is_dir():
         file = source / RUN_LOGS[0]
@@ -157,7 +157,7 @@ def read_source(source: Path) -> list[tuple[Any, list[dict]]]:
 
 
 def load_placed(path: str | Path, reading: Reading = BEST) -> list[tuple[str, dict, dict]]:
-    """The records of a file: the place of each, as it is there, and normalized."""
+    """(place, raw record, normalized record) for each normalized record of a file."""
     found = normalize_all(json_records(path), reading)
     records = [(place, raw, case) for place, raw, cases in found for case in cases]
     if not records:
@@ -171,7 +171,7 @@ def load_records(path: str | Path, reading: Reading = BEST) -> list[dict]:
 
 
 def parse_weight(spec: str) -> tuple[Path, float]:
-    """`FILE:2` → FILE, 2.0. A file whose name contains the colon is a file."""
+    """`FILE:2` → FILE, 2.0, unless a file with the colon in its name exists."""
     file, _, weight = spec.rpartition(":")
     if not file or Path(spec).exists():
         return Path(spec), 1.0
@@ -210,18 +210,18 @@ def load_mixture(
         records += [found[i][2] for i in chosen]
         origins += [find_origin(found[i][0], found[i][1], name) for i in chosen]
     if not records:
-        raise UserError("the weights leave no record")
+        raise UserError("the weights leave no records: raise them")
     return records, origins
 
 
 def group_by_source(origins: list[Origin]) -> dict[str, list[int]]:
-    """The indices of each source, the largest source first; the smallest of many are one."""
+    """Source → indices, the largest first; the smallest beyond MAX_SOURCES are one group."""
     groups: dict[str, list[int]] = defaultdict(list)
     for i, origin in enumerate(origins):
         groups[origin.source].append(i)
     ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
-    if len(ordered) > MOST_SOURCES:
-        rest = ordered[MOST_SOURCES - 1 :]
+    if len(ordered) > MAX_SOURCES:
+        rest = ordered[MAX_SOURCES - 1 :]
         indices = sorted(i for _, group in rest for i in group)
-        ordered[MOST_SOURCES - 1 :] = [(f"({len(rest):,} smaller sources)", indices)]
+        ordered[MAX_SOURCES - 1 :] = [(f"({len(rest):,} smaller sources)", indices)]
     return dict(ordered)

@@ -1,4 +1,4 @@
-"""Published conversations: what is mended, what is skipped, OpenAssistant's trees."""
+"""Published conversations: what is repaired, what is skipped, OpenAssistant's trees."""
 
 import json
 
@@ -19,7 +19,7 @@ def turns(spec: str) -> list[dict]:
 
 
 PARTS = {"role": "user", "content": [{"type": "text", "text": "a"}]}
-MENDED = {
+REPAIRED = {
     "begins with the assistant": (turns("A:x U:a A:b"), "U:a A:b"),
     "and has a system turn": (turns("S:s A:x U:a A:b"), "S:s U:a A:b"),
     "ends with the user": (turns("U:a A:b U:c"), "U:a A:b"),
@@ -35,8 +35,8 @@ MENDED = {
 }
 
 
-@pytest.mark.parametrize(("raw", "expected"), MENDED.values(), ids=MENDED)
-def test_odd_turns_are_mended(raw, expected):
+@pytest.mark.parametrize(("raw", "expected"), REPAIRED.values(), ids=REPAIRED)
+def test_malformed_turns_are_repaired(raw, expected):
     assert parse_turns(raw) == [turn(*word.split(":")) for word in expected.split(" ")]
 
 
@@ -62,10 +62,10 @@ def test_odd_conversations_are_skipped_and_counted(tmp_path, capsys):
     file = write(tmp_path / "a.jsonl", *good, tool, {"messages": []}, tool)
     assert load_records(file) == good
     (line,) = capsys.readouterr().err.splitlines()
-    assert "3 of 43 conversations skipped: 2 because a turn is from 'tool'" in line
+    assert "3 of 43 records skipped: 2 because a turn is from 'tool'" in line
     assert f"(first {file}, line 41), 1 because no question has an answer" in line
     write(file, *good[:17], tool, tool)
-    with pytest.raises(UserError, match="line 18: a turn is from 'tool'; 2 of 19 records are such"):
+    with pytest.raises(UserError, match="line 18: a turn is from 'tool'; 2 of 19 records"):
         load_records(file)
 
 

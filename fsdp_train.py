@@ -1,6 +1,6 @@
 """Fine-tune a LLaMA on instructions: fully sharded data parallel, under torchrun.
 
-    torchrun fsdp_train.py                                  # the embedded tiny model, here
+    torchrun fsdp_train.py                                  # the tiny model in data/
     torchrun --nproc-per-node 8 fsdp_train.py --model-dir llama-7b --data alpaca_data.json
     torchrun --nproc-per-node 2 fsdp_train.py --device cpu  # two ranks without a GPU
     torchrun fsdp_train.py --lora --bits 4 --model-dir llama-7b --data alpaca_data.json
@@ -101,7 +101,7 @@ def train(job: Job, run: RunDir, mesh: DeviceMesh, device: torch.device, stop: S
         log_held_out_loss(model, job, run, device, step=0)
     throughput = Throughput(job.model_config, config.lora, device)
     for step in range(done, job.steps):
-        # an adapter's dropout: the same after a resume, another on every rank
+        # an adapter's dropout: the same after a resume, different on every rank
         torch.manual_seed(hash((config.seed, step, dist.get_rank())))
         batch = step_examples(len(examples), config.batch_size, config.epochs, config.seed, step)
         rows = packed_rows(examples, batch, config, device)
@@ -156,7 +156,7 @@ def packed_rows(
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Start to copy a tensor: a GPU computes the row before meanwhile, from pinned memory."""
+    """Start to copy a tensor, from pinned memory while a GPU computes the row before."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -227,7 +227,7 @@ def log_held_out_loss(model: Llama, job: Job, run: RunDir, device: torch.device,
             totals[i] += model(**row)
     model.train()
     dist.all_reduce(totals)
-    for module in model.modules():  # what is freed after a backward pass would stay gathered
+    for module in model.modules():  # only a backward pass would free all gathered weights
         if isinstance(module, FSDPModule):
             module.reshard()
     targets = [int(job.held_out.supervised[which].sum()) for which in sources.values()]
@@ -319,7 +319,7 @@ class Job(NamedTuple):
 
 
 def prepare(config: TrainConfig) -> Job:
-    """Read the inputs; everything that a user can have got wrong is an error here."""
+    """Read and check the inputs, so that a user's errors are raised before training."""
     if config.preset:
         model_config = preset(config.preset)
     elif config.lora:
@@ -343,7 +343,7 @@ def prepare(config: TrainConfig) -> Job:
     steps = total_steps(len(train), config.batch_size, config.epochs)
     steps = min(steps, config.max_steps or steps)
     if not steps:
-        raise UserError(f"--epochs {config.epochs} of {len(train)} examples is not one step")
+        raise UserError(f"--epochs {config.epochs} of {len(train)} examples is less than one step")
     config = settle(config, model_config, train, steps)
     records, held_out = [], None
     if config.eval_data:

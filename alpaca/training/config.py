@@ -1,8 +1,8 @@
 """The settings of a training run: a frozen dataclass, made once from the command line.
 
 Every field of `TrainConfig` is a flag of fsdp_train.py; its default is Alpaca's recipe for 7B.
-TINY_RECIPE replaces some defaults where no model to start from is given, LORA_RECIPE does with
-`--lora`. A flag on the command line replaces any default.
+TINY_RECIPE replaces some defaults if no base model or preset is given, LORA_RECIPE if `--lora` is.
+A flag on the command line replaces any default.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from alpaca.weights.lora import TARGETS, LoraConfig
 from alpaca.weights.presets import SIZES
 from templates import TEMPLATES
 
-TINY_RECIPE = {  # the embedded model; paths of defaults are relative to the checkout
+TINY_RECIPE = {  # the model in data/; default paths are relative to the checkout
     "model_dir": Path("data/tiny-llama"),
     "data": ("data/sample_train.json",),
     "eval_data": ("data/sample_heldout.json",),
@@ -62,21 +62,21 @@ def flag(default: Any, help: str, type: Callable | None = None, **options: Any) 
 @dataclass(frozen=True)
 class TrainConfig:
     model_dir: Path | None = flag(None, "base model, a folder or a GGUF file", Path)
-    preset: str | None = flag(None, "or random weights of this size", choices=SIZES)
-    tokenizer: Path | None = flag(None, "its file or folder (default: the base model's)", Path)
+    preset: str | None = flag(None, "instead, random weights of this size", choices=SIZES)
+    tokenizer: Path | None = flag(None, "file or folder (default: the base model's)", Path)
     template: str | None = flag(
         None, "chat template (default: the base model's, else alpaca)", choices=tuple(TEMPLATES)
     )
     data: tuple[str, ...] = flag(
-        (), "JSON or JSONL; FILE:2 counts twice", nargs="+", metavar="FILE[:WEIGHT]"
+        (), "records, JSON or JSONL; FILE:2 repeats them", nargs="+", metavar="FILE[:WEIGHT]"
     )
-    oasst: str = flag("best", "replies of OpenAssistant's trees", choices=("best", "all"))
+    oasst: str = flag("best", "which replies of OpenAssistant's trees", choices=("best", "all"))
     languages: tuple[str, ...] = flag(
-        (), "of OpenAssistant's trees, such as en de (default: all)", nargs="+", metavar="LANG"
+        (), "languages of those trees, such as en de (default: all)", nargs="+", metavar="LANG"
     )
     eval_data: tuple[str, ...] = flag(
         (),
-        "held-out records; their loss before and after, by source",
+        "held-out records, to report their loss before and after, by source",
         nargs="+",
         metavar="FILE[:WEIGHT]",
     )
@@ -87,21 +87,21 @@ class TrainConfig:
     learning_rate: float = flag(2e-5, "highest learning rate", positive(float))
     warmup_ratio: float = flag(0.03, "share of the steps with a rising learning rate", float)
     max_length: int = flag(512, "tokens that an example is cut to", COUNT)
-    max_steps: int | None = flag(None, "end after so many steps", positive(int))
-    seed: int = flag(42, "of the shuffle, random weights and dropout", not_negative)
+    max_steps: int | None = flag(None, "end after this many steps", positive(int))
+    seed: int = flag(42, "seed of the shuffle, random weights and dropout", not_negative)
 
     lora: LoraConfig | None = flag(
         None, "freeze the base and train an adapter", action="store_true"
     )
-    bits: int = flag(16, "of the frozen blocks; 16: as --dtype", int, choices=(16, 8, 4))
+    bits: int = flag(16, "bits of a frozen block's weight; 16: as --dtype", int, choices=(16, 8, 4))
 
     row_tokens: int = flag(
-        0, "tokens that a rank computes at once (default: 4096; on a GPU, what --plan fits)", COUNT
+        0, "most tokens in a packed row (default: 4096; on a GPU, what fits)", COUNT
     )
     checkpointing: str = flag(
         "selective", "what the backward pass recomputes", choices=("full", "selective", "none")
     )
-    dtype: str = flag("bf16", "that blocks compute in", choices=DTYPE_NAMES)
+    dtype: str = flag("bf16", "dtype that blocks compute in", choices=DTYPE_NAMES)
     compile: bool | None = flag(
         None, "compile the blocks (default: on a GPU)", action=argparse.BooleanOptionalAction
     )
@@ -109,17 +109,17 @@ class TrainConfig:
     replicas: int = flag(1, "copies of the sharded model", COUNT)
     reshard: bool | None = flag(
         None,
-        "gather blocks again for the backward pass (default: if they do not fit)",
+        "gather blocks again for the backward pass (default: unless all fit)",
         action=argparse.BooleanOptionalAction,
     )
-    device: str = flag("auto", "to train on", choices=("auto", "cpu", "cuda"))
+    device: str = flag("auto", "device to train on", choices=("auto", "cpu", "cuda"))
 
     save_every: int = flag(
-        100, "steps between snapshots, of which one is due after 15 minutes; 0: none", not_negative
+        100, "steps (at most 15 minutes) between snapshots; 0: no snapshots", not_negative
     )
     save_total_limit: int = flag(2, "snapshots kept on disk", positive(int))
-    resume: bool = flag(False, "resume a run, do not start one")
-    save_dtype: str = flag("bf16", "of model/", choices=DTYPE_NAMES)
+    resume: bool = flag(False, "resume an existing run, or end with an error")
+    save_dtype: str = flag("bf16", "dtype of model/", choices=DTYPE_NAMES)
     sample_answers: int = flag(4, "held-out instructions to answer at the end", not_negative)
 
     plan: bool = flag(False, "print memory, steps and hours; do not train")
@@ -156,9 +156,9 @@ class TrainConfig:
         return config
 
     def check(self) -> None:
-        """What can be wrong with flags before any file is read."""
+        """Refuse flags that contradict each other, before any file is read."""
         if self.preset and self.model_dir:
-            raise UserError("--preset is random weights, --model-dir a base model: give one")
+            raise UserError("--preset means random weights, --model-dir a base model: give one")
         if self.simulate and not self.plan:
             raise UserError("--simulate goes with --plan")
         if self.plan and self.gpus % self.replicas:
@@ -208,7 +208,7 @@ class TrainConfig:
             "model_dir": self.model_dir and settings_path(self.model_dir),
             **{name: getattr(self, name) for name in (*names, "max_steps", "seed", "dtype")},
             "data": f"{' '.join(Path(spec).name for spec in self.data)}, as ids {digest}",
-            # None as well: a run of all weights must not resume in an adapter's folder
+            # even if None: a run of all weights must not resume in an adapter's folder
             "lora": f"{self.lora}, base of {self.bits} bits" if self.lora else None,
         }
 
@@ -250,8 +250,8 @@ defaults with --lora (and --out ends in -lora):
 def add_lora_arguments(group: argparse._ArgumentGroup) -> None:
     rank, alpha, dropout, targets = LoraConfig()
     add, real = group.add_argument, positive(float)
-    add("--lora-rank", type=positive(int), help=f"of the update (default: {rank})")
+    add("--lora-rank", type=positive(int), help=f"rank of the update (default: {rank})")
     add("--lora-alpha", type=real, help=f"alpha / rank scales the update (default: {alpha})")
-    add("--lora-dropout", type=float, help=f"of the adapter's inputs (default: {dropout})")
+    add("--lora-dropout", type=float, help=f"dropout of the adapter's inputs (default: {dropout})")
     names = f"of {', '.join(TARGETS)} (default: {' '.join(targets)})"
     add("--lora-targets", nargs="+", choices=TARGETS, metavar="NAME", help=f"matrices, {names}")

@@ -15,8 +15,8 @@ integers, whole on every rank and dequantized one matrix at a time. A step has i
 
 Few blocks left means few activations and many gradients, so the worst N is the first or the last.
 The estimate counts the tensors of model.py and FSDP in eager mode, and agrees with `--simulate`
-within 3 %; compiled blocks need less. MARGIN is for what no tensor takes. The longest row is that
-of the run's first thousands of steps. Activations: arXiv:2205.05198.
+within 3 %; compiled blocks need less. MARGIN is for memory outside tensors. The longest row is that
+of the first steps, up to thousands. Activations: arXiv:2205.05198.
 """
 
 from dataclasses import dataclass, replace
@@ -309,7 +309,7 @@ def report_plan(work: Workload, simulated: dict[str, float] | None = None) -> st
         lines = [f"{line}, simulated {size:8.2f}" for line, size in zip(lines, found, strict=True)]
     margin = (needed_bytes(work) - peak_bytes(work)) / GIB
     lines.append(f"margin      {margin:8.2f} GiB for CUDA, NCCL and the allocator")
-    lines.append(f"together    {needed_bytes(work) / GIB:8.2f} GiB, of {memory / GIB:.0f} GiB")
+    lines.append(f"total       {needed_bytes(work) / GIB:8.2f} GiB, of {memory / GIB:.0f} GiB")
     disk, host = stored_bytes(config, model, work.steps)
     if config.offload:
         phases = memory_by_phase(work).values()

@@ -62,8 +62,8 @@ def describe_weights(folder: Path) -> str:
 
 
 def describe_data(spec: str) -> str:
-    """How many records a file has, and who wrote them according to their `provenance`. Hours of
-    training are over: a file that has changed since is not an error any more."""
+    """How many records a file has, and who wrote them according to their `provenance`. After hours
+    of training, a file that cannot be read any more is not an error."""
     file, weight = parse_weight(spec)
     try:
         records = [record for _, record in json_records(file)]

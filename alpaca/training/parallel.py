@@ -1,7 +1,7 @@
 """One model on many ranks, and many ranks behaving like one program.
 
-model.py knows nothing of this. A model is built on the meta device, where it takes no memory; then
-these are applied, in this order, and last it gets its weights:
+model.py contains none of this. A model is built on the meta device, where it takes no memory; then
+these functions are applied, in this order:
 
     apply_activation_checkpointing    recompute activations in the backward pass
     apply_compile                     compile each block, once for all blocks
@@ -188,7 +188,7 @@ def use_deterministic_kernels() -> None:
     before CUDA starts, because cuBLAS reads its setting then."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
-    # by default all new memory would now be filled, in case someone read it
+    # by default this also fills new memory before it is written, which takes time
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore
 
 
@@ -219,7 +219,7 @@ def process_group(device_type: str, replicas: int) -> Iterator[tuple[DeviceMesh,
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
-    if cuda:  # decoding needs none of it
+    if cuda:  # decoding does not need it
         torch.use_deterministic_algorithms(False)
 
 

@@ -1,4 +1,4 @@
-"""A training process and its operating system: signals, freed memory, the way it ends."""
+"""A training process: signals, memory of the C library, exit codes."""
 
 import ctypes
 import os

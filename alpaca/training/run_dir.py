@@ -123,7 +123,7 @@ class RunDir:
         """The run in one line."""
         steps = [record for record in self.records if "loss" in record]
         if not steps:
-            return "the log of this run is lost"
+            return "metrics.jsonl of this run is lost"
         tokens, seconds = sum(r["tokens"] for r in steps), sum(map(step_seconds, steps))
         text = f"{len(steps)} steps of {tokens:,} tokens in {duration(seconds)}; "
         text += f"training loss {self.change('loss')}"

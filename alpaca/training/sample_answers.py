@@ -13,7 +13,7 @@ from dataset import encode_prompt
 from model import Llama
 from tokenizer import Tokenizer
 
-PRINTED = 12  # answers, of all that are compared
+PRINTED = 12  # answers; all are compared
 
 
 def load_result(config: TrainConfig, device: torch.device) -> Llama:

@@ -1,7 +1,7 @@
-"""How fast training goes: operations a token, the peaks of GPUs, and the share of a peak reached.
+"""The speed of training: operations per token, peaks of GPUs, and the share of a peak reached.
 
 A weight costs a multiplication and an addition in the forward pass, twice that in the backward
-pass: six operations a weight and token. The model FLOPs utilization (MFU) is the useful operations
+pass: six per weight and token. The model FLOPs utilization (MFU) is the useful operations
 of a step divided by what the GPUs could have computed in its time. What activation checkpointing
 computes again is work, but not useful work.
 
@@ -46,7 +46,7 @@ CHIPS = {
 # Assumed by estimated_seconds: no GPU has confirmed them yet.
 COMPUTED = 0.58  # of a GPU's peak, while a row is computed
 MOVED = 0.8  # of the bandwidth of memory and links
-HIDDEN = 0.5  # the share of the computing that traffic hides behind
+HIDDEN = 0.5  # of the computing time, during which traffic costs nothing
 
 
 def find_chip(device_name: str) -> str | None:
@@ -107,7 +107,7 @@ def adapter_parameters(config: LlamaConfig, lora: LoraConfig) -> int:
 def flops_per_token(
     config: LlamaConfig, length: float, supervised: float = 1.0, lora: LoraConfig | None = None
 ) -> float:
-    """Useful operations a token, forward and backward, in documents of that mean length.
+    """Useful operations per token, forward and backward, in documents of this mean length.
 
     A token attends to half its document on average. Only supervised tokens reach the head; the
     embedding is a look-up. A frozen weight has no gradient, which saves two of six operations."""
@@ -181,7 +181,7 @@ class Throughput:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process has held: on its GPU, or else in memory."""
+    """The most bytes that this process has used: on its GPU, or else in host memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

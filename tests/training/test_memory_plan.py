@@ -328,7 +328,7 @@ def test_report_shows_categories_in_gib():
     report = report_plan(seven())
     assert f"weights     {6738415616 * 4 / 8 / GIB:8.2f} GiB a rank" in report
     assert f"peak        {peak_bytes(seven()) / GIB:8.2f} GiB a rank" in report
-    assert f"together    {peak_bytes(seven()) * 1.04 / GIB + 1.5:8.2f} GiB, of 80 GiB" in report
+    assert f"total       {peak_bytes(seven()) * 1.04 / GIB + 1.5:8.2f} GiB, of 80 GiB" in report
     for name in ("moments", "activations", "gathered", "reduced", "temporary", "margin"):
         assert f"\n{name}" in report
     assert "GB " not in report.split("\n", 1)[1] and "It fits." in report

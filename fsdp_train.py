@@ -156,7 +156,7 @@ def packed_rows(
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Start to copy a tensor, from pinned memory while a GPU computes the row before."""
+    """Start to copy a tensor; from pinned memory, a GPU computes the previous row meanwhile."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -190,7 +190,7 @@ def test_bos_is_put_first_if_the_model_expects_it():
     assert tiny(bos_id=6).encode("ab", bos=True) == [3]
 
 
-def test_token_text_is_for_a_person(tokenizer):
+def test_token_text_is_readable(tokenizer):
     byte = {tokenizer.bytes[i]: i for i in range(tokenizer.vocab_size)}
     shown = [tokenizer.token_text(byte[b]) for b in (b" ", b"\xe4", SPECIAL[0].encode())]
     assert shown == [" ", "<0xE4>", SPECIAL[0]] and tokenizer.piece(byte[b" "]) == "Ġ"
@@ -210,7 +210,7 @@ def test_ignore_merges_takes_a_whole_word():
     assert tiny(pieces=pieces, pre="llama-bpe").encode("bab") == [6]
 
 
-def test_encode_after_leaves_the_ids_before_alone():
+def test_encode_after_does_not_change_the_ids_before():
     tokenizer = tiny()
     assert tokenizer.encode_after("ab", " ab") == ([4], False)
     assert tokenizer.encode_after("a", "b ab") == ([1, 4], True)
@@ -245,6 +245,6 @@ def test_decode_names_the_tokenizer_of_an_id_it_lacks():
     ],
     ids=str,
 )
-def test_tokenizer_refuses_tables_that_do_not_fit(changes, error):
+def test_tokenizer_refuses_inconsistent_tables(changes, error):
     with pytest.raises(UserError, match=error):
         tiny(**changes)

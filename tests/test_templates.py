@@ -61,7 +61,7 @@ def show(ids: list[int], labels: list[int], tokenizer) -> str:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_labels_of_each_template_turn_by_turn(tmp_path, kind, name):
+def test_labels_of_each_template_by_turn(tmp_path, kind, name):
     tokenizer = load_tokenizer(write_chat_tokenizer(tmp_path, kind), template=name)
     assert isinstance(tokenizer, BPETokenizer)
     ids, labels, _ = encode_record({"messages": CHAT}, tokenizer)
@@ -145,7 +145,7 @@ def test_any_text_is_a_template_or_none(jinja):
         template.parts(CHAT)
 
 
-def test_hostile_templates_take_no_time():
+def test_hostile_templates_are_read_fast():
     start = time.process_time()
     for piece in ("{#", "{{", "{% '", '{{ "', "\\", "{{ '<|im_start|>system\n"):
         recognize(piece * (1 << 20 >> len(piece).bit_length()))

@@ -96,7 +96,7 @@ def test_unknown_component_is_refused_by_name(tmp_path, part, error):
     ],
     ids=str,
 )
-def test_damaged_model_is_one_line(tmp_path, model, error):
+def test_damaged_model_is_refused_in_one_line(tmp_path, model, error):
     content = content_of()
     content["model"] |= model
     with pytest.raises(UserError, match=error):

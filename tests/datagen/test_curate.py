@@ -441,7 +441,7 @@ def test_dropped_is_on_disk_before_kept(command, tmp_path, monkeypatch):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["data.json", "dropped.json"]
 
 
-def test_fix_refuses_what_would_lose_something(command, tmp_path):
+def test_fix_refuses_to_lose_records(command, tmp_path):
     source = write(tmp_path / "data.json", [record("Add", "", ""), record("Sing")])
     own = write(tmp_path / "own.json", [record("Add", "", "", flags=["mine"])])
     new, other, dangling = (tmp_path / name for name in ("new.json", "other.json", "link.json"))
@@ -462,7 +462,7 @@ def test_fix_refuses_what_would_lose_something(command, tmp_path):
         assert sorted(tmp_path.iterdir()) == before
 
 
-def test_long_texts_take_no_long_time():
+def test_long_texts_are_fast():
     """Patterns that try every way to split a run of spaces or dashes would take hours here."""
     start = time.process_time()
     runs = (" ", "\n", "-", "#", "a", "a ", "this ", "```", "[", "写", "image ", "1. ")

@@ -195,7 +195,7 @@ def test_source_is_a_records_own_or_its_files_name(tmp_path):
     assert two[:3] == [*given, ("one/data.jsonl", "")] and two[-1] == ("two/data.jsonl", "fr")
 
 
-def test_sources_are_grouped_by_size_and_the_smallest_of_many_together():
+def test_sources_are_grouped_by_size_and_the_smallest_join():
     origins = [Origin("", source, "") for source in "abbca"]
     assert list(group_by_source(origins).items()) == [("a", [0, 4]), ("b", [1, 2]), ("c", [3])]
     groups = group_by_source([Origin("", f"{i % 40}", "") for i in range(60)])

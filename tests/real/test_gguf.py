@@ -21,7 +21,7 @@ FILE = Path(os.environ.get("ALPACA_SMOLLM2", "no file"))
 pytestmark = pytest.mark.skipif(not FILE.is_file(), reason="ALPACA_SMOLLM2 names no GGUF file")
 
 
-def test_smollm2_is_read_whole():
+def test_smollm2_has_its_config_and_tensors():
     config, stored = open_checkpoint(FILE)
     assert config == LlamaConfig(
         vocab_size=49152,

@@ -88,7 +88,7 @@ def test_without_a_flag_the_bases_template_is_kept(base, tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["generate", "file", "chat", "answers"])
-def test_commands_ask_a_tuned_model_in_its_template(
+def test_commands_prompt_a_tuned_model_in_its_template(
     command, monkeypatch, asked, base, tuned, adapter, tmp_path, verb
 ):
     (tmp_path / "set.json").write_text(json.dumps([{"instruction": "Name a fruit."}]))
@@ -112,7 +112,7 @@ def test_commands_ask_a_tuned_model_in_its_template(
         assert asked.pop() == prompt_in(template, tuned) and not asked
 
 
-def test_server_asks_a_tuned_model_in_its_template(tuned):
+def test_server_prompts_a_tuned_model_in_its_template(tuned):
     tokenizer = load_tokenizer(tuned)
     for body, path in (
         ({"messages": QUESTION}, "/v1/chat/completions"),

@@ -386,7 +386,7 @@ def test_hours_depend_on_chip_ranks_and_rows(chip, gpus, rows, low, high):
     assert estimated_seconds(kept, CHIPS[chip]) < estimated_seconds(work, CHIPS[chip])
 
 
-def test_rows_are_as_long_as_fit(monkeypatch):
+def test_row_tokens_are_the_most_that_fit(monkeypatch):
     examples = random_examples(400)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     here = settle(TrainConfig(gpus=8), preset("7B"), examples, 10)

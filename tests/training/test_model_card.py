@@ -105,7 +105,7 @@ def test_trainer_writes_the_card_from_any_folder(tmp_path, monkeypatch):
     assert "is finished" in err and f"wrote {tmp_path / 'run' / 'model'}" in out
 
 
-def test_card_tells_uncommitted_changes(tmp_path):
+def test_card_names_uncommitted_changes(tmp_path):
     def git(*words: str) -> None:
         who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
         subprocess.run(["git", *who, *words], cwd=tmp_path, check=True)

@@ -48,7 +48,7 @@ def state(snapshots: Snapshots) -> dict[str, torch.Tensor]:
     return {name: tensor.to_local() for name, tensor in snapshots._tensors().items()}
 
 
-def test_state_comes_back_bit_for_bit(snapshots, monkeypatch):
+def test_state_is_restored_bit_for_bit(snapshots, monkeypatch):
     write, training = module.write_part, threading.Event()
     monkeypatch.setattr(module, "write_part", lambda *args: training.wait() and write(*args))
     state(snapshots)[NORM][:3] = torch.tensor([torch.nan, -torch.inf, -0.0])
@@ -130,7 +130,7 @@ def test_snapshot_is_overdue_after_fifteen_minutes(snapshots, monkeypatch):
     assert not snapshots.overdue()
 
 
-def test_only_the_newest_states_stay(snapshots):
+def test_save_removes_all_but_the_newest_states(snapshots):
     for name in ("step-x00009", "step-9", "step-000009.partial"):
         (snapshots.folder / name).mkdir()
     for step in (1, 2, 3, 1_000_000):

@@ -49,7 +49,7 @@ def read_model(file: Path) -> bytes:
 
 
 def expects_bos(file: Path) -> bool:
-    """Whether BOS comes before a text, as in LLaMA: a few others say that it does not."""
+    """Whether the model expects BOS before a text: yes, unless its files say otherwise."""
     if is_gguf(file):
         return read_gguf(file).metadata.get(ADD_BOS) is not False
     config = file.with_name("tokenizer_config.json")

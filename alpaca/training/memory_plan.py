@@ -4,19 +4,19 @@
 
 Weights, gradients and Adam's two moments are 16 bytes a parameter in fp32, divided among the ranks.
 With LoRA they are the adapter's; the frozen base is in the dtype that blocks compute in, or in
-integers, whole on every rank and dequantized one matrix at a time. A step has its peak in one of
+integers, whole on every rank and dequantized one matrix at a time. The phases that can need most:
 
     forward      at its end: what all blocks store, and the gradient of the head
-    block N      N blocks are left in the backward pass. This one is computed again and has whole
-                 gradients; those of the block before it are on their way to the other ranks in
-                 fp32, and the weights of the next one are gathered already
-    embedding    nearly all gradients are there, and those of embedding and head still whole
-    root         these two are reduced
+    block N      N blocks are left in the backward pass. This one is recomputed, and its gradients
+                 are not sharded yet. Those of the block before it are being reduced in fp32, and
+                 the weights of the next one are already gathered
+    embedding    nearly all gradients are sharded; those of embedding and head are not yet
+    root         these two are being reduced
 
-Few blocks left means few activations and many gradients, so the worst N is the first or the last.
-The estimate counts the tensors of model.py and FSDP in eager mode, and agrees with `--simulate`
-within 3 %; compiled blocks need less. MARGIN is for memory outside tensors. The longest row is that
-of the first steps, up to thousands. Activations: arXiv:2205.05198.
+The fewer blocks are left, the fewer activations and the more gradients there are, so the worst N is
+the first or the last. The estimate counts the tensors of model.py and FSDP in eager mode, and
+agrees with `--simulate` within 3 %; compiled blocks need less. MARGIN is memory outside tensors.
+The longest row is that of the first steps, up to thousands. Activations: arXiv:2205.05198.
 """
 
 from dataclasses import dataclass, replace

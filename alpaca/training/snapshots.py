@@ -14,8 +14,8 @@
   collectives.
 - A folder gets its name when all its files are written and synced, so a kill or a full disk costs
   the newest state at most.
-- A state is numbers and never code, and names no file. All else that a run must know is JSON, in
-  the run's folder.
+- A state holds tensors only: loading one cannot run code or open another file. A run's other data
+  is JSON, in the run's folder.
 """
 
 import json
@@ -61,7 +61,7 @@ class Snapshots:
             optimizer.register_step_pre_hook(lambda *_: self._wait_for_copies())
 
     def _tensors(self) -> dict[str, DTensor]:
-        """What a state holds."""
+        """The tensors of a state, by name."""
         tensors: dict[str, Any] = {}
         for name, parameter in trained_parameters(self.model).items():
             moments = self.optimizer.state[parameter]
@@ -89,7 +89,7 @@ class Snapshots:
         return done
 
     def save(self, step: int) -> None:
-        """Start to write a state, when the one before is written."""
+        """Start to write a state, after the one before has been written."""
         self.finish()
         tensors = list(self._tensors().items())
         shards = tensors[0][1].device_mesh["shard"].size()

@@ -81,7 +81,7 @@ def projection_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
 
 
 def matrix_parameters(config: LlamaConfig) -> int:
-    """Of one block."""
+    """Parameters of one block's matrices."""
     return sum(N * K for N, K in projection_shapes(config).values())
 
 
@@ -90,7 +90,7 @@ def block_parameters(config: LlamaConfig) -> int:
 
 
 def root_parameters(config: LlamaConfig) -> int:
-    """Outside the blocks: embedding, last norm, head."""
+    """Parameters outside the blocks: embedding, last norm, head."""
     tables = 1 if config.tie_word_embeddings else 2
     return tables * config.vocab_size * config.hidden_size + config.hidden_size
 

@@ -86,7 +86,8 @@ def block_activations(work: Workload) -> float:
     lora = work.config.lora
     if not lora:
         norm = 4 * width + 2 * size * width  # fp32 copy, normalized, and times the weight
-        joined = size * query  # documents' results as one row
+        flash = is_for_gpu(work.config) and size == 2
+        joined = 0 if flash else size * query  # documents' results as one row
         return 2 * norm + attention + joined + 4 * size * inner
     # a frozen weight does not need its input: only A and B do
     if lora.dropout:  # each projection's own input, and its mask

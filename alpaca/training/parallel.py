@@ -24,22 +24,23 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from alpaca.common.errors import UserError, describe_error
 from alpaca.weights.checkpoint import is_finite, stored_tensors
 from model import Block, Llama, LlamaConfig
 
-MATMULS = [torch.ops.aten.mm.default] + [
-    getattr(namespace, name).default
-    for namespace, name in (
-        (torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"),
-        (torch.ops.aten, "_scaled_dot_product_flash_attention"),
-        (torch.ops.aten, "_scaled_dot_product_efficient_attention"),
-        (torch.ops.torch_attn, "_varlen_attn"),
-    )
-    if hasattr(namespace, name)
-]
+SAVED = {  # by name: some of these operations exist after an import that costs seconds only
+    "aten::mm",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "torch_attn::_varlen_attn",
+}
 # In the message of a collective that failed because another rank ended.
 PEER_FAILURES = (
     "connection closed",
@@ -64,9 +65,14 @@ def apply_activation_checkpointing(model: Llama, mode: str) -> None:
         return
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, MATMULS)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, save_products)
     for block in blocks_of(model):  # replacing `forward` instead of wrapping keeps names
         block.forward = checkpointed(block.forward, options)
+
+
+def save_products(context: Any, operation: Any, *args, **kwargs) -> CheckpointPolicy:
+    saved = operation.name() in SAVED
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def checkpointed(forward: Callable, options: dict[str, Any]) -> Callable:

@@ -160,7 +160,7 @@ def simulated(work: Workload) -> dict[str, float]:
 
 def shallow(name: str, tokens: int, layers: int = 3, rows: int = 1, **settings) -> Workload:
     model = replace(preset(name), num_hidden_layers=layers)
-    return Workload(TrainConfig(**settings), model, tokens, 0.5, rows)
+    return Workload(TrainConfig(chip="H100", **settings), model, tokens, 0.5, rows)
 
 
 def test_simulation_finds_what_the_plan_says():

@@ -4,8 +4,11 @@ import os
 
 import pytest
 import torch
+from helpers.flash import flash_on_cpu
+from helpers.models import small_config
 
-from alpaca.training.parallel import process_group
+from alpaca.training.parallel import apply_activation_checkpointing, process_group
+from model import Llama
 
 
 def cuda_settings() -> tuple:
@@ -34,3 +37,14 @@ def test_kernels_are_deterministic_before_cuda_starts(monkeypatch):
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = True
     assert caught.value.args[0] == (":4096:8", True, False)
+
+
+@pytest.mark.parametrize(("mode", "times"), [("full", 2), ("selective", 1), ("none", 1)])
+def test_attention_is_recomputed_only_with_full_checkpointing(monkeypatch, mode, times):
+    """A GPU's: its kernel once was not among the results that `selective` stores."""
+    calls = flash_on_cpu(monkeypatch)
+    model = Llama(small_config()).bfloat16()
+    apply_activation_checkpointing(model, mode)
+    ids, bounds = torch.arange(24)[None], torch.tensor([0, 10, 24], dtype=torch.int32)
+    model(ids, bounds, labels=ids).backward()
+    assert len(calls) == times * len(model.model.layers)

@@ -74,6 +74,7 @@ def ours(dtype: str, steps: int, lora: bool = False) -> list[float]:
             out=Path(folder) / "run",
             epochs=1,
             batch_size=BATCH,
+            row_tokens=4096,
             dtype=dtype,
             checkpointing="none",
             save_every=0,

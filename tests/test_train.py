@@ -191,7 +191,7 @@ def test_loss_that_is_not_finite_changes_no_weights(base, tmp_path, watch):
     watch(before, after)
     out = tmp_path / "run"
     code, _, err = train(flags(base, out, learning_rate=1e25, save_every=1, warmup_ratio=0))
-    assert code == 2 and err.count("error") == 1 and "records.json record" in err
+    assert code == 2 and err.count("error") == 1 and "records.json, record" in err
     step = int(re.search(r"step (\d+): the loss is (nan|inf)", err)[1])
     assert [r["step"] for r in metrics(out)] == list(range(1, step))
     saved = [int(p.name[5:]) for p in (out / "checkpoints").glob("step-??????")]

@@ -118,6 +118,17 @@ def openings(instructions: Iterable[str]) -> list[tuple[str, int, Bars]]:
     return sorted(found, key=lambda entry: -entry[1])
 
 
+def instances_of(record: list[dict]) -> list[dict]:
+    """A record's instructions with their outputs. All questions of a conversation are its
+    instruction, and each answer is an output. A plain text has none."""
+    instances = [case for case in record if "instruction" in case]
+    for turns in (case["messages"] for case in record if "messages" in case):
+        asked = "\n\n".join(turn["content"] for turn in turns if turn["role"] == "user")
+        answers = (turn["content"] for turn in turns if turn["role"] == "assistant")
+        instances += [{"instruction": asked, "input": "", "output": text} for text in answers]
+    return instances
+
+
 # ---------------------------------------------------------------- report
 
 
@@ -187,16 +198,15 @@ def run_report(args: argparse.Namespace) -> None:
     records, is_run = [record for _, record in read_source(args.source)], args.source.is_dir()
     if not records and not is_run:
         raise UserError(f"{args.source}: no records in it")
-    tasks = [record for record in records if "instruction" in record[0]]
+    tasks = [task for task in map(instances_of, records) if task]
     instances = [instance for task in tasks for instance in task]
     instructions = [task[0]["instruction"] for task in tasks]
     inputs = [instance["input"] for instance in instances if instance["input"]]
     more = f" with {len(instances):,} instances" if len(instances) > len(tasks) else ""
     head = f"{len(tasks):,} records{more}, {len(inputs):,} with input"
     lines = [f"{printable(str(args.source), 200)}: {head}"]
-    for field, kind in (("messages", "conversations"), ("text", "plain texts")):
-        if count := sum(field in record[0] for record in records):
-            lines.append(f"{count:,} {kind} left out")
+    if count := len(records) - len(tasks):
+        lines.append(f"{count:,} plain texts left out")
     lines += generation_lines(args.source, len(tasks), args.num) if is_run else ()
     lines += word_counts("instructions", instructions)
     lines += word_counts("inputs", inputs)
@@ -246,7 +256,7 @@ def run_lint(args: argparse.Namespace) -> None:
     if not records:
         raise UserError(f"{args.source}: no records in it")
     for number, (_, record) in enumerate(records, 1):
-        if "instruction" in record[0] and (found := find_defects(record, earlier)):
+        if found := find_defects(instances_of(record), earlier):
             defects[number] = found
     if outputs:
         split_records(args, [raw for raw, _ in records], defects)

@@ -140,7 +140,11 @@ def normalize_all(
     reasons = [f"{len(p)} because {why} (first {p[0]})" for why, p in skipped.items()]
     if total > MAX_SKIPPED * count:
         first, (place, *_) = next(iter(skipped.items()))
-        raise UserError(f"{place}: {first}; {total} of {count} records are unusable: remove them")
+        counts = join_names(f"{len(p)} because {why}" for why, p in skipped.items())
+        raise UserError(
+            f"{place}: {first}; {total} of {count} records are unusable, at most a tenth may be "
+            f"({counts}): remove them"
+        )
     if skipped:
         notice(f"{total} of {count} records skipped: {join_names(reasons)}")
 

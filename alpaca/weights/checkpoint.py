@@ -138,7 +138,9 @@ def is_meta(folder: Path) -> bool:
 
 def no_such_model(path: Path) -> UserError:
     name, hint = str(path), ""
-    if re.fullmatch(r"[\w-]+/[\w.-]+", name) and not path.exists():  # perhaps a name of the hub
+    if path.exists():
+        return UserError(f"{path}: neither a folder nor a GGUF file")
+    if re.fullmatch(r"[\w-]+/[\w.-]+", name):  # perhaps a name of the hub
         hint = f": hf download {name} --local-dir {path.name}"
     return UserError(f"{path}: no such folder or GGUF file{hint}")
 

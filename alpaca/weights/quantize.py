@@ -188,11 +188,11 @@ def run(args: argparse.Namespace) -> None:
                 raise UserError(f"{args.model_dir}: {name} holds numbers too large to round")
             errors.append((error.item(), name))
     mean, (largest, name) = sum(error for error, _ in errors) / len(errors), max(errors)
-    before, after = (sum(tensor_bytes(t).values()) for t in (source.stored, source.file_shapes()))
+    size = sum(tensor_bytes(source.file_shapes()).values())
     print(
         f"{len(errors)} tensors rounded; relative error {mean:.4f} on average, "
         f"at most {largest:.4f} ({name})\n"
-        f"{before:,} bytes as stored, {after:,} bytes quantized"
+        f"{size:,} bytes"
     )
     if args.out:
         save_quantized(source, args.out, tokenizer)

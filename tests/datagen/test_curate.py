@@ -173,10 +173,10 @@ def test_report_counts_instances_conversations_and_texts(command, tmp_path):
     mixed = [{"conversations": turns}, {"text": "Once"}, {"text": "Twice"}]
     mixed.append({"instruction": "Add it up", "instances": instances})
     code, out, _ = command("curate", "report", write(tmp_path / "mixed.json", mixed))
-    assert code == 0 and "mixed.json: 1 records with 2 instances, 2 with input\n" in out
-    assert "1 conversations left out\n2 plain texts left out\n" in out
+    assert code == 0 and "mixed.json: 2 records with 3 instances, 2 with input\n" in out
+    assert "2 plain texts left out\n" in out
     assert "\nNo similarity to seed tasks" in out
-    assert "instructions (mean 3.0" in out and "inputs (mean 1.5" in out and "Cost" not in out
+    assert "instructions (mean 2.0" in out and "inputs (mean 1.5" in out and "Cost" not in out
 
 
 def test_pictures_are_well_formed_and_have_no_script(command, folder):
@@ -375,6 +375,21 @@ def test_lint_flags_a_record_for_any_of_its_instances(command, tmp_path):
     broken = {"empty output", "placeholder input"}
     assert counts == {name: int(name in broken) for name in RULES}
     assert "record 2: N/A\n" in out
+
+
+def test_lint_inspects_each_answer_of_a_conversation(command, tmp_path):
+    def conversation(*texts: str) -> dict:
+        return {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]}
+
+    roles = ("user", "assistant", "user", "assistant")
+    data = [
+        conversation("Hi.", "Hello.", "Sing!", "La."),
+        conversation("Hi.", "Hello.", "Go on", "N/A"),
+    ]
+    data += [conversation("Count.", "1", "Sing!", "La, la.")]  # asked after something else
+    code, out, _ = command("curate", "lint", write(tmp_path / "chats.json", data))
+    assert code == 0 and "1 of 3 records flagged" in out
+    assert "record 2: 'N/A': Hi. Go on\n" in out and "0  duplicate" in out
 
 
 def test_lint_examples_cannot_control_the_terminal(command, tmp_path):

@@ -98,7 +98,9 @@ def test_model_flags_and_stats(command):
     assert code == 0 and len(out) > 1 and "tokens/s" in err
 
 
-def test_file_is_answered_in_order_and_resumes(command, engine, tmp_path):
+def test_file_is_answered_in_order_and_resumes(command, tmp_path):
+    # in bf16, some CPUs round a row differently when it is alone and in a batch
+    engine = Engine(load_model(TINY, dtype=torch.float32), load_tokenizer(TINY))
     words = (("a", ""), ("b", "x y"), ("c", ""), ("d", "中"), ("e", ""))
     questions = [{"instruction": f"Say {word}.", "input": given} for word, given in words]
     file, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
@@ -107,7 +109,7 @@ def test_file_is_answered_in_order_and_resumes(command, engine, tmp_path):
         {**q, "output": expected(engine, **q, temperature=1.5, seed=4 + i)}
         for i, q in enumerate(questions)
     ]
-    flags = ("--file", file, "--temperature", 1.5, "--seed", 4)
+    flags = ("--file", file, "--dtype", "fp32", "--temperature", 1.5, "--seed", 4)
     code, printed, _ = generate(command, *flags, "--max-batch-size", 2)
     assert code == 0 and [json.loads(line) for line in printed.splitlines()] == answers
     assert generate(command, *flags, "--out", out, "--max-batch-size", 3)[0] == 0
@@ -163,7 +165,7 @@ def test_user_errors_are_one_line(command, tmp_path):
         (("a", "--max-new-tokens", 0), "--max-new-tokens"),
         (("word " * 900,), "too many"),
         (("a", "--model-dir", tmp_path / "none"), "none"),
-        (("a", "--model-dir", __file__), "no such folder or GGUF file"),
+        (("a", "--model-dir", __file__), "neither a folder nor a GGUF file"),
         (("a", "--model-dir", "meta-llama/Llama-3.2-1B"), "hf download meta-llama/Llama-3.2-1B"),
         (("a", "--adapter", tmp_path), "no adapter_config.json in it"),
     ):

@@ -68,7 +68,10 @@ class TrainConfig:
         None, "chat template (default: the base model's, else alpaca)", choices=tuple(TEMPLATES)
     )
     data: tuple[str, ...] = flag(
-        (), "records, JSON or JSONL; FILE:2 repeats them", nargs="+", metavar="FILE[:WEIGHT]"
+        (),
+        "records of any published form (README.md); FILE:2 repeats them",
+        nargs="+",
+        metavar="FILE[:WEIGHT]",
     )
     oasst: str = flag("best", "which replies of OpenAssistant's trees", choices=("best", "all"))
     languages: tuple[str, ...] = flag(

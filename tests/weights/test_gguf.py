@@ -321,7 +321,7 @@ def test_merges_that_llama_cpp_would_not_ignore_are_refused(command, tmp_path):
     base, content = write_bpe_model(tmp_path / "base", "smollm"), content_of("smollm")
     content["model"]["ignore_merges"] = True
     write_bpe(base, content)
-    words = "llama.cpp ignores merges for Llama 3's tokenizer only"
+    words = "llama.cpp ignores merges only for Llama 3's tokenizer"
     assert_refused(command("convert", base, tmp_path / "m.gguf"), words)
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import signal
 import sys
 
 from alpaca.common.errors import notice, run_command
@@ -50,7 +51,9 @@ def main() -> None:
         hint = f"did you mean {similar[0]}?" if similar else f"one of {', '.join(VERBS)}"
         notice(f"error: unknown verb {verb!r}: {hint}")
         sys.exit(2)
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in an import just ends it
     module, parser = load_verb(verb)
+    signal.signal(signal.SIGINT, handler)
     arguments, sys.argv = sys.argv[2:], [f"alpaca {verb}"]  # the name that errors begin with
     run_command(lambda: module.run(parser.parse_args(arguments)))
 

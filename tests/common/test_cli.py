@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,14 @@ def test_every_verb_explains_itself_and_refuses_an_unknown_flag(verb, command):
     code, out, err = command(verb, "--no-such-flag")
     assert code == 2 and not out and err.startswith(f"alpaca {verb}: error: ")
     assert err.count("\n") == 1 and len(err) < 300
+
+
+def test_interrupt_while_modules_load_shows_no_traceback():
+    code = "import os, signal, sys, alpaca.__main__ as program\n"
+    code += "program.load_verb = lambda verb: os.kill(os.getpid(), signal.SIGINT)\n"
+    code += "sys.argv = ['alpaca', 'generate']; program.main()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 def test_unknown_verb_is_answered_with_the_closest(command):

@@ -2,8 +2,8 @@
 
 Half of the tokens are supervised; an adapter has the default rank and targets.
 
-python -m bench.plan                # the stored table
-python -m bench.plan --simulate     # makes it again: a quarter of an hour on one core, no GPU
+    python -m bench.plan                # the stored table
+    python -m bench.plan --simulate     # makes it again: a quarter of an hour on one core, no GPU
 """
 
 import sys

@@ -5,12 +5,13 @@ Python takes longer than running them. A CUDA graph records the launches once an
 
 A recorded graph always runs the same kernels on the same memory, so
 
-  - there is one graph for each batch size 1, 2, 4 …, and a batch is filled up to the next of these;
+  - there is one graph for each batch size 1, 2, 4 … and each reach 256, 512 …, the positions of the
+    cache that attention reads: a step takes the next size and reach that are large enough;
   - ids are copied into the tensor that the graph reads, and the logits are read from the tensor
     that it writes, before the next replay.
 
-Recording runs the step. That is harmless while all slots of the cache are empty, since an empty
-slot stays empty whatever is computed for it.
+A graph is recorded when it is first needed. Recording runs the step, which stores keys and values
+behind each sequence's last; with the lengths restored, the replay that follows replaces them.
 """
 
 from collections.abc import Callable
@@ -22,29 +23,32 @@ WARM_UP = 3  # runs before the recording, in which kernels are compiled and chos
 
 
 class CudaGraphs:
-    """`step(ids)` maps ids (B) to logits (B, V), for every B in `sizes`."""
+    """`step(ids, reach)` maps ids (B) to logits (B, V), and adds 1 to the cache's `lengths`."""
 
-    def __init__(self, step: Callable[[Tensor], Tensor], sizes: list[int], device: torch.device):
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        pool = None
-        with torch.inference_mode():
-            for size in reversed(sizes):  # the largest first: the others fit into its memory
-                ids = torch.zeros(size, dtype=torch.int64, device=device)
-                side_stream = torch.cuda.Stream()
-                side_stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side_stream):
-                    for _ in range(WARM_UP):
-                        step(ids)
-                torch.cuda.current_stream().wait_stream(side_stream)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
-                    logits = step(ids)
-                pool = graph.pool()
-                self.graphs[size] = graph, ids, logits
+    def __init__(self, step: Callable[[Tensor, int], Tensor], lengths: Tensor):
+        self.step, self.lengths, self.pool = step, lengths, None
+        self.graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
 
-    def replay(self, ids: Tensor) -> Tensor:
+    def record(self, ids: Tensor, reach: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        lengths = self.lengths.clone()
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
+            for _ in range(WARM_UP):
+                self.step(ids, reach)
+                self.lengths.copy_(lengths)
+        torch.cuda.current_stream().wait_stream(side_stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):  # one at a time runs: they share memory
+            logits = self.step(ids, reach)
+        self.pool = graph.pool()
+        return graph, ids, logits
+
+    def replay(self, ids: Tensor, reach: int) -> Tensor:
         """Logits (B, V), valid until the next replay."""
-        graph, graph_ids, logits = self.graphs[len(ids)]
+        if (key := (len(ids), reach)) not in self.graphs:
+            self.graphs[key] = self.record(ids, reach)
+        graph, graph_ids, logits = self.graphs[key]
         graph_ids.copy_(ids)
         graph.replay()
         return logits

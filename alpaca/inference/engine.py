@@ -37,6 +37,7 @@ from model import KVCache, Llama
 from tokenizer import Tokenizer, check_tokenizer, end_ids
 
 PREFILL_TOKENS = 2048  # prompts are prefilled together up to about this many tokens
+SHORTEST_REACH = 256  # positions of the cache that a step on a GPU reads at least
 LENGTH_MULTIPLE = 16  # prompts are padded to it: on a CPU, oneDNN stores a kernel per length
 
 
@@ -144,15 +145,11 @@ class Engine:
         self.cache.static = compile or weight.is_cuda
         self.waiting: deque[Sequence] = deque()
         self.active: list[Sequence] = []  # sequence i is in slot i of the cache
-        powers = {min(2**i, max_batch_size) for i in range(max_batch_size.bit_length() + 1)}
-        self.batch_sizes = sorted(powers)  # for static shapes
         self.decode_step = decode_step
-        if compile:  # once for each batch size of each engine
-            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        if compile:  # once for each batch size and reach of each engine
+            torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
             self.decode_step = torch.compile(decode_step, dynamic=False)
-        self.graphs = None
-        if weight.is_cuda:
-            self.graphs = CudaGraphs(self.decode_slots, self.batch_sizes, self.device)
+        self.graphs = CudaGraphs(self.decode_slots, self.cache.lengths) if weight.is_cuda else None
 
     # ------------------------------------------------------------ one step
 
@@ -214,15 +211,21 @@ class Engine:
     def decode(self) -> Tensor:
         """Run each active sequence's last token through the model; logits (B, V)."""
         B = size = len(self.active)
-        if self.cache.static:  # the slots behind B are empty
-            size = min(n for n in self.batch_sizes if n >= B)
+        reach = self.max_length
+        if self.cache.static:  # few sizes and reaches; the slots behind B are empty
+            longest = max(len(s.prompt) + len(s.ids) for s in self.active)
+            size = min(power_of_two(B), self.max_batch_size)
+            reach = min(max(power_of_two(longest), SHORTEST_REACH), self.max_length)
         last_ids = [s.ids[-1] for s in self.active] + [0] * (size - B)
         ids = torch.tensor(last_ids, device=self.device)
-        logits = self.graphs.replay(ids) if self.graphs else self.decode_slots(ids)
-        return logits[:B]
+        step = self.graphs.replay if self.graphs else self.decode_slots
+        return step(ids, reach)[:B]
 
-    def decode_slots(self, ids: Tensor) -> Tensor:
-        return self.decode_step(self.model, ids, self.cache[: len(ids)])
+    def decode_slots(self, ids: Tensor, reach: int) -> Tensor:
+        """Logits (B, V) for ids (B), from the first `reach` positions of the cache."""
+        cache = self.cache[: len(ids)]
+        cache.k, cache.v = cache.k[..., :reach, :], cache.v[..., :reach, :]
+        return self.decode_step(self.model, ids, cache)
 
     def sample_and_append(self, logits: Tensor) -> None:
         """Sample a token from logits (B, V) for every active sequence."""
@@ -237,15 +240,14 @@ class Engine:
                 seen = torch.tensor(sorted({*s.prompt, *s.ids}), device=self.device)
                 seen = seen[seen < logits.shape[1]]
                 logits[row] = penalize_repetition(logits[row], s.params.repetition_penalty, seen)
-        finite = logits.amax(-1).isfinite().tolist()  # a sequence with NaN fails alone
-        if not all(finite):
-            logits = torch.where(torch.tensor(finite, device=self.device)[:, None], logits, 0)
         uniforms = [s.random.random() if s.params.temperature else 0.0 for s in self.active]
-        tokens = sample(logits, [s.params for s in self.active], uniforms).tolist()
+        sampled = sample(logits, [s.params for s in self.active], uniforms)
+        finite = logits.amax(-1).isfinite()  # a sequence with NaN fails alone
+        tokens = sampled.where(finite, -1).tolist()  # the only wait for a GPU in a greedy step
         for row, s in enumerate(self.active):
             if s.finish_reason is not None:  # cancelled since the step began
                 continue
-            if not finite[row]:
+            if tokens[row] < 0:
                 s.end("failed")
                 continue
             if s.params.logprobs is not None:
@@ -313,6 +315,11 @@ class Engine:
 
     def stream(self, prompt: list[int], params: SamplingParams = GREEDY) -> Iterator[str]:
         return self.stream_text(self.add(prompt, params))
+
+
+def power_of_two(n: int) -> int:
+    """The next one from n on."""
+    return 1 << (n - 1).bit_length()
 
 
 def copy_slot(cache: KVCache, source: int, target: int) -> None:

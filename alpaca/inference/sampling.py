@@ -124,7 +124,7 @@ def draw(p: Tensor, u: Tensor) -> Tensor:
     total = cumulative[:, -1:].contiguous()
     index = torch.searchsorted(cumulative, u * total, right=True)
     last = torch.searchsorted(cumulative, total)  # u < 1, but u · total may round up to total
-    return torch.minimum(index, last)[:, 0]
+    return torch.minimum(index, last)[:, 0].clamp(max=p.shape[1] - 1)  # of NaN: any index
 
 
 def draw_filtered(p: Tensor, params: list[SamplingParams], u: Tensor) -> Tensor:

@@ -6,58 +6,69 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from helpers.decoding import TOKENIZER, new_model, plain_greedy, prompts_of
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+)
 
 from alpaca.inference.cuda_graphs import CudaGraphs
-from alpaca.inference.engine import Engine, decode_step
+from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
-from model import KVCache
 
 
-def test_engine_replays_a_graph_for_each_batch_size(monkeypatch):
+def test_engine_replays_a_graph_for_each_batch_size_and_reach(monkeypatch):
     """Simulated: a recorded call is repeated on the tensors that it had."""
-    engine = Engine(new_model(), TOKENIZER, max_batch_size=3)
+    engine = Engine(new_model(max_position_embeddings=600), TOKENIZER, max_batch_size=3)
     engine.cache.static = True
     calls, replayed = [], []
 
-    def step(ids):
-        calls.append((ids, engine.decode_slots(ids)))
-        return calls[-1][1]
+    def step(ids, reach):
+        engine.cache.v[:, :, :, reach:] = torch.nan  # spoils the logits if it is read
+        calls.append((ids, reach, engine.decode_slots(ids, reach)))
+        engine.cache.v[:, :, :, reach:] = 0
+        return calls[-1][2]
 
     class Graph(MagicMock):
         def replay(self):
-            ids, logits = self.recorded
-            logits.copy_(engine.decode_slots(ids))
-            replayed.append(len(ids))
+            ids, reach, logits = self.recorded
+            logits.copy_(step(ids, reach))
+            replayed.append((len(ids), reach))
 
     @contextmanager
     def graph(recording, pool):
+        lengths = engine.cache.lengths.clone()
         yield
         recording.recorded = calls[-1]
+        engine.cache.lengths.copy_(lengths)  # a real recording computes nothing
 
     fakes = {"CUDAGraph": Graph, "graph": graph, "Stream": MagicMock, "current_stream": MagicMock}
     for name, fake in {**fakes, "stream": lambda _: nullcontext()}.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    engine.graphs = CudaGraphs(step, engine.batch_sizes, engine.device)
-    assert engine.batch_sizes == [1, 2, 3] and len(calls) == 12
-    assert not engine.cache.lengths.any(), "recording filled a slot"
-    prompts, params = prompts_of(5, 1, 17, 9, 2), SamplingParams(max_new_tokens=20)
+    engine.graphs = CudaGraphs(step, engine.cache.lengths)
+    prompts, params = prompts_of(5, 1, 17, 509, 247), SamplingParams(max_new_tokens=20)
     answers = engine.generate(prompts[:4], params) + engine.generate(prompts[3:], params)
     expected = [plain_greedy(engine.model, prompt, 20) for prompt in (*prompts[:4], *prompts[3:])]
-    assert [answer.ids for answer in answers] == expected and set(replayed) == {1, 2, 3}
+    assert [answer.ids for answer in answers] == expected
+    used = {(3, 256), (1, 512), (1, 600), (2, 512), (2, 600)}
+    assert set(replayed) == set(engine.graphs.graphs) == used
 
 
-@torch.inference_mode()
-def test_decoding_step_does_not_wait_for_the_gpu():
+def test_greedy_step_waits_for_the_gpu_once(monkeypatch):
     """Fake tensors refuse what depends on their numbers; a graph could not record it either."""
+    waits, prompts = [], prompts_of(3, 4)
+    monkeypatch.setattr(FakeTensor, "tolist", lambda x: waits.append(len(x)) or [5] * len(x))
     with FakeTensorMode():
-        model = new_model()
-        cache = KVCache(model.config, slots=2, max_length=16)
-        cache.static = True
-        assert decode_step(model, torch.ones(2, dtype=torch.int64), cache).shape[0] == 2
-        cache.static = False
+        engine = Engine(new_model(), TOKENIZER, max_batch_size=2)
+        engine.active = [engine.add(prompt) for prompt in prompts]
+        engine.waiting.clear()
+        for sequence in engine.active:
+            sequence.append(5)
+        engine.cache.static = True
+        assert [s.ids for s in engine.step()] == [[5, 5], [5, 5]] and waits == [2]
+        engine.cache.static = False
         with pytest.raises(DataDependentOutputException):
-            decode_step(model, torch.ones(2, dtype=torch.int64), cache)
+            engine.step()
 
 
 @pytest.mark.gpu

@@ -189,7 +189,8 @@ def test_prompt_that_cannot_be_answered_is_refused():
         Engine(endless, TOKENIZER, max_batch_size=1 << 16)
 
 
-def test_sequence_with_nan_fails_alone():
+@pytest.mark.parametrize("sampling", [(0.0,), (1.0,), (1.0, 5), (1.0, 0, 0.9)])
+def test_sequence_with_nan_fails_alone(sampling):
     """One token's embedding is NaN: only the sequence with it in the prompt fails."""
     model, params = new_model(), SamplingParams(max_new_tokens=9)
     good, bad = prompts_of(6, 7)
@@ -197,7 +198,8 @@ def test_sequence_with_nan_fails_alone():
     unused = next(i for i in range(3, 1024) if i not in (*good, *expected))
     model.model.embed_tokens.weight.data[unused] = float("nan")
     engine = Engine(model, TOKENIZER, max_batch_size=2)
-    first, second = engine.add([*bad, unused], params), engine.add(good, params)
+    first = engine.add([*bad, unused], SamplingParams(*sampling))
+    second = engine.add(good, params)
     while engine.busy:
         engine.step()
     assert first.finish_reason == "failed" and second.ids == expected

@@ -3,11 +3,13 @@
 import pytest
 from helpers.generation import SEEDS, arguments, read
 from helpers.teacher_server import Server
-from rouge_score import rouge_scorer
 
 import selfinstruct
 from alpaca.common.json_files import read_log
 from rougel import tokenize
+
+reason = "the package rouge_score is not installed"
+rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer", reason=reason)
 
 
 def test_similarities_are_rouge_score_s(tmp_path, command):

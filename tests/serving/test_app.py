@@ -11,7 +11,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import openai
 import pytest
 from helpers import teacher_server
 from helpers.commands import ROOT, assert_refused
@@ -35,6 +34,8 @@ from alpaca.inference.sampling import SamplingParams
 from alpaca.serving import app, scheduler, serve
 from alpaca.serving.moderation import Filter, FilterUnavailable, RuleFilter, make_filter
 from templates import format_prompt
+
+openai = pytest.importorskip("openai", reason="the package openai is not installed")
 
 FRUIT = "Name a fruit."
 LONG = ("--max-new-tokens", 3000)

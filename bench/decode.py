@@ -51,7 +51,10 @@ GGUF_TYPES = {16: "BF16", 8: "Q8_0", 4: "Q4_0"}
 class NoTokenizer:
     """A random model's tokens are no text, and no token ends an answer."""
 
-    bos_id, eos_id, vocab_size = 1, -1, 32000
+    bos_id, eos_id, template = 1, -1, None
+
+    def __init__(self, vocab_size: int = 32000):
+        self.vocab_size = vocab_size
 
     def stream(self, after=()) -> "NoTokenizer":
         return self
@@ -63,9 +66,9 @@ class NoTokenizer:
         return ""
 
 
-def random_prompts(count: int) -> list[list[int]]:
+def random_prompts(count: int, vocab_size: int = 32000) -> list[list[int]]:
     torch.manual_seed(1)
-    return torch.randint(3, 32000, (count, PROMPT)).tolist()
+    return torch.randint(3, vocab_size, (count, PROMPT)).tolist()
 
 
 # ---------------------------------------------------------------- sides: load, return a run
@@ -81,8 +84,11 @@ def rates(prefill_s: float, total_s: float, sequences: int = 1) -> dict:
 
 def ours(folder: str, batch_size: int, device: str) -> Callable[[], dict]:
     model = optimize_layout(load_model(folder, device=device))
-    engine = Engine(model, NoTokenizer(), batch_size, PROMPT + NEW)
-    prompts = random_prompts(batch_size)
+    return with_engine(Engine(model, NoTokenizer(), batch_size, PROMPT + NEW), batch_size)
+
+
+def with_engine(engine: Engine, batch_size: int) -> Callable[[], dict]:
+    prompts = random_prompts(batch_size, engine.tokenizer.vocab_size)
 
     def run() -> dict:
         sequences = [engine.add(ids, SamplingParams(max_new_tokens=NEW)) for ids in prompts]
@@ -103,7 +109,12 @@ def with_transformers(folder: str, batch_size: int, device: str) -> Callable[[],
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(device)
-    ids = torch.tensor(random_prompts(batch_size), device=device)
+    return with_generate(model, batch_size)
+
+
+def with_generate(model, batch_size: int) -> Callable[[], dict]:
+    prompts = random_prompts(batch_size, model.config.vocab_size)
+    ids = torch.tensor(prompts, device=model.device)
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     options["attention_mask"] = torch.ones_like(ids)
 

@@ -1,52 +1,106 @@
-"""Decoding a 7B on one GPU: tokens a second against transformers, and the memory's limit.
+"""Decoding on one GPU: tokens a second against transformers' `generate`, and the memory's limit.
 
-    python -m bench.gpu_decode [--runs 5]
+    python -m bench.gpu_decode                                     # 16, 8 and 4 bits: three tables
+    python -m bench.gpu_decode --only 16                           # one of them: under ten minutes
+    python -m bench.gpu_decode --device cpu --preset tiny --only 4 # a dry run, on any machine
 
-A random LLaMA-7B in bf16 (13.5 GB in a temporary folder) answers one prompt of 64 tokens with 64
-new ones, then 32 such prompts at once; ours with 8 and 4 bits too. Sides and limit are those of
-bench/decode.py, in the GPU's memory.
+A random 7B, made on the GPU, answers one prompt of 64 tokens with 64 new ones, then 32 such prompts
+at once. `generate` always has bf16 weights; without transformers its lines are left out. The sides
+run one after the other, each in a process of its own. Decoding a token reads every weight once,
+except the embedding: the limit is the rate at which memory is read, divided by these bytes. On a
+machine without a GPU this prints the newest tables of bench/results.
 """
 
+import json
 import statistics
-import tempfile
-from pathlib import Path
+from importlib.util import find_spec
+from unittest import mock
 
-from bench.decode import bytes_per_token, run_loaded_in_turns, write_quantized
-from bench.measure import bench_parser, gpu_table, table, table_line
-from bench.models import write_random
+import torch
 
-TITLE, BATCH_SIZES = "Decode a 7B on one GPU", (1, 32)
+from alpaca.inference.engine import Engine
+from alpaca.weights import loading
+from alpaca.weights.presets import preset
+from bench.decode import NEW, PROMPT, NoTokenizer, bandwidth, with_engine, with_generate
+from bench.measure import gpu, gpu_parser, number, run_sides, stamp, store, stored
+from bench.models import hf_random, random_source
+
+BATCH_SIZES, RUNS = (1, 32), 5
 
 
-def measure(runs: int) -> str:
-    with tempfile.TemporaryDirectory() as scratch:
-        write_random(plain := Path(scratch) / "bf16", "7B")
-        folders = write_quantized(plain)
-        sides = {"memory": ("bandwidth", "", 1)}
-        for size in BATCH_SIZES:
-            for bits, folder in folders.items():
-                sides[f"ours {bits}, {size}"] = ("ours", folder, size)
-            sides[f"transformers, {size}"] = ("transformers", plain, size)
-        figures = run_loaded_in_turns(sides, runs, "cuda")
-        rate = statistics.median(figures["memory"]["GB/s"])
-        limits = {bits: rate * 1e9 / bytes_per_token(f) for bits, f in folders.items()}
-    lines = []
-    for size in BATCH_SIZES:
-        for bits in limits:
-            ours, peer = figures[f"ours {bits}, {size}"], figures[f"transformers, {size}"]
-            for figure in ("decode tok/s", "tok/s"):
-                label = f"{size} at once, {bits} bits against bf16, {figure}"
-                lines.append(table_line(label, ours[figure], peer[figure], True))
-    text = [table(TITLE, "transformers", lines, ["torch", "transformers"])]
-    for bits, limit in limits.items():
-        share = statistics.median(figures[f"ours {bits}, 1"]["decode tok/s"]) / limit
-        text.append(f"{bits} bits, one sequence: {share:.0%} of the memory's {limit:.0f} tok/s.")
-    return "\n".join([*text, ""])
+def run_ours(size: str, bits: int, device: str, compiled: bool) -> dict:
+    config = preset(size)
+    source = random_source(config, bits, device)
+    with mock.patch.object(loading, "WeightSource", lambda *_: source):
+        model = loading.load_model("", bits=bits, device=device, dtype=torch.bfloat16)
+    weights = model.state_dict().items()
+    read = sum(tensor.nbytes for name, tensor in weights if "embed_tokens" not in name)
+    model, tokenizer = loading.optimize_layout(model, compiled), NoTokenizer(config.vocab_size)
+    engine = Engine(model, tokenizer, max(BATCH_SIZES), PROMPT + NEW, compile=compiled)
+    runs = {batch: medians(with_engine(engine, batch)) for batch in BATCH_SIZES}
+    limit = bandwidth("", 1, device)
+    limit()
+    return {"runs": runs, "GB": read / 1e9, "GB/s": limit()["GB/s"]}
+
+
+def medians(run) -> dict[str, float]:
+    run()
+    figures = [run() for _ in range(RUNS)]
+    return {name: statistics.median(each[name] for each in figures) for name in figures[0]}
+
+
+def run_transformers(size: str, device: str) -> dict:
+    model = hf_random(preset(size), device, torch.bfloat16).eval()
+    return {"runs": {batch: medians(with_generate(model, batch)) for batch in BATCH_SIZES}}
+
+
+def table(size: str, bits: int, figures: dict, notes: list[str]) -> str:
+    head = "| sequences | side | prompt tok/s | decode tok/s | of the limit | `generate` |"
+    title = f"### Decode a {size} at {bits} bits on one GPU"
+    lines = [title, "", head, "|---|---|---|---|---|---|"]
+    ours = figures.get("ours") or figures.get("ours, compiled")
+    limit = ours["GB/s"] / ours["GB"] if ours else 0  # tok/s of one sequence
+    for batch in map(str, BATCH_SIZES):
+        peer = figures.get("transformers", {}).get("runs", {}).get(batch)
+        for side, found in figures.items():
+            if rates := found["runs"].get(batch):
+                speed = rates["decode tok/s"]
+                share = f"{speed / limit:.0%}" if batch == "1" and "GB" in found else ""
+                ratio = f"{speed / peer['decode tok/s']:.2f}×" if peer else ""
+                cells = batch, side, number(rates["prompt tok/s"]), number(speed), share, ratio
+                lines.append(f"| {' | '.join(cells)} |")
+    if ours:
+        memory = (
+            f"Memory is read at {ours['GB/s']:,.0f} GB/s and a token reads {number(ours['GB'])} GB"
+        )
+        notes = [f"{memory} of weights: at most {limit:.0f} tok/s for one sequence.", *notes]
+    packages = [name for name in ("torch", "transformers") if find_spec(name)]
+    return "\n".join([*lines, "", *notes, "", stamp(packages), ""])
 
 
 def main() -> None:
-    args = bench_parser(__doc__, runs=5).parse_args()
-    print(gpu_table("decode.md", TITLE, lambda: measure(args.runs)))
+    parts = ["16", "8", "4"]
+    args = gpu_parser(__doc__, parts).parse_args()
+    if args.side:
+        torch.set_grad_enabled(False)
+        if args.side == "transformers":
+            return print(json.dumps(run_transformers(args.preset, args.device)))
+        compiled = args.side.endswith("compiled")
+        return print(json.dumps(run_ours(args.preset, int(args.only[0]), args.device, compiled)))
+    if args.device == "cuda" and not gpu():
+        return print(stored([f"decode-{bits}" for bits in parts], "Decode a 7B on one GPU"))
+    sides = ["ours"]
+    if find_spec("transformers"):
+        sides.append("transformers")
+    else:
+        print("transformers is not installed: `generate` is left out")
+    if args.device == "cuda":
+        sides.append("ours, compiled")  # last: it takes longest
+    for bits in args.only:
+        flags = {"device": args.device, "preset": args.preset, "only": bits}
+        figures, notes = run_sides("bench.gpu_decode", sides, args.minutes, **flags)
+        text = table(args.preset, int(bits), figures, notes)
+        store(args.out, f"decode-{bits}", text)
 
 
 if __name__ == "__main__":

@@ -49,10 +49,10 @@ def module_command(module: str, **flags) -> list[str]:
     return [sys.executable, "-m", module, *pairs]
 
 
-def run_in_process(module: str, **flags) -> dict:
+def run_in_process(module: str, timeout: float | None = None, **flags) -> dict:
     """The figures that a benchmark prints as JSON when it is run with internal flags."""
     command = module_command(module, **flags)
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: exit {done.returncode}\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -141,15 +141,68 @@ def stamp(packages: list[str]) -> str:
     return f"{time.strftime('%Y-%m-%d')}; {machine}; {versions}"
 
 
-def gpu_table(file: str, title: str, measure: Callable[[], str]) -> str:
-    """A table that needs a GPU: measured and stored in GPU_RESULTS where there is one, else read
-    from there."""
-    if gpu():
-        GPU_RESULTS.mkdir(exist_ok=True)
-        (GPU_RESULTS / file).write_text(measure())
-    elif not (GPU_RESULTS / file).exists():
-        return f"### {title}\n\nNot measured yet.\n"
-    return (GPU_RESULTS / file).read_text()
+def store(folder: Path, name: str, text: str) -> None:
+    """Print a table, and keep it as DATE-NAME.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{time.strftime('%Y-%m-%d')}-{name}.md").write_text(text)
+    print(text)
+
+
+def stored(names: list[str], title: str) -> str:
+    """The newest table of each name, for a machine without a GPU."""
+    found = [sorted(GPU_RESULTS.glob(f"*-{name}.md"))[-1:] for name in names]
+    tables = [file.read_text() for files in found for file in files]
+    return "\n".join(tables) or f"### {title}\n\nNot measured yet.\n"
+
+
+def gpu_parser(doc: str | None, parts: list[str]) -> Parser:
+    """The flags that the benchmarks of a GPU share."""
+    parser = bench_parser(doc, internal=("--side", "--seconds"))
+    add = parser.add_argument
+    add("--only", nargs="+", choices=parts, default=parts, help="parts to run (default: all)")
+    add("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a dry run, of any size")
+    add("--preset", default="7B", help="size of the random model (default: 7B)")
+    add("--minutes", type=float, default=9.5, help="limit of each part (default: 9.5)")
+    add("--out", type=Path, default=GPU_RESULTS, help="folder of the tables")
+    return parser
+
+
+def run_sides(module: str, sides: list[str], minutes: float, **flags) -> tuple[dict, list[str]]:
+    """Run each side in a process of its own, as long as there is time: the figures of those that
+    succeeded, and a line on each of the others."""
+    end, figures, notes = time.monotonic() + 60 * minutes, {}, []
+    for side in sides:
+        left = end - time.monotonic()
+        try:
+            figures[side] = run_in_process(module, left, side=side, seconds=left, **flags)
+        except subprocess.TimeoutExpired:
+            notes.append(f"{side}: not measured, {minutes} minutes were over.")
+        except SystemExit as failed:
+            notes.append(f"{side}: not measured: {str(failed).splitlines()[-1]}")
+            print(failed, file=sys.stderr)
+    return figures, notes
+
+
+def machine_rates(device: str) -> tuple[float, float]:
+    """FLOP/s of a product of random bf16 matrices, and bytes/s, read and written, of a copy."""
+    import torch
+
+    size, count = (8192, 2**32) if device == "cuda" else (512, 2**26)
+    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
+    source = torch.ones(count, device=device, dtype=torch.int8)
+    target = torch.empty_like(source)
+
+    def seconds(work: Callable) -> float:
+        times = []
+        for _ in range(20):
+            start = time.perf_counter()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    return 2 * size**3 / seconds(lambda: a @ b), 2 * count / seconds(lambda: target.copy_(source))
 
 
 if __name__ == "__main__":

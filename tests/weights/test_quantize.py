@@ -19,6 +19,7 @@ from alpaca.weights.writer import save_model
 from model import Llama
 from tokenizer import load_tokenizer
 
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 UP = "model.layers.0.mlp.up_proj"
 
 
@@ -92,7 +93,8 @@ def test_int4_rounds_to_nearest_in_groups_of_32():
     assert (high - low >= 14).all(), "all of the four bits are used"
 
 
-@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 64])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, CUDA])])
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 64, 200])
 @pytest.mark.parametrize(
     ("bits", "shape"),
     [
@@ -101,17 +103,20 @@ def test_int4_rounds_to_nearest_in_groups_of_32():
         (8, (33, 50)),  # torch's own kernel for int8 reads past the end of such rows
         (4, (48, 64)),
         (4, (1008, 352)),
+        (4, (16, 256)),
     ],
 )
-def test_kernels_compute_what_the_integers_say(rows, bits, shape):
-    layer = quantized(bits, matrix(*shape))
-    x, weight = torch.randn(rows, shape[1]).bfloat16(), layer.dequantize().double()
+@torch.no_grad()
+def test_kernels_compute_what_the_integers_say(rows, bits, shape, device):
+    layer = quantized(bits, matrix(*shape)).to(device)
+    x = torch.randn(rows, shape[1], device=device).bfloat16()
+    weight = layer.dequantize().double()
     exact = x.double() @ weight.T
     # what bf16 may lose: a bit of every product's size and of the result
     allowed = (x.double().abs() @ weight.abs().T) * 2**-8 + exact.abs() * 2**-7
     assert ((layer(x).double() - exact).abs() <= allowed).all()
     layer.pack()
-    assert layer.packed
+    assert layer.packed or device == "cuda"
     out = layer(x[None])
     assert out.shape == (1, rows, shape[0]) and out.dtype == torch.bfloat16
     assert ((out[0].double() - exact).abs() <= allowed).all()

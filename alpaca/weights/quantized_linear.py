@@ -155,10 +155,25 @@ class Int4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.packed:
             return F.linear(x, self.dequantize().to(x.dtype))
-        gpu = x.device.type == GPU
-        multiply = aten._weight_int4pack_mm if gpu else aten._weight_int4pack_mm_for_cpu
-        out = multiply(x.flatten(0, -2).contiguous().bfloat16(), self.q, self.group, self.scales)
+        rows, gpu = x.flatten(0, -2).contiguous().bfloat16(), x.device.type == GPU
+        if gpu and len(rows) > FEW_ROWS:  # whose kernel reads all weights again for every 16 rows
+            scale, zero = self.scales.transpose(0, 1)[..., None, :].unbind(-1)  # (N, K/G, 1) each
+            groups = unpack_int4(self.q).view(torch.int8).unflatten(1, (-1, self.group)) - 8
+            out = F.linear(rows, torch.addcmul(zero, groups, scale).flatten(1))
+        else:
+            multiply = aten._weight_int4pack_mm if gpu else aten._weight_int4pack_mm_for_cpu
+            out = multiply(rows, self.q, self.group, self.scales)
         return out.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """The integers (N, K) in the order of a GPU's kernel, int32 (N/8, K/16t, 32, t/2).
+
+    k = 16 t o + 32 j + 16 h + 8 e + 2 c + b is in int32 j of lane 4 n + c, for n of 8 rows. Of its
+    four bytes, b and h choose one, and e a half of it."""
+    parts = packed.view(torch.uint8).view(*packed.shape[:2], 8, 4, -1, 2, 2)
+    integers = torch.stack([parts & 15, parts >> 4])  # (e, N/8, o, n, c, j, b, h)
+    return integers.permute(1, 3, 2, 5, 7, 0, 4, 6).reshape(8 * len(packed), -1)
 
 
 LINEAR = {8: Int8Linear, 4: Int4Linear}

@@ -1,20 +1,29 @@
 """Quantized weights: what rounding gives, and that the kernels compute what the integers say."""
 
+import itertools
 import json
 import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.checkpoints import TOKENIZER
 from helpers.commands import assert_refused
 from helpers.models import small_config
 from safetensors.torch import load_file, save_file
 
 from alpaca.common.errors import UserError
+from alpaca.weights import quantized_linear
 from alpaca.weights.checkpoint import read_config
 from alpaca.weights.loading import load_model, optimize_layout
 from alpaca.weights.quantize import WeightSource, save_quantized
-from alpaca.weights.quantized_linear import LINEAR, Int4Linear, Int8Linear, split_bytes
+from alpaca.weights.quantized_linear import (
+    FEW_ROWS,
+    LINEAR,
+    Int4Linear,
+    Int8Linear,
+    split_bytes,
+)
 from alpaca.weights.writer import save_model
 from model import Llama
 from tokenizer import load_tokenizer
@@ -122,6 +131,29 @@ def test_kernels_compute_what_the_integers_say(rows, bits, shape, device):
     assert ((out[0].double() - exact).abs() <= allowed).all()
     strided = x.T.contiguous().T
     assert torch.equal(layer(strided), layer(x))
+
+
+def pack_int4_for_gpu(q: torch.Tensor, tiles: int) -> torch.Tensor:
+    """The order in memory of `_convert_weight_to_int4pack`, which a CPU does not have."""
+    (N, K), packed = q.shape, torch.zeros(len(q) // 8, q.shape[1] // (16 * tiles), 32, tiles // 2)
+    packed = packed.long()
+    for n, k in itertools.product(range(N), range(K)):
+        tile, inside = divmod(k, 16)  # columns of a tile: 0 1 8 9, 2 3 10 11, ... by lane
+        lane, half = (n % 8) * 4 + inside % 8 // 2, inside // 8
+        nibble = 4 * (k % 2) + 2 * (tile % 2) + half
+        packed[n // 8, tile // tiles, lane, tile % tiles // 2] += int(q[n, k]) << 4 * nibble
+    return packed.to(torch.int32)
+
+
+@pytest.mark.parametrize(("tiles", "group"), [(2, 32), (4, 64), (8, 32)])
+def test_int4_on_a_gpu_is_dequantized_for_many_rows(monkeypatch, tiles, group):
+    monkeypatch.setattr(quantized_linear, "GPU", "cpu")
+    layer = Int4Linear(**Int4Linear.quantize(matrix(16, 256), group))
+    weight, x = layer.dequantize().bfloat16(), torch.randn(FEW_ROWS + 1, 256)
+    layer.q, layer.packed = pack_int4_for_gpu(layer.integers(), tiles), True
+    assert torch.equal(layer(x), F.linear(x.bfloat16(), weight).float())
+    with pytest.raises(NotImplementedError, match="_weight_int4pack_mm"):  # a GPU's kernel
+        layer(x[1:])
 
 
 def test_activations_are_rounded_to_16_bits():

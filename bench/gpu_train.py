@@ -223,7 +223,7 @@ def main() -> None:
     parser = gpu_parser(__doc__, [*PARTS])
     add = parser.add_argument
     add("--steps", type=int, default=TRUSTED, help=f"of ours (default: {TRUSTED})")
-    add("--peer-steps", type=int, default=12, help="of Trainer (default: 12)")
+    add("--peer-steps", type=int, default=8, help="of Trainer (default: 8)")
     add("--batch-size", type=int, default=128, help="examples in a step (default: 128, as Alpaca)")
     add("--data", help="records to train on (default: random tokens of Alpaca's lengths)")
     tokenizer = ROOT / "data/tokenizer.model"

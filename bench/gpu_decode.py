@@ -78,11 +78,11 @@ def table(size: str, bits: int, figures: dict, notes: list[str]) -> str:
     return "\n".join([*lines, "", *notes, "", stamp(packages), ""])
 
 
+@torch.no_grad()
 def main() -> None:
     parts = ["16", "8", "4"]
     args = gpu_parser(__doc__, parts).parse_args()
     if args.side:
-        torch.set_grad_enabled(False)
         if args.side == "transformers":
             return print(json.dumps(run_transformers(args.preset, args.device)))
         compiled = args.side.endswith("compiled")

@@ -105,7 +105,15 @@ def test_clipping_of_divided_gradients_is_exact():
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize(("mode", "lora"), [("none", 1), ("selective", 0), ("full", 0)])
+SLOW = pytest.mark.slow
+GRAPHS = [
+    ("none", 1),
+    pytest.param("selective", 0, marks=SLOW),
+    pytest.param("full", 0, marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("mode", "lora"), GRAPHS)
 def test_compiled_blocks_are_few_graphs_without_a_break(monkeypatch, mode, lora):
     """As on a GPU, under FSDP and checkpointing. A row with more documents and the short last step
     make no graph of their own. LoRA's first block, whose input needs no gradient, has its own."""

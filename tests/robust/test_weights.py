@@ -128,6 +128,7 @@ def test_loading_and_writing_stay_within_their_memory(tmp_path, size):
     assert writing <= 2 * largest + slack
 
 
+@pytest.mark.slow
 def test_compiled_int8_model_generates_the_same(tmp_path):
     model = small_model(vocab_size=1024, num_hidden_layers=1)
     save_model(model, model.config, tmp_path / "m")

@@ -205,7 +205,7 @@ SHALLOW = [
 ]
 
 
-@pytest.mark.robust
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "tokens", "settings"), SHALLOW)
 def test_plan_agrees_with_a_simulation(name, tokens, settings):
     """On few blocks, where a share of an error is larger than on many."""

@@ -44,7 +44,7 @@ from alpaca.common.cli import Parser
 from alpaca.common.errors import UserError, join_names, notice
 from alpaca.datagen.formats import Reading, group_by_source, load_mixture
 from alpaca.training.config import TrainConfig, add_arguments
-from alpaca.training.memory_plan import measure, report_plan, settle, stored_bytes
+from alpaca.training.memory_plan import measure, report_plan, resolve_defaults, stored_bytes
 from alpaca.training.model_card import write_card
 from alpaca.training.parallel import (
     apply_activation_checkpointing,
@@ -258,7 +258,7 @@ def build_model(config: TrainConfig, model_config: LlamaConfig, mesh: DeviceMesh
     apply_activation_checkpointing(model, config.checkpointing)
     if config.compiles(device):
         apply_compile(model)
-    apply_fsdp(model, mesh, dtype, config.offload, config.reshard is not False)
+    apply_fsdp(model, mesh, dtype, config.offload, not config.stays_gathered)
     model.to_empty(device="cpu" if config.offload else device)
     load_sharded_weights(model, mesh, read)
     return model
@@ -344,7 +344,7 @@ def prepare(config: TrainConfig) -> Job:
     steps = min(steps, config.max_steps or steps)
     if not steps:
         raise UserError(f"--epochs {config.epochs} of {len(train)} examples is less than one step")
-    config = settle(config, model_config, train, steps)
+    config = resolve_defaults(config, model_config, train, steps)
     records, held_out = [], None
     if config.eval_data:
         records, origins = load_mixture(config.eval_data, config.seed, reading)

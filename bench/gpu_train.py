@@ -29,7 +29,7 @@ import torch
 import fsdp_train
 from alpaca.datagen.formats import load_mixture
 from alpaca.training.config import TrainConfig
-from alpaca.training.memory_plan import measure, peak_bytes, settle
+from alpaca.training.memory_plan import measure, peak_bytes, resolve_defaults
 from alpaca.training.parallel import process_group
 from alpaca.training.process import StopSignal
 from alpaca.training.run_dir import RunDir, step_seconds
@@ -109,7 +109,7 @@ def run_ours(args: argparse.Namespace) -> dict:
         save_every=0,
     )
     with process_group(args.device, 1) as (mesh, device):
-        config = settle(config, shape, data, args.steps)
+        config = resolve_defaults(config, shape, data, args.steps)
         work, chip = measure(config, shape, data, args.steps), find_chip(gpu() or "")
         source = random_source(shape, bits, args.device, round_head=False)
         job = fsdp_train.Job(config, shape, NoTokenizer(), data, None, [], args.steps)

@@ -47,7 +47,7 @@ def describe(config: TrainConfig) -> str:
     if config.replicas > 1:
         parts.append(f"{config.replicas} × {config.gpus // config.replicas} ranks")
     parts += ["offload"] if config.offload else []
-    parts += ["blocks stay gathered"] if config.reshard is False else []
+    parts += ["blocks stay gathered"] if config.stays_gathered else []
     return ", ".join(parts)
 
 

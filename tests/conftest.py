@@ -15,6 +15,7 @@ from helpers.parity import DISTANCES
 import alpaca.__main__
 from alpaca.common.errors import run_command
 from alpaca.common.files import INPUTS
+from alpaca.inference.engine import Engine
 
 HERE = Path(__file__).parent
 
@@ -34,6 +35,7 @@ def clean_state():
     INPUTS.clear()
     yield
     torch.set_default_dtype(torch.float32)
+    assert torch.is_grad_enabled(), "this test turned gradients off for all that follow"
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -44,6 +46,19 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"{'':64}{'largest':>10}{'allowed':>10}{'compared':>10}")
         for what, (largest, allowed, count) in DISTANCES.items():
             terminalreporter.write_line(f"{what:64}{largest:10.2g}{allowed:10.2g}{count:10}")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The prompts that an engine gets."""
+    prompts, add = [], Engine.add
+
+    def record(self, prompt, *rest):
+        prompts.append(prompt)
+        return add(self, prompt, *rest)
+
+    monkeypatch.setattr(Engine, "add", record)
+    return prompts
 
 
 @pytest.fixture

@@ -194,6 +194,11 @@ class TrainConfig:
     def snapshots(self) -> Path:
         return self.out / "checkpoints"
 
+    @property
+    def stays_gathered(self) -> bool:
+        """Does a block stay gathered from its forward pass to its backward pass?"""
+        return self.reshard is False
+
     def compiles(self, device: torch.device) -> bool:
         if self.compile is None:  # in fp32, packed attention is a loop over documents
             return device.type == "cuda" and self.dtype == "bf16"

@@ -174,7 +174,7 @@ def memory_by_phase(work: Workload) -> dict[str, dict[str, float]]:
     earlier = 4 * shard * (work.rows > 1)  # gradients of the rows before
     waiting = work.rows > 1 and work.config.replicas > 1  # replicas' sums are added at the end
     ahead = block * (work.shards > 1)  # the block that is gathered while another one computes
-    kept = 0 if work.config.reshard is not False else block  # by every block from its forward pass
+    staying = block if work.config.stays_gathered else 0  # of every block since its forward pass
     in_chunk = min(
         work.row_tokens * work.supervised, max(1, work.logits_chunk // config.vocab_size)
     )
@@ -186,7 +186,7 @@ def memory_by_phase(work: Workload) -> dict[str, dict[str, float]]:
             **always,
             "gradients": earlier,
             "activations": activations(work),
-            "gathered": whole + (layers * kept or ahead),
+            "gathered": whole + (layers * staying or ahead),
             "temporary": max(head, dequantized(work)),
         }
     }
@@ -197,7 +197,7 @@ def memory_by_phase(work: Workload) -> dict[str, dict[str, float]]:
             **always,
             "gradients": max(earlier, done) + waiting * done,
             "activations": (left - 1) * stored + computed,
-            "gathered": whole + (left * kept or block + ahead * (left > 1)),
+            "gathered": whole + (left * staying or block + ahead * (left > 1)),
             "reduced": reduced * (left < layers),  # gradients of the block before, whole, in fp32
             "temporary": gradients + cast,
         }
@@ -253,7 +253,9 @@ def suggest(work: Workload, memory: float) -> str:
     return "Choose a smaller model, a smaller --row-tokens, or GPUs with more memory."
 
 
-def settle(config: TrainConfig, model: LlamaConfig, examples: Examples, steps: int) -> TrainConfig:
+def resolve_defaults(
+    config: TrainConfig, model: LlamaConfig, examples: Examples, steps: int
+) -> TrainConfig:
     """Decide what the flags leave open. On a GPU: rows as long as fit, and blocks stay gathered if
     they fit, too."""
     _, memory = find_device(config.chip)
@@ -329,6 +331,6 @@ def report_plan(work: Workload, simulated: dict[str, float] | None = None) -> st
         f"{trained}, {config.gpus} x {chip or 'this machine'}, checkpointing "
         f"{config.checkpointing}, rows of up to {work.row_tokens} {config.dtype} tokens "
         f"(--row-tokens {config.row_tokens}), "
-        f"blocks {'stay gathered' if config.reshard is False else 'gathered twice'}"
+        f"blocks {'stay gathered' if config.stays_gathered else 'gathered twice'}"
     )
     return "\n".join([settings, "", "at the peak of a step:", *lines, "", time, verdict])

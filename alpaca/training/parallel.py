@@ -34,7 +34,7 @@ from alpaca.common.errors import UserError, describe_error
 from alpaca.weights.checkpoint import is_finite, stored_tensors
 from model import Block, Llama, LlamaConfig
 
-SAVED = {  # by name: some of these operations exist after an import that costs seconds only
+SAVED = {  # by name, since one of these operations exists only after an import of seconds
     "aten::mm",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_flash_attention",

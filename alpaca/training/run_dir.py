@@ -39,7 +39,8 @@ def check_space(out: Path, disk: float, memory: float) -> None:
     """Refuse a run that would end with a full disk or no host memory, by the bytes it needs."""
     folder = next(each for each in (out.absolute(), *out.absolute().parents) if each.exists())
     free = shutil.disk_usage(folder).free + sum(f.stat().st_size for f in out.rglob("rank-*"))
-    found = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
+    meminfo = Path("/proc/meminfo")  # Linux's
+    found = re.search(r"MemAvailable: +(\d+)", meminfo.read_text() if meminfo.exists() else "")
     available = 1024 * int(found[1]) if found else memory
     for what, need, has in (("disk", disk, free), ("host memory", memory, available)):
         if need > has:

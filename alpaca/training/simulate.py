@@ -99,7 +99,7 @@ def simulate(work: Workload, build_optimizer: Callable, train_step: Callable) ->
                 model = Llama(shape)
         apply_activation_checkpointing(model, config.checkpointing)
         mesh = make_mesh("cpu", config.gpus, config.replicas)
-        reshard = config.reshard is not False
+        reshard = not config.stays_gathered
         apply_fsdp(model, mesh, DTYPES[config.dtype], config.offload, reshard)
         fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(mock.patch("model.FLASH", "cpu"))  # as on a GPU

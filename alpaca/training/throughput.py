@@ -141,7 +141,7 @@ def estimated_seconds(work: Any, chip: Chip) -> float:
     if config.lora:  # a base in integers, or on one rank, is whole already
         gathered *= shards > 1 and config.bits == 16
         reduced = trained = adapter_parameters(work.model, config.lora)
-    gathered *= work.rows * (1 if config.reshard is False else 2)
+    gathered *= work.rows * (1 if config.stays_gathered else 2)
     reduced *= work.rows
     copied = gathered * (2 * size + (size + 4) / shards) + reduced * (size + 4 + 12 / shards)
     sent = (size * gathered + 4 * reduced) * (1 - 1 / shards)

@@ -243,12 +243,12 @@ def test_sources_counts_a_mixture_as_training_does(command, tmp_path):
     languages["a.json"] = "Cyrillic script 1"
     assert list(shown) == [*languages, "all"]
     assert shown["all"][:3] == ["9", f"{examples.lengths.sum()}", "100.0%"]
-    for name, said in languages.items():
+    for name, shares in languages.items():
         which = [i for i, o in enumerate(examples.origins) if printable(o.source) == name]
         tokens, answers = (x[which].sum() for x in (examples.lengths, examples.supervised))
         mean, share = f"{tokens / len(which):.1f}", f"{tokens / examples.lengths.sum():.1%}"
         figures = f"{len(which)}", f"{tokens}", share, mean, f"{answers / tokens:.1%}"
-        assert shown[name] == [*figures, said]
+        assert shown[name] == [*figures, shares]
     assert list(sources_of(command, write(tmp_path / "c.json", own[:1]))) == ["koala\\x1b[2J"]
 
 

@@ -16,7 +16,6 @@ from helpers.training import flags, succeeded, train
 
 import weightdiff
 from alpaca.__main__ import load_verb
-from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
 from alpaca.serving.serve import make_engine
 from dataset import encode_prompt
@@ -60,19 +59,6 @@ def tuned(base, tmp_path_factory):
     else:
         run_verb("convert", base, out / "whole.gguf", "--adapter", out / "lora/adapter")
     return out
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    """The prompts that an engine gets."""
-    prompts, add = [], Engine.add
-
-    def record(self, prompt, *rest):
-        prompts.append(prompt)
-        return add(self, prompt, *rest)
-
-    monkeypatch.setattr(Engine, "add", record)
-    return prompts
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The benchmarks of a GPU, in small on the CPU: whoever has a GPU runs them with one command."""
+"""The GPU benchmarks, with a tiny model on the CPU."""
 
 import importlib
 import json

@@ -9,7 +9,6 @@ from helpers.models import small_model
 from helpers.templates import SMOLLM, write_chat_tokenizer
 from helpers.training import flags, succeeded, train, write_records
 
-from alpaca.inference.engine import Engine
 from alpaca.serving.openai_schema import parse_request
 from alpaca.weights.checkpoint import read_config
 from alpaca.weights.writer import save_model
@@ -47,19 +46,6 @@ def tuned(base, tmp_path_factory):
 def adapter(base, tmp_path_factory):
     out = tmp_path_factory.mktemp("lora")
     return tune(base, out, template="vicuna", lora=True) / "adapter"
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    """The prompts that an engine gets."""
-    prompts, add = [], Engine.add
-
-    def record(self, prompt, *rest):
-        prompts.append(prompt)
-        return add(self, prompt, *rest)
-
-    monkeypatch.setattr(Engine, "add", record)
-    return prompts
 
 
 def prompt_in(template, folder) -> list[int]:

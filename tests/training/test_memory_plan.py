@@ -24,7 +24,7 @@ from alpaca.training.memory_plan import (
     needed_bytes,
     peak_bytes,
     report_plan,
-    settle,
+    resolve_defaults,
 )
 from alpaca.training.parallel import apply_activation_checkpointing
 from alpaca.training.simulate import simulate
@@ -405,10 +405,10 @@ def test_hours_depend_on_chip_ranks_and_rows(chip, gpus, rows, low, high):
 def test_row_tokens_are_the_most_that_fit(monkeypatch):
     examples = random_examples(400)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    here = settle(TrainConfig(gpus=8), preset("7B"), examples, 10)
+    here = resolve_defaults(TrainConfig(gpus=8), preset("7B"), examples, 10)
     assert (here.row_tokens, here.reshard) == (4096, True), "without a GPU"
     settled = [
-        settle(TrainConfig(chip=chip, gpus=gpus), preset("7B"), examples, 10)
+        resolve_defaults(TrainConfig(chip=chip, gpus=gpus), preset("7B"), examples, 10)
         for chip, gpus in (("H100", 8), ("H200", 1), ("RTX 4070", 8))
     ]
     big, alone, small = (each.row_tokens for each in settled)
@@ -421,4 +421,4 @@ def test_row_tokens_are_the_most_that_fit(monkeypatch):
     again = {"config": replace(work.config, reshard=True)}
     assert needed_bytes(replace(work, **again)) <= limit < needed_bytes(replace(longer, **again))
     given = TrainConfig(chip="H100", gpus=8, row_tokens=900, reshard=True)
-    assert settle(given, preset("7B"), examples, 10) == given
+    assert resolve_defaults(given, preset("7B"), examples, 10) == given

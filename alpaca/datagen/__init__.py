@@ -7,6 +7,7 @@
     request_log       every response on disk before it is used; the budget
     batch             the same requests through the Batch API, at half the price
     formats           published data files as records; repaired conversations
+    preferences       published comparisons of two answers, to learn from
     curate, lint      `alpaca curate`: reports on a data set, known defects, what each source adds
     train_tokenizer   `alpaca train-tokenizer`
 

@@ -21,9 +21,9 @@ skipped and counted; a file with more than a tenth of them is refused.
 import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from alpaca.common.errors import UserError, escape_control, join_names, notice
 from alpaca.common.json_files import json_records, read_log
@@ -36,6 +36,7 @@ KNOWN = "instruction and output, prompt and completion, messages, conversations,
 KNOWN += "chatgpt_answers, OpenAssistant's trees, text"
 MAX_SKIPPED = 0.1  # share of a file's records; above it the file is refused
 MAX_SOURCES = 20  # reported separately: in some files every record has its own
+Parsed = TypeVar("Parsed")  # what one record is read as
 
 
 class Reading(NamedTuple):
@@ -126,12 +127,19 @@ def normalize_all(
     records: Iterable[tuple[str, Any]], reading: Reading = BEST
 ) -> Iterator[tuple[str, Any, list[dict]]]:
     """(place, raw record, normalized records) for each (place, raw record) of a file."""
+    return skip_odd(join_messages(records), lambda raw: normalize_record(raw, reading))
+
+
+def skip_odd(
+    records: Iterable[tuple[str, Any]], parse: Callable[[Any], Parsed]
+) -> Iterator[tuple[str, Any, Parsed]]:
+    """(place, raw record, parsed) for each (place, raw record); odd conversations are skipped."""
     skipped: dict[str, list[str]] = {}
     count = 0
-    for place, raw in join_messages(records):
+    for place, raw in records:
         count += 1
         try:
-            yield place, raw, normalize_record(raw, reading)
+            yield place, raw, parse(raw)
         except OddConversation as error:
             skipped.setdefault(str(error), []).append(place)
         except UserError as error:
@@ -200,12 +208,19 @@ def load_mixture(
     specs: Iterable[str | Path], seed: int, reading: Reading = BEST
 ) -> tuple[list[dict], list[Origin]]:
     """The records of several files (`FILE` or `FILE:WEIGHT`), and each record's origin."""
+    return mix_files(specs, seed, lambda file: load_placed(file, reading))
+
+
+def mix_files(
+    specs: Iterable[str | Path], seed: int, load: Callable[[Path], list[tuple[str, dict, Parsed]]]
+) -> tuple[list[Parsed], list[Origin]]:
+    """`load_mixture` for anything that `load` makes of a file: (place, raw record, item)."""
     records, origins = [], []
     weights = {str(spec): parse_weight(str(spec)) for spec in specs}
     same = Counter(file.name for file in {file for file, _ in weights.values()})
     for spec in specs:
         file, weight = weights[str(spec)]
-        found = load_placed(file, reading)
+        found = load(file)
         name = "/".join(file.parts[-2 if same[file.name] > 1 else -1 :])
         repeats, fraction = divmod(weight, 1)
         chosen = list(range(len(found))) * int(repeats)

@@ -22,6 +22,7 @@ import numpy as np
 
 from alpaca.common.errors import UserError
 from alpaca.common.json_files import json_records
+from alpaca.datagen.preferences import parse_preference
 from alpaca.evaluation.outputs import Pair, Pairs
 
 ANNOTATIONS = "annotations.json"
@@ -106,17 +107,6 @@ def parse_annotation(record: Any) -> Annotation:
     score = parse_preference(record["preference"])
     names = model, baseline, annotator
     return Annotation(names, instruction, tuple(outputs), record["swapped"], score)
-
-
-def parse_preference(preference: Any) -> float:
-    """The score, nan for no verdict."""
-    if preference != preference:
-        return math.nan
-    number = isinstance(preference, int | float) and not isinstance(preference, bool)
-    if not number or not (preference == 0 or 1 <= preference <= 2):
-        expected = "1 (output_1 is better) to 2 (output_2 is better) or null was expected"
-        raise UserError(f"preference {preference!r}: {expected}")
-    return preference - 1.0 if preference else 0.5
 
 
 def merge_orders(

@@ -32,7 +32,7 @@ real: $(VENV)/.ready
 	$(BIN)/python -m bench.real
 
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-robust: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -m "robust and not slow"

@@ -1,6 +1,7 @@
 """Published conversations: what is repaired, what is skipped, OpenAssistant's trees."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -56,10 +57,11 @@ def test_every_form_of_messages_gives_the_same(tmp_path):
     assert load_records(file) == [{"messages": talk}]
 
 
-def test_odd_conversations_are_skipped_and_counted(tmp_path, capsys):
+def test_odd_conversations_are_skipped_and_counted(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a long path would be cut in the message
     good = [{"messages": turns("U:a A:b")}] * 40
     tool = {"messages": [*turns("U:a"), {"role": "tool", "content": "x"}]}
-    file = write(tmp_path / "a.jsonl", *good, tool, {"messages": []}, tool)
+    file = write(Path("a.jsonl"), *good, tool, {"messages": []}, tool)
     assert load_records(file) == good
     (line,) = capsys.readouterr().err.splitlines()
     assert "3 of 43 records skipped: 2 because a turn is from 'tool'" in line

@@ -161,7 +161,7 @@ def test_a_run_resumes_only_with_the_same_model_and_set(command, tmp_path, monke
     assert_refused(warm, "another run", "temperature", "--out")
     (model / "config.json").touch()
     changed = answer(command, tmp_path / "o", *flags)
-    assert_refused(changed, "another run", "model's files was", f"now it is ['{model}, ")
+    assert_refused(changed, "another run", "model's files was")
     shutil.copytree(TINY, model, dirs_exist_ok=True, copy_function=shutil.copy2)
     monkeypatch.chdir(tmp_path)
     relative = ("--set", file, "--model-dir", "mine/model")

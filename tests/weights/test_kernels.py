@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from alpaca.weights import quantized_linear
-from alpaca.weights.kernels import BlockLinear, optimize_layout
+from alpaca.weights.kernels import BlockLinear, optimize_layout, supports_blocks
 from alpaca.weights.loading import load_model
 from alpaca.weights.quantized_linear import LINEAR
 from alpaca.weights.writer import save_model
@@ -20,6 +20,8 @@ from model import KVCache, Llama, LlamaConfig
 @pytest.mark.parametrize("rows", [1, 2, 16, 100])
 def test_block_linear_computes_the_product(dtype, rows):
     weight, x = torch.randn(176, 64).to(dtype), torch.randn(rows, 64).to(dtype)
+    if not supports_blocks(weight):
+        pytest.skip(f"oneDNN has no product in {dtype} for this CPU")
     exact = x.double() @ weight.double().T
     relative = {torch.float32: 2**-18, torch.bfloat16: 2**-8}[dtype]
     allowed = relative * (x.double().abs() @ weight.double().abs().T)

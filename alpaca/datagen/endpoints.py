@@ -18,7 +18,7 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,20 +190,28 @@ def check_request(args: argparse.Namespace) -> None:
 
 def read_teachers(path: Path, args: argparse.Namespace, **settings: Any) -> list[Endpoint]:
     """The endpoints of a JSON file; the docstring of this module shows one."""
-    names = [field.name for field in fields(Endpoint)]
-    endpoints = []
-    for place, entry in json_records(path):
-        if not isinstance(entry, dict) or "model" not in entry or entry.keys() - set(names):
-            raise UserError(f"{place}: an object with {', '.join(names)} was expected")
-        for name, value in entry.items():
-            number = name in ("weight", "price_in", "price_out")
-            right = type(value) in ((int, float) if number else (str,))
-            if not right or not str(value).isprintable():
-                raise UserError(f"{place}: {name} is not a {'number' if number else 'plain text'}")
-        try:
-            endpoints.append(endpoint_from_args(args, **settings | entry))
-        except UserError as error:
-            raise UserError(f"{place}: {error}") from None
+    records = json_records(path)
+    endpoints = [parse_endpoint(entry, place, args, **settings) for place, entry in records]
     if not endpoints:
         raise UserError(f"{path}: no teachers in it")
     return endpoints
+
+
+def parse_endpoint(
+    entry: Any, place: str, args: argparse.Namespace, other: Iterable[str] = (), **settings: Any
+) -> Endpoint:
+    """The endpoint of an entry, in which the caller reads the `other` fields."""
+    names = [field.name for field in fields(Endpoint)]
+    known = [*other, *names]
+    if not isinstance(entry, dict) or entry.keys() - set(known) or "model" not in settings | entry:
+        raise UserError(f"{place}: an object with {', '.join(known)} was expected")
+    given = {name: entry[name] for name in names if name in entry}
+    for name, value in given.items():
+        number = name in ("weight", "price_in", "price_out")
+        right = type(value) in ((int, float) if number else (str,))
+        if not right or not str(value).isprintable():
+            raise UserError(f"{place}: {name} is not a {'number' if number else 'plain text'}")
+    try:
+        return endpoint_from_args(args, **settings | given)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None

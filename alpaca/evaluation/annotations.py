@@ -11,6 +11,9 @@ no verdict. We compute with score = preference - 1, from 0 to 1.
 Judges favour a position, so ours see every pair in both orders, and the mean of the two scores is
 one observation. If one of the two has no verdict, the pair has none: the other would say as much
 about the position as about the answers. A flip is a winner that changes with the order.
+
+With simulated annotators (annotators.py), `drawn` names the one of the pool `annotator`, and
+`flipped` says that the judge preferred the other answer, and the preference was turned round.
 """
 
 import math

@@ -2,16 +2,18 @@
 
 import json
 import math
+import re
 from argparse import Namespace
 from functools import partial
 
 import pytest
 from helpers.annotations import write_outputs
-from helpers.commands import assert_refused
+from helpers.commands import ROOT, assert_refused
 from helpers.judges import fair, judge, merit, shown
 from helpers.teacher_server import Server
 
 from alpaca.datagen.client import parse_reply
+from alpaca.evaluation import annotators
 from alpaca.evaluation import judge as module
 from alpaca.evaluation.outputs import Pair
 from alpaca.evaluation.win_rate import leaderboard
@@ -320,7 +322,7 @@ def test_judge_errors_are_one_line_and_write_nothing(run, command, tmp_path, two
         assert_refused(run(server, "--tries", 2), "--tries is --max-replies now")
         assert_refused(run(server, "--budget", 1), "--price-in")
         assert_refused(run(server, "--request", '{"model": "x"}'), "--request")
-        assert_refused(run(server, "--judge", ""), "the model has no name")
+        assert_refused(run(server, "--judge", ""), "--judge names", "--annotators")
         assert not (tmp_path / "j").exists()
         code, _, err = judge(command, tmp_path / "c", server, two[0], fewer, "--common")
         assert code == 0 and "1 instructions that only one" in err
@@ -328,3 +330,163 @@ def test_judge_errors_are_one_line_and_write_nothing(run, command, tmp_path, two
         typo = run(server, "--judge", "nobody")
         assert typo[0] == 2 and "does not exist" in typo[2]
         assert run(server)[0] == 0, "a corrected command may use the same folder"
+
+
+# ---------------------------------------------------------------- simulated annotators
+
+CONTRARY = "Which answer is worse?"
+POOL = [
+    {"name": "plain"},
+    {"name": "contrary", "question": CONTRARY, "temperature": 0.7},
+    {"name": "large", "model": "b", "weight": 2},
+]
+
+
+def contrary(prompt: str) -> str:
+    letter = fair(prompt)
+    return "BA"["AB".index(letter)] if prompt.startswith(CONTRARY) else letter
+
+
+def preferred(one: dict, contrary_judge: bool = False) -> int:
+    """1 or 2, before it is flipped."""
+    return 1 + ((merit(one["output_2"]) > merit(one["output_1"])) != contrary_judge)
+
+
+@pytest.fixture
+def pool(tmp_path):
+    file = tmp_path / "pool.json"
+    file.write_text(json.dumps(POOL))
+    return "--annotators", file
+
+
+def test_each_comparison_is_asked_of_the_annotator_that_it_names(run, tmp_path, pool):
+    with Server(answer=contrary) as server:
+        code, out, err = run(server, *pool)
+    assert code == 0, err
+    asked = {}
+    for body in server.bodies:
+        prompt = body["messages"][0]["content"]
+        question = prompt.partition("\n\n")[0]
+        asked[shown(prompt)] = body["model"], body["temperature"], question
+    wanted = {
+        "plain": ("m", 0, module.QUESTION),
+        "contrary": ("m", 0.7, CONTRARY),
+        "large": ("b", 0, module.QUESTION),
+    }
+    drawn = [one["drawn"] for one in entries(tmp_path / "j")]
+    for one in entries(tmp_path / "j"):
+        answers = [one["output_1"], one["output_2"]][:: -1 if one["swapped"] else 1]
+        assert asked[one["instruction"], *answers] == wanted[one["drawn"]]
+        assert one["preference"] == preferred(one, one["drawn"] == "contrary")
+        assert one["annotator"] == "pool" and "flipped" not in one
+    for name in wanted:
+        times = drawn.count(name)
+        assert times and f"{name}, drawn {times} times:\n{times} verdicts," in out
+    two, one = out.split("verdicts of two annotators agree in ")[1].split("one annotator in both ")
+    pairs = list(zip(drawn[::2], drawn[1::2], strict=True))
+    same = sum(a == b for a, b in pairs)
+    agreed = sum(a != b and "contrary" not in (a, b) for a, b in pairs)
+    assert 0 < same < 12 and 0 < agreed < 12 - same
+    assert two.startswith(f"{100 * agreed / (12 - same):.1f} % of {12 - same} pairs\n")
+    assert one.startswith(f"orders agree in 100.0 % of {same} pairs\n")
+
+
+def test_draws_have_their_shares_and_do_not_depend_on_each_other():
+    endpoints = [Namespace(weight=weight) for weight in (1, 3)]
+    judges = [annotators.Annotator(f"{n}", endpoint) for n, endpoint in enumerate(endpoints)]
+    draws = [
+        annotators.draw_annotator(f"{n}-12", judges, Namespace(seed=1, flip=0.25))
+        for n in range(4000)
+    ]
+    for name, share in (("0", 0.25), ("1", 0.75)):
+        flips = [flipped for judge, flipped in draws if judge.name == name]
+        assert len(flips) / 4000 == pytest.approx(share, abs=0.02)
+        assert sum(flips) / len(flips) == pytest.approx(0.25, abs=0.04)
+    again = [
+        annotators.draw_annotator(f"{n}-12", judges, Namespace(seed=2, flip=0.25))
+        for n in range(4000)
+    ]
+    assert again != draws
+
+
+def test_flips_turn_preferences_round_and_can_be_undone(run, tmp_path):
+    with Server(answer=fair) as server:
+        code, out, _ = run(server, "--flip", 0.25)
+        assert code == 0
+        assert_refused(run(server, "--flip", 0.25, "--seed", 1), "another run", "seed")
+        assert_refused(run(server, "--flip", 0.5), "another run", "flip")
+        for flip in (-1, 1.5, "nan", "x"):
+            assert_refused(run(server, "--flip", flip), "--flip")
+    found = entries(tmp_path / "j")
+    flips = [one["flipped"] for one in found]
+    assert 0 < sum(flips) < 12 and f"{sum(flips)} of 24 verdicts flipped" in out
+    for one in found:
+        preference = 3 - one["preference"] if one["flipped"] else one["preference"]
+        assert preference == preferred(one) and "drawn" not in one
+
+
+def test_a_resumed_run_draws_as_an_uninterrupted_one(run, command, tmp_path, two, pool):
+    noisy = (*pool, "--flip", 0.25)
+    with Server(answer=contrary) as server:
+        assert "run again with a larger" in run(server, *noisy, *PRICES, "--budget", 3)[1]
+        assert 0 < server.seen["answers"] < 24 and sum(server.spent) * 1000 / 1e6 <= 3
+        assert run(server, *noisy)[0] == 0 and server.seen["answers"] == 24
+        assert judge(command, tmp_path / "k", server, *two, *noisy)[0] == 0
+        pool[1].write_text(json.dumps(POOL[:2]))
+        assert_refused(run(server, *noisy), "another run", "annotators")
+    assert entries(tmp_path / "j") == entries(tmp_path / "k")
+
+
+def test_an_annotator_that_is_down_has_no_verdicts_until_it_is_back(run, tmp_path, pool):
+    with Server(answer=contrary) as server:
+        server.refuse = lambda body: body["model"] == "b"
+        code, out, err = run(server, *pool)
+        assert code == 0 and len(re.findall("large is down.*content_filter", err)) == 1, err
+        found = entries(tmp_path / "j")
+        assert {one["drawn"] for one in found if one["preference"] is None} == {"large"}
+        missing = sum(one["preference"] is None for one in found)
+        assert missing == sum(one["drawn"] == "large" for one in found)
+        assert f"large, drawn {missing} times:\n0 verdicts" in out and f"{missing} not asked" in out
+        assert server.seen["answers"] == 24 - missing
+        server.refuse = lambda body: False
+        assert run(server, *pool)[0] == 0 and server.seen["answers"] == 24
+        assert row(tmp_path / "j")["n_missing"] == 0
+
+
+def test_all_annotators_down_is_an_error(run, tmp_path, pool):
+    with Server(answer=contrary) as server:
+        server.refuse = lambda body: True
+        code, _, err = run(server, *pool)
+    assert code == 2 and err.count("is down") == 3 and "no verdict on any pair" in err
+    assert not (tmp_path / "j").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ([{"name": "a"}, {"name": "a"}], ("record 2", "name 'a'", "of its own")),
+        ([{"name": ""}], ("record 1", "of its own")),
+        ([{"model": "b"}], ("record 1", "name is missing")),
+        ([{"name": "a", "prompt": "?"}], ("record 1", "name, question, temperature, model")),
+        ([{"name": "a", "temperature": "hot"}], ("record 1", "temperature", "a number")),
+        ([{"name": "a", "temperature": math.nan}], ("record 1", "temperature")),
+        ([{"name": "a", "question": ["?"]}], ("record 1", "question", "a string")),
+        ([{"name": "a", "base_url": "here"}], ("record 1", "--base-url")),
+        ([{"name": "a", "model": ""}], ("record 1", "the model has no name")),
+        (["a"], ("record 1", "an object with name")),
+        ({"annotators": [{"name": "a"}]}, ("line 1", "an object with name")),
+        ([], ("no annotators in it",)),
+    ],
+)
+def test_a_bad_pool_names_the_entry(run, tmp_path, pool, text, words):
+    pool[1].write_text(json.dumps(text))
+    with Server(answer=fair) as server:
+        assert_refused(run(server, *pool), "pool.json", *words)
+        assert not (tmp_path / "j").exists() and not server.bodies
+
+
+def test_the_example_pool_can_be_read():
+    args = Namespace(annotators=ROOT / "data/annotators.json", judge="m", request={}, budget=None)
+    server = {"base_url": "http://x/v1", "kind": "chat", "key_env": "OPENAI_API_KEY"}
+    found = annotators.read_annotators(Namespace(**vars(args), **server, price_in=0, price_out=0))
+    assert len({judge.question for judge in found}) == len(found) == 4

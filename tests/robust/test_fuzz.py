@@ -98,6 +98,7 @@ READERS = {  # a file, and the command that reads it
     "blind/ann/ratings.jsonl": "blind unblind blind a b --early",
     "judged/settings.json": f"{JUDGE} --out judged",
     "judged/responses.jsonl": f"{JUDGE} --out judged",
+    "pool.json": f"{JUDGE} --annotators pool.json --flip 0.5 --out new",
     "answered/answers.jsonl": f"{ANSWERS} --out answered",
     "trained/settings.json": "TRAIN trained",
     "trained/metrics.jsonl": "TRAIN trained",
@@ -169,6 +170,8 @@ def world(tmp_path_factory, invoke):
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
     write(Path("sharegpt.json"), [{"conversations": turns}, *records])
     write(Path("teachers.json"), [{"model": "m", "weight": 1}, {"model": "n", "price_in": 2}])
+    pool = [{"name": "x", "weight": 1}, {"name": "y", "question": "Which?", "temperature": 1}]
+    write(Path("pool.json"), pool)
     shutil.copy(SEEDS, "seeds.jsonl")
     batch = {"name": "b", "model": "m", "url": "u", "kind": "chat", "ids": ["0"]}
     Path("corpus.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 20)

@@ -75,7 +75,7 @@ def draw_annotator(
     return annotator, rng.random() < args.flip
 
 
-def report_simulation(annotations: list[dict[str, Any]]) -> None:
+def report_pool(annotations: list[dict[str, Any]]) -> None:
     """How many verdicts are flipped, and how far those on the same pair agree, flips included."""
     verdicts = [one for one in annotations if one["preference"] is not None]
     if decided := [one for one in verdicts if "flipped" in one and one["preference"] != 1.5]:

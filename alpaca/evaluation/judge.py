@@ -40,12 +40,7 @@ from alpaca.datagen.client import RefusedError, Reply
 from alpaca.datagen.endpoints import Endpoint, add_server_arguments
 from alpaca.datagen.request_log import RequestLog, Teachers, run_until_signal
 from alpaca.evaluation.annotations import ANNOTATIONS, make_annotation
-from alpaca.evaluation.annotators import (
-    Annotator,
-    draw_annotator,
-    read_annotators,
-    report_simulation,
-)
+from alpaca.evaluation.annotators import Annotator, draw_annotator, read_annotators, report_pool
 from alpaca.evaluation.outputs import Pair, add_pair_arguments, digest, pair_outputs, save_json
 from alpaca.evaluation.score import format_table
 from alpaca.evaluation.win_rate import leaderboard
@@ -303,7 +298,7 @@ def run(args: argparse.Namespace) -> None:
             entry = make_annotation(pairs, pair, name, preference) | {"swapped": swapped}
             entry |= {"drawn": judge.name} if args.annotators else {}
             annotations.append(entry | ({"flipped": flipped} if args.flip else {}))
-        report_simulation(annotations)
+        report_pool(annotations)
         if max(per_pair.values(), default=0) < (1 if args.single_order else 2):
             reason = "the judge gave none" if enough else "the budget has no room for one"
             if per_pair:

@@ -150,6 +150,7 @@ def store(folder: Path, name: str, text: str) -> None:
 
 def stored(names: list[str], title: str) -> str:
     """The newest table of each name, for a machine without a GPU."""
+    print("No GPU: nothing is measured; these are the newest tables.", file=sys.stderr)
     found = [sorted(GPU_RESULTS.glob(f"*-{name}.md"))[-1:] for name in names]
     tables = [file.read_text() for files in found for file in files]
     return "\n".join(tables) or f"### {title}\n\nNot measured yet.\n"

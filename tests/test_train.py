@@ -351,6 +351,8 @@ ERRORS = {
     "a plan's replicas": ({"replicas": 2, "plan": True}, "not a multiple of --replicas 2"),
     "too many epochs": ({"epochs": 1e300}, "--epochs", "more than 10,000"),
     "a simulation without a plan": ({"simulate": True}, "--simulate goes with --plan"),
+    "a chip without a plan": ({"chip": "H100"}, "--chip goes with --plan"),
+    "ranks without a plan": ({"gpus": 8}, "--gpus goes with --plan", "torchrun"),
     "a plan's ranks": ({"gpus": 10**9, "plan": True}, "--gpus", "more than 1,048,576"),
     "large batch": ({"batch_size": 10**30}, "--batch-size", "more than 32,768"),
     "large rows": ({"row_tokens": 10**9}, "--row-tokens", "more than 1,048,576"),
@@ -373,7 +375,7 @@ def test_user_error_is_one_line_and_writes_nothing(base, tmp_path, changes_and_w
 def test_run_without_space_for_snapshots_is_refused(base, tmp_path, monkeypatch, needed, what):
     monkeypatch.setattr(fsdp_train, "stored_bytes", lambda *_: needed)
     refused = train(flags(base, tmp_path / "run"))
-    assert_refused(refused, f"931322574.6 GiB of {what}", "--save-every 0 writes no snapshots")
+    assert_refused(refused, f"931,322,574.615 GiB of {what}", "--save-every 0 writes no snapshots")
     assert not (tmp_path / "run").exists()
 
 

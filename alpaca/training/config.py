@@ -151,6 +151,9 @@ class TrainConfig:
             if isinstance(value, Path):
                 defaults[name] = in_checkout(value)
         values = {**defaults, **given}
+        for name in ("simulate", "gpus", "chip"):
+            if name in given and not values["plan"]:
+                raise UserError(f"--{name} goes with --plan; torchrun says how many ranks train")
         for name in ("data", "eval_data"):
             files = given.get(name) or map(in_checkout, map(Path, defaults[name]))
             values[name] = tuple(map(str, files))
@@ -162,14 +165,12 @@ class TrainConfig:
         """Refuse flags that contradict each other, before any file is read."""
         if self.preset and self.model_dir:
             raise UserError("--preset means random weights, --model-dir a base model: give one")
-        if self.simulate and not self.plan:
-            raise UserError("--simulate goes with --plan")
         if self.plan and self.gpus % self.replicas:
             raise UserError(f"--gpus {self.gpus} is not a multiple of --replicas {self.replicas}")
         if self.preset and self.lora and not self.plan:
             raise UserError("--lora adapts a base model: give --model-dir instead of --preset")
         if self.preset and self.tokenizer is None:
-            raise UserError("--preset needs a --tokenizer")
+            raise UserError("--preset needs a --tokenizer, such as data/tiny-llama")
         if not self.data:
             raise UserError("--data is needed: the records to train on")
         if not 0 <= self.warmup_ratio < 1:

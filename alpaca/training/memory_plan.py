@@ -242,15 +242,18 @@ def stored_bytes(config: TrainConfig, model: LlamaConfig, steps: int) -> tuple[f
 
 def suggest(work: Workload, memory: float) -> str:
     """The first of a few changes after which it fits."""
+    gather_again = " --reshard" if work.config.stays_gathered else ""
     changes: list[tuple[str, dict]] = [("", {})]
     changes += [(" --bits 4", {"bits": 4})] if work.config.lora else []
     counts = [count for count in (2, 4, 8, 16, 32, 64, 128) if count > work.config.gpus]
     changes += [(f" on {count} GPUs", {"gpus": count, "replicas": 1}) for count in counts]
     for text, change in changes:
-        config = replace(work.config, checkpointing="full", **change)
+        config = replace(work.config, checkpointing="full", reshard=True, **change)
         if needed_bytes(replace(work, config=config)) <= memory:
-            return f"It would fit with --checkpointing full{text}."
-    return "Choose a smaller model, a smaller --row-tokens, or GPUs with more memory."
+            return f"It would fit with --checkpointing full{gather_again}{text}."
+    return (
+        "Choose a smaller model, a smaller --row-tokens or --max-length, or GPUs with more memory."
+    )
 
 
 def resolve_defaults(
@@ -306,10 +309,11 @@ def report_plan(work: Workload, simulated: dict[str, float] | None = None) -> st
     if simulated:  # which cannot tell these from activations
         categories["activations"] = categories.get("activations", 0) + categories.pop("temporary")
         simulated = {**simulated, "peak": sum(simulated.values())}
-    lines = [f"{name:<12}{size / GIB:8.2f} GiB a rank" for name, size in categories.items()]
-    if simulated:
-        found = (simulated.get(name, 0) / GIB for name in categories)
-        lines = [f"{line}, simulated {size:8.2f}" for line, size in zip(lines, found, strict=True)]
+    lines = []
+    for name, size in categories.items():
+        found = f", simulated {simulated.get(name, 0) / GIB:8.2f}" if simulated else ""
+        if name == "peak" or max(size, (simulated or {}).get(name, 0)) >= GIB / 200:  # not 0.00
+            lines.append(f"{name:<12}{size / GIB:8.2f} GiB a rank{found}")
     margin = (needed_bytes(work) - peak_bytes(work)) / GIB
     lines.append(f"margin      {margin:8.2f} GiB for CUDA, NCCL and the allocator")
     lines.append(f"total       {needed_bytes(work) / GIB:8.2f} GiB, of {memory / GIB:.0f} GiB")
@@ -324,11 +328,18 @@ def report_plan(work: Workload, simulated: dict[str, float] | None = None) -> st
         flops = flops_per_token(model, work.length, work.supervised, config.lora) * work.tokens
         seconds = estimated_seconds(work, CHIPS[chip]) * work.steps
         mfu = flops / (config.gpus * CHIPS[chip].flops * seconds)
-        time += f", {flops:.2e} operations: {seconds / 3600:.2f} hours at an MFU of {mfu:.0%}"
+        large, unit = (3600, "hours") if seconds >= 3600 else (60, "minutes")
+        time += f", {flops:.2e} operations in all: {short_number(seconds / large)} {unit}"
+        time += f" at an MFU of {short_number(100 * mfu)}%"
+    elif not is_for_gpu(config):
+        time += ". Each rank has this machine's memory: --chip plans for a GPU, and says the hours."
+    if config.gpus > config.batch_size:
+        time += f"\n{config.gpus - config.batch_size} ranks have no example: raise --batch-size."
     fits = needed_bytes(work) <= memory
     verdict = "It fits." if fits else f"It does not fit. {suggest(work, memory)}"
     settings = (
-        f"{trained}, {config.gpus} x {chip or 'this machine'}, checkpointing "
+        f"{trained}, {config.gpus} x {chip or 'this machine'}"
+        f"{f' in {config.replicas} replicas' if config.replicas > 1 else ''}, checkpointing "
         f"{config.checkpointing}, rows of up to {work.row_tokens} {config.dtype} tokens "
         f"(--row-tokens {config.row_tokens}), "
         f"blocks {'stay gathered' if config.stays_gathered else 'gathered twice'}"

@@ -45,8 +45,8 @@ def check_space(out: Path, disk: float, memory: float) -> None:
     for what, need, has in (("disk", disk, free), ("host memory", memory, available)):
         if need > has:
             raise UserError(
-                f"{out}: snapshots and result need {need / GIB:.1f} GiB of {what}, "
-                f"{has / GIB:.1f} are free: --save-every 0 writes no snapshots"
+                f"{out}: snapshots and result need {need / GIB:,.3f} GiB of {what}, "
+                f"{has / GIB:,.3f} are free: --save-every 0 writes no snapshots"
             )
 
 

@@ -13,7 +13,7 @@ from dataset import encode_prompt
 from model import Llama
 from tokenizer import Tokenizer
 
-PRINTED = 12  # answers; all are compared
+PRINTED, PRINTED_LENGTH = 12, 200  # answers and their characters; all are compared, whole
 
 
 def load_result(config: TrainConfig, device: torch.device) -> Llama:
@@ -43,7 +43,9 @@ def print_sample_answers(
     answered = [(record, s.text) for (record, _), s in zip(asked, sequences, strict=True)]
     for record, text in answered[:: len(answered) // PRINTED + 1]:  # evenly spread
         instruction = f"{record['instruction']} [{record['input']}]".removesuffix(" []")
-        print(f"  {'right' if text == record['output'] else 'wrong'}  {instruction} → {text}")
+        shown = " ".join(text.split())  # one line, whatever the model wrote
+        shown = f"{shown[:PRINTED_LENGTH]}…" if len(shown) > PRINTED_LENGTH else shown
+        print(f"  {'right' if text == record['output'] else 'wrong'}  {instruction} → {shown}")
     right = sum(text == record["output"] for record, text in answered)
     share = f"{right} of {len(answered)} held-out instructions ({right / len(answered):.1%})"
     print(f"answered exactly as expected: {share}")

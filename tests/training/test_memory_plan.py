@@ -349,8 +349,9 @@ def test_report_shows_categories_in_gib():
         assert f"\n{name}" in report
     assert "GB " not in report.split("\n", 1)[1] and "It fits." in report
     flops = flops_per_token(preset("7B"), 120, 0.5) * 10**6
-    hours = 100 * estimated_seconds(seven(), CHIPS["A100 80GB"]) / 3600
-    assert f"100 steps of 10,000 tokens, {flops:.2e} operations: {hours:.2f} hours" in report
+    minutes = 100 * estimated_seconds(seven(), CHIPS["A100 80GB"]) / 60
+    assert f"100 steps of 10,000 tokens, {flops:.2e} operations in all: {minutes:.2g} min" in report
+    assert " hours at an MFU of " in report_plan(seven({"steps": 99_999}))
     snapshots = 3 * 12 * 6738415616 + 2 * 6738415616
     assert f"disk        {(12 + 2) * 6738415616 / GIB:8.2f} GiB" in report, "of one snapshot"
     assert f"disk        {snapshots / GIB:8.2f} GiB" in report_plan(seven({"steps": 999}))
@@ -373,6 +374,19 @@ def test_suggestion_fits():
     )
     assert enough <= CHIPS["A100 40GB"].memory < half
     assert "Choose a smaller model" in report_plan(seven({"row_tokens": 10**6}, gpus=128))
+
+
+def test_suggestion_gathers_again_what_does_not_fit():
+    work = seven(gpus=64, chip="RTX 4070", reshard=False)
+    assert "fit with --checkpointing full --reshard." in report_plan(work)
+
+
+def test_report_hides_zeros_and_names_replicas_and_idle_ranks():
+    report = report_plan(seven(gpus=1024, replicas=16))
+    assert " 0.00 GiB a rank" not in report and " MFU of 0%" not in report
+    assert "1024 x A100 80GB in 16 replicas" in report
+    assert "896 ranks have no example: raise --batch-size." in report
+    assert "have no example" not in report_plan(seven())
 
 
 @pytest.mark.parametrize(("chip", "bits"), [("RTX 4090", 16), ("RTX 4070", 16), ("RTX 4070", 8)])

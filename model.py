@@ -341,7 +341,7 @@ class SummedCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + size)
             h, target = hidden[chunk], targets[chunk, None]
             log_p = p = None  # frees the previous chunk's
-            # (size, V), the only logits in memory; one fused pass, where logsumexp takes five
+            # (size, V), the only logits in memory: as multiplied, in fp32, and normalized
             log_p = torch.log_softmax(h @ weight.T, -1, dtype=torch.float32)
             total -= log_p.gather(1, target).sum()
             if grad_hidden is not None:
@@ -360,7 +360,7 @@ class SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx, *grad_outputs: Tensor):
         (upstream,), (grad_hidden, grad_weight) = grad_outputs, ctx.saved_tensors
         if grad_weight is not None:
-            grad_weight = grad_weight * upstream  # autograd rounds it to the weight's dtype
+            grad_weight *= upstream  # in place, as it is large; autograd rounds it to 16 bits
         return grad_hidden * upstream, grad_weight, None, None
 
 

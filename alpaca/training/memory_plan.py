@@ -6,6 +6,8 @@ Weights, gradients and Adam's two moments are 16 bytes a parameter in fp32, divi
 With LoRA they are the adapter's; the frozen base is in the dtype that blocks compute in, or in
 integers, whole on every rank and dequantized one matrix at a time. The phases that can need most:
 
+    gather       embedding and head are gathered, once in the buffer that was received and once as
+                 parameters, when the first block is received
     forward      at its end: what all blocks store, and the gradient of the head
     block N      N blocks are left in the backward pass. This one is recomputed, and its gradients
                  are not sharded yet. Those of the block before it are being reduced in fp32, and
@@ -173,22 +175,30 @@ def memory_by_phase(work: Workload) -> dict[str, dict[str, float]]:
     always = {"weights": base + 4 * shard, "moments": 8 * shard}
     earlier = 4 * shard * (work.rows > 1)  # gradients of the rows before
     waiting = work.rows > 1 and work.config.replicas > 1  # replicas' sums are added at the end
-    ahead = block * (work.shards > 1)  # the block that is gathered while another one computes
+    ahead = block * (work.shards > 1)  # the next block, or the buffer that the last one came in
+    received = (whole + block) * (work.shards > 1)
     staying = block if work.config.stays_gathered else 0  # of every block since its forward pass
     in_chunk = min(
         work.row_tokens * work.supervised, max(1, work.logits_chunk // config.vocab_size)
     )
-    logits = in_chunk * config.vocab_size * (size + 4)  # and their fp32 copy
+    logits = in_chunk * config.vocab_size
     cast = size * table  # the head's gradient, which is summed in fp32
-    head = 4 * table + max(logits + cast, 4 * table + cast * (size < 4))
+    # for a moment, logits are there as multiplied, in fp32, and normalized
+    head = 4 * table + logits * (size + 4) + max(cast, 4 * logits * (size < 4))
     phases = {
+        "gather": {
+            **always,
+            "gradients": earlier,
+            "gathered": whole + received,
+            "temporary": received / work.shards,  # what this rank sends
+        },
         "forward": {
             **always,
             "gradients": earlier,
             "activations": activations(work),
-            "gathered": whole + (layers * staying or ahead),
+            "gathered": whole + layers * staying + ahead,
             "temporary": max(head, dequantized(work)),
-        }
+        },
     }
     stored, (computed, gradients) = work.row_tokens * block_stored(work), block_backward(work)
     for left in {layers, max(1, layers - 1), min(2, layers), 1}:  # blocks to go backward through
@@ -197,7 +207,7 @@ def memory_by_phase(work: Workload) -> dict[str, dict[str, float]]:
             **always,
             "gradients": max(earlier, done) + waiting * done,
             "activations": (left - 1) * stored + computed,
-            "gathered": whole + (left * staying or block + ahead * (left > 1)),
+            "gathered": whole + (left * staying or block) + ahead * (left > 1),
             "reduced": reduced * (left < layers),  # gradients of the block before, whole, in fp32
             "temporary": gradients + cast,
         }

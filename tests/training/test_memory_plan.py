@@ -202,6 +202,9 @@ SHALLOW = [
     ("13B", 1, {"gpus": 1024, "checkpointing": "full"}),
     ("65B", 2048, {"gpus": 1024, "replicas": 16, "checkpointing": "full"}),
     ("llama-3.1-8b", 4096, {"gpus": 8, "checkpointing": "none"}),
+    ("llama-3.1-8b", 2048, {"gpus": 8, "checkpointing": "full", "lora": LoraConfig()}),
+    ("llama-3.2-1b", 2048, {"gpus": 8, "checkpointing": "full", "lora": LoraConfig(), "bits": 4}),
+    ("7B", 2048, {"gpus": 8, "reshard": False, "lora": LoraConfig()}),
 ]
 
 

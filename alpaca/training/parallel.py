@@ -191,8 +191,9 @@ def make_mesh(device_type: str, world: int, replicas: int) -> DeviceMesh:
 def use_deterministic_kernels() -> None:
     """Have a GPU compute the same bits each time, so that a resumed run is the run it continues:
     by default kernels add numbers in the order in which threads happen to finish. To be called
-    before CUDA starts, because cuBLAS reads its setting then."""
+    before CUDA starts and the compiler is imported, because they read their settings then."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"  # the compiler times no sums to choose one
     torch.use_deterministic_algorithms(True)
     # by default this also fills new memory before it is written, which takes time
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore

@@ -14,15 +14,17 @@ from model import Llama
 def cuda_settings() -> tuple:
     enabled = torch.are_deterministic_algorithms_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
-    return os.environ.get("CUBLAS_WORKSPACE_CONFIG"), enabled, filled
+    names = "CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_DETERMINISTIC"
+    return *map(os.environ.get, names), enabled, filled
 
 
 def test_kernels_are_deterministic_before_cuda_starts(monkeypatch):
     """And a CPU's are left alone: its results must not change."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.setenv("TORCHINDUCTOR_DETERMINISTIC", "")
     before = cuda_settings()
     with process_group("cpu", 1):
-        assert cuda_settings() == before == ("", False, True)
+        assert cuda_settings() == before == ("", "", False, True)
 
     def start(device):
         raise RuntimeError(cuda_settings())
@@ -36,7 +38,7 @@ def test_kernels_are_deterministic_before_cuda_starts(monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = True
-    assert caught.value.args[0] == (":4096:8", True, False)
+    assert caught.value.args[0] == (":4096:8", "1", True, False)
 
 
 @pytest.mark.parametrize(("mode", "times"), [("full", 2), ("selective", 1), ("none", 1)])

@@ -382,7 +382,10 @@ def main() -> None:
         with process_group(config.device, config.replicas) as (mesh, device):
             config = replace(config, gpus=mesh.size())
             job = run_on_all_ranks(lambda: prepare(config))
-            config, settings = job.config, job.config.settings(job.train.digest())
+            choice = [job.config.row_tokens, job.config.reshard]
+            dist.broadcast_object_list(choice)  # rank 0's: elsewhere GPUs may have other memory
+            config = replace(job.config, row_tokens=choice[0], reshard=choice[1])
+            job, settings = job._replace(config=config), config.settings(job.train.digest())
             disk, memory = stored_bytes(config, job.model_config, job.steps)
             if not config.result.exists():
                 run_on_all_ranks(lambda: check_space(config.out, disk, memory * local_ranks()))

@@ -213,6 +213,23 @@ def test_base_that_is_not_finite_is_refused_at_once(base, tmp_path):
 # ---------------------------------------------------------------- the run
 
 
+def test_rank_0_decides_how_long_rows_are(base, tmp_path, monkeypatch):
+    """By the memory of its GPU; ranks that pack differently would wait for each other forever."""
+    seen, pack = set(), fsdp_train.packed_rows
+
+    def packed(examples, batch, config, device):
+        seen.add((config.row_tokens, config.reshard))
+        return pack(examples, batch, config, device)
+
+    def broadcast(objects, **options):
+        objects[:] = objects if options else [300, False]
+
+    monkeypatch.setattr(fsdp_train, "packed_rows", packed)
+    monkeypatch.setattr(fsdp_train.dist, "broadcast_object_list", broadcast)
+    succeeded(train(flags(base, tmp_path / "run", row_tokens=None, max_steps=1)))
+    assert seen == {(300, False)}
+
+
 def test_held_out_loss_of_each_source_is_the_mean_over_its_tokens(base, measured):
     out, files = measured
     first, last = (record for record in metrics(out) if "held_out_loss" in record)

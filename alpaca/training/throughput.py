@@ -25,7 +25,7 @@ GIB = 2**30
 
 class Chip(NamedTuple):
     flops: float  # a second: bf16 with fp32 accumulation, dense
-    memory: float  # bytes
+    memory: float  # bytes; less than the name says where error correction takes a part
     bandwidth: float  # of the memory, bytes a second
     link: float  # to the other GPUs: NVLink or PCIe, one direction, bytes a second
 
@@ -37,8 +37,8 @@ CHIPS = {
     "H100": Chip(989e12, 80 * GIB, 3.35e12, 450e9),
     "H200": Chip(989e12, 140 * GIB, 4.8e12, 450e9),
     "B200": Chip(2250e12, 180 * GIB, 8.0e12, 900e9),
-    "L40S": Chip(362e12, 48 * GIB, 0.86e12, 32e9),
-    "A10": Chip(125e12, 24 * GIB, 0.6e12, 32e9),
+    "L40S": Chip(362e12, 44 * GIB, 0.86e12, 32e9),
+    "A10": Chip(125e12, 22 * GIB, 0.6e12, 32e9),
     "RTX 4090": Chip(165e12, 24 * GIB, 1.01e12, 32e9),
     "RTX 3090": Chip(71e12, 24 * GIB, 0.94e12, 32e9),
     "RTX 4070": Chip(58e12, 12 * GIB, 0.5e12, 32e9),
@@ -57,13 +57,12 @@ def find_chip(device_name: str) -> str | None:
 
 
 def find_device(chip: str | None) -> tuple[str | None, float]:
-    """The name, if it is in the table, and the memory of a chip, or else of this machine."""
-    if chip is None and torch.cuda.is_available():
-        chip = find_chip(torch.cuda.get_device_name())
-        if chip is None:
-            return None, torch.cuda.get_device_properties(0).total_memory
+    """The name, if it is in the table, and the memory: a chip's, or else this machine's."""
     if chip:
         return chip, CHIPS[chip].memory
+    if torch.cuda.is_available():  # has less than its name says: 79.2 GiB of an H100's 80
+        chip = find_chip(torch.cuda.get_device_name())
+        return chip, torch.cuda.get_device_properties(0).total_memory
     return None, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

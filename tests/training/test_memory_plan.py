@@ -262,10 +262,12 @@ def test_chip_is_found_by_device_name(monkeypatch):
     for name, chip in names.items():
         assert throughput.find_chip(f"NVIDIA {name}") == chip
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    sixteen = SimpleNamespace(total_memory=16 * GIB)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: sixteen)
-    assert " of 16 GiB" in report_plan(seven(chip=None)), "its own memory"
+    for name in ("Tesla T4", "NVIDIA H100 80GB HBM3"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        own = SimpleNamespace(total_memory=16 * GIB)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, own=own: own)
+        assert " of 16 GiB" in (report := report_plan(seven(chip=None))), "its own memory"
+        assert ("8 x H100" in report) == ("H100" in name)
 
 
 # ---------------------------------------------------------------- a run's rows and tokens

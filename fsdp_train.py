@@ -124,7 +124,7 @@ def train(job: Job, run: RunDir, mesh: DeviceMesh, device: torch.device, stop: S
     try:
         save_result(model, job)
     finally:  # if the result cannot be written, no training is lost
-        snapshots.finish()
+        snapshots.close()
     remove_snapshots(config.snapshots)
 
 

@@ -230,6 +230,14 @@ def test_rank_0_decides_how_long_rows_are(base, tmp_path, monkeypatch):
     assert seen == {(300, False)}
 
 
+def test_no_memory_of_snapshots_is_left_after_training(base, tmp_path, monkeypatch):
+    """Pinned memory that were only freed would still be copied from, at the same address."""
+    closed, close = [], fsdp_train.Snapshots.close
+    monkeypatch.setattr(fsdp_train.Snapshots, "close", lambda s: close(s) or closed.append(s))
+    succeeded(train(flags(base, tmp_path / "run", save_every=1, max_steps=2)))
+    assert [snapshots.staging for snapshots in closed] == [None]
+
+
 def test_held_out_loss_of_each_source_is_the_mean_over_its_tokens(base, measured):
     out, files = measured
     first, last = (record for record in metrics(out) if "held_out_loss" in record)

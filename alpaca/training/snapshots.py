@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.cuda._pin_memory_utils import pin_memory
+from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
 from torch.distributed.tensor import DTensor
 
 from alpaca.common.errors import UserError, describe_error, join_names, notice
@@ -151,6 +151,13 @@ class Snapshots:
                 f"{self.folder}: a snapshot could not be written ({error}); the one before it is "
                 "kept"
             ) from None
+
+    def close(self) -> None:
+        """Finish, and free the host memory."""
+        self.finish()
+        if self.stream and self.staging is not None:
+            unpin_memory(self.staging.data_ptr())  # or CUDA would copy from it what comes after it
+        self.staging = None
 
 
 # ---------------------------------------------------------------- files

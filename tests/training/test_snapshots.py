@@ -115,9 +115,11 @@ def test_state_is_copied_beside_a_gpus_next_step(snapshots, monkeypatch):
         snapshots.finish()
         stored = load_file(part(snapshots.folder / f"step-{step:06}"))
         assert all(torch.equal(stored[name], tensor) for name, tensor in saved.items())
-    assert pinned == [
-        (snapshots.staging.data_ptr(), 12 * sum(p.numel() for p in snapshots.model.parameters()))
-    ]
+    address = snapshots.staging.data_ptr()
+    assert pinned == [(address, 12 * sum(p.numel() for p in snapshots.model.parameters()))]
+    monkeypatch.setattr(module, "unpin_memory", lambda where: pinned.append(where))
+    snapshots.close()
+    assert pinned[1:] == [address] and snapshots.staging is None
 
 
 def test_snapshot_is_overdue_after_fifteen_minutes(snapshots, monkeypatch):

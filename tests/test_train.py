@@ -230,6 +230,14 @@ def test_rank_0_decides_how_long_rows_are(base, tmp_path, monkeypatch):
     assert seen == {(300, False)}
 
 
+def test_overdue_snapshot_is_saved_between_others(base, tmp_path, monkeypatch):
+    overdue, saved = iter([False, True, False, False, False]), []
+    monkeypatch.setattr(fsdp_train.Snapshots, "overdue", lambda _: next(overdue))
+    monkeypatch.setattr(fsdp_train.Snapshots, "save", lambda _, step: saved.append(step))
+    succeeded(train(flags(base, tmp_path / "run", save_every=3)))
+    assert saved == [2, 3, 5]
+
+
 def test_no_memory_of_snapshots_is_left_after_training(base, tmp_path, monkeypatch):
     """Pinned memory that were only freed would still be copied from, at the same address."""
     closed, close = [], fsdp_train.Snapshots.close
@@ -396,8 +404,9 @@ def test_user_error_is_one_line_and_writes_nothing(base, tmp_path, changes_and_w
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("needed", "what"), [((1e18, 0), "disk"), ((0, 1e18), "host memory")])
+@pytest.mark.parametrize(("needed", "what"), [((1e18, 0), "disk"), ((0, 5e17), "host memory")])
 def test_run_without_space_for_snapshots_is_refused(base, tmp_path, monkeypatch, needed, what):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two ranks share a machine's memory
     monkeypatch.setattr(fsdp_train, "stored_bytes", lambda *_: needed)
     refused = train(flags(base, tmp_path / "run"))
     assert_refused(refused, f"931,322,574.615 GiB of {what}", "--save-every 0 writes no snapshots")

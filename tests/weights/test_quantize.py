@@ -156,6 +156,15 @@ def test_int4_on_a_gpu_is_dequantized_for_many_rows(monkeypatch, tiles, group):
         layer(x[1:])
 
 
+def test_int8_on_a_gpu_has_a_gradient_where_one_is_wanted(monkeypatch):
+    """Its kernel for few rows has none."""
+    monkeypatch.setattr(quantized_linear, "GPU", "cpu")
+    layer, x = Int8Linear(**Int8Linear.quantize(matrix(16, 64))), torch.randn(2, 64)
+    x.requires_grad_()
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.dequantize().sum(0).expand(2, 64))
+
+
 def test_activations_are_rounded_to_16_bits():
     x = torch.randn(5, 64)
     step, both = split_bytes(x)

@@ -245,9 +245,9 @@ def stored_bytes(config: TrainConfig, model: LlamaConfig, steps: int) -> tuple[f
     if config.lora:
         trained = counts.adapter_parameters(model, config.lora)
         result = 4 * trained
-    saves = -(-steps // config.save_every) if config.save_every else 0
-    snapshots = 12 * trained * min(saves, config.save_total_limit + 1)  # one is being written
-    return result + snapshots, 12 * trained * (saves > 0) / config.gpus
+    # one is being written; steps of minutes are all saved
+    snapshots = min(steps, config.save_total_limit + 1) if config.save_every else 0
+    return result + 12 * trained * snapshots, 12 * trained * (snapshots > 0) / config.gpus
 
 
 def suggest(work: Workload, memory: float) -> str:

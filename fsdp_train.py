@@ -392,9 +392,7 @@ def main() -> None:
             other = dist.get_rank() > 0
             make = partial(RunDir, config.out, settings, config.resume, other)
             run = lock.enter_context(run_on_all_ranks(make))
-            finished = run_on_all_ranks(run.finished)
-            dist.barrier()  # every rank has looked before one of them writes
-            if finished:
+            if run_on_all_ranks(run.finished):
                 notice(f"{config.out} is finished; remove it to train again")
                 run.start_log(job.steps + 1, job.steps)
                 remove_snapshots(config.snapshots)  # if the last run was killed at its very end

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,6 +65,21 @@ def test_state_is_restored_bit_for_bit(snapshots, monkeypatch):
     assert {moments["step"].item() for moments in snapshots.optimizer.state.values()} == {7}
 
 
+def test_state_is_not_copied_over_one_that_is_being_written(snapshots, monkeypatch):
+    order, write, copy = [], module.write_part, snapshots._copy
+
+    def slow_write(*args):
+        time.sleep(0.05)
+        write(*args)
+        order.append("written")
+
+    monkeypatch.setattr(module, "write_part", slow_write)
+    monkeypatch.setattr(snapshots, "_copy", lambda tensors: order.append("copied") or copy(tensors))
+    snapshots.save(1)
+    save(snapshots, 2)
+    assert order == ["copied", "written"] * 2
+
+
 class FakeStream:
     """A GPU's stream, whose copies run as late as they may."""
 
@@ -83,7 +99,7 @@ class FakeStream:
 
 
 def test_state_is_copied_beside_a_gpus_next_step(snapshots, monkeypatch):
-    """Simulated: the copies may take until the weights change, and the files wait for them."""
+    """Simulated: the copies wait for the last step, the files and the next weights for them."""
     current, copy, pinned = FakeStream(), torch.Tensor.copy_, []
 
     @contextmanager
@@ -106,6 +122,8 @@ def test_state_is_copied_beside_a_gpus_next_step(snapshots, monkeypatch):
         snapshots = Snapshots(snapshots.folder, 2, snapshots.model, snapshots.optimizer)
     for step in (1, 2):
         saved = {name: tensor.clone() for name, tensor in state(snapshots).items()}
+        saved[NORM].zero_()
+        current.queued.append(state(snapshots)[NORM].zero_)  # of the last step
         snapshots.save(step)
         if step == 1:
             for parameter in snapshots.model.parameters():

@@ -20,6 +20,7 @@ VERBS = {  # in order, from data to a published model
     "answers": ("alpaca.evaluation.answers", "answer an evaluation set with a model"),
     "blind": ("alpaca.evaluation.blind", "let people compare two models' answers blindly"),
     "judge": ("alpaca.evaluation.judge", "let a model compare two models' answers"),
+    "samples": ("alpaca.evaluation.samples", "draw several answers to each instruction"),
     "score": ("alpaca.evaluation.score", "win rates from annotation files"),
 }
 

@@ -12,9 +12,9 @@ A file of functions is run as any Python file is. Patterns come from the data an
 (`(a+)+$`): use `regex` only with data that you trust.
 """
 
-import importlib.util
 import math
 import re
+import runpy
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -61,11 +61,7 @@ def load_checker(spec: str) -> Checker:
         raise UserError(f"checker {spec!r}: one of {', '.join(CHECKERS)} or FILE.py:NAME expected")
     if not Path(file).is_file():
         raise UserError(f"checker {spec!r}: no file {file}")
-    loader = importlib.util.spec_from_file_location("checker", file)
-    assert loader and loader.loader
-    module = importlib.util.module_from_spec(loader)
-    loader.loader.exec_module(module)
-    if not callable(function := getattr(module, name, None)):
+    if not callable(function := runpy.run_path(file).get(name)):
         raise UserError(f"checker {spec!r}: {file} defines no function {name}")
 
     def check(record: dict, answer: str) -> float:

@@ -22,7 +22,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,8 +40,7 @@ class Preference(NamedTuple):
     p: float  # how likely `chosen` is the better one: above 1/2, and 1 in most files
 
 
-@dataclass(frozen=True)
-class Preferences:
+class Preferences(NamedTuple):
     """n pairs. Only the last answer of a conversation is compared: what precedes it is prompt."""
 
     records: list[dict]  # 2n: the chosen record of pair i is 2i, its rejected record 2i + 1
@@ -70,24 +68,21 @@ def read_preferences(path: Path, dropped: Counter[str]) -> list[tuple[str, dict,
     for place, raw, pair in skip_odd(json_records(path), parse_pair):
         same = json.dumps([pair[:2], raw.get("annotator")]) if "swapped" in raw else place
         both_orders.setdefault(same, []).append((place, raw, pair))
-    kept, reasons = [], Counter()
+    kept = []
     for found in both_orders.values():
         place, raw, (first, second, _) = found[0]
         score = sum(pair[2] for *_, pair in found) / len(found)  # nan if one of them is
         if first == second:
-            reasons["equal answers"] += 1
-        elif math.isnan(score):
-            reasons["without a verdict"] += 1
-        elif score == 0.5:
-            reasons["ties"] += 1
-        elif score > 0.5:
-            kept.append((place, raw, Preference(second, first, score)))
+            dropped["equal answers"] += 1
+        elif math.isnan(score) or score == 0.5:
+            dropped["ties" if score == 0.5 else "without a verdict"] += 1
         else:
-            kept.append((place, raw, Preference(first, second, 1 - score)))
-    dropped += reasons
+            better, worse = (second, first) if score > 0.5 else (first, second)
+            kept.append((place, raw, Preference(better, worse, max(score, 1 - score))))
     if not kept:
-        counts = join_names(f"{reason}: {count}" for reason, count in reasons.items())
-        raise UserError(f"{path}: no preference to learn from in it ({counts or 'it is empty'})")
+        raise UserError(
+            f"{path}: no preference to learn from: all ties, equal or without a verdict"
+        )
     return kept
 
 

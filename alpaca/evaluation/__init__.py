@@ -9,4 +9,5 @@ judge            `alpaca judge`: a model compares
 win_rate         the share of comparisons won, its error, and how far annotators agree
 length_control   the win rate as it would be for answers of equal length
 score            `alpaca score`: all of that as a table or a picture
+samples          `alpaca samples`: several answers to each instruction
 """

@@ -3,19 +3,21 @@
     questions = read_questions("questions.jsonl")
     done = count_answered("answers.jsonl", questions, settings)   # of an earlier run
     for answer in answer_questions(engine, questions, params, done): …
+    for sequences in answer_in_order(engine, [(ids, [params, …]), …]): …   # several of each prompt
 
 Answer i is sampled with seed `params.seed` + i, so it is the same in any batch and after a resume.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from alpaca.common.errors import UserError
 from alpaca.common.json_files import check_shape, json_records, read_log
-from alpaca.inference.engine import Engine
+from alpaca.inference.engine import Engine, Sequence
 from alpaca.inference.sampling import SamplingParams
 from alpaca.weights.loading import load_from_args
 from dataset import encode_prompt
@@ -37,13 +39,26 @@ def read_questions(path: Path) -> list[dict[str, str]]:
     return questions
 
 
-def count_answered(out: Path, questions: list[dict], settings: dict[str, Any]) -> int:
+def settings_from_args(args: argparse.Namespace, params: SamplingParams) -> dict[str, Any]:
+    """What the answers depend on; it is stored with each of them."""
+    settings = {"model": str(args.model_dir.absolute()), "bits": args.bits}
+    settings["sampling"] = vars(params) | {"stop": list(params.stop)}  # JSON has no tuples
+    if args.adapter:
+        settings["adapter"] = str(args.adapter.absolute())
+    if args.template:
+        settings["template"] = args.template
+    return settings
+
+
+def count_answered(
+    out: Path, questions: list[dict], settings: dict[str, Any], field: str = "output"
+) -> int:
     """How many questions have an answer in `out`; those must come first and have these settings."""
     count = 0
     for count, line in enumerate(read_log(out), 1):
         if count > len(questions):
             raise UserError(f"{out}, line {count}: more answers than questions: use another --out")
-        if {**questions[count - 1], "output": line.get("output"), **settings} != line:
+        if {**questions[count - 1], field: line.get(field), **settings} != line:
             raise UserError(
                 f"{out}, line {count}: the answer to another instruction, or from another model "
                 "or sampling: use another --out"
@@ -65,3 +80,19 @@ def answer_questions(
     for sequence in sequences:
         engine.finish([sequence])  # the others of the batch advance too
         yield sequence.text
+
+
+def answer_in_order(
+    engine: Engine, requests: Iterable[tuple[list[int], list[SamplingParams]]]
+) -> Iterator[list[Sequence]]:
+    """For each (prompt, params of its answers) the finished answers. Few requests wait at once."""
+    pending, requests = deque[list[Sequence]](), iter(requests)
+    while True:
+        while len(engine.waiting) < engine.max_batch_size and (new := next(requests, None)):
+            pending.append([engine.add(new[0], params) for params in new[1]])
+        if not pending:
+            return
+        if any(sequence.finish_reason is None for sequence in pending[0]):
+            engine.step()
+        else:
+            yield engine.finish(pending.popleft())  # finished: only checks them

@@ -31,6 +31,7 @@ from alpaca.inference.answer import (
     count_answered,
     engine_from_args,
     read_questions,
+    settings_from_args,
 )
 from alpaca.inference.engine import Sequence
 from alpaca.inference.sampling import SamplingParams, add_sampling_arguments, sampling_from_args
@@ -97,12 +98,7 @@ def as_json(sequence: Sequence) -> str:
 
 def generate_file(args: argparse.Namespace, params: SamplingParams) -> None:
     questions = read_questions(args.file)
-    settings = {"model": str(args.model_dir.absolute()), "bits": args.bits}
-    settings["sampling"] = vars(params) | {"stop": list(params.stop)}  # JSON has no tuples
-    if args.adapter:
-        settings["adapter"] = str(args.adapter.absolute())
-    if args.template:
-        settings["template"] = args.template
+    settings = settings_from_args(args, params)
     with lock_output(args.out) if args.out else nullcontext():
         write_answers(args, params, questions, settings)
 

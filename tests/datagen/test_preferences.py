@@ -147,9 +147,9 @@ BROKEN = {
     ),
     "all ties": (
         JUDGED | {"preference": 1.5},
-        "p.json: no preference to learn from in it (ties: 1)",
+        "p.json: no preference to learn from: all ties, equal",
     ),
-    "all equal": (ASKED | {"chosen": "Five"}, "(equal answers: 1)"),
+    "all equal": (ASKED | {"chosen": "Five"}, "no preference to learn from"),
 }
 
 

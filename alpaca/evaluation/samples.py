@@ -1,0 +1,90 @@
+"""Draw several answers to each instruction: what best-of, expert iteration and preferences need.
+
+    alpaca samples --data data/sample_train.json --n 4 --temperature 1 --out runs/samples.jsonl
+    alpaca samples --model-dir alpaca-7b --bits 4 --data alpaca_data.json:0.1 --n 16 \\
+        --temperature 0.7 --top-p 0.9 --out runs/samples-7b.jsonl
+
+--data takes files and weights as fsdp_train.py does. A line of --out is a record, whose `output`
+stays the reference, with `outputs`: the n answers to its question, which for a conversation is all
+before its last answer. A prompt that is too long for the model has no answers.
+
+Answer j to record i has a seed of its own, made of --seed, i and j. It depends neither on the
+answers decoded beside it nor on n, and no two runs with different seeds share answers. A record is
+on disk as soon as all its answers are there; the same command resumes.
+"""
+
+import argparse
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from alpaca.common.cli import positive
+from alpaca.common.errors import UserError, notice
+from alpaca.common.files import lock_output
+from alpaca.common.json_files import append_jsonl
+from alpaca.common.progress import Progress
+from alpaca.datagen.formats import load_mixture
+from alpaca.evaluation.answers import describe_files, folder_name
+from alpaca.inference.answer import (
+    answer_in_order,
+    count_answered,
+    engine_from_args,
+    settings_from_args,
+)
+from alpaca.inference.engine import Engine
+from alpaca.inference.sampling import SamplingParams, add_sampling_arguments, sampling_from_args
+from alpaca.weights.loading import add_model_arguments, model_folders
+from dataset import chat_prompt, encode_prompt
+
+
+def sample_seed(seed: int, record: int, sample: int) -> int:
+    return random.Random(f"{seed} {record} {sample}").getrandbits(63)
+
+
+def requests(
+    engine: Engine, records: list[dict], params: SamplingParams, n: int, done: int
+) -> Iterator[tuple[list[int], list[SamplingParams]]]:
+    """The prompt of each of records[done:], and the parameters of its answers."""
+    for i, record in enumerate(records[done:], done):
+        if "messages" in record:
+            ids = chat_prompt(record["messages"][:-1], engine.tokenizer)
+        else:
+            ids = encode_prompt(record["instruction"], record["input"], engine.tokenizer)
+        if too_long := len(ids) >= engine.max_length:
+            notice(f"record {i + 1} gets no answers: its prompt is too long for the model")
+        seeds = [sample_seed(params.seed, i, j) for j in range(0 if too_long else n)]
+        yield ids, [replace(params, seed=seed) for seed in seeds]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("samples").add_argument
+    add("--data", nargs="+", required=True, metavar="FILE[:WEIGHT]", help="records to answer")
+    add("--out", type=Path, required=True, help="JSONL file to append to; it is resumed")
+    add("--n", type=positive(int, 10_000), default=4, help="answers to each (default: 4)")
+    add("--name", help="name of the model in --out (default: its folder's)")
+    add_model_arguments(parser)
+    add_sampling_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    params = sampling_from_args(args)
+    if params.temperature == 0 and args.n > 1:
+        raise UserError("all answers would be equal: give a --temperature above 0, such as 1")
+    records = load_mixture(args.data, args.seed)[0]
+    if any("text" in record for record in records):
+        raise UserError("--data has records of plain text: they ask nothing; remove them")
+    folders = model_folders(args)
+    settings = {"generator": args.name or "+".join(map(folder_name, folders)), "n": args.n}
+    settings |= settings_from_args(args, params)
+    settings["files"] = [describe_files(folder, args.out.resolve()) for folder in folders]
+    with lock_output(args.out):
+        done = count_answered(args.out, records, settings, "outputs")
+        engine = engine_from_args(args, args.max_batch_size)
+        progress = Progress(len(records), "records", done=done)
+        answers = answer_in_order(engine, requests(engine, records, params, args.n, done))
+        for record, sequences in zip(records[done:], answers, strict=True):
+            outputs = [sequence.text for sequence in sequences]
+            append_jsonl(args.out, {**record, "outputs": outputs, **settings})
+            progress.step()
+        progress.close(str(args.out))

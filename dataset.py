@@ -114,55 +114,79 @@ def encode_conversation(messages: list[dict], tokenizer: Tokenizer) -> tuple[lis
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenized records end to end: example i is tokens starts[i] … starts[i + 1]."""
+    """Tokenized records end to end: document i is tokens starts[i] … starts[i + 1].
+
+    An example is one document. With preferences it is two, the chosen and the rejected answer of a
+    pair, which stay in one row."""
 
     ids: np.ndarray  # int32
     labels: np.ndarray  # int32
     starts: np.ndarray  # int64
-    origins: list  # where each comes from
+    origins: list  # where each example comes from
     report: dict[str, int]  # how many were kept, truncated, dropped, tokenized separately
+    p: np.ndarray | None = None  # of each pair: how likely the chosen answer is the better one
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return (len(self.starts) - 1) // self.documents
+
+    @property
+    def documents(self) -> int:
+        """In each example."""
+        return 1 if self.p is None else 2
+
+    def documents_of(self, which: np.ndarray) -> np.ndarray:
+        """The numbers of these examples' documents."""
+        return (which[:, None] * self.documents + np.arange(self.documents)).flatten()
 
     @property
     def lengths(self) -> np.ndarray:
-        return np.diff(self.starts)
+        return np.diff(self.starts[:: self.documents])
 
     @property
     def supervised(self) -> np.ndarray:
         """The number of labels that are not masked, for each example."""
         before = np.concatenate([[0], np.cumsum(self.labels != IGNORE)])
-        return np.diff(before[self.starts])
+        return np.diff(before[self.starts[:: self.documents]])
 
     def digest(self) -> str:
         """A hash of all ids and labels."""
-        parts = (self.ids.tobytes(), self.labels.tobytes(), self.starts.tobytes())
-        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+        arrays = (self.ids, self.labels, self.starts, *([] if self.p is None else [self.p]))
+        return hashlib.sha256(b"".join(each.tobytes() for each in arrays)).hexdigest()[:16]
 
 
 def encode_all(
-    records: list[dict], origins: list, tokenizer: Tokenizer, max_length: int
+    records: list[dict],
+    origins: list,
+    tokenizer: Tokenizer,
+    max_length: int,
+    p: list[float] | None = None,
 ) -> Examples:
-    """Tokenize and truncate all records; one that truncation leaves without a label is dropped."""
+    """Tokenize and truncate all records; one that truncation leaves without a label is dropped.
+
+    With `p`, records 2i and 2i + 1 are the chosen and the rejected answer of pair i; only their
+    last answers have labels."""
     all_ids, all_labels = array("i"), array("i")  # lists take six times as much
-    starts, kept_origins = [0], []
+    starts, kept = [0], []
     report = {"kept": 0, "truncated": 0, "dropped": 0, "answers tokenized separately": 0}
-    missing = 0
-    for record, origin in zip(records, origins, strict=True):
-        ids, labels, unmerged = encode_record(record, tokenizer)
-        missing += sum(map(tokenizer.count_missing, record_texts(record)))
-        report["truncated"] += len(ids) > max_length
-        if all(label == IGNORE for label in labels[:max_length]):
+    missing, documents = 0, 1 if p is None else 2
+    for i in range(len(records) // documents):
+        group = records[i * documents : (i + 1) * documents]
+        missing += sum(tokenizer.count_missing(t) for r in group for t in record_texts(r))
+        encoded = [encode_record(record, tokenizer) for record in group]
+        report["truncated"] += sum(len(ids) > max_length for ids, _, _ in encoded)
+        if p is not None:
+            encoded = [(ids, mask_earlier_answers(labels), count) for ids, labels, count in encoded]
+        if any(set(labels[:max_length]) <= {IGNORE} for _, labels, _ in encoded):
             report["dropped"] += 1
             continue
         report["kept"] += 1
-        report["answers tokenized separately"] += unmerged
-        all_ids.extend(ids[:max_length])
-        all_labels.extend(labels[:max_length])
-        starts.append(len(all_ids))
-        kept_origins.append(origin)
-    if not kept_origins:
+        kept.append(i)
+        for ids, labels, unmerged in encoded:
+            report["answers tokenized separately"] += unmerged
+            all_ids.extend(ids[:max_length])
+            all_labels.extend(labels[:max_length])
+            starts.append(len(all_ids))
+    if not kept:
         raise UserError(
             f"after truncation to {max_length} tokens no answer is left in any of the "
             f"{len(records)} records: raise --max-length"
@@ -170,7 +194,16 @@ def encode_all(
     if missing:
         report["bytes without a token"] = missing
     ids, labels = np.array(all_ids, np.int32), np.array(all_labels, np.int32)
-    return Examples(ids, labels, np.array(starts), kept_origins, report)
+    chances = None if p is None else np.array(p)[kept]
+    kept_origins = [origins[i * documents] for i in kept]
+    return Examples(ids, labels, np.array(starts), kept_origins, report, chances)
+
+
+def mask_earlier_answers(labels: list[int]) -> list[int]:
+    """Mask the labels of all answers in a conversation but the last."""
+    end = max((i for i, label in enumerate(labels, 1) if label != IGNORE), default=0)
+    start = next((i for i in range(end, 0, -1) if labels[i - 1] == IGNORE), 0)
+    return [IGNORE] * start + labels[start:]
 
 
 # ---------------------------------------------------------------- examples → packed rows
@@ -244,8 +277,8 @@ def make_row(examples: Examples, which: np.ndarray, multiple: int = 1, bounds: i
     >>> row.labels.tolist(), row.supervised.tolist()
     ([[-100, 11, 12, 13, 14, -100, 31]], [1, 2, 3, 4, 6])
     """
-    spans = [slice(examples.starts[i], examples.starts[i + 1]) for i in which]
-    lengths = examples.lengths[which].tolist()
+    spans = [slice(*examples.starts[i : i + 2]) for i in examples.documents_of(which)]
+    lengths = [span.stop - span.start for span in spans]
     # A rank left without documents still takes part in the collectives: at least one token.
     filler = -max(sum(lengths), 1) % multiple + (not spans)
     lengths += [filler] if filler else []

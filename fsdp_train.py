@@ -12,7 +12,8 @@ resumes a run that was interrupted.
   - Weights, gradients and Adam's moments are fp32 and divided among the ranks. A block's weights
     are gathered in bf16 while it computes; gradients are reduced in fp32 (FSDP2, `fully_shard`).
   - The loss is the cross-entropy summed over the answers' tokens and divided by their number in
-    the whole step: how the step is divided into ranks and rows changes nothing.
+    the whole step: how the step is divided into ranks and rows changes nothing. `--objective dpo`
+    learns from preferences instead (alpaca/training/objectives.py).
   - Examples are packed into rows (dataset.py), so no computation is spent on padding.
   - `--out` holds settings.json, metrics.jsonl, loss.svg, checkpoints/ (until the end), and in the
     end model/, a Hugging Face folder with its card, or with --lora adapter/, PEFT's files.
@@ -28,10 +29,10 @@ import math
 import signal
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,10 +43,19 @@ from torch.distributed.fsdp import FSDPModule
 
 from alpaca.common.cli import Parser
 from alpaca.common.errors import UserError, join_names, notice
-from alpaca.datagen.formats import Reading, group_by_source, load_mixture
+from alpaca.datagen.formats import group_by_source
 from alpaca.training.config import TrainConfig, add_arguments
-from alpaca.training.memory_plan import measure, report_plan, resolve_defaults, stored_bytes
+from alpaca.training.job import Job, prepare
+from alpaca.training.memory_plan import measure, report_plan, stored_bytes
 from alpaca.training.model_card import write_card
+from alpaca.training.objectives import (
+    AnswerLoss,
+    PackedRow,
+    PreferenceLoss,
+    load_reference,
+    make_objective,
+    save_reference,
+)
 from alpaca.training.parallel import (
     apply_activation_checkpointing,
     apply_compile,
@@ -67,21 +77,17 @@ from alpaca.training.snapshots import Snapshots, remove_snapshots
 from alpaca.training.throughput import Throughput
 from alpaca.weights import lora
 from alpaca.weights.adapter import save_adapter
-from alpaca.weights.checkpoint import DTYPES, open_checkpoint
-from alpaca.weights.presets import preset
+from alpaca.weights.checkpoint import DTYPES
 from alpaca.weights.writer import save_model
 from dataset import (
-    Examples,
-    encode_all,
     make_row,
     pack_rows,
     step_examples,
     template_in_jinja,
     template_of,
-    total_steps,
 )
 from model import Llama, LlamaConfig
-from tokenizer import Tokenizer, check_tokenizer, load_tokenizer, with_ends
+from tokenizer import with_ends
 
 BETAS, EPS, CLIP = (0.9, 0.999), 1e-8, 1.0  # the defaults of Hugging Face's Trainer, as in Alpaca
 ROW_MULTIPLE, BOUNDS_MULTIPLE = 128, 32  # of the tokens and bounds that compiled blocks see
@@ -96,30 +102,31 @@ def train(job: Job, run: RunDir, mesh: DeviceMesh, device: torch.device, stop: S
     optimizer = build_optimizer(model)
     snapshots = Snapshots(config.snapshots, config.save_total_limit, model, optimizer)
     done = snapshots.load()  # steps
+    objective, held_out = make_objectives(job, model, done, device)
     run.start_log(done, job.steps)
     if done == 0:
-        log_held_out_loss(model, job, run, device, step=0)
+        log_held_out_loss(model, held_out, config, run, device, step=0)
     throughput = Throughput(job.model_config, config.lora, device)
     for step in range(done, job.steps):
         # an adapter's dropout: the same after a resume, different on every rank
         torch.manual_seed(hash((config.seed, step, dist.get_rank())))
         batch = step_examples(len(examples), config.batch_size, config.epochs, config.seed, step)
-        rows = packed_rows(examples, batch, config, device)
-        targets = int(supervised[batch].sum())
+        rows = packed_rows(objective, batch, config, device)
+        count = objective.count(batch)
         lr = learning_rate(step, job.steps, config.learning_rate, config.warmup_ratio)
         optimizer.param_groups[0]["lr"] = lr
-        loss, norm, stopping, overdue = train_step(
-            model, optimizer, rows, targets, device, stop, snapshots.overdue()
+        means, norm, stopping, overdue = train_step(
+            model, optimizer, objective, rows, count, device, stop, snapshots.overdue()
         )
-        if not math.isfinite(loss + norm):
-            raise divergence(step + 1, loss, norm, job, batch, snapshots)
-        figures = throughput.step(examples.lengths[batch], targets)
-        run.log_step({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm, **figures})
+        if not math.isfinite(means["loss"] + norm):
+            raise divergence(step + 1, means["loss"], norm, job, batch, snapshots)
+        speed = throughput.step(examples.lengths[batch], int(supervised[batch].sum()))
+        run.log_step({"step": step + 1, **means, "lr": lr, "grad_norm": norm, **speed})
         if stopping or config.saves_after(step + 1, job.steps, overdue):
             snapshots.save(step + 1)
         if stopping and step + 1 < job.steps:
             exit_to_resume(step + 1, snapshots, run, stop)
-    log_held_out_loss(model, job, run, device, step=job.steps)
+    log_held_out_loss(model, held_out, config, run, device, step=job.steps)
     run.end_log()
     try:
         save_result(model, job)
@@ -140,19 +147,22 @@ def learning_rate(step: int, steps: int, max_lr: float, warmup_ratio: float) -> 
 
 
 def packed_rows(
-    examples: Examples, batch: np.ndarray, config: TrainConfig, device: torch.device
-) -> Iterator[dict[str, Any]]:
-    """This rank's share of a batch, packed into as many rows as every other rank's: the arguments
-    of the model. `longest` is the same for all rows, because it is compiled in."""
+    objective: AnswerLoss, batch: np.ndarray, config: TrainConfig, device: torch.device
+) -> Iterator[PackedRow]:
+    """This rank's share of a batch, packed into as many rows as every other rank's. The argument
+    `longest` is the same for all rows, because it is compiled in."""
+    examples = objective.examples
     rows = pack_rows(examples.lengths[batch], dist.get_world_size(), config.row_tokens)
     few_shapes = config.compiles(device)
     multiples = (min(ROW_MULTIPLE, config.max_length), BOUNDS_MULTIPLE) if few_shapes else (1, 1)
     for row in rows[dist.get_rank()]:
         packed = make_row(examples, batch[row], *multiples)
-        tensors = {name: to_device(x, device) for name, x in packed._asdict().items()}
+        inputs = {name: to_device(x, device) for name, x in packed._asdict().items()}
         if few_shapes:  # else rows with more documents than the first would be compiled again
-            torch._dynamo.maybe_mark_dynamic(tensors["cu_seqlens"], 0)
-        yield {**tensors, "longest": config.max_length}
+            torch._dynamo.maybe_mark_dynamic(inputs["cu_seqlens"], 0)
+        columns = objective.columns(batch[row]).items()
+        columns = {name: to_device(torch.from_numpy(x), device) for name, x in columns}
+        yield PackedRow({**inputs, "longest": config.max_length}, columns)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -165,35 +175,40 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def train_step(
     model: Llama,
     optimizer: torch.optim.Optimizer,
-    rows: Iterable[dict[str, Any]],
-    targets: int,
+    objective: AnswerLoss,
+    rows: Iterable[PackedRow],
+    count: int,
     device: torch.device,
     stop: StopSignal,
     overdue: bool = False,
-) -> tuple[float, float, bool, bool]:
-    """One step; returns the mean loss of all ranks, the gradient norm before clipping, and whether
-    any rank got a signal to stop, or has a snapshot overdue. A loss or norm that is not finite
-    changes no weights. The host waits for a GPU once, for these numbers.
+) -> tuple[dict[str, float], float, bool, bool]:
+    """One step; returns the mean loss of all ranks and the objective's figures, the gradient norm
+    before clipping, and whether any rank got a signal to stop, or has a snapshot overdue. A loss or
+    norm that is not finite changes no weights. The host waits for a GPU once, for these numbers.
 
-    `targets` is the number of supervised tokens of the whole step. FSDP averages gradients over
-    ranks; the factor world size makes them a sum."""
-    # loss, ranks that stop, ranks with a snapshot overdue, squared norm
-    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    `count` is what the loss of the whole step is divided by: its supervised tokens, or its pairs.
+    FSDP averages gradients over ranks; the factor world size makes them a sum."""
+    # ranks that stop, ranks with a snapshot overdue, squared norm, loss, figures
+    totals = torch.zeros(4 + len(objective.figures), dtype=torch.float64, device=device)
     for row in rows:
-        loss = model(**row)
-        (loss * (dist.get_world_size() / targets)).backward()
-        totals[0] += loss.detach()
-    totals[1] = stop.number
-    totals[2] = overdue
-    totals[3] = squared_gradient_norm(model)
+        loss, figures = objective(model, row)
+        (loss * (dist.get_world_size() / count)).backward()
+        totals[3] += loss.detach()
+        if figures is not None:
+            totals[4:] += figures
+    totals[0] = stop.number
+    totals[1] = overdue
+    totals[2] = squared_gradient_norm(model)
     dist.all_reduce(totals)
-    torch.nn.utils.clip_grads_with_norm_(model.parameters(), CLIP, totals[3].sqrt().float())
-    total_loss, stopping, any_overdue, squared_norm = totals.tolist()
-    loss, norm = total_loss / targets, math.sqrt(squared_norm)
-    if math.isfinite(loss + norm):
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), CLIP, totals[2].sqrt().float())
+    stopping, any_overdue, squared_norm, *sums = totals.tolist()
+    names = ("loss", *objective.figures)
+    means = {name: each / count for name, each in zip(names, sums, strict=True)}
+    norm = math.sqrt(squared_norm)
+    if math.isfinite(means["loss"] + norm):
         optimizer.step()
     optimizer.zero_grad()
-    return loss, norm, stopping > 0, any_overdue > 0
+    return means, norm, stopping > 0, any_overdue > 0
 
 
 def divergence(
@@ -214,28 +229,46 @@ def exit_to_resume(step: int, snapshots: Snapshots, run: RunDir, stop: StopSigna
     sys.exit(128 + (stop.number or signal.SIGTERM))
 
 
-@torch.no_grad()
-def log_held_out_loss(model: Llama, job: Job, run: RunDir, device: torch.device, step: int) -> None:
-    """The mean loss over examples that are not trained on, and over those of each source."""
-    if job.held_out is None:
-        return
-    sources = group_by_source(job.held_out.origins)
-    totals = torch.zeros(len(sources), dtype=torch.float64, device=device)
-    model.eval()  # no dropout
-    for i, which in enumerate(sources.values()):  # a row holds examples of one source
-        for row in packed_rows(job.held_out, np.array(which), job.config, device):
-            totals[i] += model(**row)
+@contextmanager
+def evaluation(model: Llama) -> Iterator[None]:
+    """Without dropout and gradients. Only a backward pass would free all gathered weights."""
+    model.eval()
+    with torch.no_grad():
+        yield
     model.train()
-    dist.all_reduce(totals)
-    for module in model.modules():  # only a backward pass would free all gathered weights
+    for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    targets = [int(job.held_out.supervised[which].sum()) for which in sources.values()]
-    losses = {"held_out_loss": totals.sum().item() / sum(targets)}
-    for source, total, count in zip(sources, totals.tolist(), targets, strict=True):
+
+
+def log_held_out_loss(
+    model: Llama,
+    objective: AnswerLoss | None,
+    config: TrainConfig,
+    run: RunDir,
+    device: torch.device,
+    step: int,
+) -> None:
+    """The mean loss over examples that are not trained on, and over those of each source."""
+    if objective is None:
+        return
+    sources = {s: np.array(i) for s, i in group_by_source(objective.examples.origins).items()}
+    names = [f"held_out_{name}" for name in ("loss", *objective.figures)]
+    totals = torch.zeros(len(sources), len(names), dtype=torch.float64, device=device)
+    with evaluation(model):
+        for total, which in zip(totals, sources.values(), strict=True):
+            for row in packed_rows(objective, which, config, device):  # of one source
+                loss, figures = objective(model, row)
+                total[0] += loss
+                if figures is not None:
+                    total[1:] += figures
+    dist.all_reduce(totals)
+    counts = [objective.count(which) for which in sources.values()]
+    means = dict(zip(names, (totals.sum(0) / sum(counts)).tolist(), strict=True))
+    for source, total, count in zip(sources, totals[:, 0].tolist(), counts, strict=True):
         if len(sources) > 1:
-            losses[f"held_out_loss/{source}"] = total / count
-    run.log({"step": step, **losses})
+            means[f"held_out_loss/{source}"] = total / count
+    run.log({"step": step, **means})
 
 
 # ---------------------------------------------------------------- before and after the steps
@@ -262,6 +295,26 @@ def build_model(config: TrainConfig, model_config: LlamaConfig, mesh: DeviceMesh
     model.to_empty(device="cpu" if config.offload else device)
     load_sharded_weights(model, mesh, read)
     return model
+
+
+def make_objectives(
+    job: Job, model: Llama, done: int, device: torch.device
+) -> tuple[AnswerLoss, AnswerLoss | None]:
+    """What training minimizes, and the same for the held-out examples."""
+    config, file = job.config, job.config.out / "reference.npy"
+    found = [make_objective(each, config) for each in (job.train, job.held_out) if each]
+    preferences = [each for each in found if isinstance(each, PreferenceLoss)]
+    if preferences and done:
+        load_reference(file, preferences)
+    elif preferences:
+        with evaluation(model):
+            for each in preferences:
+                every = np.arange(len(each.examples))
+                parts = (every[i : i + 4096] for i in range(0, len(every), 4096))  # quickly packed
+                rows = (row for part in parts for row in packed_rows(each, part, config, device))
+                each.measure_reference(model, rows, device)
+        run_on_all_ranks(lambda: dist.get_rank() > 0 or save_reference(file, preferences))
+    return found[0], found[1] if len(found) > 1 else None
 
 
 def build_optimizer(model: Llama) -> torch.optim.AdamW:
@@ -304,52 +357,6 @@ def save_result(model: Llama, job: Job) -> None:
 
 
 # ---------------------------------------------------------------- the command
-
-
-class Job(NamedTuple):
-    """A run's inputs, read and checked."""
-
-    config: TrainConfig
-    model_config: LlamaConfig
-    tokenizer: Tokenizer
-    train: Examples
-    held_out: Examples | None
-    held_out_records: list[dict]
-    steps: int
-
-
-def prepare(config: TrainConfig) -> Job:
-    """Read and check the inputs, so that a user's errors are raised before training."""
-    if config.preset:
-        model_config = preset(config.preset)
-    elif config.lora:
-        base = lora.open_base(config.base, config.bits)
-        model_config, config = base.config, replace(config, bits=base.bits)
-    else:
-        model_config, _ = open_checkpoint(config.base)
-    if config.offload and config.bits < 16:
-        raise UserError("--offload cannot move quantized weights: leave it out")
-    source = config.tokenizer or config.base
-    tokenizer = load_tokenizer(source, config.model_dir, template=config.template)
-    check_tokenizer(tokenizer, model_config)
-    if config.max_length > model_config.max_position_embeddings:
-        raise UserError(
-            f"--max-length {config.max_length} is more than the model's "
-            f"{model_config.max_position_embeddings} positions"
-        )
-    reading = Reading(config.oasst, config.languages)
-    mixture = load_mixture(config.data, config.seed, reading)
-    train = encode_all(*mixture, tokenizer, config.max_length)
-    steps = total_steps(len(train), config.batch_size, config.epochs)
-    steps = min(steps, config.max_steps or steps)
-    if not steps:
-        raise UserError(f"--epochs {config.epochs} of {len(train)} examples is less than one step")
-    config = resolve_defaults(config, model_config, train, steps)
-    records, held_out = [], None
-    if config.eval_data:
-        records, origins = load_mixture(config.eval_data, config.seed, reading)
-        held_out = encode_all(records, origins, tokenizer, config.max_length)
-    return Job(config, model_config, tokenizer, train, held_out, records, steps)
 
 
 def report_result(job: Job, run: RunDir, ranks: int, device: torch.device) -> None:

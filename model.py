@@ -6,14 +6,12 @@
 
 A LLaMA is an embedding, a stack of identical blocks, a norm and a linear head. A block adds two
 terms to the residual stream: attention, which gathers from earlier tokens, and a gated MLP, which
-transforms each token by itself. Definitions run leaf to root; to read from the top, start with
-`Llama.forward` at the end.
+transforms each token alone. To read from the top, start with `Llama.forward` at the end.
 
   - Parameters have Hugging Face's names, so that its checkpoints load without a key map.
   - Three kinds of attention give the same result: for a plain batch, for documents packed into one
     row (`cu_seqlens`), and for new tokens against a key/value cache.
-  - The rotary tables are computed in fp32 in each call. A buffer could be rounded by a cast to
-    bf16, left uninitialized on a meta device, or overwritten by a checkpoint.
+  - Rotary tables are computed in fp32 in each call: a cast or a checkpoint could spoil a buffer.
 
 Shapes: B batch, T tokens, C width, H query heads, K key/value heads, G = H / K, D head width,
 V vocabulary, L stored tokens, N labels that are not masked. Papers: LLaMA arXiv:2302.13971, RMSNorm
@@ -133,13 +131,6 @@ class AttentionContext:
         self.cu_seqlens, self.longest, self.mask = cu_seqlens, longest, mask
 
 
-def plain_context(ids: Tensor, config: LlamaConfig) -> AttentionContext:
-    T, limit = ids.shape[1], config.max_position_embeddings
-    if limit < T:
-        raise ValueError(f"{T} tokens are too many: the model has {limit} positions")
-    return AttentionContext(config, torch.arange(T, device=ids.device)[None])
-
-
 def packed_context(ids: Tensor, config: LlamaConfig, cu_seqlens, longest) -> AttentionContext:
     assert len(ids) == 1, "packed documents are one row of ids"
     T, lengths = ids.shape[1], cu_seqlens.diff()
@@ -237,9 +228,9 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longes
             del options["enable_gqa"]
         if D % 8:  # the kernel's heads are as wide as a multiple of 8; zeros change no score
             q, k, v = (F.pad(x, (0, -D % 8)) for x in (q, k, v))
+        options["window_size"] = (-1, 0)  # all earlier tokens and no later one
         bounds = (cu_seqlens, cu_seqlens, longest, longest)  # of the queries and of the keys
-        causal = (-1, 0)  # a window over all earlier tokens and no later one
-        out = varlen_attn(q[0], k[0], v[0], *bounds, window_size=causal, **options)  # type: ignore
+        out = varlen_attn(q[0], k[0], v[0], *bounds, **options)  # type: ignore
         return out[None, :, :, :D]  # type: ignore
     lengths = cu_seqlens.diff().tolist()  # split, not slices: its backward is a single cat
     documents = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), lengths, strict=True)
@@ -321,54 +312,56 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class SummedCrossEntropy(torch.autograd.Function):
+class CrossEntropy(torch.autograd.Function):
     """The loss without the logits of all tokens, by far the largest tensor of a training step:
     8,192 tokens and a vocabulary of 32,000 make 1 GiB in fp32, and their gradient another.
 
     A token's loss, -log softmax(W h)[y], needs only that token's logits, so they are computed for a
-    chunk of tokens at a time. Their gradient, softmax(W h) - onehot(y), is then known: `forward`
-    uses it at once, and `backward` needs no logits (Liger Kernel, arXiv:2410.10989)."""
+    chunk of tokens at a time. Their gradient, softmax(W h) - onehot(y), is then known. For summed
+    losses it is used at once (Liger Kernel, arXiv:2410.10989). Single losses get their weights in
+    `backward`, which computes the logits again."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, needs_grad: bool) -> Tensor:
-        grad_hidden = torch.empty_like(hidden) if needs_grad else None  # (N, C)
-        grad_weight = None  # (V, C), summed over the chunks in fp32
-        if needs_grad and weight.requires_grad:
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        size = max(1, (CUDA_LOGITS_CHUNK if hidden.is_cuda else LOGITS_CHUNK) // len(weight))
-        for start in range(0, len(hidden), size):
-            chunk = slice(start, start + size)
-            h, target = hidden[chunk], targets[chunk, None]
-            log_p = p = None  # frees the previous chunk's
-            # (size, V), the only logits in memory: as multiplied, in fp32, and normalized
-            log_p = torch.log_softmax(h @ weight.T, -1, dtype=torch.float32)
-            total -= log_p.gather(1, target).sum()
-            if grad_hidden is not None:
-                p = log_p.exp_()  # in place: the same memory from here on
-                p.scatter_add_(1, target, torch.full_like(p[:, :1], -1.0))  # softmax - onehot
-                p = p.type_as(h)
-                grad_hidden[chunk] = p @ weight
-                if grad_weight is not None and h.is_cuda:  # neither rounded to 16 bits nor stored
-                    torch.addmm(grad_weight, p.T, h, out_dtype=torch.float32, out=grad_weight)
-                elif grad_weight is not None:
-                    grad_weight += p.T @ h
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        return total
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, summed: bool):
+        losses, *gradients = by_chunks(hidden, weight, targets, 1.0 if summed else None)
+        ctx.save_for_backward(*(gradients if summed else (hidden, weight, targets)))
+        return losses.sum() if summed else losses
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):
-        (upstream,), (grad_hidden, grad_weight) = grad_outputs, ctx.saved_tensors
-        if grad_weight is not None:
-            grad_weight *= upstream  # in place, as it is large; autograd rounds it to 16 bits
-        return grad_hidden * upstream, grad_weight, None, None
+        (upstream,), gradients = grad_outputs, ctx.saved_tensors
+        if upstream.ndim:  # (N), not summed
+            (_, *gradients), upstream = by_chunks(*gradients, upstream), 1.0  # type: ignore
+        return *(x if x is None else x.mul_(upstream) for x in gradients), None, None  # in place
 
 
-def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Σ -log softmax(weight · h)[target]: hidden (N, C), weight (V, C), targets (N); N may be 0."""
-    # Asked here, because inside an autograd function gradients are always off.
-    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return SummedCrossEntropy.apply(hidden, weight, targets, needs_grad)
+def by_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor | float | None):
+    """Losses (N) and, with an `upstream` gradient of them, the gradients of hidden (N, C) and
+    weight (V, C), the latter summed over the chunks in fp32."""
+    losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    grad_hidden, grad_weight = None if upstream is None else torch.empty_like(hidden), None
+    if upstream is not None and weight.requires_grad:
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+    size = max(1, (CUDA_LOGITS_CHUNK if hidden.is_cuda else LOGITS_CHUNK) // len(weight))
+    for start in range(0, len(hidden), size):
+        chunk = slice(start, start + size)
+        h, target = hidden[chunk], targets[chunk, None]
+        log_p = p = None  # frees the previous chunk's
+        # (size, V), the only logits in memory: as multiplied, in fp32, and normalized
+        log_p = torch.log_softmax(h @ weight.T, -1, dtype=torch.float32)
+        losses[chunk] = -log_p.gather(1, target)[:, 0]
+        if grad_hidden is not None:
+            p = log_p.exp_()  # in place: the same memory from here on
+            p.scatter_add_(1, target, torch.full_like(p[:, :1], -1.0))  # softmax - onehot
+            if isinstance(upstream, Tensor):
+                p *= upstream[chunk, None]
+            p = p.type_as(h)
+            grad_hidden[chunk] = p @ weight
+            if grad_weight is not None and h.is_cuda:  # neither rounded to 16 bits nor stored
+                torch.addmm(grad_weight, p.T, h, out_dtype=torch.float32, out=grad_weight)
+            elif grad_weight is not None:
+                grad_weight += p.T @ h
+    return losses, grad_hidden, grad_weight
 
 
 class Decoder(nn.Module):
@@ -391,7 +384,10 @@ class Decoder(nn.Module):
         elif cache is not None:
             context = cache.context(ids.shape[1], self.config)
         else:
-            context = plain_context(ids, self.config)
+            T, limit = ids.shape[1], self.config.max_position_embeddings
+            if limit < T:
+                raise ValueError(f"{T} tokens are too many: the model has {limit} positions")
+            context = AttentionContext(self.config, torch.arange(T, device=ids.device)[None])
         for block in self.layers:
             x = block(x, context, cache)
         if cache is not None:
@@ -436,6 +432,7 @@ class Llama(nn.Module):
         labels: Tensor | None = None,  # (B, T), aligned with ids: the shift by one happens here
         supervised: Tensor | None = None,  # (N): the labels that are not masked, if known already
         longest: int | None = None,  # tokens that no packed document exceeds
+        reduction: str = "sum",  # of the cross-entropy, or "none": one for each label, (N)
     ) -> Tensor:
         """Logits (B, T, V); with labels, the cross-entropy summed over those not masked (-100).
 
@@ -447,4 +444,7 @@ class Llama(nn.Module):
         if supervised is None:  # a GPU has to be waited for here
             supervised = F.pad(labels[:, 1:] != IGNORE, (1, 0)).flatten().nonzero()[:, 0]
         hidden = hidden.flatten(0, 1)[supervised - 1]  # (N, C)
-        return summed_cross_entropy(hidden, self.lm_head.weight, labels.flatten()[supervised])
+        summed, targets = reduction == "sum", labels.flatten()[supervised]
+        train = summed and hidden.requires_grad  # never without gradients
+        losses: Tensor = CrossEntropy.apply(hidden, self.lm_head.weight, targets, train)  # type: ignore
+        return losses.sum() if summed else losses

@@ -11,12 +11,12 @@ from alpaca.inference.engine import copy_slot
 from alpaca.weights.presets import preset
 from model import (
     IGNORE,
+    AttentionContext,
     KVCache,
     Llama,
     LlamaConfig,
     RMSNorm,
     packed_attention,
-    plain_context,
     rotary_tables,
 )
 
@@ -204,8 +204,9 @@ def test_rotary_tables_are_fp32_in_a_bf16_model_from_meta():
     model = model.to(torch.bfloat16).to_empty(device="cpu")
     model.init_weights()
     ids = random_ids(1, 2048)
-    context = plain_context(ids, model.config)
-    expected = plain_context(ids, small_config(max_position_embeddings=2048))
+    positions = torch.arange(ids.shape[1])[None]
+    context = AttentionContext(model.config, positions)
+    expected = AttentionContext(small_config(max_position_embeddings=2048), positions)
     assert context.cos.dtype == torch.float32
     assert torch.equal(context.cos, expected.cos) and torch.equal(context.sin, expected.sin)
     assert torch.isfinite(model(ids)).all()

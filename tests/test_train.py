@@ -40,6 +40,7 @@ import fsdp_train
 import model as model_module
 from alpaca.datagen.formats import load_mixture
 from alpaca.training import parallel
+from alpaca.training.objectives import AnswerLoss, PackedRow
 from alpaca.training.run_dir import RunDir
 from alpaca.weights.loading import load_model
 from dataset import Examples, encode_record, make_row
@@ -132,8 +133,9 @@ def test_host_waits_for_a_gpu_once_in_a_step(monkeypatch):
         parallel.apply_activation_checkpointing(model, "selective")
         parallel.apply_fsdp(model, mesh, torch.bfloat16, offload=False)
         optimizer = build_optimizer(model.to_empty(device="cpu"))
-        rows = [{name: mode.from_tensor(x) for name, x in row._asdict().items()}] * 2
-        train_step(model, optimizer, rows, 9, torch.device("cpu"), mock.Mock(number=0))
+        inputs = {name: mode.from_tensor(x) for name, x in row._asdict().items()}
+        rows, objective = [PackedRow(inputs, {})] * 2, AnswerLoss(None)
+        train_step(model, optimizer, objective, rows, 9, torch.device("cpu"), mock.Mock(number=0))
     assert waits == [4]
     tensor, device = mock.Mock(), torch.device("cuda")
     assert to_device(tensor, device) is tensor.pin_memory().to.return_value
@@ -183,8 +185,8 @@ def test_loss_that_is_not_finite_changes_no_weights(base, tmp_path, watch):
         weights[:] = [parameter.to_local().clone() for parameter in model.parameters()]
 
     def after(model, *rest):
-        loss, norm, *_ = rest[-1]
-        if not math.isfinite(loss + norm):
+        means, norm, *_ = rest[-1]
+        if not math.isfinite(means["loss"] + norm):
             for parameter, old in zip(model.parameters(), weights, strict=True):
                 assert torch.equal(parameter.to_local(), old)
 
@@ -276,7 +278,7 @@ def test_resume_is_bit_identical(base, tmp_path, watch):
 
     def stop_in_step_7(*args):
         steps.append(1)
-        args[5].number = signal.SIGTERM if len(steps) == 7 else 0
+        args[6].number = signal.SIGTERM if len(steps) == 7 else 0
 
     watch(stop_in_step_7)
     out.mkdir()

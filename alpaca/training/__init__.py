@@ -1,6 +1,8 @@
 """The parts of fsdp_train.py, in reading order:
 
 config.py           flags and recipes → one frozen TrainConfig
+job.py              a run's inputs, read and checked
+objectives.py       what a step minimizes: the loss of answers, or of preferences between them
 parallel.py         one model on many ranks: checkpointing, compilation, FSDP, sharded weights
 snapshots.py        the state of a run on disk, to resume from
 run_dir.py          the folder of a run: settings, log, lock

@@ -1,7 +1,8 @@
 """The settings of a training run: a frozen dataclass, made once from the command line.
 
 Every field of `TrainConfig` is a flag of fsdp_train.py; its default is Alpaca's recipe for 7B.
-TINY_RECIPE replaces some defaults if no base model or preset is given, LORA_RECIPE if `--lora` is.
+TINY_RECIPE replaces some defaults if no base model or preset is given, LORA_RECIPE if `--lora` is,
+PREFERENCE_RECIPE if an objective of preferences is.
 A flag on the command line replaces any default.
 """
 
@@ -36,15 +37,19 @@ TINY_RECIPE = {  # the model in data/; default paths are relative to the checkou
     "sample_answers": 1000,
 }
 LORA_RECIPE = {"learning_rate": 3e-4, "checkpointing": "full"}  # as alpaca-lora, see LoraConfig
+PREFERENCE_RECIPE = {"learning_rate": 1e-6, "epochs": 2}  # as AlpacaFarm's DPO
+LORA_PREFERENCE_RECIPE = {**PREFERENCE_RECIPE, "learning_rate": 1e-5}
 GROUPS = {  # titles of --help, by the first flag below them
     "model_dir": "model and data",
     "epochs": "recipe",
+    "objective": "objective (alpaca/training/objectives.py)",
     "lora": "LoRA (alpaca/weights/lora.py)",
     "row_tokens": "memory and speed",
     "save_every": "saving",
     "plan": "plan",
 }
 DTYPE_NAMES = ("bf16", "fp32")
+OBJECTIVES = ("sft", "dpo", "ipo", "dpo-norm")  # alpaca/training/objectives.py
 COUNT = positive(int, 2**20)
 
 
@@ -92,6 +97,11 @@ class TrainConfig:
     max_length: int = flag(512, "tokens that an example is cut to", COUNT)
     max_steps: int | None = flag(None, "end after this many steps", positive(int))
     seed: int = flag(42, "seed of the shuffle, random weights and dropout", not_negative)
+
+    objective: str = flag(
+        "sft", "sft: answers; the others: preferences between answers", choices=OBJECTIVES
+    )
+    beta: float = flag(0.1, "how strongly preferences hold to the reference", positive(float))
 
     lora: LoraConfig | None = flag(
         None, "freeze the base and train an adapter", action="store_true"
@@ -147,6 +157,10 @@ class TrainConfig:
         elif adapter or "bits" in given:
             name = f"lora-{next(iter(adapter))}" if adapter else "bits"
             raise UserError(f"--{name} goes with --lora")
+        if given.get("objective", "sft") != "sft":
+            defaults |= LORA_PREFERENCE_RECIPE if defaults["lora"] else PREFERENCE_RECIPE
+        elif "beta" in given:
+            raise UserError("--beta goes with --objective dpo, ipo or dpo-norm")
         for name, value in defaults.items():
             if isinstance(value, Path):
                 defaults[name] = in_checkout(value)
@@ -175,9 +189,12 @@ class TrainConfig:
             raise UserError("--data is needed: the records to train on")
         if not 0 <= self.warmup_ratio < 1:
             raise UserError(f"--warmup-ratio must be from 0 to below 1, not {self.warmup_ratio}")
-        if 0 < self.row_tokens < self.max_length:
+        if self.objective != "sft" and self.preset:
+            raise UserError(f"--objective {self.objective} needs a tuned model: give --model-dir")
+        if 0 < self.row_tokens < self.longest_example:
+            least = "--max-length" if self.objective == "sft" else "twice --max-length"
             raise UserError(
-                f"--row-tokens {self.row_tokens} is less than --max-length {self.max_length}"
+                f"--row-tokens {self.row_tokens} is less than {least} {self.max_length}"
             )
 
     @property
@@ -194,6 +211,11 @@ class TrainConfig:
     @property
     def snapshots(self) -> Path:
         return self.out / "checkpoints"
+
+    @property
+    def longest_example(self) -> int:
+        """Tokens of the longest: a pair of answers is in one row."""
+        return self.max_length * (1 if self.objective == "sft" else 2)
 
     @property
     def stays_gathered(self) -> bool:
@@ -216,6 +238,7 @@ class TrainConfig:
         return {
             "model_dir": self.model_dir and settings_path(self.model_dir),
             **{name: getattr(self, name) for name in (*names, "max_steps", "seed", "dtype")},
+            "objective": None if self.objective == "sft" else f"{self.objective}, beta {self.beta}",
             "data": f"{' '.join(Path(spec).name for spec in self.data)}, as ids {digest}",
             # even if None: a run of all weights must not resume in an adapter's folder
             "lora": f"{self.lora}, base of {self.bits} bits" if self.lora else None,
@@ -246,7 +269,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"""defaults without --model-dir and --preset (paths in the checkout):
 {describe_recipe(TINY_RECIPE)}
 defaults with --lora (and --out ends in -lora):
-{describe_recipe(LORA_RECIPE)}"""
+{describe_recipe(LORA_RECIPE)}
+defaults with --objective dpo, ipo or dpo-norm; with --lora, too, a rate of 1e-05:
+{describe_recipe(PREFERENCE_RECIPE)}"""
     group: Any = parser
     for each in fields(TrainConfig):
         if each.name in GROUPS:

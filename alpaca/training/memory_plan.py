@@ -23,6 +23,7 @@ The longest row is that of the first steps, up to thousands. Activations: arXiv:
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from alpaca.common.progress import short_number
@@ -278,11 +279,12 @@ def resolve_defaults(
         return needed_bytes(replace(work, config=replace(work.config, **settings))) <= memory
 
     if not config.row_tokens:
-        shortest, each = max(512, config.max_length), -(-config.batch_size // config.gpus)
-        lengths = range(shortest, each * config.max_length + shortest, 128) if gpu else ()
+        longest, each = config.longest_example, -(-config.batch_size // config.gpus)
+        shortest = max(512, longest)
+        lengths = range(shortest, each * longest + shortest, 128) if gpu else ()
         share = float(examples.supervised.sum() / examples.lengths.sum())
         rows = [T for T in lengths if fits(Workload(config, model, T, share, rows=2))]
-        default = shortest if gpu else max(ROW_TOKENS, config.max_length)
+        default = shortest if gpu else max(ROW_TOKENS, longest)
         config = replace(config, row_tokens=max(rows, default=default))
     if config.reshard is None:
         keep = gpu and fits(measure(config, model, examples, steps), reshard=False)
@@ -304,7 +306,8 @@ def measure(config: TrainConfig, model: LlamaConfig, examples: Examples, steps: 
         longest = max(longest, *(int(lengths[batch[row]].sum()) for own in ranks for row in own))
         rows = max(rows, len(ranks[0]))
     share = float(examples.supervised.sum() / lengths.sum())
-    return Workload(config, model, longest, share, rows, steps, tokens, mean_length(lengths))
+    length = mean_length(np.diff(examples.starts))
+    return Workload(config, model, longest, share, rows, steps, tokens, length)
 
 
 def report_plan(work: Workload, simulated: dict[str, float] | None = None) -> str:
@@ -336,7 +339,9 @@ def report_plan(work: Workload, simulated: dict[str, float] | None = None) -> st
     time = f"{work.steps} steps of {work.tokens / work.steps:,.0f} tokens"
     if chip:
         flops = flops_per_token(model, work.length, work.supervised, config.lora) * work.tokens
+        reference = config.objective != "sft"  # a forward pass over all pairs: a third of an epoch
         seconds = estimated_seconds(work, CHIPS[chip]) * work.steps
+        seconds *= 1 + reference / 3 / config.epochs
         mfu = flops / (config.gpus * CHIPS[chip].flops * seconds)
         large, unit = (3600, "hours") if seconds >= 3600 else (60, "minutes")
         time += f", {flops:.2e} operations in all: {short_number(seconds / large)} {unit}"

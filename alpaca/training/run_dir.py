@@ -105,12 +105,13 @@ class RunDir:
             return
         self.log(record)
         recent = [r for r in self.records[-RECENT:] if "loss" in r]
-        for figure in ("tokens_per_s", "mfu"):
+        for figure in ("tokens_per_s", "mfu", "accuracy"):
             if figure in record:
                 mean = np.average([r[figure] for r in recent], weights=[*map(step_seconds, recent)])
                 record = {**record, figure: mean}
-        mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
-        line = STEP_FORMAT.format_map(record) + mfu
+        line = STEP_FORMAT.format_map(record)
+        line += f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
+        line += f"  accuracy {record['accuracy']:.0%}" if "accuracy" in record else ""
         self.progress.step(extra=f"{line}  peak memory {record['memory_GiB']:.1f} GiB")
 
     def series(self, figure: str) -> list[tuple[float, float]]:
@@ -128,6 +129,8 @@ class RunDir:
         tokens, seconds = sum(r["tokens"] for r in steps), sum(map(step_seconds, steps))
         text = f"{len(steps)} steps of {tokens:,} tokens in {duration(seconds)}; "
         text += f"training loss {self.change('loss')}"
+        if self.series("held_out_accuracy"):
+            text += f"; held-out accuracy {self.change('held_out_accuracy')}"
         for figure in next((r for r in reversed(self.records) if HELD_OUT in r), ()):
             name, _, source = figure.partition("/")
             if name == HELD_OUT:

@@ -30,6 +30,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefT
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from alpaca.training.memory_plan import IN_HOST_MEMORY, Workload
+from alpaca.training.objectives import PackedRow, make_objective
 from alpaca.training.parallel import apply_activation_checkpointing, apply_fsdp, make_mesh
 from alpaca.weights.checkpoint import DTYPES, parameter_shapes
 from alpaca.weights.lora import build_lora_model
@@ -83,9 +84,12 @@ def dropout(x: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
 def simulate(work: Workload, build_optimizer: Callable, train_step: Callable) -> dict[str, float]:
     """The bytes of a rank by category at the peak of one step."""
     config, shape, device = work.config, work.model, torch.device("cpu")
-    documents = np.arange(0, work.row_tokens + 1, work.row_tokens)
+    p = None if config.objective == "sft" else np.ones(1)
+    documents = np.array([0, work.row_tokens] if p is None else [0, 1, work.row_tokens])
     labels = np.where(np.arange(work.row_tokens) % 100 < 100 * work.supervised, 0, IGNORE)
-    row = make_row(Examples(labels * 0, labels, documents, [], {}), np.arange(1))
+    objective = make_objective(Examples(labels * 0, labels, documents, [], {}, p), config)
+    row = make_row(objective.examples, which := np.arange(1))
+    columns = objective.columns(which)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.gpus)
     with ExitStack() as stack:
         stack.callback(dist.destroy_process_group)
@@ -107,9 +111,11 @@ def simulate(work: Workload, build_optimizer: Callable, train_step: Callable) ->
         stack.enter_context(mock.patch.object(F, "dropout", dropout))
         model.to_empty(device=device)
         optimizer = build_optimizer(model)
-        rows = [{n: fake.from_tensor(t) for n, t in row._asdict().items()}] * work.rows
+        inputs = {n: fake.from_tensor(t) for n, t in row._asdict().items()}
+        numbers = {n: fake.from_tensor(torch.from_numpy(x)) for n, x in columns.items()}
+        rows = [PackedRow(inputs, numbers)] * work.rows
         tracker = PeakTracker(work, model, optimizer)
         with tracker:
             each = (tracker.reset_mod_stats() or row for row in rows)
-            train_step(model, optimizer, each, 1, device, SimpleNamespace(number=0))
+            train_step(model, optimizer, objective, each, 1, device, SimpleNamespace(number=0))
     return dict(tracker.peak)

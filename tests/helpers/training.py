@@ -19,12 +19,16 @@ from torch.distributed.tensor import distribute_tensor
 import fsdp_train
 from alpaca.common.errors import run_command
 from alpaca.common.files import INPUTS
+from alpaca.datagen.preferences import load_preferences
 from alpaca.training import parallel
+from alpaca.training.objectives import AnswerLoss, PackedRow
 from alpaca.weights.writer import save_model
+from dataset import Examples, encode_all, make_row
 from helpers.checkpoints import read_tensors
 from helpers.commands import ROOT
 from helpers.models import small_config
 from model import Llama, LlamaConfig
+from tokenizer import load_tokenizer
 
 TOKENIZER = ROOT / "data/tokenizer.model"
 LINE = "the red fox and a small dog went home over the old bridge in the evening rain"
@@ -58,10 +62,34 @@ def write_model(folder, **changes):
     save_model(model, model.config, folder, tokenizer=TOKENIZER)
 
 
+def write_preferences(path, count: int, seed: int = 0):
+    """Pairs of ragged answers."""
+    first, second = (json.loads(write_records(path, count, seed + i).read_text()) for i in (0, 1))
+    pairs = [
+        {"instruction": one["instruction"], "input": one["input"]}
+        | {"output_1": one["output"], "output_2": two["output"], "preference": 1 + i % 2}
+        for i, (one, two) in enumerate(zip(first, second, strict=True))
+    ]
+    path.write_text(json.dumps(pairs))
+    return path
+
+
+def preference_examples(path, max_length=128) -> Examples:
+    found = load_preferences([path])
+    tokenizer = load_tokenizer(TOKENIZER)
+    return encode_all(found.records, found.origins, tokenizer, max_length, found.p)
+
+
+def preference_row(objective, which) -> PackedRow:
+    columns = {name: torch.from_numpy(x) for name, x in objective.columns(which).items()}
+    return PackedRow(make_row(objective.examples, which)._asdict(), columns)
+
+
 def write_base(folder):
-    """A model and 40 records, for `flags`."""
+    """A model, 40 records and 40 preferences, for `flags`."""
     write_model(folder / "model", num_hidden_layers=3)
     write_records(folder / "records.json", 40)
+    write_preferences(folder / "preferences.json", 40)
     return folder
 
 
@@ -153,7 +181,8 @@ def assert_clipping_is_exact() -> None:
             where = parameter.device_mesh, parameter.placements
             parameter.grad = distribute_tensor(gradient, *where)
         optimizer = mock.Mock()
-        step = partial(fsdp_train.train_step, model, optimizer, [], 1, device, mock.Mock(number=0))
+        arguments = AnswerLoss(None), [], 1, device, mock.Mock(number=0)
+        step = partial(fsdp_train.train_step, model, optimizer, *arguments)
         _, norm, *_ = step()
         exact = math.sqrt(sum((g.numpy().astype(float) ** 2).sum() for g in whole))
         assert norm == pytest.approx(exact, rel=1e-6)

@@ -35,6 +35,7 @@ from helpers.training import (
 
 from alpaca.training import parallel
 from alpaca.training.config import TrainConfig
+from alpaca.training.objectives import AnswerLoss
 from alpaca.weights.lora import LoraConfig, add_lora
 from dataset import Examples
 from fsdp_train import packed_rows, train_step
@@ -132,8 +133,9 @@ def test_compiled_blocks_are_few_graphs_without_a_break(monkeypatch, mode, lora)
         parallel.apply_fsdp(model, mesh, torch.bfloat16, False)
         for count in (20, 10, 50, 1):
             examples = Examples(ids, ids, ends[: count + 1], [], {})
-            rows = packed_rows(examples, np.arange(count), config, device)
-            train_step(model, mock.Mock(), rows, 1, device, mock.Mock(number=0))
+            objective = AnswerLoss(examples)
+            rows = packed_rows(objective, np.arange(count), config, device)
+            train_step(model, mock.Mock(), objective, rows, 1, device, mock.Mock(number=0))
             graphs.append(counts["stats"]["unique_graphs"])
     assert graphs == [1 + lora] + [2 + 2 * lora] * 3 and not counts["graph_break"]
     assert {bounds for bounds, _ in calls} == {32, 64} and {longest for _, longest in calls} == {16}

@@ -183,7 +183,7 @@ def test_resumed_run_is_bit_identical(base, tmp_path, monkeypatch):
 
     def interrupted(*args):
         count.append(1)
-        args[5].number = signal.SIGTERM if len(count) == 4 else 0
+        args[6].number = signal.SIGTERM if len(count) == 4 else 0
         return step(*args)
 
     for out in ("run", "other"):

@@ -90,6 +90,7 @@ from functools import partial
 from types import SimpleNamespace
 from alpaca.training import memory_plan, parallel
 from alpaca.training.config import TrainConfig
+from alpaca.training.objectives import AnswerLoss, PackedRow
 from alpaca.weights.checkpoint import DTYPES, parameter_shapes
 from alpaca.weights.lora import LoraConfig, build_lora_model
 from alpaca.weights.quantize import linear_class
@@ -114,7 +115,8 @@ with parallel.process_group(device, 1) as (mesh, where):
     ids = torch.randint(16000, (1, T), device=where)
     labels = ids.masked_fill(torch.arange(T, device=where) % 2 == 0, -100)
     bounds = torch.arange(0, T + 1, 256, dtype=torch.int32, device=where)
-    row = {"ids": ids, "labels": labels, "cu_seqlens": bounds}
+    inputs = {"ids": ids, "labels": labels, "cu_seqlens": bounds}
+    rows, objective = [PackedRow(inputs, {})], AnswerLoss(None)
     Llama(LlamaConfig(64, 64, 64, 1, 1)).to(where)(ids[:, :9] % 64).sum().backward()  # libraries
     with PeakMemory() as peak:
         model.to_empty(device=where)
@@ -124,7 +126,7 @@ with parallel.process_group(device, 1) as (mesh, where):
         optimizer = fsdp_train.build_optimizer(model)
         for _ in range(2):
             no_signal = SimpleNamespace(number=0)
-            fsdp_train.train_step(model, optimizer, [row], T // 2, where, no_signal)
+            fsdp_train.train_step(model, optimizer, objective, rows, T // 2, where, no_signal)
 measured = torch.cuda.max_memory_allocated() if where.type == "cuda" else peak.anonymous
 print(measured, int(memory_plan.peak_bytes(memory_plan.Workload(config, model_config, T, 0.5))))
 """
@@ -205,6 +207,8 @@ SHALLOW = [
     ("llama-3.1-8b", 2048, {"gpus": 8, "checkpointing": "full", "lora": LoraConfig()}),
     ("llama-3.2-1b", 2048, {"gpus": 8, "checkpointing": "full", "lora": LoraConfig(), "bits": 4}),
     ("7B", 2048, {"gpus": 8, "reshard": False, "lora": LoraConfig()}),
+    ("7B", 2048, {"gpus": 8, "checkpointing": "full", "objective": "dpo"}),
+    ("llama-3.2-1b", 2048, {"gpus": 1, "objective": "ipo", "lora": LoraConfig()}),
 ]
 
 

@@ -1,0 +1,74 @@
+"""The inputs of a training run, read and checked before it starts."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import NamedTuple
+
+from alpaca.common.errors import UserError
+from alpaca.datagen.formats import Reading, load_mixture
+from alpaca.datagen.preferences import load_preferences
+from alpaca.training.config import TrainConfig
+from alpaca.training.memory_plan import resolve_defaults
+from alpaca.weights import lora
+from alpaca.weights.checkpoint import open_checkpoint
+from alpaca.weights.presets import preset
+from dataset import Examples, encode_all, total_steps
+from model import LlamaConfig
+from tokenizer import Tokenizer, check_tokenizer, load_tokenizer
+
+
+class Job(NamedTuple):
+    """A run's inputs, read and checked."""
+
+    config: TrainConfig
+    model_config: LlamaConfig
+    tokenizer: Tokenizer
+    train: Examples
+    held_out: Examples | None
+    held_out_records: list[dict]
+    steps: int
+
+
+def prepare(config: TrainConfig) -> Job:
+    """Read and check the inputs, so that a user's errors are raised before training."""
+    if config.preset:
+        model_config = preset(config.preset)
+    elif config.lora:
+        base = lora.open_base(config.base, config.bits)
+        model_config, config = base.config, replace(config, bits=base.bits)
+    else:
+        model_config, _ = open_checkpoint(config.base)
+    if config.offload and config.bits < 16:
+        raise UserError("--offload cannot move quantized weights: leave it out")
+    source = config.tokenizer or config.base
+    tokenizer = load_tokenizer(source, config.model_dir, template=config.template)
+    check_tokenizer(tokenizer, model_config)
+    if config.max_length > model_config.max_position_embeddings:
+        raise UserError(
+            f"--max-length {config.max_length} is more than the model's "
+            f"{model_config.max_position_embeddings} positions"
+        )
+    _, train = read_examples(config, config.data, tokenizer)
+    steps = total_steps(len(train), config.batch_size, config.epochs)
+    steps = min(steps, config.max_steps or steps)
+    if not steps:
+        raise UserError(f"--epochs {config.epochs} of {len(train)} examples is less than one step")
+    config = resolve_defaults(config, model_config, train, steps)
+    records, held_out = [], None
+    if config.eval_data:
+        records, held_out = read_examples(config, config.eval_data, tokenizer)
+    return Job(config, model_config, tokenizer, train, held_out, records, steps)
+
+
+def read_examples(
+    config: TrainConfig, files: Iterable[str], tokenizer: Tokenizer
+) -> tuple[list[dict], Examples]:
+    """The records of data files, of preferences the chosen ones, and all of them tokenized."""
+    if config.objective == "sft":
+        reading = Reading(config.oasst, config.languages)
+        records, origins = load_mixture(files, config.seed, reading)
+        return records, encode_all(records, origins, tokenizer, config.max_length)
+    found = load_preferences(files, config.seed)
+    examples = encode_all(found.records, found.origins, tokenizer, config.max_length, found.p)
+    counted = {what: number for what, number in found.report.items() if number and what != "kept"}
+    return found.records[::2], replace(examples, report={**examples.report, **counted})

@@ -1,0 +1,147 @@
+"""What a training step minimizes: the loss of answers, or a loss of preferences between them.
+
+    torchrun fsdp_train.py --objective dpo --model-dir runs/alpaca/model --data preferences.jsonl
+
+A preference says which of two answers to a question is better. With π the model that is trained and
+π_ref the one it started from, the reference, the margin by which π prefers the chosen answer is
+
+    Δ = log π(chosen) / π_ref(chosen) - log π(rejected) / π_ref(rejected)
+
+    sft        -log π(answer)           the cross-entropy of Alpaca, without preferences
+    dpo        -log σ(β Δ)              arXiv:2305.18290; TRL's `sigmoid`
+    ipo        (Δ - 1 / 2β)²            arXiv:2310.12036; log π as a mean over an answer's tokens
+    dpo-norm   -log σ(β Δ)              arXiv:2411.15124; as a mean, too; TRL's `sigmoid_norm`
+
+If the chosen answer is the better one only with probability p, the loss is p ℓ(Δ) + (1 - p) ℓ(-Δ).
+Before the first step the model is the reference, also with --lora, where the adapter starts as 0:
+its log π_ref are computed then and stored, so there is never a second model in memory.
+
+The accuracy is the share of pairs with Δ > 0; `kl` estimates the KL divergence of π from π_ref if
+the answers are the reference's own samples. Both are means over pairs, logged with every step.
+
+A worked example: log π rises from -12 to -11 for the chosen answer and falls from -10 to -13 for
+the rejected one. Δ = 1 + 3 = 4, and with β = 0.1 the loss falls from log 2 = 0.693 to
+-log σ(0.4) = 0.513.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from alpaca.common.errors import UserError
+from alpaca.common.files import atomic_file
+from alpaca.training.config import TrainConfig
+from dataset import Examples
+from model import Llama
+
+PREFERENCES: dict[str, Callable[[Tensor, float], Tensor]] = {  # Δ, β → loss
+    "dpo": lambda margin, beta: -F.logsigmoid(beta * margin),
+    "ipo": lambda margin, beta: (margin - 1 / (2 * beta)) ** 2,
+    "dpo-norm": lambda margin, beta: -F.logsigmoid(beta * margin),
+}
+OF_MEANS = ("ipo", "dpo-norm")
+
+
+class PackedRow(NamedTuple):
+    """What a loss is computed from, on a rank's device: whole examples, packed."""
+
+    inputs: dict[str, Any]  # the model's arguments
+    columns: Mapping[str, Tensor]  # numbers of its examples and documents
+
+
+class AnswerLoss:
+    """sft. The loss of a row is summed over the answers' tokens; a step divides by their number."""
+
+    figures: tuple[str, ...] = ()  # logged beside the loss, as means
+
+    def __init__(self, examples: Examples):
+        self.examples = examples
+
+    def count(self, which: np.ndarray) -> int:
+        """What the loss of these examples is divided by."""
+        return int(self.examples.supervised[which].sum())
+
+    def columns(self, which: np.ndarray) -> dict[str, np.ndarray]:
+        return {}
+
+    def __call__(self, model: Llama, row: PackedRow) -> tuple[Tensor, Tensor | None]:
+        """The loss of a row, and the sums of its figures."""
+        return model(**row.inputs), None
+
+
+class PreferenceLoss(AnswerLoss):
+    """dpo, ipo, dpo-norm. The loss of a row is summed over its P pairs."""
+
+    figures = ("margin", "accuracy", "kl")
+
+    def __init__(self, examples: Examples, name: str, beta: float):
+        super().__init__(examples)
+        self.loss, self.beta = PREFERENCES[name], beta
+        tokens = replace(examples, p=None).supervised  # of every answer
+        self.scale = 1 / tokens if name in OF_MEANS else np.ones(len(tokens))
+        self.reference = np.zeros(len(tokens))  # log π_ref
+
+    def count(self, which: np.ndarray) -> int:
+        return len(which)
+
+    def columns(self, which: np.ndarray) -> dict[str, np.ndarray]:
+        documents, p = self.examples.documents_of(which), self.examples.p
+        assert p is not None
+        numbers = {"scale": self.scale[documents], "reference": self.reference[documents]}
+        return {"p": p[which], **numbers, "documents": documents}
+
+    def log_probs(self, model: Llama, row: PackedRow) -> Tensor:
+        """log π of each answer in a row, (2P): a sum over its tokens, or their mean."""
+        losses = model(**row.inputs, reduction="none")  # (N)
+        starts = row.inputs["cu_seqlens"].long()
+        document = torch.searchsorted(starts, row.inputs["supervised"], right=True) - 1  # (N)
+        sums = losses.new_zeros(len(starts) - 1).index_add(0, document, -losses)
+        return sums[: len(row.columns["scale"])] * row.columns["scale"]  # behind them is padding
+
+    def __call__(self, model: Llama, row: PackedRow) -> tuple[Tensor, Tensor | None]:
+        ratios = self.log_probs(model, row) - row.columns["reference"]
+        margin, p = ratios[::2] - ratios[1::2], row.columns["p"]  # Δ (P)
+        loss = p * self.loss(margin, self.beta) + (1 - p) * self.loss(-margin, self.beta)
+        # over samples of the reference, the mean of log π_ref / π estimates their divergence
+        figures = self.beta * margin, margin > 0, -ratios / 2
+        return loss.sum(), torch.stack([each.detach().sum() for each in figures])
+
+    def measure_reference(
+        self, model: Llama, rows: Iterable[PackedRow], device: torch.device
+    ) -> None:
+        """Fill `reference`, from rows of all examples and the model that training starts from."""
+        found = torch.zeros(len(self.reference), dtype=torch.float64, device=device)
+        for row in rows:
+            found[row.columns["documents"]] = self.log_probs(model, row).double()
+        dist.all_reduce(found)
+        self.reference = found.cpu().numpy()
+
+
+def make_objective(examples: Examples, config: TrainConfig) -> AnswerLoss:
+    if config.objective == "sft":
+        return AnswerLoss(examples)
+    return PreferenceLoss(examples, config.objective, config.beta)
+
+
+def save_reference(file: Path, losses: list[PreferenceLoss]) -> None:
+    with atomic_file(file) as opened:
+        np.save(opened, np.concatenate([each.reference for each in losses]), allow_pickle=False)
+
+
+def load_reference(file: Path, losses: list[PreferenceLoss]) -> None:
+    sizes = [len(each.reference) for each in losses]
+    try:
+        stored = np.load(file, allow_pickle=False)
+        if stored.shape != (sum(sizes),) or stored.dtype != np.float64:
+            raise ValueError("it is of other data")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: {error}: use another --out") from None
+    for each, part in zip(losses, np.split(stored, np.cumsum(sizes)[:-1]), strict=True):
+        each.reference = part

@@ -1,0 +1,207 @@
+"""Learning from preferences: the equations, and runs of them."""
+
+import json
+import math
+import signal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.checkpoints import read_tensors
+from helpers.commands import assert_refused
+from helpers.lora import trained_adapter
+from helpers.models import small_model
+from helpers.training import (
+    assert_identical,
+    assert_same_run,
+    finish,
+    flags,
+    launch,
+    metrics,
+    preference_examples,
+    preference_row,
+    succeeded,
+    train,
+    write_base,
+    write_preferences,
+)
+
+import fsdp_train
+from alpaca.training.objectives import PREFERENCES, PreferenceLoss
+from alpaca.weights.loading import load_model
+from alpaca.weights.lora import LoraConfig, add_lora, initial_weights
+from alpaca.weights.quantize import WeightSource
+from dataset import IGNORE, step_examples
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+def preference_flags(base, out, objective="dpo", **changes):
+    ours = {"objective": objective, "data": base / "preferences.json", "learning_rate": 1e-4}
+    return flags(base, out, **{"batch_size": 8, "max_steps": 6, **ours, **changes})
+
+
+def assert_same(out, other):
+    """A log-probability is a sum of some hundreds: its rounding is an absolute one."""
+    assert_same_run(out, other, loss=1e-4, norm=1e-3, weight=1e-5)
+
+
+@pytest.fixture(scope="module")
+def reference(base, tmp_path_factory):
+    """The plain run that others are compared with."""
+    out = tmp_path_factory.mktemp("reference") / "run"
+    succeeded(train(preference_flags(base, out)))
+    return out
+
+
+def log_prob(model, ids, labels):
+    """Of the labels, by plain logits: (sum, number)."""
+    logits = model(torch.tensor(ids)[None].long())[0, :-1]
+    labels = torch.tensor(labels[1:]).long()
+    total = -F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    return total, (labels != IGNORE).sum()
+
+
+EQUATIONS = {  # of the chosen and the rejected answer's (log π / π_ref, tokens)
+    "dpo": lambda c, r, beta: -F.logsigmoid(beta * (c[0] - r[0])),
+    "ipo": lambda c, r, beta: (c[0] / c[1] - r[0] / r[1] - 1 / (2 * beta)) ** 2,
+    "dpo-norm": lambda c, r, beta: -F.logsigmoid(beta * (c[0] / c[1] - r[0] / r[1])),
+}
+
+
+def check_plain_loop(base, out, name, model, start) -> None:
+    """One answer at a time, whole logits, autograd, torch's AdamW."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0)
+    examples = preference_examples(base / "preferences.json")
+    for step, logged in enumerate(metrics(out)):
+        batch = step_examples(40, 8, 2, 42, step)
+        total = 0.0
+        for pair in batch:
+            found = []
+            for document in (2 * pair, 2 * pair + 1):
+                span = slice(*examples.starts[document : document + 2])
+                answer = examples.ids[span].tolist(), examples.labels[span].tolist()
+                now, tokens = log_prob(model, *answer)
+                found.append((now - log_prob(start, *answer)[0].detach(), tokens))
+            loss = EQUATIONS[name](*found, 0.3) / len(batch)
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.param_groups[0]["lr"] = logged["lr"]
+        optimizer.step()
+        optimizer.zero_grad()
+        assert logged["loss"] == pytest.approx(total, rel=1e-4)
+    assert step == 2
+    saved = read_tensors(out / "model") if (out / "model").exists() else trained_adapter(out)
+    saved = {each.removeprefix("base_model.model."): tensor for each, tensor in saved.items()}
+    assert saved.keys() == trained.keys()
+    for each, ours in saved.items():
+        assert (ours - trained[each]).norm() < 1e-4 * trained[each].norm(), each
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_run_equals_a_plain_loop(name, base, tmp_path):
+    changes = {"beta": 0.3, "max_steps": 3}
+    succeeded(train(preference_flags(base, tmp_path / "run", name, **changes)))
+    model, start = (load_model(base / "model") for _ in range(2))
+    check_plain_loop(base, tmp_path / "run", name, model, start)
+
+
+def test_adapters_run_equals_a_plain_loop(base, tmp_path):
+    changes = {"beta": 0.3, "max_steps": 3, "lora": True, "lora_dropout": 0, "learning_rate": 1e-3}
+    succeeded(train(preference_flags(base, tmp_path / "run", **changes)))
+    model, start = (load_model(base / "model") for _ in range(2))
+    add_lora(model, LoraConfig(dropout=0))
+    first = initial_weights(WeightSource(base / "model"), 42)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(first(name, parameter.shape))
+    check_plain_loop(base, tmp_path / "run", "dpo", model, start)
+    first = metrics(tmp_path / "run")[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_run_begins_at_the_reference(reference):
+    first, *_, last = metrics(reference)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(first["margin"]) < 1e-6 and abs(first["kl"]) < 1e-5
+    assert last["loss"] < first["loss"] and last["margin"] > 0.01
+
+
+@pytest.mark.parametrize("name", ["dpo", "dpo-norm"])
+def test_swapped_answers_turn_the_gradient_around(name, tmp_path):
+    model, gradients = small_model(vocab_size=1024, max_position_embeddings=256), []
+    file = write_preferences(tmp_path / "p.json", 6)
+    swapped = json.loads(file.read_text())
+    for pair in swapped:
+        pair["preference"] = 3 - pair["preference"]
+    (tmp_path / "swapped.json").write_text(json.dumps(swapped))
+    for each in (file, tmp_path / "swapped.json"):
+        objective = PreferenceLoss(preference_examples(each), name, 0.1)
+        objective.reference = objective.log_probs(model, preference_row(objective, np.arange(6)))
+        objective.reference = objective.reference.detach().numpy()
+        loss, (margin, _, kl) = objective(model, preference_row(objective, np.arange(6)))
+        assert loss.item() == pytest.approx(6 * math.log(2)) and margin == kl == 0
+        model.zero_grad()
+        loss.backward()
+        gradients.append(model.lm_head.weight.grad.clone())
+    torch.testing.assert_close(gradients[0], -gradients[1])
+    assert gradients[0].norm() > 0
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_loss_with_probability_p_mixes_both_directions(name, tmp_path):
+    model = small_model(vocab_size=1024, max_position_embeddings=256)
+    file, losses = write_preferences(tmp_path / "p.json", 1), {}
+    (pair,) = json.loads(file.read_text())
+    for preference in (1, 1.25, 2):
+        file.write_text(json.dumps([pair | {"preference": preference}]))
+        objective = PreferenceLoss(preference_examples(file), name, 0.1)
+        losses[preference] = objective(model, preference_row(objective, np.arange(1)))[0].item()
+    assert losses[1.25] == pytest.approx(0.75 * losses[1] + 0.25 * losses[2])
+    assert losses[1] != pytest.approx(losses[2])
+
+
+def test_rows_change_nothing(base, reference, tmp_path):
+    succeeded(train(preference_flags(base, tmp_path / "run", row_tokens=256)))
+    assert_same(tmp_path / "run", reference)
+
+
+@pytest.mark.robust
+def test_two_ranks_equal_one(base, tmp_path):
+    held_out = write_preferences(tmp_path / "held_out.json", 7, seed=5)
+    changes = {"eval_data": held_out, "max_steps": 2}
+    succeeded(train(preference_flags(base, tmp_path / "1", **changes)))
+    succeeded(finish(launch(preference_flags(base, tmp_path / "2", **changes), ranks=2)))
+    assert_same(tmp_path / "2", tmp_path / "1")
+    first, last = (r for r in metrics(tmp_path / "2") if "held_out_loss" in r)
+    assert first["held_out_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert 0 <= last["held_out_accuracy"] <= 1 and last["held_out_kl"] != 0
+
+
+def test_resume_is_bit_identical(base, reference, tmp_path, monkeypatch):
+    step, count = fsdp_train.train_step, []
+
+    def interrupted(*args):
+        count.append(1)
+        args[6].number = signal.SIGTERM if len(count) == 4 else 0
+        return step(*args)
+
+    monkeypatch.setattr(fsdp_train, "train_step", interrupted)
+    words = preference_flags(base, tmp_path / "run", save_every=2)
+    assert train(words)[0] == 128 + signal.SIGTERM
+    monkeypatch.setattr(fsdp_train, "train_step", step)
+    stored = (tmp_path / "run/reference.npy").read_bytes()
+    (tmp_path / "run/reference.npy").write_bytes(stored[:-8])
+    code, _, err = train(words)
+    assert code == 2 and "reference.npy" in err and "use another --out" in err
+    (tmp_path / "run/reference.npy").write_bytes(stored)
+    succeeded(train(words))
+    assert_identical(tmp_path / "run", reference)
+    assert_refused(train([*words, "--beta", "0.2"]), "another run", "beta 0.2")

@@ -21,6 +21,7 @@ VERBS = {  # in order, from data to a published model
     "blind": ("alpaca.evaluation.blind", "let people compare two models' answers blindly"),
     "judge": ("alpaca.evaluation.judge", "let a model compare two models' answers"),
     "samples": ("alpaca.evaluation.samples", "draw several answers to each instruction"),
+    "best-of": ("alpaca.evaluation.best_of", "pick the best of several answers by a reward"),
     "score": ("alpaca.evaluation.score", "win rates from annotation files"),
 }
 

@@ -10,4 +10,5 @@ win_rate         the share of comparisons won, its error, and how far annotators
 length_control   the win rate as it would be for answers of equal length
 score            `alpaca score`: all of that as a table or a picture
 samples          `alpaca samples`: several answers to each instruction
+best_of          `alpaca best-of`: the best of them by a reward, and what to expect of it
 """

@@ -7,6 +7,7 @@ import torch
 from helpers.commands import ROOT, assert_refused
 
 from alpaca.evaluation.samples import sample_seed
+from alpaca.inference.answer import answer_in_order
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
 from alpaca.weights.loading import load_model
@@ -77,6 +78,21 @@ def test_more_samples_or_another_seed_keep_or_change_all_of_them(command, data, 
     assert [texts[:4] for texts in b] == a and all(len(texts) == 6 for texts in b)
     seeds = {sample_seed(seed, i, j) for seed in range(9) for i in range(9) for j in range(9)}
     assert a != c and len(seeds) == 9**3
+
+
+def test_few_requests_wait_at_once(engine):
+    """Of many records, those are encoded whose answers are decoded next."""
+    taken, params = [], SamplingParams(max_new_tokens=3)
+
+    def requests():
+        for i in range(30):
+            taken.append(i)
+            yield [1, 5 + i], [params] * 2
+
+    answers = answer_in_order(engine, requests())
+    first = next(answers)
+    assert len(first) == 2 and len(taken) <= 3
+    assert len(list(answers)) == 29 and len(taken) == 30
 
 
 def test_samples_resume_with_the_same_settings_only(command, data, tmp_path):

@@ -40,11 +40,19 @@ import fsdp_train
 import model as model_module
 from alpaca.datagen.formats import load_mixture
 from alpaca.training import parallel
-from alpaca.training.objectives import AnswerLoss, PackedRow
+from alpaca.training.config import TrainConfig
+from alpaca.training.objectives import AnswerLoss
 from alpaca.training.run_dir import RunDir
 from alpaca.weights.loading import load_model
-from dataset import Examples, encode_record, make_row
-from fsdp_train import build_optimizer, gathered_tensors, learning_rate, to_device, train_step
+from dataset import Examples, encode_record
+from fsdp_train import (
+    build_optimizer,
+    gathered_tensors,
+    learning_rate,
+    packed_rows,
+    to_device,
+    train_step,
+)
 from model import IGNORE, Llama
 from tokenizer import load_tokenizer
 
@@ -124,18 +132,19 @@ def test_host_waits_for_a_gpu_once_in_a_step(monkeypatch):
     waits, counts, ends = [], np.arange(40, dtype=np.int32), np.array([0, 10, 25, 40])
     monkeypatch.setattr(model_module, "FLASH", "cpu")
     monkeypatch.setattr(FakeTensor, "tolist", lambda x: waits.append(len(x)) or [1.0] * len(x))
-    row = make_row(Examples(counts, counts, ends, [], {}), np.arange(3))
+    mode, device = FakeTensorMode(), torch.device("cpu")
+    monkeypatch.setattr(fsdp_train, "to_device", lambda tensor, _: mode.from_tensor(tensor))
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
-    with FakeTensorMode() as mode:
+    objective = AnswerLoss(Examples(counts, counts, ends, [], {}))
+    rows = [*packed_rows(objective, np.arange(3), TrainConfig(row_tokens=64), device)] * 2
+    with mode:
         with torch.device("meta"):
             model = Llama(small_config())
         parallel.apply_activation_checkpointing(model, "selective")
         parallel.apply_fsdp(model, mesh, torch.bfloat16, offload=False)
         optimizer = build_optimizer(model.to_empty(device="cpu"))
-        inputs = {name: mode.from_tensor(x) for name, x in row._asdict().items()}
-        rows, objective = [PackedRow(inputs, {})] * 2, AnswerLoss(None)
-        train_step(model, optimizer, objective, rows, 9, torch.device("cpu"), mock.Mock(number=0))
+        train_step(model, optimizer, objective, rows, 9, device, mock.Mock(number=0))
     assert waits == [4]
     tensor, device = mock.Mock(), torch.device("cuda")
     assert to_device(tensor, device) is tensor.pin_memory().to.return_value

@@ -4,6 +4,7 @@
     {"instruction": …, "instances": [{"input": …, "output": …}]}             Self-Instruct's seeds
     {"instruction": …, "context": …, "response": …}                          Dolly
     {"prompt": "Name a colour.", "completion": "Red"}                        TRL; texts or messages
+    {"question": …, "answer": "70 + 2 = 72 … #### 72"}                       GSM8K
     {"question": …, "human_answers": […], "chatgpt_answers": […]}            HC3, as Koala used it
     {"messages": [{"role": "user", "content": …}, …]}                        OpenAI, Hugging Face
     {"conversations": [{"from": "human", "value": …}, {"from": "gpt", …}]}   ShareGPT, Vicuna
@@ -32,8 +33,9 @@ from alpaca.datagen.conversations import OddConversation, join_messages, parse_t
 RUN_LOGS = ("records.jsonl", "rejected.jsonl", "responses.jsonl")  # of selfinstruct.py
 OTHER_NAMES = {"context": "input", "response": "output"}  # Dolly's
 OTHER_NAMES |= {"prompt": "instruction", "completion": "output"}
-KNOWN = "instruction and output, prompt and completion, messages, conversations, question and "
-KNOWN += "chatgpt_answers, OpenAssistant's trees, text"
+OTHER_NAMES |= {"question": "instruction", "answer": "output"}  # GSM8K's
+KNOWN = "instruction and output, prompt and completion, question and answer, messages, "
+KNOWN += "conversations, question and chatgpt_answers, OpenAssistant's trees, text"
 MAX_SKIPPED = 0.1  # share of a file's records; above it the file is refused
 MAX_SOURCES = 20  # reported separately: in some files every record has its own
 Parsed = TypeVar("Parsed")  # what one record is read as

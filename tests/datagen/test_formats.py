@@ -32,6 +32,7 @@ FILES = {
     "gzip": gzip.compress(f"{ALPACA}\n{ALPACA}".encode()),
     "Dolly": '{"instruction": "Say hi.", "context": "", "response": "hi", "category": "qa"}\n' * 2,
     "TRL": '[{"prompt": "Say hi.", "completion": "hi"}, {"prompt": "Say hi.", "completion": "hi"}]',
+    "GSM8K": '{"question": "Say hi.", "answer": "hi"}\n' * 2,
     "HC3": '{"question": "Say hi.", "human_answers": ["hi"], "chatgpt_answers": ["hi"]}',
     "seeds": '{"id": "seed_0", "instruction": "Say hi.", "instances": '
     '[{"input": "", "output": "hi"}, {"output": "hi"}]}',

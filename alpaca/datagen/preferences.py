@@ -145,5 +145,5 @@ def parse_preference(preference: Any) -> float:
     number = isinstance(preference, int | float) and not isinstance(preference, bool)
     if not number or not (preference == 0 or 1 <= preference <= 2):
         expected = "1 (output_1 is better) to 2 (output_2 is better) or null was expected"
-        raise UserError(f"preference {preference!r}: {expected}")
+        raise UserError(f"preference {repr(preference)[:40]}: {expected}")
     return preference - 1.0 if preference else 0.5

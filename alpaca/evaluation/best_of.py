@@ -18,6 +18,7 @@ divergence between best-of-N and the model that drew the answers does not exceed
 """
 
 import argparse
+import json
 import math
 import random
 from pathlib import Path
@@ -46,8 +47,10 @@ def format_rewards(rewards: np.ndarray) -> str:
     lines = ["   N    reward            95 %     KL ≤"]
     for N in sorted({n, *(2**k for k in range(n.bit_length()))}):
         best = expected_best(rewards, N)
-        mean, half = best.mean(), Z * best.std(ddof=1) / records**0.5 if records > 1 else math.nan
-        interval = f"{mean - half:.3f}–{mean + half:.3f}"
+        mean, interval = best.mean(), "unknown"
+        if records > 1:
+            half = Z * best.std(ddof=1) / records**0.5
+            interval = f"{mean - half:.3f}–{mean + half:.3f}"
         lines.append(f"{N:4}  {mean:8.3f}  {interval:>14}  {math.log(N) - (N - 1) / N:7.2f}")
     return "\n".join(lines)
 
@@ -77,8 +80,11 @@ def read_rewards(args: argparse.Namespace) -> tuple[list[dict], list[list[str]],
         if answers and len(outputs) != len(answers[0]):
             raise UserError(f"{place}: {len(outputs)} answers, where others have {len(answers[0])}")
         try:
+            json.dumps(line, ensure_ascii=False).encode()
             records += normalize_record(line)
             rewards.append([check(records[-1], text) for text in outputs])
+        except UnicodeEncodeError:
+            raise UserError(f"{place}: half a surrogate pair (\\ud…), which is no text") from None
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
         answers.append(outputs)

@@ -9,8 +9,8 @@ stays the reference, with `outputs`: the n answers to its question, which for a 
 before its last answer. A prompt that is too long for the model has no answers.
 
 Answer j to record i has a seed of its own, made of --seed, i and j. It depends neither on the
-answers decoded beside it nor on n, and no two runs with different seeds share answers. A record is
-on disk as soon as all its answers are there; the same command resumes.
+answers decoded beside it nor on n. A record is on disk as soon as all its answers are there; the
+same command resumes.
 """
 
 import argparse

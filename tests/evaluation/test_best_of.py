@@ -61,6 +61,12 @@ def test_best_of_prints_the_expected_rewards(command, samples):
     assert float(table[2][3]) == pytest.approx(math.log(4) - 3 / 4, abs=5e-3)
 
 
+def test_best_of_one_record_has_no_interval(command, samples):
+    write_lines(samples, LINES[:1])
+    code, out, _ = command("best-of", samples, "--check", "exact")
+    assert code == 0 and out.splitlines()[2].split() == ["1", "0.250", "unknown", "0.00"]
+
+
 def test_best_of_writes_the_first_best_of_the_first_n(command, samples, tmp_path):
     out = tmp_path / "best.json"
 
@@ -120,4 +126,5 @@ def test_best_of_errors_name_the_place(command, samples, tmp_path):
     refuse([LINES[0], LINES[0] | {"outputs": ["1"]}], "line 2: 1 answers", "have 4")
     refuse([LINES[0] | {"output": "seven"}], "line 1: no number in the reference")
     refuse([{"instruction": "a", "output": "7"}], "line 1: outputs is missing")
+    refuse([LINES[0] | {"outputs": ["\ud800"]}], "line 1: half a surrogate pair")
     refuse([{"outputs": ["a"]}], "line 1: its fields")

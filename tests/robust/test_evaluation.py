@@ -46,6 +46,21 @@ def test_answers_killed_and_resumed_end_in_the_same_file(command, tmp_path):
     assert read_outputs(tmp_path / "o") == read_outputs(tmp_path / "quiet")
 
 
+def test_samples_killed_and_resumed_end_in_the_same_file(command, tmp_path):
+    tasks = [{"instruction": f"Say {'word ' * (n % 7)}{n}.", "output": "x"} for n in range(12)]
+    flags = ["--data", write(tmp_path / "s.json", tasks), "--model-dir", ROOT / "data/tiny-llama"]
+    flags += ["--max-new-tokens", 12, "--max-batch-size", 3, "--temperature", 1, "--dtype", "fp32"]
+    quiet, out = tmp_path / "quiet.jsonl", tmp_path / "o.jsonl"
+    assert command("samples", "--out", quiet, *flags)[0] == 0
+    for more in (1, 4):
+        before = count(out)
+        process = begin("samples", "--out", out, *flags)
+        kill_when(process, lambda enough=before + more: count(out) >= enough)
+    assert 5 <= count(out) < 12
+    assert command("samples", "--out", out, *flags)[0] == 0
+    assert out.read_text() == quiet.read_text()
+
+
 def make_two(tmp_path, size: int):
     texts = {name: {f"task {n}": f"{name} {n}" for n in range(size)} for name in ("m", "b")}
     return [write_outputs(tmp_path / name, name, texts[name]) for name in texts]

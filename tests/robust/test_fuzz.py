@@ -100,6 +100,7 @@ READERS = {  # a file, and the command that reads it
     "judged/responses.jsonl": f"{JUDGE} --out judged",
     "pool.json": f"{JUDGE} --annotators pool.json --flip 0.5 --out new",
     "answered/answers.jsonl": f"{ANSWERS} --out answered",
+    "samples.jsonl": "best-of samples.jsonl --check exact --out new.json --pairs newer.json",
     "trained/settings.json": "TRAIN trained",
     "trained/metrics.jsonl": "TRAIN trained",
     "stopped/checkpoints/step-000002/index.json": "TRAIN stopped",
@@ -168,6 +169,9 @@ def world(tmp_path_factory, invoke):
     Path("data.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     Path("q.jsonl").write_text(lines)
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    samples = [record | {"outputs": [record["output"], "no"]} for record in records]
+    samples.append({"conversations": turns, "outputs": ["Hello", "Bye"]})
+    Path("samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
     write(Path("sharegpt.json"), [{"conversations": turns}, *records])
     write(Path("teachers.json"), [{"model": "m", "weight": 1}, {"model": "n", "price_in": 2}])
     pool = [{"name": "x", "weight": 1}, {"name": "y", "question": "Which?", "temperature": 1}]

@@ -59,6 +59,7 @@ READERS = {  # a file, and the command that reads it
     "bpe/tokenizer.json": f"{ANSWER} bpe",
     "bpe/tokenizer_config.json": f"{ANSWER} bpe",
     "base/records.json": "TRAIN x --plan",
+    "preferences.jsonl": "TRAIN x --plan --objective dpo --data preferences.jsonl",
     "shards/model.safetensors.index.json": "convert shards new",
     "bin/pytorch_model.bin": "convert bin new",
     "meta/params.json": "convert meta new --tokenizer base/model",
@@ -172,6 +173,17 @@ def world(tmp_path_factory, invoke):
     samples = [record | {"outputs": [record["output"], "no"]} for record in records]
     samples.append({"conversations": turns, "outputs": ["Hello", "Bye"]})
     Path("samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
+    said = {"prompt": "Hi", "chosen": "Hello", "rejected": "No"}
+    judged = [{"instruction": "Hi", "output_1": "a", "output_2": "b", "preference": 1.7}]
+    judged += [judged[0] | {"swapped": swapped} for swapped in (False, True)]
+    dialogue = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "Human: a\n\nAssistant: c"}
+    lines_of_pairs = [
+        said,
+        said | {"prompt": [{"role": "user", "content": "x"}]},
+        *judged,
+        dialogue,
+    ]
+    Path("preferences.jsonl").write_text("\n".join(map(json.dumps, lines_of_pairs)))
     write(Path("sharegpt.json"), [{"conversations": turns}, *records])
     write(Path("teachers.json"), [{"model": "m", "weight": 1}, {"model": "n", "price_in": 2}])
     pool = [{"name": "x", "weight": 1}, {"name": "y", "question": "Which?", "temperature": 1}]

@@ -13,7 +13,7 @@ resumes a run that was interrupted.
     are gathered in bf16 while it computes; gradients are reduced in fp32 (FSDP2, `fully_shard`).
   - The loss is the cross-entropy summed over the answers' tokens and divided by their number in
     the whole step: how the step is divided into ranks and rows changes nothing. `--objective dpo`
-    learns from preferences instead (alpaca/training/objectives.py).
+    learns from preferences instead, `reward` trains a model that judges (training/objectives.py).
   - Examples are packed into rows (dataset.py), so no computation is spent on padding.
   - `--out` holds settings.json, metrics.jsonl, loss.svg, checkpoints/ (until the end), and in the
     end model/, a Hugging Face folder with its card, or with --lora adapter/, PEFT's files.
@@ -54,6 +54,7 @@ from alpaca.training.objectives import (
     PreferenceLoss,
     load_reference,
     make_objective,
+    model_class,
     save_reference,
 )
 from alpaca.training.parallel import (
@@ -78,6 +79,7 @@ from alpaca.training.throughput import Throughput
 from alpaca.weights import lora
 from alpaca.weights.adapter import save_adapter
 from alpaca.weights.checkpoint import DTYPES
+from alpaca.weights.reward import RewardModel, reward_fields
 from alpaca.weights.writer import save_model
 from dataset import (
     make_row,
@@ -287,7 +289,7 @@ def build_model(config: TrainConfig, model_config: LlamaConfig, mesh: DeviceMesh
         else:
             read = checkpoint_weights(config.base)
         with torch.device("meta"):
-            model = Llama(model_config)
+            model = model_class(config)(model_config)
     apply_activation_checkpointing(model, config.checkpointing)
     if config.compiles(device):
         apply_compile(model)
@@ -353,7 +355,10 @@ def save_result(model: Llama, job: Job) -> None:
     else:
         tokenizer = config.tokenizer or config.base
         model_config = with_ends(job.model_config, job.tokenizer)
-        save_model(tensors, model_config, config.result, dtype, tokenizer, chat_template=jinja)
+        options: dict[str, Any] = {"chat_template": jinja}
+        if config.objective == "reward":
+            options |= {"kind": RewardModel, "fields": reward_fields(job.tokenizer, model_config)}
+        save_model(tensors, model_config, config.result, dtype, tokenizer, **options)
 
 
 # ---------------------------------------------------------------- the command
@@ -368,7 +373,8 @@ def report_result(job: Job, run: RunDir, ranks: int, device: torch.device) -> No
         template = template_of(job.tokenizer)
         write_card(config, job.model_config, job.train, template, recipe, run.summary())
     print(run.summary())
-    print_sample_answers(config, job.held_out_records, job.tokenizer, device)
+    if config.objective != "reward":
+        print_sample_answers(config, job.held_out_records, job.tokenizer, device)
     print(f"wrote {config.result} and {run.chart}")
 
 

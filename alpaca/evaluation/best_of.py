@@ -3,6 +3,7 @@
     alpaca best-of runs/samples.jsonl --check exact                      # only the expected rewards
     alpaca best-of runs/samples.jsonl --check number --n 16 --min-reward 1 --out runs/best.json
     alpaca best-of runs/samples.jsonl --check rewards.py:short --pairs runs/pairs.json --flip 0.25
+    alpaca best-of runs/samples.jsonl --reward-model runs/reward/model --out runs/best.json
 
 --out is data for fsdp_train.py: training on the picks is expert iteration. --pairs is a preference
 file, the best answer against the worst (the first of equally good ones). --flip swaps a share of
@@ -71,7 +72,7 @@ def make_comparison(record: dict, chosen: str, rejected: str) -> dict:
 
 def read_rewards(args: argparse.Namespace) -> tuple[list[dict], list[list[str]], np.ndarray]:
     """Records that have answers, the answers, and their rewards (records, n)."""
-    check = load_checker(args.check)
+    check = load_checker(args.check) if args.check else lambda record, answer: math.nan
     records, answers, rewards = [], [], []
     for place, line in json_records(args.samples):
         check_shape(line, {"outputs": [str]}, place)
@@ -90,14 +91,30 @@ def read_rewards(args: argparse.Namespace) -> tuple[list[dict], list[list[str]],
         answers.append(outputs)
     if not records:
         raise UserError(f"{args.samples}: no answers in it: it should come from `alpaca samples`")
+    if args.reward_model:
+        texts = [with_answer(r, text) for i, r in enumerate(records) for text in answers[i]]
+        rewards = np.reshape(model_rewards(args.reward_model, texts), (len(records), -1))
     return records, answers, np.array(rewards)
+
+
+def model_rewards(folder: Path, records: list[dict]) -> list[float]:
+    import torch  # which takes seconds to load
+
+    from alpaca.weights.reward import load_reward_model, rewards
+    from tokenizer import load_tokenizer
+
+    model = load_reward_model(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    return rewards(model, load_tokenizer(folder), records)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("samples", type=Path, help="file of `alpaca samples`")
-    rewards = "exact, number, regex or FILE.py:NAME (see alpaca/datagen/checkers.py)"
-    add("--check", required=True, metavar="CHECKER", help=rewards)
+    rewards = parser.add_mutually_exclusive_group(required=True).add_argument
+    checkers = "exact, number, regex or FILE.py:NAME (see alpaca/datagen/checkers.py)"
+    rewards("--check", metavar="CHECKER", help=checkers)
+    trained = "folder of a reward model (see alpaca/weights/reward.py)"
+    rewards("--reward-model", type=Path, metavar="FOLDER", help=trained)
     add("--n", type=positive(int), help="pick among the first n answers (default: all)")
     add("--out", type=Path, help="JSON file to write: each record with its best answer")
     least = "leave picks with a lower reward out of --out (default: keep all)"

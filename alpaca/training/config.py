@@ -2,7 +2,7 @@
 
 Every field of `TrainConfig` is a flag of fsdp_train.py; its default is Alpaca's recipe for 7B.
 TINY_RECIPE replaces some defaults if no base model or preset is given, LORA_RECIPE if `--lora` is,
-PREFERENCE_RECIPE if an objective of preferences is.
+PREFERENCE_RECIPE if an objective of preferences is, REWARD_RECIPE for a reward model.
 A flag on the command line replaces any default.
 """
 
@@ -38,6 +38,7 @@ TINY_RECIPE = {  # the model in data/; default paths are relative to the checkou
 }
 LORA_RECIPE = {"learning_rate": 3e-4, "checkpointing": "full"}  # as alpaca-lora, see LoraConfig
 PREFERENCE_RECIPE = {"learning_rate": 1e-6, "epochs": 2}  # as AlpacaFarm's DPO
+REWARD_RECIPE = {"learning_rate": 3e-6, "epochs": 1}  # as AlpacaFarm's reward model
 LORA_PREFERENCE_RECIPE = {**PREFERENCE_RECIPE, "learning_rate": 1e-5}
 GROUPS = {  # titles of --help, by the first flag below them
     "model_dir": "model and data",
@@ -49,7 +50,7 @@ GROUPS = {  # titles of --help, by the first flag below them
     "plan": "plan",
 }
 DTYPE_NAMES = ("bf16", "fp32")
-OBJECTIVES = ("sft", "dpo", "ipo", "dpo-norm")  # alpaca/training/objectives.py
+OBJECTIVES = ("sft", "dpo", "ipo", "dpo-norm", "reward")  # alpaca/training/objectives.py
 COUNT = positive(int, 2**20)
 
 
@@ -157,10 +158,13 @@ class TrainConfig:
         elif adapter or "bits" in given:
             name = f"lora-{next(iter(adapter))}" if adapter else "bits"
             raise UserError(f"--{name} goes with --lora")
-        if given.get("objective", "sft") != "sft":
-            defaults |= LORA_PREFERENCE_RECIPE if defaults["lora"] else PREFERENCE_RECIPE
-        elif "beta" in given:
+        objective = given.get("objective", "sft")
+        if "beta" in given and objective in ("sft", "reward"):
             raise UserError("--beta goes with --objective dpo, ipo or dpo-norm")
+        if objective == "reward":
+            defaults |= REWARD_RECIPE
+        elif objective != "sft":
+            defaults |= LORA_PREFERENCE_RECIPE if defaults["lora"] else PREFERENCE_RECIPE
         for name, value in defaults.items():
             if isinstance(value, Path):
                 defaults[name] = in_checkout(value)
@@ -191,6 +195,8 @@ class TrainConfig:
             raise UserError(f"--warmup-ratio must be from 0 to below 1, not {self.warmup_ratio}")
         if self.objective != "sft" and self.preset:
             raise UserError(f"--objective {self.objective} needs a tuned model: give --model-dir")
+        if self.objective == "reward" and self.lora:
+            raise UserError("--objective reward trains all weights: leave out --lora")
         if 0 < self.row_tokens < self.longest_example:
             least = "--max-length" if self.objective == "sft" else "twice --max-length"
             raise UserError(
@@ -234,11 +240,12 @@ class TrainConfig:
     def settings(self, digest: str) -> dict[str, Any]:
         """What decides the trained weights; a run resumes with equal settings only. `digest` is
         that of the tokenized training set."""
+        beta = "" if self.objective == "reward" else f", beta {self.beta}"
         names = ("preset", "epochs", "batch_size", "learning_rate", "warmup_ratio", "max_length")
         return {
             "model_dir": self.model_dir and settings_path(self.model_dir),
             **{name: getattr(self, name) for name in (*names, "max_steps", "seed", "dtype")},
-            "objective": None if self.objective == "sft" else f"{self.objective}, beta {self.beta}",
+            "objective": None if self.objective == "sft" else self.objective + beta,
             "data": f"{' '.join(Path(spec).name for spec in self.data)}, as ids {digest}",
             # even if None: a run of all weights must not resume in an adapter's folder
             "lora": f"{self.lora}, base of {self.bits} bits" if self.lora else None,
@@ -271,7 +278,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 defaults with --lora (and --out ends in -lora):
 {describe_recipe(LORA_RECIPE)}
 defaults with --objective dpo, ipo or dpo-norm; with --lora, too, a rate of 1e-05:
-{describe_recipe(PREFERENCE_RECIPE)}"""
+{describe_recipe(PREFERENCE_RECIPE)}
+defaults with --objective reward, which ends with a reward model (alpaca/weights/reward.py):
+{describe_recipe(REWARD_RECIPE)}"""
     group: Any = parser
     for each in fields(TrainConfig):
         if each.name in GROUPS:

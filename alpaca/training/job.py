@@ -12,6 +12,7 @@ from alpaca.training.memory_plan import resolve_defaults
 from alpaca.weights import lora
 from alpaca.weights.checkpoint import open_checkpoint
 from alpaca.weights.presets import preset
+from alpaca.weights.reward import label_ends
 from dataset import Examples, encode_all, total_steps
 from model import LlamaConfig
 from tokenizer import Tokenizer, check_tokenizer, load_tokenizer
@@ -40,6 +41,8 @@ def prepare(config: TrainConfig) -> Job:
         model_config, _ = open_checkpoint(config.base)
     if config.offload and config.bits < 16:
         raise UserError("--offload cannot move quantized weights: leave it out")
+    if config.objective == "reward":  # counted as if its head was tied: it has one table
+        model_config = replace(model_config, tie_word_embeddings=True)
     source = config.tokenizer or config.base
     tokenizer = load_tokenizer(source, config.model_dir, template=config.template)
     check_tokenizer(tokenizer, model_config)
@@ -71,4 +74,6 @@ def read_examples(
     found = load_preferences(files, config.seed)
     examples = encode_all(found.records, found.origins, tokenizer, config.max_length, found.p)
     counted = {what: number for what, number in found.report.items() if number and what != "kept"}
+    if config.objective == "reward":
+        examples = label_ends(examples)
     return found.records[::2], replace(examples, report={**examples.report, **counted})

@@ -182,7 +182,9 @@ def memory_by_phase(work: Workload) -> dict[str, dict[str, float]]:
     in_chunk = min(
         work.row_tokens * work.supervised, max(1, work.logits_chunk // config.vocab_size)
     )
-    logits = in_chunk * config.vocab_size
+    logits, embedding = in_chunk * config.vocab_size, size * table
+    if work.config.objective == "reward":  # its head is one row
+        logits = table = 0
     cast = size * table  # the head's gradient, which is summed in fp32
     # for a moment, logits are there as multiplied, in fp32, and normalized
     head = 4 * table + logits * (size + 4) + max(cast, 4 * logits * (size < 4))
@@ -214,7 +216,8 @@ def memory_by_phase(work: Workload) -> dict[str, dict[str, float]]:
         }
     done = layers * reduced / work.shards
     last = {**always, "gradients": max(earlier, done) + waiting * done}
-    phases["embedding"] = last | {"gathered": whole, "reduced": reduced, "temporary": 2 * cast}
+    temporary = cast + embedding
+    phases["embedding"] = last | {"gathered": whole, "reduced": reduced, "temporary": temporary}
     last["gradients"] += 4 * root / work.shards
     phases["root"] = last | {"reduced": 4 * root, "temporary": cast}
     return phases
@@ -339,9 +342,9 @@ def report_plan(work: Workload, simulated: dict[str, float] | None = None) -> st
     time = f"{work.steps} steps of {work.tokens / work.steps:,.0f} tokens"
     if chip:
         flops = flops_per_token(model, work.length, work.supervised, config.lora) * work.tokens
-        reference = config.objective != "sft"  # a forward pass over all pairs: a third of an epoch
         seconds = estimated_seconds(work, CHIPS[chip]) * work.steps
-        seconds *= 1 + reference / 3 / config.epochs
+        if config.objective not in ("sft", "reward"):  # the reference: a third of an epoch
+            seconds *= 1 + 1 / 3 / config.epochs
         mfu = flops / (config.gpus * CHIPS[chip].flops * seconds)
         large, unit = (3600, "hours") if seconds >= 3600 else (60, "minutes")
         time += f", {flops:.2e} operations in all: {short_number(seconds / large)} {unit}"

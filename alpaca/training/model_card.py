@@ -94,7 +94,20 @@ def fill_in_card(
     base, files = "none: training started from random weights", ""
     if config.model_dir:
         base, files = f"`{config.model_dir.name}`", describe_weights(config.model_dir)
+    flags = "--model-dir BASE --adapter FOLDER" if config.lora else "--model-dir FOLDER"
+    command = f'generate {flags} "Name three primary colors."'
+    task, purpose = "text-generation", "on instructions with Alpaca's recipe"
+    averaged = "a step's supervised tokens, which are those of the answers"
+    if config.objective != "sft":
+        purpose = f"with the objective `{config.objective}` (alpaca/training/objectives.py)"
+        averaged = "a step's pairs of answers"
+    if config.objective == "reward":
+        task, command = "text-classification", "best-of SAMPLES --reward-model FOLDER"
     facts = {
+        "task": task,
+        "purpose": purpose,
+        "averaged": averaged,
+        "command": command,
         "name": config.out.name,
         "date": time.strftime("%Y-%m-%d"),
         "code": describe_code(),
@@ -103,7 +116,6 @@ def fill_in_card(
         "base_files": files,
         "data_files": "\n".join(f"- {describe_data(spec)}" for spec in config.data),
         "held_out_files": "; ".join(map(describe_data, config.eval_data)) or "none",
-        "flags": "--model-dir BASE --adapter FOLDER" if config.lora else "--model-dir FOLDER",
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {platform.machine()}",
         "recipe": "\n".join(f"| {name} | {value} |" for name, value in rows),
         "results": results,

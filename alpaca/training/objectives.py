@@ -11,10 +11,14 @@ A preference says which of two answers to a question is better. With π the mode
     dpo        -log σ(β Δ)              arXiv:2305.18290; TRL's `sigmoid`
     ipo        (Δ - 1 / 2β)²            arXiv:2310.12036; log π as a mean over an answer's tokens
     dpo-norm   -log σ(β Δ)              arXiv:2411.15124; as a mean, too; TRL's `sigmoid_norm`
+    reward     -log σ(Δ)                another model, of rewards r: Δ = r(chosen) - r(rejected)
 
 If the chosen answer is the better one only with probability p, the loss is p ℓ(Δ) + (1 - p) ℓ(-Δ).
 Before the first step the model is the reference, also with --lora, where the adapter starts as 0:
 its log π_ref are computed then and stored, so there is never a second model in memory.
+
+Training on `reward` ends with a model that judges answers instead of writing them, see
+alpaca/weights/reward.py.
 
 The accuracy is the share of pairs with Δ > 0; `kl` estimates the KL divergence of π from π_ref if
 the answers are the reference's own samples. Both are means over pairs, logged with every step.
@@ -38,6 +42,7 @@ from torch import Tensor
 from alpaca.common.errors import UserError
 from alpaca.common.files import atomic_file
 from alpaca.training.config import TrainConfig
+from alpaca.weights.reward import RewardModel
 from dataset import Examples
 from model import Llama
 
@@ -76,26 +81,50 @@ class AnswerLoss:
         return model(**row.inputs), None
 
 
-class PreferenceLoss(AnswerLoss):
-    """dpo, ipo, dpo-norm. The loss of a row is summed over its P pairs."""
+class RewardLoss(AnswerLoss):
+    """reward. The loss of a row is summed over its P pairs."""
 
-    figures = ("margin", "accuracy", "kl")
+    figures = ("margin", "accuracy")
 
-    def __init__(self, examples: Examples, name: str, beta: float):
+    def __init__(self, examples: Examples, name: str = "dpo", beta: float = 1.0):
         super().__init__(examples)
         self.loss, self.beta = PREFERENCES[name], beta
-        tokens = replace(examples, p=None).supervised  # of every answer
-        self.scale = 1 / tokens if name in OF_MEANS else np.ones(len(tokens))
-        self.reference = np.zeros(len(tokens))  # log π_ref
 
     def count(self, which: np.ndarray) -> int:
         return len(which)
 
     def columns(self, which: np.ndarray) -> dict[str, np.ndarray]:
-        documents, p = self.examples.documents_of(which), self.examples.p
-        assert p is not None
+        assert self.examples.p is not None
+        return {"p": self.examples.p[which]}
+
+    def scores(self, model: Llama, row: PackedRow) -> Tensor:
+        """Of each answer in a row, (2P): Δ is the difference of two."""
+        return model(**row.inputs)
+
+    def __call__(self, model: Llama, row: PackedRow) -> tuple[Tensor, Tensor | None]:
+        scores, p = self.scores(model, row), row.columns["p"]
+        margin = scores[::2] - scores[1::2]  # Δ (P)
+        loss = p * self.loss(margin, self.beta) + (1 - p) * self.loss(-margin, self.beta)
+        # over samples of the reference, the mean of log π_ref / π estimates their divergence
+        figures = {"margin": self.beta * margin, "accuracy": margin > 0, "kl": -scores / 2}
+        return loss.sum(), torch.stack([figures[name].detach().sum() for name in self.figures])
+
+
+class PreferenceLoss(RewardLoss):
+    """dpo, ipo, dpo-norm: an answer's reward is how much likelier it is than for the reference."""
+
+    figures = ("margin", "accuracy", "kl")
+
+    def __init__(self, examples: Examples, name: str, beta: float):
+        super().__init__(examples, name, beta)
+        tokens = replace(examples, p=None).supervised  # of every answer
+        self.scale = 1 / tokens if name in OF_MEANS else np.ones(len(tokens))
+        self.reference = np.zeros(len(tokens))  # log π_ref
+
+    def columns(self, which: np.ndarray) -> dict[str, np.ndarray]:
+        documents = self.examples.documents_of(which)
         numbers = {"scale": self.scale[documents], "reference": self.reference[documents]}
-        return {"p": p[which], **numbers, "documents": documents}
+        return {**super().columns(which), **numbers, "documents": documents}
 
     def log_probs(self, model: Llama, row: PackedRow) -> Tensor:
         """log π of each answer in a row, (2P): a sum over its tokens, or their mean."""
@@ -105,13 +134,8 @@ class PreferenceLoss(AnswerLoss):
         sums = losses.new_zeros(len(starts) - 1).index_add(0, document, -losses)
         return sums[: len(row.columns["scale"])] * row.columns["scale"]  # behind them is padding
 
-    def __call__(self, model: Llama, row: PackedRow) -> tuple[Tensor, Tensor | None]:
-        ratios = self.log_probs(model, row) - row.columns["reference"]
-        margin, p = ratios[::2] - ratios[1::2], row.columns["p"]  # Δ (P)
-        loss = p * self.loss(margin, self.beta) + (1 - p) * self.loss(-margin, self.beta)
-        # over samples of the reference, the mean of log π_ref / π estimates their divergence
-        figures = self.beta * margin, margin > 0, -ratios / 2
-        return loss.sum(), torch.stack([each.detach().sum() for each in figures])
+    def scores(self, model: Llama, row: PackedRow) -> Tensor:
+        return self.log_probs(model, row) - row.columns["reference"]
 
     def measure_reference(
         self, model: Llama, rows: Iterable[PackedRow], device: torch.device
@@ -124,9 +148,15 @@ class PreferenceLoss(AnswerLoss):
         self.reference = found.cpu().numpy()
 
 
+def model_class(config: TrainConfig) -> type[Llama]:
+    return RewardModel if config.objective == "reward" else Llama
+
+
 def make_objective(examples: Examples, config: TrainConfig) -> AnswerLoss:
     if config.objective == "sft":
         return AnswerLoss(examples)
+    if config.objective == "reward":
+        return RewardLoss(examples)
     return PreferenceLoss(examples, config.objective, config.beta)
 
 

@@ -32,6 +32,7 @@ from torch.utils.checkpoint import (
 
 from alpaca.common.errors import UserError, describe_error
 from alpaca.weights.checkpoint import is_finite, stored_tensors
+from alpaca.weights.reward import SCORE
 from model import Block, Llama, LlamaConfig
 
 SAVED = {  # by name, since one of these operations exists only after an import of seconds
@@ -156,7 +157,8 @@ def load_sharded_weights(
 
 def checkpoint_weights(folder: Path) -> Callable:
     stored = stored_tensors(folder)
-    return lambda name, shape: stored[name].read()
+    # a reward model's head is not in it (reward.py)
+    return lambda name, shape: torch.zeros(shape) if name == SCORE else stored[name].read()
 
 
 def random_weights(config: LlamaConfig, seed: int, device: torch.device) -> Callable:

@@ -30,13 +30,13 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefT
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from alpaca.training.memory_plan import IN_HOST_MEMORY, Workload
-from alpaca.training.objectives import PackedRow, make_objective
+from alpaca.training.objectives import PackedRow, make_objective, model_class
 from alpaca.training.parallel import apply_activation_checkpointing, apply_fsdp, make_mesh
 from alpaca.weights.checkpoint import DTYPES, parameter_shapes
 from alpaca.weights.lora import build_lora_model
 from alpaca.weights.quantize import linear_class
+from alpaca.weights.reward import label_ends
 from dataset import IGNORE, Examples, make_row
-from model import Llama
 
 aten = torch.ops.aten
 CATEGORIES = {  # the tracker's → the plan's; all else is an activation
@@ -87,7 +87,9 @@ def simulate(work: Workload, build_optimizer: Callable, train_step: Callable) ->
     p = None if config.objective == "sft" else np.ones(1)
     documents = np.array([0, work.row_tokens] if p is None else [0, 1, work.row_tokens])
     labels = np.where(np.arange(work.row_tokens) % 100 < 100 * work.supervised, 0, IGNORE)
-    objective = make_objective(Examples(labels * 0, labels, documents, [], {}, p), config)
+    examples = Examples(labels * 0, labels, documents, [], {}, p)
+    examples = label_ends(examples) if config.objective == "reward" else examples
+    objective = make_objective(examples, config)
     row = make_row(objective.examples, which := np.arange(1))
     columns = objective.columns(which)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.gpus)
@@ -100,7 +102,7 @@ def simulate(work: Workload, build_optimizer: Callable, train_step: Callable) ->
             model = build_lora_model(base, DTYPES[config.dtype], config.lora)
         else:
             with torch.device("meta"):
-                model = Llama(shape)
+                model = model_class(config)(shape)
         apply_activation_checkpointing(model, config.checkpointing)
         mesh = make_mesh("cpu", config.gpus, config.replicas)
         reshard = not config.stays_gathered

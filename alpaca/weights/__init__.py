@@ -12,6 +12,7 @@ quantize.py           a whole model of them: `alpaca quantize`
 kernels.py            the layout that this machine decodes fastest
 lora.py               LoRA: the idea, and a model to train
 adapter.py            adapters in PEFT's files
+reward.py             a reward model: one number instead of logits
 convert.py, merge.py  `alpaca convert` and `alpaca merge`
 bitdiff.py            the exact difference of two tensors, for weightdiff.py
 """

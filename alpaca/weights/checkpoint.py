@@ -187,12 +187,16 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     return {name: tensor for name, tensor in stored.items() if not OBSOLETE.search(name)}
 
 
-def open_checkpoint(folder: str | Path) -> tuple[LlamaConfig, dict[str, StoredTensor]]:
+def open_checkpoint(
+    folder: str | Path, kind: type[Llama] = Llama
+) -> tuple[LlamaConfig, dict[str, StoredTensor]]:
     """A folder's config, and the tensors that it calls for, in the order of the model; or one error
     that names every problem."""
     config, stored = read_config(folder), stored_tensors(folder)
-    wanted, problems, misfits = parameter_shapes(config), [], []
+    wanted, problems, misfits = parameter_shapes(config, kind), [], []
     extra = stored.keys() - wanted.keys()
+    if "score.weight" in extra:
+        raise UserError(f"{folder}: a reward model, for `alpaca best-of --reward-model {folder}`")
     if config.tie_word_embeddings and HEAD in extra:
         extra.remove(HEAD)
         if EMBEDDING in stored and not same_bits(stored[HEAD], stored[EMBEDDING]):
@@ -214,9 +218,9 @@ def open_checkpoint(folder: str | Path) -> tuple[LlamaConfig, dict[str, StoredTe
     return config, {name: stored[name] for name in wanted}
 
 
-def parameter_shapes(config: LlamaConfig) -> dict[str, torch.Size]:
+def parameter_shapes(config: LlamaConfig, kind: type[Llama] = Llama) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        return {name: p.shape for name, p in Llama(config).named_parameters()}
+        return {name: p.shape for name, p in kind(config).named_parameters()}
 
 
 def same_bits(a: StoredTensor, b: StoredTensor) -> bool:

@@ -162,26 +162,29 @@ def save_model(
     shard_bytes: int = SHARD_BYTES,
     keep_nonfinite: bool = False,
     chat_template: str = "",
+    kind: type[Llama] = Llama,
+    fields: dict[str, Any] | None = None,
 ) -> None:
     """Write a Hugging Face folder from a model, or from (name, tensor) pairs in any order.
 
     `dtype` None keeps the first tensor's; `tokenizer` is a folder, or a file, to copy the tokenizer
-    from, and `chat_template` (Jinja) replaces the one beside it. The folder appears under its name
-    only when it is complete. NaN and infinity are refused, or kept with a notice
-    (`keep_nonfinite`); a cast that overflows is refused."""
+    from, and `chat_template` (Jinja) replaces the one beside it. A reward model is another `kind`,
+    with `fields` of its own in config.json (reward.py). The folder appears under its name only when
+    it is complete. NaN and infinity are refused, or kept with a notice (`keep_nonfinite`); a cast
+    that overflows is refused."""
     pairs = iter(source.named_parameters() if isinstance(source, Llama) else source)
     first = next(pairs, ("", torch.empty(0)))
     dtype = dtype or first[1].dtype
     if dtype not in DTYPES.values():
         raise UserError(f"weights are written as {', '.join(DTYPES)}, not as {dtype}")
-    shapes = {name: (shape, dtype) for name, shape in parameter_shapes(config).items()}
+    shapes = {name: (shape, dtype) for name, shape in parameter_shapes(config, kind).items()}
     with (
         atomic_folder(folder) as partial,
         ShardWriter(partial, shapes, shard_bytes, keep_nonfinite) as shards,
     ):
         if tokenizer is not None:
             copy_tokenizer(Path(tokenizer), partial, chat_template)
-        dump_json(partial / "config.json", config_to_json(config, dtype))
+        dump_json(partial / "config.json", config_to_json(config, dtype) | (fields or {}))
         ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
         dump_json(partial / "generation_config.json", ends)
         for name, tensor in chain([first], pairs):

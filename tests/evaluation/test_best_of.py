@@ -7,10 +7,16 @@ from itertools import combinations
 import numpy as np
 import pytest
 from helpers.commands import assert_refused
+from helpers.models import small_config
+from helpers.training import TOKENIZER, reward_model
 
-from alpaca.datagen.formats import load_records
+from alpaca.common.json_files import json_records
+from alpaca.datagen.formats import load_records, normalize_record
 from alpaca.datagen.preferences import load_preferences
-from alpaca.evaluation.best_of import expected_best
+from alpaca.evaluation.best_of import expected_best, with_answer
+from alpaca.weights.reward import RewardModel, reward_fields, rewards
+from alpaca.weights.writer import save_model
+from tokenizer import load_tokenizer
 
 CHAT = [{"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": "pear"}]
 LINES = [
@@ -111,6 +117,31 @@ def test_best_of_flips_pairs_at_their_rate_by_the_seed(command, samples, tmp_pat
     assert abs(sum(quarter) - n / 4) < 4 * (n * 3 / 16) ** 0.5
     assert quarter == flipped("--flip", 0.25) != flipped("--flip", 0.25, "--seed", 1)
     assert sum(flipped("--flip", 1)) == n
+
+
+def test_best_of_picks_by_a_reward_model(command, samples, tmp_path):
+    folder, out, tokenizer = tmp_path / "reward", tmp_path / "best.json", load_tokenizer(TOKENIZER)
+    config = small_config(vocab_size=1024, max_position_embeddings=256)
+    model = reward_model(config, std=0.2)
+    options = {"kind": RewardModel, "fields": reward_fields(tokenizer, config)}
+    save_model(model, config, folder, tokenizer=TOKENIZER, **options)
+    both = command("best-of", samples, "--check", "exact", "--reward-model", folder)
+    assert_refused(both, "--reward-model", "not allowed with", "--check")
+    assert_refused(command("best-of", samples, "--reward-model", tmp_path), "no config.json")
+    assert_refused(command("generate", "--model-dir", folder, "Hi."), "a reward model", "best-of")
+    write_lines(samples, [*LINES, {"messages": CHAT, "outputs": ["fig", "pear", "plum", "kiwi"]}])
+    code, printed, err = command("best-of", samples, "--reward-model", folder, "--out", out)
+    assert code == 0, err
+    expected, best = [], []
+    for line in json_records(samples):
+        (record,) = normalize_record(line[1])
+        answered = [with_answer(record, text) for text in line[1]["outputs"]]
+        if answered:  # one by one
+            found = [rewards(model, tokenizer, [each])[0] for each in answered]
+            expected.append(answered[np.argmax(found)])
+            best.append(max(found))
+    assert load_records(out) == expected
+    assert float(printed.splitlines()[-2].split()[1]) == pytest.approx(np.mean(best), abs=1e-3)
 
 
 def test_best_of_errors_name_the_place(command, samples, tmp_path):

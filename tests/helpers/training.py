@@ -22,6 +22,7 @@ from alpaca.common.files import INPUTS
 from alpaca.datagen.preferences import load_preferences
 from alpaca.training import parallel
 from alpaca.training.objectives import AnswerLoss, PackedRow
+from alpaca.weights.reward import RewardModel
 from alpaca.weights.writer import save_model
 from dataset import Examples, encode_all, make_row
 from helpers.checkpoints import read_tensors
@@ -78,6 +79,29 @@ def preference_examples(path, max_length=128) -> Examples:
     found = load_preferences([path])
     tokenizer = load_tokenizer(TOKENIZER)
     return encode_all(found.records, found.origins, tokenizer, max_length, found.p)
+
+
+def write_planted_preferences(path, count: int, seed: int = 0):
+    """Pairs of ragged answers, of which the better one says "fox"."""
+    rng, pairs = random.Random(seed), []
+    words = [word for word in LINE.split() if word != "fox"]
+    for _ in range(count):
+        first, second, third = (rng.choices(words, k=rng.randint(2, 9)) for _ in range(3))
+        first.insert(rng.randint(0, len(first)), "fox")
+        answers = {"chosen": " ".join(first), "rejected": " ".join(second)}
+        pairs.append({"instruction": " ".join(third), **answers})
+    path.write_text(json.dumps(pairs))
+    return path
+
+
+def reward_model(config: LlamaConfig, decoder=None, std: float = 0.0) -> RewardModel:
+    """A model of rewards with a random decoder, or with this one, and a random score."""
+    torch.manual_seed(0)
+    model = RewardModel(config)
+    if decoder is not None:
+        model.model.load_state_dict(decoder.state_dict())
+    torch.nn.init.normal_(model.score.weight, std=std)
+    return model
 
 
 def preference_row(objective, which) -> PackedRow:

@@ -177,8 +177,10 @@ def simulated(work: Workload) -> dict[str, float]:
 
 
 def shallow(name: str, tokens: int, layers: int = 3, rows: int = 1, **settings) -> Workload:
-    model = replace(preset(name), num_hidden_layers=layers)
-    return Workload(TrainConfig(chip="H100", **settings), model, tokens, 0.5, rows)
+    model, supervised = replace(preset(name), num_hidden_layers=layers), 0.5
+    if settings.get("objective") == "reward":  # as job.py prepares it: the last tokens, no head
+        model, supervised = replace(model, tie_word_embeddings=True), 0.005
+    return Workload(TrainConfig(chip="H100", **settings), model, tokens, supervised, rows)
 
 
 def test_simulation_finds_what_the_plan_says():
@@ -209,6 +211,7 @@ SHALLOW = [
     ("7B", 2048, {"gpus": 8, "reshard": False, "lora": LoraConfig()}),
     ("7B", 2048, {"gpus": 8, "checkpointing": "full", "objective": "dpo"}),
     ("llama-3.2-1b", 2048, {"gpus": 1, "objective": "ipo", "lora": LoraConfig()}),
+    ("7B", 2048, {"gpus": 8, "checkpointing": "full", "objective": "reward"}),
 ]
 
 

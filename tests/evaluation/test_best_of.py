@@ -142,6 +142,9 @@ def test_best_of_picks_by_a_reward_model(command, samples, tmp_path):
             best.append(max(found))
     assert load_records(out) == expected
     assert float(printed.splitlines()[-2].split()[1]) == pytest.approx(np.mean(best), abs=1e-3)
+    long = [{**LINES[0], "output": "fox " * count} for count in (300, 400)]
+    first, second = rewards(model, tokenizer, long)  # cut to the model's positions
+    assert first == second
 
 
 def test_best_of_errors_name_the_place(command, samples, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -212,6 +213,22 @@ def test_two_ranks_equal_one(name, base, tmp_path):
     assert first["held_out_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert 0 <= last["held_out_accuracy"] <= 1 and last["held_out_margin"] != 0
     assert last.get("held_out_kl") != 0
+
+
+@pytest.mark.robust
+def test_one_rank_resumes_a_reward_model_of_two(base, tmp_path):
+    """Its head has one row: the second rank has nothing of it to save."""
+    one, two = tmp_path / "1", tmp_path / "2"
+    changes = {"epochs": 4, "max_steps": None, "save_every": 1}
+    succeeded(train(preference_flags(base, one, "reward", **changes)))
+    process = launch(preference_flags(base, two, "reward", **changes), ranks=2)
+    while not list(two.glob("checkpoints/step-*/index.json")) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert "stopped after step" in finish(process)[2]
+    _, _, err = succeeded(train(preference_flags(base, two, "reward", **changes)))
+    assert "resuming after step" in err
+    assert_same(two, one)
 
 
 @pytest.mark.parametrize("name", ["dpo", "reward"])

@@ -23,7 +23,7 @@ import hashlib
 import heapq
 from array import array
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -45,6 +45,13 @@ def chat_prompt(messages: list[dict], tokenizer: Tokenizer) -> list[int]:
 def encode_prompt(instruction: str, input: str, tokenizer: Tokenizer) -> list[int]:
     """`chat_prompt` for an instruction and its input."""
     return chat_prompt(template_of(tokenizer).question(instruction, input), tokenizer)
+
+
+def question_ids(record: dict, tokenizer: Tokenizer) -> list[int]:
+    """The ids before a record's answer, of a conversation its last."""
+    if "messages" in record:
+        return chat_prompt(record["messages"][:-1], tokenizer)
+    return encode_prompt(record["instruction"], record["input"], tokenizer)
 
 
 def template_of(tokenizer: Tokenizer) -> Template:
@@ -138,11 +145,11 @@ class Examples:
         """The numbers of these examples' documents."""
         return (which[:, None] * self.documents + np.arange(self.documents)).flatten()
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         return np.diff(self.starts[:: self.documents])
 
-    @property
+    @cached_property
     def supervised(self) -> np.ndarray:
         """The number of labels that are not masked, for each example."""
         before = np.concatenate([[0], np.cumsum(self.labels != IGNORE)])

@@ -13,7 +13,8 @@ resumes a run that was interrupted.
     are gathered in bf16 while it computes; gradients are reduced in fp32 (FSDP2, `fully_shard`).
   - The loss is the cross-entropy summed over the answers' tokens and divided by their number in
     the whole step: how the step is divided into ranks and rows changes nothing. `--objective dpo`
-    learns from preferences instead, `reward` trains a model that judges (training/objectives.py).
+    learns from preferences instead, `group` from rewards, and `reward` trains a model that judges
+    (alpaca/training/objectives.py).
   - Examples are packed into rows (dataset.py), so no computation is spent on padding.
   - `--out` holds settings.json, metrics.jsonl, loss.svg, checkpoints/ (until the end), and in the
     end model/, a Hugging Face folder with its card, or with --lora adapter/, PEFT's files.
@@ -28,7 +29,7 @@ from __future__ import annotations
 import math
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -45,6 +46,7 @@ from alpaca.common.cli import Parser
 from alpaca.common.errors import UserError, join_names, notice
 from alpaca.datagen.formats import group_by_source
 from alpaca.training.config import TrainConfig, add_arguments
+from alpaca.training.group import Sampler
 from alpaca.training.job import Job, prepare
 from alpaca.training.memory_plan import measure, report_plan, stored_bytes
 from alpaca.training.model_card import write_card
@@ -82,6 +84,7 @@ from alpaca.weights.checkpoint import DTYPES
 from alpaca.weights.reward import RewardModel, reward_fields
 from alpaca.weights.writer import save_model
 from dataset import (
+    Examples,
     make_row,
     pack_rows,
     step_examples,
@@ -99,36 +102,43 @@ def train(job: Job, run: RunDir, mesh: DeviceMesh, device: torch.device, stop: S
     """The recipe: AdamW on the mean loss of a step's answer tokens, for a few epochs of shuffled
     examples; the learning rate warms up linearly and decays along a cosine; gradients are clipped.
     """
-    config, examples, supervised = job.config, job.train, job.train.supervised
+    config = job.config
     model = run_on_all_ranks(lambda: build_model(config, job.model_config, mesh))
     optimizer = build_optimizer(model)
     snapshots = Snapshots(config.snapshots, config.save_total_limit, model, optimizer)
     done = snapshots.load()  # steps
     objective, held_out = make_objectives(job, model, done, device)
+    sampler = run_on_all_ranks(lambda: make_sampler(job, device))
     run.start_log(done, job.steps)
     if done == 0:
-        log_held_out_loss(model, held_out, config, run, device, step=0)
+        log_held_out(model, sampler or held_out, config, run, device, step=0)
     throughput = Throughput(job.model_config, config.lora, device)
     for step in range(done, job.steps):
         # an adapter's dropout: the same after a resume, different on every rank
         torch.manual_seed(hash((config.seed, step, dist.get_rank())))
-        batch = step_examples(len(examples), config.batch_size, config.epochs, config.seed, step)
-        rows = packed_rows(objective, batch, config, device)
+        batch = step_examples(len(job.train), config.batch_size, config.epochs, config.seed, step)
+        learned, drawn = batch, {}
+        if sampler:
+            objective, learned, drawn = sampler.draw(model, step, batch)
+            batch = np.arange(len(objective.examples))
+        rows = packed_rows(objective, learned, config, device)
         count = objective.count(batch)
         lr = learning_rate(step, job.steps, config.learning_rate, config.warmup_ratio)
+        lr *= len(learned) > 0  # else Adam's momentum would still move the weights
         optimizer.param_groups[0]["lr"] = lr
         means, norm, stopping, overdue = train_step(
             model, optimizer, objective, rows, count, device, stop, snapshots.overdue()
         )
         if not math.isfinite(means["loss"] + norm):
-            raise divergence(step + 1, means["loss"], norm, job, batch, snapshots)
-        speed = throughput.step(examples.lengths[batch], int(supervised[batch].sum()))
-        run.log_step({"step": step + 1, **means, "lr": lr, "grad_norm": norm, **speed})
+            raise divergence(step + 1, means["loss"], norm, objective.examples, batch, snapshots)
+        examples = objective.examples
+        speed = throughput.step(examples.lengths[batch], int(examples.supervised[batch].sum()))
+        run.log_step({"step": step + 1, **means, **drawn, "lr": lr, "grad_norm": norm, **speed})
         if stopping or config.saves_after(step + 1, job.steps, overdue):
             snapshots.save(step + 1)
         if stopping and step + 1 < job.steps:
             exit_to_resume(step + 1, snapshots, run, stop)
-    log_held_out_loss(model, held_out, config, run, device, step=job.steps)
+    log_held_out(model, sampler or held_out, config, run, device, step=job.steps)
     run.end_log()
     try:
         save_result(model, job)
@@ -214,10 +224,10 @@ def train_step(
 
 
 def divergence(
-    step: int, loss: float, norm: float, job: Job, batch: np.ndarray, snapshots: Snapshots
+    step: int, loss: float, norm: float, examples: Examples, batch: np.ndarray, snapshots: Snapshots
 ) -> UserError:
     snapshots.finish()
-    origins = join_names((job.train.origins[i].place for i in batch), 16)
+    origins = join_names(dict.fromkeys(examples.origins[i].place for i in batch), 16)
     return UserError(
         f"step {step}: the loss is {loss}, the gradient norm {norm}. This step changed no weights "
         f"and nothing is saved. Its examples: {origins}"
@@ -243,16 +253,19 @@ def evaluation(model: Llama) -> Iterator[None]:
             module.reshard()
 
 
-def log_held_out_loss(
+def log_held_out(
     model: Llama,
-    objective: AnswerLoss | None,
+    objective: AnswerLoss | Sampler | None,
     config: TrainConfig,
     run: RunDir,
     device: torch.device,
     step: int,
 ) -> None:
-    """The mean loss over examples that are not trained on, and over those of each source."""
-    if objective is None:
+    """The mean loss over examples that are not trained on, and over those of each source; of a
+    sampler the mean reward."""
+    if isinstance(objective, Sampler) and objective.job.held_out:
+        return run.log({"step": step, "held_out_reward": objective.greedy_reward(model)})
+    if not isinstance(objective, AnswerLoss):
         return
     sources = {s: np.array(i) for s, i in group_by_source(objective.examples.origins).items()}
     names = [f"held_out_{name}" for name in ("loss", *objective.figures)]
@@ -276,20 +289,25 @@ def log_held_out_loss(
 # ---------------------------------------------------------------- before and after the steps
 
 
+def open_model(
+    config: TrainConfig, model_config: LlamaConfig, device: torch.device
+) -> tuple[Llama, Callable[[str, torch.Size], Tensor]]:
+    """The model on the meta device, and a function that reads a tensor to start from."""
+    if config.lora:
+        base = lora.open_base(config.base, config.bits)
+        model = lora.build_lora_model(base, DTYPES[config.dtype], config.lora)
+        return model, lora.initial_weights(base, config.seed)
+    with torch.device("meta"):
+        model = model_class(config)(model_config)
+    if config.preset:
+        return model, random_weights(model_config, config.seed, device)
+    return model, checkpoint_weights(config.base)
+
+
 def build_model(config: TrainConfig, model_config: LlamaConfig, mesh: DeviceMesh) -> Llama:
     """The model, sharded; no rank ever holds all of it."""
     device, dtype = torch.device(mesh.device_type), DTYPES[config.dtype]
-    if config.lora:
-        base = lora.open_base(config.base, config.bits)
-        read = lora.initial_weights(base, config.seed)
-        model = lora.build_lora_model(base, dtype, config.lora)
-    else:
-        if config.preset:
-            read = random_weights(model_config, config.seed, device)
-        else:
-            read = checkpoint_weights(config.base)
-        with torch.device("meta"):
-            model = model_class(config)(model_config)
+    model, read = open_model(config, model_config, device)
     apply_activation_checkpointing(model, config.checkpointing)
     if config.compiles(device):
         apply_compile(model)
@@ -297,6 +315,13 @@ def build_model(config: TrainConfig, model_config: LlamaConfig, mesh: DeviceMesh
     model.to_empty(device="cpu" if config.offload else device)
     load_sharded_weights(model, mesh, read)
     return model
+
+
+def make_sampler(job: Job, device: torch.device) -> Sampler | None:
+    """With --objective group: a whole model on every rank."""
+    if job.config.objective != "group":
+        return None
+    return Sampler(job, *open_model(job.config, job.model_config, device), device)
 
 
 def make_objectives(

@@ -248,8 +248,7 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     if T > 1:
         mask = mask.expand(B, G, T, L).reshape(B, 1, G * T, L)
     out = F.scaled_dot_product_attention(q.to(k.dtype), k[:, :, :L], v[:, :, :L], attn_mask=mask)
-    out = out.to(q.dtype)
-    return out.view(B, K, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+    return out.to(q.dtype).view(B, K, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
 class Attention(nn.Module):
@@ -433,6 +432,7 @@ class Llama(nn.Module):
         supervised: Tensor | None = None,  # (N): the labels that are not masked, if known already
         longest: int | None = None,  # tokens that no packed document exceeds
         reduction: str = "sum",  # of the cross-entropy, or "none": one for each label, (N)
+        temperature: float = 1.0,  # of the losses: they are those of the logits divided by it
     ) -> Tensor:
         """Logits (B, T, V); with labels, the cross-entropy summed over those not masked (-100).
 
@@ -443,7 +443,7 @@ class Llama(nn.Module):
             return self.lm_head(hidden)
         if supervised is None:  # a GPU has to be waited for here
             supervised = F.pad(labels[:, 1:] != IGNORE, (1, 0)).flatten().nonzero()[:, 0]
-        hidden = hidden.flatten(0, 1)[supervised - 1]  # (N, C)
+        hidden = hidden.flatten(0, 1)[supervised - 1] / temperature  # (N, C)
         summed, targets = reduction == "sum", labels.flatten()[supervised]
         train = summed and hidden.requires_grad  # never without gradients
         losses: Tensor = CrossEntropy.apply(hidden, self.lm_head.weight, targets, train)  # type: ignore

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 
-from alpaca.common.errors import UserError
+from alpaca.common.errors import UserError, describe_error
 from alpaca.datagen.preferences import last_answer
 
 Checker = Callable[[dict, str], float]  # (normalized record, answer) → reward
@@ -65,7 +65,11 @@ def load_checker(spec: str) -> Checker:
         raise UserError(f"checker {spec!r}: {file} defines no function {name}")
 
     def check(record: dict, answer: str) -> float:
-        reward = function(record, answer)
+        try:
+            reward = function(record, answer)
+        except Exception as error:  # a user's code may raise anything
+            what = f"{type(error).__name__}: {describe_error(error)}"
+            raise UserError(f"checker {spec!r} raised {what}") from error
         if not isinstance(reward, int | float) or not math.isfinite(reward):
             raise UserError(f"checker {spec!r} returned {reward!r}: a finite number was expected")
         return float(reward)

@@ -35,7 +35,7 @@ from alpaca.inference.answer import (
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams, add_sampling_arguments, sampling_from_args
 from alpaca.weights.loading import add_model_arguments, model_folders
-from dataset import chat_prompt, encode_prompt
+from dataset import question_ids
 
 
 def sample_seed(seed: int, record: int, sample: int) -> int:
@@ -47,10 +47,7 @@ def requests(
 ) -> Iterator[tuple[list[int], list[SamplingParams]]]:
     """The prompt of each of records[done:], and the parameters of its answers."""
     for i, record in enumerate(records[done:], done):
-        if "messages" in record:
-            ids = chat_prompt(record["messages"][:-1], engine.tokenizer)
-        else:
-            ids = encode_prompt(record["instruction"], record["input"], engine.tokenizer)
+        ids = question_ids(record, engine.tokenizer)
         if too_long := len(ids) >= engine.max_length:
             notice(f"record {i + 1} gets no answers: its prompt is too long for the model")
         seeds = [sample_seed(params.seed, i, j) for j in range(0 if too_long else n)]

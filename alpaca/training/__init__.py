@@ -2,7 +2,8 @@
 
 config.py           flags and recipes → one frozen TrainConfig
 job.py              a run's inputs, read and checked
-objectives.py       what a step minimizes: the loss of answers, or of preferences between them
+objectives.py       what a step minimizes: the loss of answers, of preferences, of rewards
+group.py            the model's own answers and their rewards, for the last
 parallel.py         one model on many ranks: checkpointing, compilation, FSDP, sharded weights
 snapshots.py        the state of a run on disk, to resume from
 run_dir.py          the folder of a run: settings, log, lock

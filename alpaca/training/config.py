@@ -2,7 +2,7 @@
 
 Every field of `TrainConfig` is a flag of fsdp_train.py; its default is Alpaca's recipe for 7B.
 TINY_RECIPE replaces some defaults if no base model or preset is given, LORA_RECIPE if `--lora` is,
-PREFERENCE_RECIPE if an objective of preferences is, REWARD_RECIPE for a reward model.
+PREFERENCE_RECIPE, REWARD_RECIPE or GROUP_RECIPE if an objective of theirs is.
 A flag on the command line replaces any default.
 """
 
@@ -40,6 +40,8 @@ LORA_RECIPE = {"learning_rate": 3e-4, "checkpointing": "full"}  # as alpaca-lora
 PREFERENCE_RECIPE = {"learning_rate": 1e-6, "epochs": 2}  # as AlpacaFarm's DPO
 REWARD_RECIPE = {"learning_rate": 3e-6, "epochs": 1}  # as AlpacaFarm's reward model
 LORA_PREFERENCE_RECIPE = {**PREFERENCE_RECIPE, "learning_rate": 1e-5}
+GROUP_RECIPE = {"learning_rate": 1e-6, "epochs": 1, "batch_size": 16}  # of 8 answers each
+LORA_GROUP_RECIPE = {**GROUP_RECIPE, "learning_rate": 1e-5}
 GROUPS = {  # titles of --help, by the first flag below them
     "model_dir": "model and data",
     "epochs": "recipe",
@@ -50,7 +52,9 @@ GROUPS = {  # titles of --help, by the first flag below them
     "plan": "plan",
 }
 DTYPE_NAMES = ("bf16", "fp32")
-OBJECTIVES = ("sft", "dpo", "ipo", "dpo-norm", "reward")  # alpaca/training/objectives.py
+PAIRWISE = ("dpo", "ipo", "dpo-norm")
+OBJECTIVES = ("sft", *PAIRWISE, "reward", "group")  # alpaca/training/objectives.py
+GROUP_FLAGS = ("check", "samples", "temperature")
 COUNT = positive(int, 2**20)
 
 
@@ -100,9 +104,12 @@ class TrainConfig:
     seed: int = flag(42, "seed of the shuffle, random weights and dropout", not_negative)
 
     objective: str = flag(
-        "sft", "sft: answers; the others: preferences between answers", choices=OBJECTIVES
+        "sft", "sft: answers; group: rewards; else: preferences", choices=OBJECTIVES
     )
     beta: float = flag(0.1, "how strongly preferences hold to the reference", positive(float))
+    check: str | None = flag(None, "group: exact, number, regex or FILE.py:NAME gives rewards", str)
+    samples: int = flag(8, "group: answers to each of --batch-size instructions", COUNT)
+    temperature: float = flag(1.0, "group: of the model that answers and learns", positive(float))
 
     lora: LoraConfig | None = flag(
         None, "freeze the base and train an adapter", action="store_true"
@@ -159,12 +166,16 @@ class TrainConfig:
             name = f"lora-{next(iter(adapter))}" if adapter else "bits"
             raise UserError(f"--{name} goes with --lora")
         objective = given.get("objective", "sft")
-        if "beta" in given and objective in ("sft", "reward"):
+        if objective in PAIRWISE:
+            defaults |= LORA_PREFERENCE_RECIPE if defaults["lora"] else PREFERENCE_RECIPE
+        elif "beta" in given:
             raise UserError("--beta goes with --objective dpo, ipo or dpo-norm")
         if objective == "reward":
             defaults |= REWARD_RECIPE
-        elif objective != "sft":
-            defaults |= LORA_PREFERENCE_RECIPE if defaults["lora"] else PREFERENCE_RECIPE
+        if objective == "group":
+            defaults |= LORA_GROUP_RECIPE if defaults["lora"] else GROUP_RECIPE
+        elif alone := [name for name in GROUP_FLAGS if name in given]:
+            raise UserError(f"--{alone[0]} goes with --objective group")
         for name, value in defaults.items():
             if isinstance(value, Path):
                 defaults[name] = in_checkout(value)
@@ -176,10 +187,10 @@ class TrainConfig:
             files = given.get(name) or map(in_checkout, map(Path, defaults[name]))
             values[name] = tuple(map(str, files))
         config = cls(**values)
-        config.check()
+        config.validate()
         return config
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """Refuse flags that contradict each other, before any file is read."""
         if self.preset and self.model_dir:
             raise UserError("--preset means random weights, --model-dir a base model: give one")
@@ -197,8 +208,12 @@ class TrainConfig:
             raise UserError(f"--objective {self.objective} needs a tuned model: give --model-dir")
         if self.objective == "reward" and self.lora:
             raise UserError("--objective reward trains all weights: leave out --lora")
+        if self.objective == "group" and not self.check:
+            raise UserError("--objective group needs --check exact, number, regex or FILE.py:NAME")
+        if self.samples < 2:
+            raise UserError("--samples 1: a reward is compared with the mean of several")
         if 0 < self.row_tokens < self.longest_example:
-            least = "--max-length" if self.objective == "sft" else "twice --max-length"
+            least = "--max-length" if self.documents == 1 else "twice --max-length"
             raise UserError(
                 f"--row-tokens {self.row_tokens} is less than {least} {self.max_length}"
             )
@@ -219,9 +234,18 @@ class TrainConfig:
         return self.out / "checkpoints"
 
     @property
+    def documents(self) -> int:
+        """Of an example: a pair of answers is in one row."""
+        return 1 if self.objective in ("sft", "group") else 2
+
+    @property
     def longest_example(self) -> int:
-        """Tokens of the longest: a pair of answers is in one row."""
-        return self.max_length * (1 if self.objective == "sft" else 2)
+        return self.max_length * self.documents
+
+    @property
+    def step_answers(self) -> int:
+        """What a step learns from, at most: examples, or several answers to each."""
+        return self.batch_size * (self.samples if self.objective == "group" else 1)
 
     @property
     def stays_gathered(self) -> bool:
@@ -240,12 +264,14 @@ class TrainConfig:
     def settings(self, digest: str) -> dict[str, Any]:
         """What decides the trained weights; a run resumes with equal settings only. `digest` is
         that of the tokenized training set."""
-        beta = "" if self.objective == "reward" else f", beta {self.beta}"
         names = ("preset", "epochs", "batch_size", "learning_rate", "warmup_ratio", "max_length")
+        objective = self.objective + (f", beta {self.beta}" if self.objective in PAIRWISE else "")
+        if self.objective == "group":
+            objective += f", check {self.check}, {self.samples} samples, T {self.temperature}"
         return {
             "model_dir": self.model_dir and settings_path(self.model_dir),
             **{name: getattr(self, name) for name in (*names, "max_steps", "seed", "dtype")},
-            "objective": None if self.objective == "sft" else self.objective + beta,
+            "objective": None if self.objective == "sft" else objective,
             "data": f"{' '.join(Path(spec).name for spec in self.data)}, as ids {digest}",
             # even if None: a run of all weights must not resume in an adapter's folder
             "lora": f"{self.lora}, base of {self.bits} bits" if self.lora else None,
@@ -280,7 +306,9 @@ defaults with --lora (and --out ends in -lora):
 defaults with --objective dpo, ipo or dpo-norm; with --lora, too, a rate of 1e-05:
 {describe_recipe(PREFERENCE_RECIPE)}
 defaults with --objective reward, which ends with a reward model (alpaca/weights/reward.py):
-{describe_recipe(REWARD_RECIPE)}"""
+{describe_recipe(REWARD_RECIPE)}
+defaults with --objective group; with --lora, too, a rate of 1e-05:
+{describe_recipe(GROUP_RECIPE)}"""
     group: Any = parser
     for each in fields(TrainConfig):
         if each.name in GROUPS:

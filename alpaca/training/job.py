@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from alpaca.common.errors import UserError
+from alpaca.datagen.checkers import Checker, load_checker
 from alpaca.datagen.formats import Reading, load_mixture
 from alpaca.datagen.preferences import load_preferences
 from alpaca.training.config import TrainConfig
@@ -13,7 +14,7 @@ from alpaca.weights import lora
 from alpaca.weights.checkpoint import open_checkpoint
 from alpaca.weights.presets import preset
 from alpaca.weights.reward import label_ends
-from dataset import Examples, encode_all, total_steps
+from dataset import Examples, encode_all, question_ids, total_steps
 from model import LlamaConfig
 from tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 
@@ -25,6 +26,8 @@ class Job(NamedTuple):
     model_config: LlamaConfig
     tokenizer: Tokenizer
     train: Examples
+    records: list[dict]  # of these examples, if there is a checker
+    checker: Checker | None
     held_out: Examples | None
     held_out_records: list[dict]
     steps: int
@@ -51,7 +54,7 @@ def prepare(config: TrainConfig) -> Job:
             f"--max-length {config.max_length} is more than the model's "
             f"{model_config.max_position_embeddings} positions"
         )
-    _, train = read_examples(config, config.data, tokenizer)
+    train_records, train = read_examples(config, config.data, tokenizer)
     steps = total_steps(len(train), config.batch_size, config.epochs)
     steps = min(steps, config.max_steps or steps)
     if not steps:
@@ -60,16 +63,20 @@ def prepare(config: TrainConfig) -> Job:
     records, held_out = [], None
     if config.eval_data:
         records, held_out = read_examples(config, config.eval_data, tokenizer)
-    return Job(config, model_config, tokenizer, train, held_out, records, steps)
+    checker = load_checker(config.check) if config.check else None
+    checked = train_records if checker else []
+    return Job(config, model_config, tokenizer, train, checked, checker, held_out, records, steps)
 
 
 def read_examples(
     config: TrainConfig, files: Iterable[str], tokenizer: Tokenizer
 ) -> tuple[list[dict], Examples]:
     """The records of data files, of preferences the chosen ones, and all of them tokenized."""
-    if config.objective == "sft":
+    if config.documents == 1:
         reading = Reading(config.oasst, config.languages)
         records, origins = load_mixture(files, config.seed, reading)
+        if config.check:
+            return questions(records, origins, tokenizer, config.max_length)
         return records, encode_all(records, origins, tokenizer, config.max_length)
     found = load_preferences(files, config.seed)
     examples = encode_all(found.records, found.origins, tokenizer, config.max_length, found.p)
@@ -77,3 +84,17 @@ def read_examples(
     if config.objective == "reward":
         examples = label_ends(examples)
     return found.records[::2], replace(examples, report={**examples.report, **counted})
+
+
+def questions(
+    records: list[dict], origins: list, tokenizer: Tokenizer, max_length: int
+) -> tuple[list[dict], Examples]:
+    """The records that leave room for an answer, and these tokenized, with their references."""
+    if any("text" in record for record in records):
+        raise UserError("--data has records of plain text: they ask nothing; remove them")
+    fit = [i for i, r in enumerate(records) if len(question_ids(r, tokenizer)) < max_length]
+    if not fit:
+        raise UserError(f"no question leaves room in {max_length} tokens: raise --max-length")
+    kept = [records[i] for i in fit]
+    examples = encode_all(kept, [origins[i] for i in fit], tokenizer, max_length)
+    return kept, replace(examples, report={"kept": len(fit), "dropped": len(records) - len(fit)})

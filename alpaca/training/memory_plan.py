@@ -18,6 +18,7 @@ integers, whole on every rank and dequantized one matrix at a time. The phases t
 The fewer blocks are left, the fewer activations and the more gradients there are, so the worst N is
 the first or the last. The estimate counts the tensors of model.py and FSDP in eager mode, and
 agrees with `--simulate` within 3 %; compiled blocks need less. MARGIN is memory outside tensors.
+With --objective group, every answer fills --max-length, and a rank holds a second model (group.py).
 The longest row is that of the first steps, up to thousands. Activations: arXiv:2205.05198.
 """
 
@@ -28,7 +29,7 @@ import torch
 
 from alpaca.common.progress import short_number
 from alpaca.training import throughput as counts
-from alpaca.training.config import TrainConfig
+from alpaca.training.config import PAIRWISE, TrainConfig
 from alpaca.training.throughput import (
     CHIPS,
     GIB,
@@ -44,6 +45,7 @@ from model import CUDA_LOGITS_CHUNK, LOGITS_CHUNK, LlamaConfig
 MARGIN = 1.5 * GIB, 0.04  # of CUDA, cuBLAS and NCCL; the allocator's share of the peak
 ROW_TOKENS = 4096  # the default without a GPU
 PACKED = 2**27  # bounds the steps that are packed to find the longest row: about a second
+SLOTS = 32  # answers that --objective group decodes together
 IN_HOST_MEMORY = ("weights", "moments", "gradients")  # with --offload
 INTEGER_BYTES = {8: 1.0, 4: 0.625}  # of a quantized weight, see quantized_linear.py
 DEQUANTIZED_BYTES = {8: 8, 4: 12}  # of a weight on its way to fp32
@@ -160,6 +162,20 @@ def frozen_base(work: Workload) -> tuple[float, float, float]:
     return always, size * plain * sharded, size * root * sharded
 
 
+def sampler_bytes(work: Workload) -> float:
+    """Bytes of the whole copy that --objective group draws answers with, and of its cache."""
+    config, model = work.config, work.model
+    if config.objective != "group":
+        return 0
+    copy = work.itemsize * counts.model_parameters(model)
+    if config.lora:
+        alone = replace(work, config=replace(config, gpus=1, replicas=1))
+        copy = frozen_base(alone)[0] + 4 * counts.adapter_parameters(model, config.lora)
+    width = model.num_hidden_layers * model.num_key_value_heads * model.head_dim
+    size = work.itemsize if is_for_gpu(config) else 4
+    return copy + 2 * size * width * SLOTS * config.max_length
+
+
 def memory_by_phase(work: Workload) -> dict[str, dict[str, float]]:
     """Bytes of a rank by category, in each phase of a step that can need most."""
     config, size, lora = work.model, work.itemsize, work.config.lora
@@ -173,7 +189,7 @@ def memory_by_phase(work: Workload) -> dict[str, dict[str, float]]:
         reduced, table = 4 * counts.block_parameters(config), config.vocab_size * config.hidden_size
         block = size * counts.block_parameters(config)
     shard = trained / work.shards
-    always = {"weights": base + 4 * shard, "moments": 8 * shard}
+    always = {"weights": base + 4 * shard, "moments": 8 * shard, "sampler": sampler_bytes(work)}
     earlier = 4 * shard * (work.rows > 1)  # gradients of the rows before
     waiting = work.rows > 1 and work.config.replicas > 1  # replicas' sums are added at the end
     ahead = block * (work.shards > 1)  # the next block, or the buffer that the last one came in
@@ -282,7 +298,8 @@ def resolve_defaults(
         return needed_bytes(replace(work, config=replace(work.config, **settings))) <= memory
 
     if not config.row_tokens:
-        longest, each = config.longest_example, -(-config.batch_size // config.gpus)
+        longest = config.longest_example
+        each = -(-config.step_answers // config.gpus)
         shortest = max(512, longest)
         lengths = range(shortest, each * longest + shortest, 128) if gpu else ()
         share = float(examples.supervised.sum() / examples.lengths.sum())
@@ -297,20 +314,25 @@ def resolve_defaults(
 
 def measure(config: TrainConfig, model: LlamaConfig, examples: Examples, steps: int) -> Workload:
     """By the packed rows that the run would have, or those of its first steps if it has many."""
-    lengths, count, batch_size = examples.lengths, len(examples), config.batch_size
+    lengths, supervised = examples.lengths, examples.supervised
+    count, batch_size, most = len(examples), config.batch_size, config.step_answers
+    if config.objective == "group":  # answers of which nothing is known yet
+        room = config.max_length - lengths
+        supervised, lengths = supervised + room, lengths + room
     epochs, rest = divmod(min(steps * batch_size, round(count * config.epochs)), count)
     tokens = int(lengths[shuffle_epoch(count, config.seed, epochs)[:rest]].sum())
     tokens += int(lengths.sum()) * epochs
     longest, rows = (int(lengths.max()) if epochs else 0), 0
     # The more examples a step has, the less do its rows differ from another step's.
-    for step in range(min(steps, PACKED // (batch_size + 64) ** 2 + 1)):
+    for step in range(min(steps, PACKED // (most + 64) ** 2 + 1)):
         batch = step_examples(count, batch_size, config.epochs, config.seed, step)
-        ranks = pack_rows(lengths[batch], min(config.gpus, batch_size), config.row_tokens)
+        batch = batch.repeat(most // batch_size)
+        ranks = pack_rows(lengths[batch], min(config.gpus, most), config.row_tokens)
         longest = max(longest, *(int(lengths[batch[row]].sum()) for own in ranks for row in own))
         rows = max(rows, len(ranks[0]))
-    share = float(examples.supervised.sum() / lengths.sum())
-    length = mean_length(np.diff(examples.starts))
-    return Workload(config, model, longest, share, rows, steps, tokens, length)
+    share = float(supervised.sum() / lengths.sum())
+    length = mean_length(np.diff(examples.starts) if config.documents > 1 else lengths)
+    return Workload(config, model, longest, share, rows, steps, tokens * most // batch_size, length)
 
 
 def report_plan(work: Workload, simulated: dict[str, float] | None = None) -> str:
@@ -343,7 +365,7 @@ def report_plan(work: Workload, simulated: dict[str, float] | None = None) -> st
     if chip:
         flops = flops_per_token(model, work.length, work.supervised, config.lora) * work.tokens
         seconds = estimated_seconds(work, CHIPS[chip]) * work.steps
-        if config.objective not in ("sft", "reward"):  # the reference: a third of an epoch
+        if config.objective in PAIRWISE:  # the reference: a third of an epoch
             seconds *= 1 + 1 / 3 / config.epochs
         mfu = flops / (config.gpus * CHIPS[chip].flops * seconds)
         large, unit = (3600, "hours") if seconds >= 3600 else (60, "minutes")
@@ -351,8 +373,10 @@ def report_plan(work: Workload, simulated: dict[str, float] | None = None) -> st
         time += f" at an MFU of {short_number(100 * mfu)}%"
     elif not is_for_gpu(config):
         time += ". Each rank has this machine's memory: --chip plans for a GPU, and says the hours."
-    if config.gpus > config.batch_size:
-        time += f"\n{config.gpus - config.batch_size} ranks have no example: raise --batch-size."
+    if config.objective == "group":
+        time += "\nAll answers are taken to fill --max-length. The time to draw them comes on top."
+    if config.gpus > config.step_answers:
+        time += f"\n{config.gpus - config.step_answers} ranks have no example: raise --batch-size."
     fits = needed_bytes(work) <= memory
     verdict = "It fits." if fits else f"It does not fit. {suggest(work, memory)}"
     settings = (

@@ -1,4 +1,4 @@
-"""What a training step minimizes: the loss of answers, or a loss of preferences between them.
+"""What a training step minimizes: the loss of answers, of preferences between them, or of rewards.
 
     torchrun fsdp_train.py --objective dpo --model-dir runs/alpaca/model --data preferences.jsonl
 
@@ -12,6 +12,7 @@ A preference says which of two answers to a question is better. With π the mode
     ipo        (Δ - 1 / 2β)²            arXiv:2310.12036; log π as a mean over an answer's tokens
     dpo-norm   -log σ(β Δ)              arXiv:2411.15124; as a mean, too; TRL's `sigmoid_norm`
     reward     -log σ(Δ)                another model, of rewards r: Δ = r(chosen) - r(rejected)
+    group      -A log π(answer)         the model's own answers, with rewards: group.py
 
 If the chosen answer is the better one only with probability p, the loss is p ℓ(Δ) + (1 - p) ℓ(-Δ).
 Before the first step the model is the reference, also with --lora, where the adapter starts as 0:
@@ -79,6 +80,22 @@ class AnswerLoss:
     def __call__(self, model: Llama, row: PackedRow) -> tuple[Tensor, Tensor | None]:
         """The loss of a row, and the sums of its figures."""
         return model(**row.inputs), None
+
+
+class GroupLoss(AnswerLoss):
+    """group. The loss of a row is summed over the sampled tokens, each times its answer's advantage
+    A; a step divides by the number of all sampled tokens."""
+
+    def __init__(self, examples: Examples, advantages: np.ndarray, temperature: float):
+        super().__init__(examples)
+        self.advantages, self.temperature = advantages, temperature
+
+    def columns(self, which: np.ndarray) -> dict[str, np.ndarray]:
+        return {"weight": np.repeat(self.advantages[which], self.examples.supervised[which])}
+
+    def __call__(self, model: Llama, row: PackedRow) -> tuple[Tensor, Tensor | None]:
+        losses = model(**row.inputs, reduction="none", temperature=self.temperature)  # (N), -log π
+        return (row.columns["weight"] * losses).sum(), None
 
 
 class RewardLoss(AnswerLoss):
@@ -157,6 +174,8 @@ def make_objective(examples: Examples, config: TrainConfig) -> AnswerLoss:
         return AnswerLoss(examples)
     if config.objective == "reward":
         return RewardLoss(examples)
+    if config.objective == "group":  # as if the references were the samples
+        return GroupLoss(examples, np.ones(len(examples)), config.temperature)
     return PreferenceLoss(examples, config.objective, config.beta)
 
 

@@ -2,7 +2,7 @@
 
     settings.json    what decides the outcome: a run resumes with equal settings only
     metrics.jsonl    every step once, however often the run was interrupted
-    loss.svg         the losses, plotted
+    loss.svg         the losses, plotted; with --objective group, reward.svg
 
 The lock keeps a second process out; it ends with the process that holds it.
 """
@@ -27,7 +27,6 @@ from alpaca.training.throughput import GIB
 STEP_FORMAT = "loss {loss:.3f}  lr {lr:.2e}  grad norm {grad_norm:.2f}  {tokens_per_s:,.0f} tok/s"
 NUMBER = int | float
 STEP = {"step": int, "loss": NUMBER, "tokens": int, "tokens_per_s": NUMBER}  # of metrics.jsonl
-HELD_OUT = "held_out_loss"  # of "held_out_loss/SOURCE", too
 RECENT = 20  # steps that the progress line averages tok/s and MFU over
 
 
@@ -55,7 +54,10 @@ class RunDir:
 
     def __init__(self, folder: Path, settings: dict[str, Any], resume: bool, quiet: bool):
         self.folder, self.quiet = folder, quiet
-        self.metrics, self.chart = folder / "metrics.jsonl", folder / "loss.svg"
+        group = (settings.get("objective") or "").startswith("group")
+        self.figure = "reward" if group else "loss"
+        self.metrics, self.chart = folder / "metrics.jsonl", folder / f"{self.figure}.svg"
+        self.held_out = f"held_out_{self.figure}"  # of "held_out_loss/SOURCE", too
         self.records: list[dict[str, Any]] = []
         self.lock = ExitStack()
         if quiet:
@@ -84,11 +86,11 @@ class RunDir:
         self.records = []
         if done and self.metrics.exists():
             for record in read_log(self.metrics):
-                held_out = dict.fromkeys([HELD_OUT, *record], NUMBER) | {"step": int}
+                held_out = dict.fromkeys([self.held_out, *record], NUMBER) | {"step": int}
                 check_shape(record, STEP if "loss" in record else held_out, str(self.metrics))
                 if record["step"] <= done:
                     self.records.append(record)
-            if done == steps and self.records and HELD_OUT in self.records[-1]:
+            if done == steps and self.records and self.held_out in self.records[-1]:
                 self.records.pop()  # of the trained model; it is measured again
         with atomic_file(self.metrics, "w") as file:
             file.writelines(json.dumps(record) + "\n" for record in self.records)
@@ -105,13 +107,14 @@ class RunDir:
             return
         self.log(record)
         recent = [r for r in self.records[-RECENT:] if "loss" in r]
-        for figure in ("tokens_per_s", "mfu", "accuracy"):
+        for figure in ("tokens_per_s", "mfu", "accuracy", "reward"):
             if figure in record:
                 mean = np.average([r[figure] for r in recent], weights=[*map(step_seconds, recent)])
                 record = {**record, figure: mean}
         line = STEP_FORMAT.format_map(record)
         line += f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
         line += f"  accuracy {record['accuracy']:.0%}" if "accuracy" in record else ""
+        line += f"  reward {record['reward']:.3f}" if "reward" in record else ""
         self.progress.step(extra=f"{line}  peak memory {record['memory_GiB']:.1f} GiB")
 
     def series(self, figure: str) -> list[tuple[float, float]]:
@@ -128,12 +131,12 @@ class RunDir:
             return "metrics.jsonl of this run is lost"
         tokens, seconds = sum(r["tokens"] for r in steps), sum(map(step_seconds, steps))
         text = f"{len(steps)} steps of {tokens:,} tokens in {duration(seconds)}; "
-        text += f"training loss {self.change('loss')}"
+        text += f"training {self.figure} {self.change(self.figure)}"
         if self.series("held_out_accuracy"):
             text += f"; held-out accuracy {self.change('held_out_accuracy')}"
-        for figure in next((r for r in reversed(self.records) if HELD_OUT in r), ()):
+        for figure in next((r for r in reversed(self.records) if self.held_out in r), ()):
             name, _, source = figure.partition("/")
-            if name == HELD_OUT:
+            if name == self.held_out:
                 text += f"{f', {source[:60]}' if source else '; held out'} {self.change(figure)}"
         return text
 
@@ -141,7 +144,9 @@ class RunDir:
         """Print the last progress line and plot the losses."""
         if not self.quiet:
             self.progress.close()
-            lines = {"training": self.series("loss"), "held out": self.series(HELD_OUT)}
-            chart = charts.line_chart("Loss", "step", {k: v for k, v in lines.items() if v})
+            lines = {"training": self.series(self.figure), "held out": self.series(self.held_out)}
+            chart = charts.line_chart(
+                self.figure.capitalize(), "step", {k: v for k, v in lines.items() if v}
+            )
             with atomic_file(self.chart, "w") as file:
                 file.write(chart)

@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from alpaca.training.memory_plan import IN_HOST_MEMORY, Workload
+from alpaca.training.memory_plan import IN_HOST_MEMORY, Workload, sampler_bytes
 from alpaca.training.objectives import PackedRow, make_objective, model_class
 from alpaca.training.parallel import apply_activation_checkpointing, apply_fsdp, make_mesh
 from alpaca.weights.checkpoint import DTYPES, parameter_shapes
@@ -84,9 +84,10 @@ def dropout(x: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
 def simulate(work: Workload, build_optimizer: Callable, train_step: Callable) -> dict[str, float]:
     """The bytes of a rank by category at the peak of one step."""
     config, shape, device = work.config, work.model, torch.device("cpu")
-    p = None if config.objective == "sft" else np.ones(1)
+    p = None if config.documents == 1 else np.ones(1)
     documents = np.array([0, work.row_tokens] if p is None else [0, 1, work.row_tokens])
     labels = np.where(np.arange(work.row_tokens) % 100 < 100 * work.supervised, 0, IGNORE)
+    labels[0] = IGNORE if p is None else 0  # the first of a document has none
     examples = Examples(labels * 0, labels, documents, [], {}, p)
     examples = label_ends(examples) if config.objective == "reward" else examples
     objective = make_objective(examples, config)
@@ -120,4 +121,4 @@ def simulate(work: Workload, build_optimizer: Callable, train_step: Callable) ->
         with tracker:
             each = (tracker.reset_mod_stats() or row for row in rows)
             train_step(model, optimizer, objective, each, 1, device, SimpleNamespace(number=0))
-    return dict(tracker.peak)
+    return {**tracker.peak, "sampler": sampler_bytes(work)}  # which is the same in every phase

@@ -212,6 +212,7 @@ SHALLOW = [
     ("7B", 2048, {"gpus": 8, "checkpointing": "full", "objective": "dpo"}),
     ("llama-3.2-1b", 2048, {"gpus": 1, "objective": "ipo", "lora": LoraConfig()}),
     ("7B", 2048, {"gpus": 8, "checkpointing": "full", "objective": "reward"}),
+    ("7B", 2048, {"gpus": 8, "checkpointing": "full", "objective": "group"}),
 ]
 
 

@@ -6,11 +6,12 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 BENCHES = load train gpu_train plan lora preferences encode bpe startup dedupe weightdiff decode gpu_decode quantize demo
 
-.PHONY: help train tour real test test-robust test-all verify lint typecheck bench clean
+.PHONY: help train tour farm real test test-robust test-all verify lint typecheck bench clean
 
 help:
 	@echo "make train        fine-tune the embedded model (a minute on two cores)"
 	@echo "make tour         the whole road, from seed tasks to a compared model, offline"
+	@echo "make farm         the tiny model learns from preferences, by each method (ten minutes)"
 	@echo "make real         tune a published model: SmolLM2-135M, downloaded once (98 MB)"
 	@echo "make test         the tests (under three minutes on two cores)"
 	@echo "make test-robust  kills, fuzzing, load, several processes, a browser"
@@ -26,6 +27,9 @@ train: $(VENV)/.ready
 tour: $(VENV)/.ready-test
 	rm -rf runs/tour
 	PYTHONPATH=tests $(BIN)/python tests/robust/test_pipeline.py --out runs/tour
+
+farm: $(VENV)/.ready
+	$(BIN)/python -m bench.farm
 
 real: $(VENV)/.ready
 	rm -rf runs/real

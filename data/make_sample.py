@@ -1,6 +1,7 @@
 """Generate the sample data: instructions with answers, and the prose that the small base has read.
 
     python data/make_sample.py records                                  # data/sample_*.json
+    python data/make_sample.py fresh --seed 8 --count 1200 --out fresh.json   # more held-out ones
     python data/make_sample.py prose --lines 150000 --out prose.jsonl   # {"text": ...} a line
 
 Everything is drawn with a seed from the word lists and sentence patterns below, so the same command
@@ -193,33 +194,44 @@ def has_held_word(record: dict) -> bool:
     return not set(HELD).isdisjoint(re.findall(r"\w+", " ".join(record.values())))
 
 
+def draw(rng: random.Random, count: int, new: str, seen: set[tuple[str, str]]) -> Iterator[dict]:
+    """Records whose questions are not among those seen, to which they are added."""
+    families, tries = FAMILIES[:], 0
+    trained = [noun for noun in NOUNS if noun not in HELD]
+    while count:
+        family = families[count % len(families)]
+        record = draw_record(rng, family, NOUNS if new == "word" else trained, new == "wording")
+        question = record["instruction"], record["input"]
+        tries += 1
+        if tries > 300:  # the family has no further questions
+            families.remove(family)
+        elif question in seen or has_held_word(record) != (new == "word"):
+            continue
+        else:
+            seen.add(question)
+            yield record | ({"new": new} if new else {})
+            count -= 1
+        tries = 0
+
+
+def held_out(rng: random.Random, count: int, seen: set[tuple[str, str]]) -> list[dict]:
+    shares = {"word": count // 2, "wording": count // 4, "question": count // 4}
+    return [record for new, share in shares.items() for record in draw(rng, share, new, seen)]
+
+
 def records() -> tuple[list[dict], list[dict]]:
     """Training and held-out records; no question occurs twice."""
     rng, seen = random.Random(SEED), set()
-    trained = [noun for noun in NOUNS if noun not in HELD]
-
-    def draw(count: int, new: str) -> Iterator[dict]:
-        families, tries = FAMILIES[:], 0
-        while count:
-            family = families[count % len(families)]
-            record = draw_record(rng, family, NOUNS if new == "word" else trained, new == "wording")
-            question = record["instruction"], record["input"]
-            tries += 1
-            if tries > 300:  # the family has no further questions
-                families.remove(family)
-            elif question in seen or has_held_word(record) != (new == "word"):
-                continue
-            else:
-                seen.add(question)
-                yield record | ({"new": new} if new else {})
-                count -= 1
-            tries = 0
-
-    held_out = [*draw(HELD_OUT // 2, "word"), *draw(HELD_OUT // 4, "wording")]
-    held_out += draw(HELD_OUT // 4, "question")
-    train = list(draw(TRAIN, ""))
+    held = held_out(rng, HELD_OUT, seen)
+    train = list(draw(rng, TRAIN, "", seen))
     rng.shuffle(train)
-    return train, held_out
+    return train, held
+
+
+def fresh(count: int, seed: int) -> list[dict]:
+    """Other held-out records: no question of theirs is in the two files."""
+    seen = {(r["instruction"], r["input"]) for some in records() for r in some}
+    return held_out(random.Random(seed), count, seen)
 
 
 # ---------------------------------------------------------------- prose
@@ -325,6 +337,11 @@ def write(path: Path, lines: Iterable[str]) -> None:
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
 
 
+def write_records(path: Path, some: list[dict]) -> None:
+    text = ",\n".join(json.dumps(record, ensure_ascii=False) for record in some)
+    write(path, ["[\n", text, "\n]\n"])
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -332,6 +349,10 @@ def parse_args() -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("records", help="write sample_train.json and sample_heldout.json")
     verb.add_argument("--out", type=Path, default=HERE, help="the folder (default: this file's)")
+    verb = verbs.add_parser("fresh", help="write other held-out records, to choose a recipe with")
+    verb.add_argument("--count", type=int, default=1200, help="a multiple of 4 (default: 1200)")
+    verb.add_argument("--seed", type=int, default=SEED + 1, help=f"(default: {SEED + 1})")
+    verb.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     verb = verbs.add_parser("prose", help="write text for the base to read")
     verb.add_argument("--lines", type=int, required=True, help="documents, one a line")
     verb.add_argument("--out", type=Path, required=True, help="the JSON-lines file to write")
@@ -346,9 +367,11 @@ def main() -> None:
     if args.verb == "prose":
         write(args.out, prose(args.lines, args.seed, args.echoes))
         return
+    if args.verb == "fresh":
+        write_records(args.out, fresh(args.count, args.seed))
+        return
     for name, some in zip(("train", "heldout"), records(), strict=True):
-        text = ",\n".join(json.dumps(record, ensure_ascii=False) for record in some)
-        write(args.out / f"sample_{name}.json", ["[\n", text, "\n]\n"])
+        write_records(args.out / f"sample_{name}.json", some)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,17 @@ def test_command_reproduces_the_files(make_sample, monkeypatch, tmp_path):
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes(), name
 
 
+def test_fresh_records_ask_what_no_file_asks(make_sample, monkeypatch, tmp_path):
+    flags = ["--count", "80", "--seed", "9", "--out", str(tmp_path / "fresh.json")]
+    monkeypatch.setattr(sys, "argv", ["make_sample.py", "fresh", *flags])
+    make_sample.main()
+    fresh = json.loads((tmp_path / "fresh.json").read_text())
+    assert Counter(r["new"] for r in fresh) == {"word": 40, "wording": 20, "question": 20}
+    asked = {(r["instruction"], r["input"]) for r in TRAIN + HELD_OUT}
+    assert asked.isdisjoint((r["instruction"], r["input"]) for r in fresh)
+    assert {r["family"] for r in fresh} == {r["family"] for r in TRAIN}
+
+
 def test_records_are_complete_unique_and_short():
     fields, tokenizer = {"instruction", "input", "output", "family"}, load_tokenizer(DATA)
     assert all(set(record) == fields for record in TRAIN)

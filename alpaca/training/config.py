@@ -2,7 +2,7 @@
 
 Every field of `TrainConfig` is a flag of fsdp_train.py; its default is Alpaca's recipe for 7B.
 TINY_RECIPE replaces some defaults if no base model or preset is given, LORA_RECIPE if `--lora` is,
-PREFERENCE_RECIPE, REWARD_RECIPE or GROUP_RECIPE if an objective of theirs is.
+and a recipe of OBJECTIVE_RECIPES if an objective other than Alpaca's is.
 A flag on the command line replaces any default.
 """
 
@@ -37,11 +37,13 @@ TINY_RECIPE = {  # the model in data/; default paths are relative to the checkou
     "sample_answers": 1000,
 }
 LORA_RECIPE = {"learning_rate": 3e-4, "checkpointing": "full"}  # as alpaca-lora, see LoraConfig
-PREFERENCE_RECIPE = {"learning_rate": 1e-6, "epochs": 2}  # as AlpacaFarm's DPO
-REWARD_RECIPE = {"learning_rate": 3e-6, "epochs": 1}  # as AlpacaFarm's reward model
-LORA_PREFERENCE_RECIPE = {**PREFERENCE_RECIPE, "learning_rate": 1e-5}
-GROUP_RECIPE = {"learning_rate": 1e-6, "epochs": 1, "batch_size": 16}  # of 8 answers each
-LORA_GROUP_RECIPE = {**GROUP_RECIPE, "learning_rate": 1e-5}
+PAIRWISE = ("dpo", "ipo", "dpo-norm")
+OBJECTIVE_RECIPES = {  # for 7B: a smaller model needs a higher rate
+    **{name: {"learning_rate": 1e-6, "epochs": 2} for name in PAIRWISE},  # AlpacaFarm's DPO
+    "reward": {"learning_rate": 3e-6, "epochs": 1},  # as AlpacaFarm's reward model
+    "group": {"learning_rate": 1e-6, "epochs": 1, "batch_size": 16},  # of 8 answers each
+}
+LORA_RATE = 1e-5  # of these objectives, with --lora
 GROUPS = {  # titles of --help, by the first flag below them
     "model_dir": "model and data",
     "epochs": "recipe",
@@ -52,9 +54,12 @@ GROUPS = {  # titles of --help, by the first flag below them
     "plan": "plan",
 }
 DTYPE_NAMES = ("bf16", "fp32")
-PAIRWISE = ("dpo", "ipo", "dpo-norm")
-OBJECTIVES = ("sft", *PAIRWISE, "reward", "group")  # alpaca/training/objectives.py
-GROUP_FLAGS = ("check", "samples", "temperature")
+OBJECTIVES = ("sft", *OBJECTIVE_RECIPES)  # alpaca/training/objectives.py
+FLAG_OBJECTIVES = {  # flags that the other objectives have no use for
+    "beta": PAIRWISE,
+    **dict.fromkeys(("check", "samples", "temperature"), ("group",)),
+    **dict.fromkeys(("oasst", "languages"), ("sft", "group")),
+}
 COUNT = positive(int, 2**20)
 
 
@@ -156,26 +161,26 @@ class TrainConfig:
         defaults: dict[str, Any] = {each.name: each.default for each in fields(cls)}
         if not given.keys() & {"model_dir", "preset"}:
             defaults |= TINY_RECIPE
+        objective = given.get("objective", "sft")
+        for name, objectives in FLAG_OBJECTIVES.items():
+            if name in given and objective not in objectives:
+                flag_name = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag_name} goes with --objective {' or '.join(objectives)}")
+        if objective != "sft":
+            if "model_dir" not in given:
+                raise UserError(f"--objective {objective} needs a tuned model: give --model-dir")
+            defaults |= {**OBJECTIVE_RECIPES[objective], "out": Path("runs", objective)}
         if "targets" in adapter:
             adapter["targets"] = tuple(dict.fromkeys(adapter["targets"]))
         if given.pop("lora", False):
             out = defaults["out"]
             defaults |= {**LORA_RECIPE, "out": out.with_name(f"{out.name}-lora")}
             defaults["lora"] = LoraConfig(**adapter).check()
+            if objective != "sft":
+                defaults["learning_rate"] = LORA_RATE
         elif adapter or "bits" in given:
             name = f"lora-{next(iter(adapter))}" if adapter else "bits"
             raise UserError(f"--{name} goes with --lora")
-        objective = given.get("objective", "sft")
-        if objective in PAIRWISE:
-            defaults |= LORA_PREFERENCE_RECIPE if defaults["lora"] else PREFERENCE_RECIPE
-        elif "beta" in given:
-            raise UserError("--beta goes with --objective dpo, ipo or dpo-norm")
-        if objective == "reward":
-            defaults |= REWARD_RECIPE
-        if objective == "group":
-            defaults |= LORA_GROUP_RECIPE if defaults["lora"] else GROUP_RECIPE
-        elif alone := [name for name in GROUP_FLAGS if name in given]:
-            raise UserError(f"--{alone[0]} goes with --objective group")
         for name, value in defaults.items():
             if isinstance(value, Path):
                 defaults[name] = in_checkout(value)
@@ -204,8 +209,6 @@ class TrainConfig:
             raise UserError("--data is needed: the records to train on")
         if not 0 <= self.warmup_ratio < 1:
             raise UserError(f"--warmup-ratio must be from 0 to below 1, not {self.warmup_ratio}")
-        if self.objective != "sft" and self.preset:
-            raise UserError(f"--objective {self.objective} needs a tuned model: give --model-dir")
         if self.objective == "reward" and self.lora:
             raise UserError("--objective reward trains all weights: leave out --lora")
         if self.objective == "group" and not self.check:
@@ -299,16 +302,14 @@ def describe_recipe(recipe: dict[str, Any]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Every flag of fsdp_train.py; one that is not given is absent from the parsed arguments."""
     parser.argument_default = argparse.SUPPRESS
+    recipes = OBJECTIVE_RECIPES.items()
+    objectives = (f"  {name:<10}{' '.join(describe_recipe(r).split())}" for name, r in recipes)
     parser.epilog = f"""defaults without --model-dir and --preset (paths in the checkout):
 {describe_recipe(TINY_RECIPE)}
 defaults with --lora (and --out ends in -lora):
 {describe_recipe(LORA_RECIPE)}
-defaults with --objective dpo, ipo or dpo-norm; with --lora, too, a rate of 1e-05:
-{describe_recipe(PREFERENCE_RECIPE)}
-defaults with --objective reward, which ends with a reward model (alpaca/weights/reward.py):
-{describe_recipe(REWARD_RECIPE)}
-defaults with --objective group; with --lora, too, a rate of 1e-05:
-{describe_recipe(GROUP_RECIPE)}"""
+defaults with --objective (for 7B; and --out runs/OBJECTIVE; with --lora a rate of {LORA_RATE}):
+{chr(10).join(objectives)}"""
     group: Any = parser
     for each in fields(TrainConfig):
         if each.name in GROUPS:

@@ -38,6 +38,18 @@ def test_defaults_are_alpacas_or_those_of_the_tiny_and_lora_recipes(monkeypatch)
     assert config_of("--lora").out == Path("runs/tiny-lora") and config_of("--lora").dtype == "fp32"
 
 
+def test_objectives_have_recipes_and_folders_of_their_own():
+    found = [config_of(*BASE, "--objective", name) for name in ("dpo", "reward")]
+    assert [(c.learning_rate, c.epochs, c.out.name) for c in found] == [
+        (1e-6, 2, "dpo"),
+        (3e-6, 1, "reward"),
+    ]
+    adapter = config_of(*BASE, "--objective", "ipo", "--lora")
+    assert (adapter.learning_rate, adapter.epochs, adapter.out.name) == (1e-5, 2, "ipo-lora")
+    group = config_of(*BASE, "--objective", "group", "--check", "exact")
+    assert (group.learning_rate, group.batch_size, group.out.name) == (1e-6, 16, "group")
+
+
 def test_flags_replace_defaults():
     words = ("--out", "here", "--learning-rate", "1", "--lora-rank", "2", "--epochs", "9")
     config = config_of("--lora", *words, "--lora-targets", "v_proj", "q_proj", "v_proj")
@@ -68,6 +80,9 @@ def test_default_paths_and_settings_do_not_depend_on_the_folder(tmp_path, monkey
         (("--lora-rank", "4"), "--lora-rank goes with --lora"),
         (("--bits", "4"), "--bits goes with --lora"),
         (("--preset", "7B", "--lora", "--tokenizer", "t"), "instead of --preset"),
+        (("--objective", "dpo"), "needs a tuned model: give --model-dir"),
+        (("--objective", "dpo", "--preset", "7B", "--tokenizer", "t"), "give --model-dir"),
+        (("--objective", "dpo", "--languages", "de"), "--languages goes with --objective sft or g"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(words, message):

@@ -174,7 +174,11 @@ def weigh_letter(reply: Reply, letter: str) -> float | None:
 
 
 def run_judge(
-    plan: dict[str, tuple[Pair, bool]], judge: Annotator, args: argparse.Namespace, log: Path
+    plan: dict[str, tuple[Pair, bool]],
+    judge: Annotator,
+    args: argparse.Namespace,
+    log: Path,
+    one_of_several: bool = False,
 ) -> tuple[dict[str, Verdict], bool]:
     """id → verdict, asking for those not in the log; and whether the budget was enough."""
     requests, endpoint, mark = RequestLog(log), judge.endpoint, read_mark(log.parent)
@@ -202,10 +206,10 @@ def run_judge(
     try:
         enough = run_until_signal(work)
     except RefusedError as error:
-        if not args.annotators:
+        if not one_of_several:
             raise
         notice(f"{judge.name} is down, run again to retry: {error}")  # the others go on
-    if args.annotators:
+    if one_of_several:
         print(f"{escape_control(judge.name)}, drawn {len(plan)} times:")
     report_verdicts(questions, verdicts, requests, endpoint)
     return verdicts, enough
@@ -257,12 +261,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flip = "share of the verdicts to flip at random (default: 0)"
     add("--flip", type=positive(float, 1), default=0.0, metavar="SHARE", help=flip)
     add("--name", help="annotator in annotations.json (default: model, or FILE's stem)")
+    add("--seed", type=int, default=0, help="of orders, annotators and flips (default: 0)")
+    add_judging_arguments(parser)
+
+
+def add_judging_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a judge is asked; for `plan_orders` and `run_judge`."""
+    add = parser.add_argument_group("how a judge is asked").add_argument
     add("--single-order", action="store_true", help="show each pair in one order, at random")
     add("--explain", action="store_true", help="ask for reasons before the verdict")
     add("--no-logprobs", action="store_true", help="for servers that refuse to return them")
     replies = "replies to ask for until one has a verdict, over all runs (default: 3)"
     add("--max-replies", type=positive(int), default=3, help=replies)
-    add("--seed", type=int, default=0, help="of orders, annotators and flips (default: 0)")
     add_server_arguments(parser)
 
 
@@ -286,7 +296,7 @@ def run(args: argparse.Namespace) -> None:
         enough = True
         for judge in pool:
             its_plan = {id: shown for id, shown in plan.items() if drawn[id][0] is judge}
-            its_verdicts, all_asked = run_judge(its_plan, judge, args, log)
+            its_verdicts, all_asked = run_judge(its_plan, judge, args, log, bool(args.annotators))
             verdicts |= its_verdicts
             enough &= all_asked
         annotations, per_pair = [], Counter()

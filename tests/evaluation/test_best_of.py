@@ -7,7 +7,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 from helpers.commands import assert_refused
+from helpers.judges import fair, merit, shown
 from helpers.models import small_config
+from helpers.teacher_server import Server
 from helpers.training import TOKENIZER, reward_model
 
 from alpaca.common.json_files import json_records
@@ -162,3 +164,30 @@ def test_best_of_errors_name_the_place(command, samples, tmp_path):
     refuse([{"instruction": "a", "output": "7"}], "line 1: outputs is missing")
     refuse([LINES[0] | {"outputs": ["\ud800"]}], "line 1: half a surrogate pair")
     refuse([{"outputs": ["a"]}], "line 1: its fields")
+
+
+def test_judge_picks_what_it_prefers_to_the_first_answer(command, samples, tmp_path):
+    flags = ("--judge", "m", "--judged", tmp_path / "judged", "--retry-wait", 0.01)
+    with Server(answer=fair) as server:
+        flags += ("--base-url", server.url, "--out", tmp_path / "best.json")
+        code, out, _ = command("best-of", samples, *flags)
+        assert code == 0 and "verdicts" in out, out
+        asked = len(server.bodies)
+        assert command("best-of", samples, *flags)[1].endswith(out.partition("$0.0000")[2][-40:])
+        assert len(server.bodies) == asked, "replies are kept"
+        prompts = [body["messages"][0]["content"] for body in server.bodies]
+    assert {shown(prompt)[0] for prompt in prompts} == {"a\n\nx", "b", "d"}
+    lines, picks = (LINES[0], LINES[1], LINES[3]), load_records(tmp_path / "best.json")
+    for line, pick in zip(lines, picks, strict=True):
+        first, *others = line["outputs"]
+        better = [text for text in others if merit(text) > merit(first)]
+        assert pick["output"] in (better or [first])
+    assert_refused(command("best-of", samples, "--judge", "m"), "--judged FOLDER")
+
+
+def test_judge_that_gives_no_verdict_writes_nothing(command, samples, tmp_path):
+    flags = ("--judge", "m", "--judged", tmp_path / "judged", "--out", tmp_path / "best.json")
+    with Server(answer=lambda prompt: "hm") as server:
+        code, _, err = command("best-of", samples, *flags, "--base-url", server.url)
+    assert code == 2 and "comparisons have no verdict: run again" in err
+    assert not (tmp_path / "best.json").exists()

@@ -1,6 +1,6 @@
 """The inputs of a training run, read and checked before it starts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -26,11 +26,11 @@ class Job(NamedTuple):
     model_config: LlamaConfig
     tokenizer: Tokenizer
     train: Examples
-    records: list[dict]  # of these examples, if there is a checker
-    checker: Checker | None
     held_out: Examples | None
     held_out_records: list[dict]
     steps: int
+    checker: Checker | None = None
+    records: Sequence[dict] = ()  # of the examples, if there is a checker
 
 
 def prepare(config: TrainConfig) -> Job:
@@ -64,8 +64,8 @@ def prepare(config: TrainConfig) -> Job:
     if config.eval_data:
         records, held_out = read_examples(config, config.eval_data, tokenizer)
     checker = load_checker(config.check) if config.check else None
-    checked = train_records if checker else []
-    return Job(config, model_config, tokenizer, train, checked, checker, held_out, records, steps)
+    checked = train_records if checker else ()
+    return Job(config, model_config, tokenizer, train, held_out, records, steps, checker, checked)
 
 
 def read_examples(

@@ -14,7 +14,6 @@ same command resumes.
 """
 
 import argparse
-import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,13 +32,14 @@ from alpaca.inference.answer import (
     settings_from_args,
 )
 from alpaca.inference.engine import Engine
-from alpaca.inference.sampling import SamplingParams, add_sampling_arguments, sampling_from_args
+from alpaca.inference.sampling import (
+    SamplingParams,
+    add_sampling_arguments,
+    derive_seed,
+    sampling_from_args,
+)
 from alpaca.weights.loading import add_model_arguments, model_folders
 from dataset import question_ids
-
-
-def sample_seed(seed: int, record: int, sample: int) -> int:
-    return random.Random(f"{seed} {record} {sample}").getrandbits(63)
 
 
 def requests(
@@ -50,7 +50,7 @@ def requests(
         ids = question_ids(record, engine.tokenizer)
         if too_long := len(ids) >= engine.max_length:
             notice(f"record {i + 1} gets no answers: its prompt is too long for the model")
-        seeds = [sample_seed(params.seed, i, j) for j in range(0 if too_long else n)]
+        seeds = [derive_seed(params.seed, i, j) for j in range(0 if too_long else n)]
         yield ids, [replace(params, seed=seed) for seed in seeds]
 
 

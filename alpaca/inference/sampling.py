@@ -16,6 +16,7 @@ Shapes: B sequences, V vocabulary, M candidates; arguments with one number a seq
 """
 
 import argparse
+import random
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,11 @@ from alpaca.common.cli import positive
 from alpaca.common.errors import UserError
 
 CANDIDATES = 1024  # top-p rarely needs more: sorting 32,000 tokens is slow, their topk is not
+
+
+def derive_seed(*numbers: int) -> int:
+    """A seed of its own for each sequence of numbers."""
+    return random.Random(" ".join(map(str, numbers))).getrandbits(63)
 
 
 @dataclass(frozen=True)

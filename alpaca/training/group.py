@@ -25,7 +25,6 @@ With temperature T, π is softmax(logits / T), in sampling and in the gradient.
     a run that resumes, draw the same. An answer that reaches --max-length ends there.
 """
 
-import random
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -37,7 +36,7 @@ from torch import Tensor
 
 from alpaca.common.errors import UserError
 from alpaca.inference.engine import Engine
-from alpaca.inference.sampling import SamplingParams
+from alpaca.inference.sampling import SamplingParams, derive_seed
 from alpaca.training.job import Job
 from alpaca.training.memory_plan import SLOTS
 from alpaca.training.objectives import GroupLoss
@@ -45,10 +44,6 @@ from alpaca.training.parallel import full_tensor, run_on_all_ranks, trained_para
 from alpaca.weights.checkpoint import DTYPES
 from dataset import Examples, question_ids
 from model import IGNORE, Llama
-
-
-def answer_seed(*numbers: int) -> int:
-    return random.Random(" ".join(map(str, numbers))).getrandbits(63)
 
 
 def advantages(rewards: np.ndarray) -> np.ndarray:
@@ -116,7 +111,7 @@ class Sampler:
         """A step's loss with all answers, those to learn from, and figures to log."""
         config, most, asked = self.config, self.config.max_length, []
         for i, example in enumerate(batch):
-            seeds = [answer_seed(config.seed, step, i, j) for j in range(config.samples)]
+            seeds = [derive_seed(config.seed, step, i, j) for j in range(config.samples)]
             params = [
                 SamplingParams(config.temperature, seed=seed, max_new_tokens=most) for seed in seeds
             ]

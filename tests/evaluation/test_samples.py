@@ -6,10 +6,9 @@ import pytest
 import torch
 from helpers.commands import ROOT, assert_refused
 
-from alpaca.evaluation.samples import sample_seed
 from alpaca.inference.answer import answer_in_order
 from alpaca.inference.engine import Engine
-from alpaca.inference.sampling import SamplingParams
+from alpaca.inference.sampling import SamplingParams, derive_seed
 from alpaca.weights.loading import load_model
 from dataset import chat_prompt, encode_prompt
 from tokenizer import load_tokenizer
@@ -51,7 +50,7 @@ def expected(engine, seed: int, n: int) -> list[list[str]]:
     found = []
     for i, ids in enumerate(prompts):
         params = [
-            SamplingParams(temperature=1.5, max_new_tokens=6, seed=sample_seed(seed, i, j))
+            SamplingParams(temperature=1.5, max_new_tokens=6, seed=derive_seed(seed, i, j))
             for j in range(n)
         ]
         found.append([engine.generate([ids], each)[0].text for each in params])
@@ -76,7 +75,7 @@ def test_more_samples_or_another_seed_keep_or_change_all_of_them(command, data, 
         assert draw(command, data, tmp_path / name, *more)[0] == 0
     a, b, c = (outputs(tmp_path / name) for name in "abc")
     assert [texts[:4] for texts in b] == a and all(len(texts) == 6 for texts in b)
-    seeds = {sample_seed(seed, i, j) for seed in range(9) for i in range(9) for j in range(9)}
+    seeds = {derive_seed(seed, i, j) for seed in range(9) for i in range(9) for j in range(9)}
     assert a != c and len(seeds) == 9**3
 
 

@@ -54,10 +54,8 @@ from alpaca.training.objectives import (
     AnswerLoss,
     PackedRow,
     PreferenceLoss,
-    load_reference,
     make_objective,
     model_class,
-    save_reference,
 )
 from alpaca.training.parallel import (
     apply_activation_checkpointing,
@@ -328,19 +326,19 @@ def make_objectives(
     job: Job, model: Llama, done: int, device: torch.device
 ) -> tuple[AnswerLoss, AnswerLoss | None]:
     """What training minimizes, and the same for the held-out examples."""
-    config, file = job.config, job.config.out / "reference.npy"
+    config = job.config
     found = [make_objective(each, config) for each in (job.train, job.held_out) if each]
-    preferences = [each for each in found if isinstance(each, PreferenceLoss)]
-    if preferences and done:
-        load_reference(file, preferences)
-    elif preferences:
-        with evaluation(model):
-            for each in preferences:
-                every = np.arange(len(each.examples))
-                parts = (every[i : i + 4096] for i in range(0, len(every), 4096))  # quickly packed
-                rows = (row for part in parts for row in packed_rows(each, part, config, device))
+    for each in found:
+        if isinstance(each, PreferenceLoss) and done:
+            run_on_all_ranks(partial(each.load, config.out))
+        elif isinstance(each, PreferenceLoss):
+            every = np.arange(len(each.examples))
+            notice(f"log-probabilities of the reference: {len(every)} pairs")
+            parts = (every[i : i + 4096] for i in range(0, len(every), 4096))  # quickly packed
+            rows = (row for part in parts for row in packed_rows(each, part, config, device))
+            with evaluation(model):
                 each.measure_reference(model, rows, device)
-        run_on_all_ranks(lambda: dist.get_rank() > 0 or save_reference(file, preferences))
+            run_on_all_ranks(lambda each=each: dist.get_rank() > 0 or each.save(config.out))
     return found[0], found[1] if len(found) > 1 else None
 
 
@@ -398,6 +396,8 @@ def report_result(job: Job, run: RunDir, ranks: int, device: torch.device) -> No
         template = template_of(job.tokenizer)
         write_card(config, job.model_config, job.train, template, recipe, run.summary())
     print(run.summary())
+    if (margins := run.series("margin")) and abs(margins[-1][1]) < 0.01:
+        notice("the model tells chosen from rejected no better than before: raise --learning-rate")
     if config.objective != "reward":
         print_sample_answers(config, job.held_out_records, job.tokenizer, device)
     print(f"wrote {config.result} and {run.chart}")

@@ -21,8 +21,9 @@ its log π_ref are computed then and stored, so there is never a second model in
 Training on `reward` ends with a model that judges answers instead of writing them, see
 alpaca/weights/reward.py.
 
-The accuracy is the share of pairs with Δ > 0; `kl` estimates the KL divergence of π from π_ref if
-the answers are the reference's own samples. Both are means over pairs, logged with every step.
+The accuracy is the share of pairs with Δ > 0; `kl` estimates KL(π_ref || π) if the answers are the
+reference's own samples, for ipo and dpo-norm that of a token. Both are means over pairs, logged
+with every step.
 
 A worked example: log π rises from -12 to -11 for the chosen answer and falls from -10 to -13 for
 the rejected one. Δ = 1 + 3 = 4, and with β = 0.1 the loss falls from log 2 = 0.693 to
@@ -40,7 +41,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from alpaca.common.errors import UserError
+from alpaca.common.errors import UserError, describe_error
 from alpaca.common.files import atomic_file
 from alpaca.training.config import TrainConfig
 from alpaca.weights.reward import RewardModel
@@ -122,7 +123,7 @@ class RewardLoss(AnswerLoss):
         scores, p = self.scores(model, row), row.columns["p"]
         margin = scores[::2] - scores[1::2]  # Δ (P)
         loss = p * self.loss(margin, self.beta) + (1 - p) * self.loss(-margin, self.beta)
-        # over samples of the reference, the mean of log π_ref / π estimates their divergence
+        # over samples of the reference, the mean of log π_ref / π estimates KL(π_ref || π)
         figures = {"margin": self.beta * margin, "accuracy": margin > 0, "kl": -scores / 2}
         return loss.sum(), torch.stack([figures[name].detach().sum() for name in self.figures])
 
@@ -164,6 +165,23 @@ class PreferenceLoss(RewardLoss):
         dist.all_reduce(found)
         self.reference = found.cpu().numpy()
 
+    def file(self, folder: Path) -> Path:
+        """Where `reference` is stored, by the examples that it is of."""
+        return folder / f"reference-{self.examples.digest()}.npy"
+
+    def save(self, folder: Path) -> None:
+        with atomic_file(self.file(folder)) as opened:
+            np.save(opened, self.reference, allow_pickle=False)
+
+    def load(self, folder: Path) -> None:
+        try:
+            self.reference = np.load(self.file(folder), allow_pickle=False)
+            if self.reference.shape != self.scale.shape:
+                raise ValueError("it is damaged")
+        except (OSError, EOFError, ValueError) as error:
+            advice = "resume with the same --eval-data, or use another --out"
+            raise UserError(f"{self.file(folder)}: {describe_error(error)}: {advice}") from None
+
 
 def model_class(config: TrainConfig) -> type[Llama]:
     return RewardModel if config.objective == "reward" else Llama
@@ -177,20 +195,3 @@ def make_objective(examples: Examples, config: TrainConfig) -> AnswerLoss:
     if config.objective == "group":  # as if the references were the samples
         return GroupLoss(examples, np.ones(len(examples)), config.temperature)
     return PreferenceLoss(examples, config.objective, config.beta)
-
-
-def save_reference(file: Path, losses: list[PreferenceLoss]) -> None:
-    with atomic_file(file) as opened:
-        np.save(opened, np.concatenate([each.reference for each in losses]), allow_pickle=False)
-
-
-def load_reference(file: Path, losses: list[PreferenceLoss]) -> None:
-    sizes = [len(each.reference) for each in losses]
-    try:
-        stored = np.load(file, allow_pickle=False)
-        if stored.shape != (sum(sizes),) or stored.dtype != np.float64:
-            raise ValueError("it is of other data")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: {error}: use another --out") from None
-    for each, part in zip(losses, np.split(stored, np.cumsum(sizes)[:-1]), strict=True):
-        each.reference = part

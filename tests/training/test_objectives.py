@@ -247,16 +247,36 @@ def test_resume_is_bit_identical(name, base, reference, tmp_path, monkeypatch):
     words = preference_flags(base, tmp_path / "run", name, save_every=2)
     assert train(words)[0] == 128 + signal.SIGTERM
     monkeypatch.setattr(fsdp_train, "train_step", step)
-    if name == "dpo":
-        stored = (tmp_path / "run/reference.npy").read_bytes()
-        (tmp_path / "run/reference.npy").write_bytes(stored[:-8])
-        code, _, err = train(words)
-        assert code == 2 and "reference.npy" in err and "use another --out" in err
-        (tmp_path / "run/reference.npy").write_bytes(stored)
     succeeded(train(words))
     assert_identical(tmp_path / "run", reference)
     other = [*words, "--objective", "dpo", "--beta", "0.2"]
     assert_refused(train(other), "another run", "beta 0.2")
+
+
+def test_reference_is_loaded_for_its_own_examples_only(tmp_path):
+    first, other = (
+        PreferenceLoss(
+            preference_examples(write_preferences(tmp_path / "p.json", 6, seed=seed)), "dpo", 0.1
+        )
+        for seed in (1, 2)
+    )
+    first.reference = np.arange(12.0)
+    first.save(tmp_path)
+    with pytest.raises(UserError, match="same --eval-data, or use another --out"):
+        other.load(tmp_path)
+    first.reference = None
+    first.load(tmp_path)
+    assert first.reference.tolist() == [*range(12)]
+    for damaged in (first.file(tmp_path).read_bytes()[:-8], b""):
+        first.file(tmp_path).write_bytes(damaged)
+        with pytest.raises(UserError, match="reference-.*npy: .*use another --out"):
+            first.load(tmp_path)
+
+
+def test_run_that_learned_nothing_advises_a_higher_rate(base, tmp_path):
+    changes = {"max_steps": 2, "learning_rate": 1e-7}
+    _, _, err = succeeded(train(preference_flags(base, tmp_path / "run", **changes)))
+    assert "raise --learning-rate" in err
 
 
 def test_reward_model_learns_a_rule(base, tmp_path):
@@ -264,7 +284,8 @@ def test_reward_model_learns_a_rule(base, tmp_path):
     held_out = write_planted_preferences(tmp_path / "held_out.json", 40, seed=1)
     changes = {"data": data, "eval_data": held_out, "epochs": 1, "max_steps": None}
     changes |= {"model_dir": ROOT / "data/tiny-llama", "learning_rate": 3e-3}
-    _, out, _ = succeeded(train(preference_flags(base, tmp_path / "run", "reward", **changes)))
+    _, out, err = succeeded(train(preference_flags(base, tmp_path / "run", "reward", **changes)))
+    assert "raise --learning-rate" not in err
     assert metrics(tmp_path / "run")[-1]["held_out_accuracy"] >= 0.95
     assert "held-out accuracy 0.000 → " in out
     card = (tmp_path / "run/model/README.md").read_text()

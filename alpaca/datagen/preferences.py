@@ -10,8 +10,9 @@
 A preference runs from 1 (output_1 is better) to 2, as in AlpacaEval's files. Between them it says
 how likely a judge finds output_2 better: 1.83 makes output_2 the chosen answer with p = 0.83. The
 mean of a pair that was judged in both orders (`swapped`) is one preference, since judges favour a
-position. Ties, pairs without a verdict and pairs of equal answers teach nothing: they are dropped
-and counted. An empty answer is kept: its only token is the one that ends it.
+position; its instruction and input are one text, so its prompt is that of an instruction alone.
+Ties, pairs without a verdict and pairs of equal answers teach nothing: they are dropped and
+counted. An empty answer is kept: its only token is the one that ends it.
 
 Of two conversations only the last answers may differ. Whole dialogues, strings or messages, hold
 the question, too. Files have weights, and odd conversations are skipped, as in formats.py.

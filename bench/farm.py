@@ -4,8 +4,8 @@
 
 AlpacaFarm's road in miniature (arXiv:2305.14387). The model of `make train` draws eight answers to
 each of its 5,400 training instructions, and the checker `exact` says which are right. Its verdicts
-make pairs of a right and a wrong answer, a quarter of them turned around, and picks of right
-answers. Each entry of METHODS learns from such a file. Before and after are measured:
+make pairs of a right and a wrong answer, a quarter of them turned around, and expert iteration's
+picks. Each entry of METHODS learns from such a file. Before and after are measured:
 
   - the share of held-out instructions that are answered exactly, with its 95 % interval (Wilson),
     and for each part: a new `word`, a new `wording`, or only a new `question`
@@ -20,7 +20,6 @@ the end. A step whose output exists is skipped: the same command resumes.
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -67,18 +66,16 @@ METHODS: dict[str, dict[str, Any]] = {  # flags of fsdp_train.py; make_data() ma
 BEFORE, REWARD = "before", "reward model"
 
 
-# ---------------------------------------------------------------- steps
-
-
 def start(*words: object, **flags: Any) -> None:
     """Run a command of this project as a user would, on one core."""
     typed = [*map(str, words)]
     for name, value in flags.items():
         typed += [f"--{name.replace('_', '-')}", str(value)]
-    print("$", *(os.path.relpath(w) if os.path.isabs(w) else w for w in typed), flush=True)
-    command = [sys.executable, *(["-m"] if typed[0] == "alpaca" else []), *typed]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    program = ["-m", "alpaca"] if words[0] == "alpaca" else [str(ROOT / typed[0])]
+    command = [sys.executable, *program, *typed[1:]]
+    print("$ python", *(os.path.relpath(w) if os.path.isabs(w) else w for w in command[1:]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{' '.join(typed)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
 
@@ -92,9 +89,9 @@ def draw(model: Path, data: Path, out: Path, n: int, temperature: float) -> Path
     """n answers to each record of `data`."""
     if not out.exists():
         unfinished = out.with_suffix(".unfinished")  # resumed by the command
-        flags = {"dtype": "fp32", "max_new_tokens": 40, "max_batch_size": 64}
-        flags |= {"n": n, "temperature": temperature, "out": unfinished}
-        start("alpaca", "samples", model_dir=model, data=data, **flags)
+        flags = {"model_dir": model, "data": data, "n": n, "temperature": temperature}
+        flags |= {"dtype": "fp32", "max_new_tokens": 40, "max_batch_size": 64, "out": unfinished}
+        start("alpaca", "samples", **flags)
         unfinished.rename(out)
     return out
 
@@ -102,7 +99,7 @@ def draw(model: Path, data: Path, out: Path, n: int, temperature: float) -> Path
 def make_data(args: Namespace) -> dict[str, Path]:
     """What the checker makes of the model's answers to training instructions, and what is held out:
     the fresh records, some of them to draw several answers to, and the shipped ones."""
-    names = ("train", "samples", "picks", "pairs", "mixed", "fresh", "some", "shipped")
+    names = ("train", "samples", "pairs", "mixed", "fresh", "some", "shipped")
     files = {name: args.out / f"{name}.json" for name in names}
     records = json.loads((ROOT / "data/sample_train.json").read_text())[: args.records]
     save_json(files["train"], records)
@@ -110,24 +107,20 @@ def make_data(args: Namespace) -> dict[str, Path]:
         halves = [args.out / f"train-{k}.json" for k in range(CORES)]
         for k, half in enumerate(halves):
             save_json(half, records[k::CORES])
-        outs = [half.with_suffix(".jsonl") for half in halves]
-        steps = zip(halves, outs, strict=True)
-        parallel(partial(draw, args.model_dir, *step, n=8, temperature=1) for step in steps)
+        each = partial(draw, args.model_dir, n=8, temperature=1)
+        parallel(partial(each, half, half.with_suffix(".jsonl")) for half in halves)
         with atomic_file(files["samples"]) as file:
-            file.write(b"".join(out.read_bytes() for out in outs))
+            file.write(b"".join(half.with_suffix(".jsonl").read_bytes() for half in halves))
     if not files["pairs"].exists():
-        flags = {"flip": 0.25, "pairs": files["pairs"], "out": files["picks"], "min_reward": 1}
-        start("alpaca", "best-of", files["samples"], check="exact", **flags)
-    pairs = json.loads(files["pairs"].read_text())  # of records with right and wrong answers
-    fields = ("instruction", "input", "output")
+        flags = {"check": "exact", "flip": 0.25, "pairs": files["pairs"]}
+        start("alpaca", "best-of", files["samples"], **flags)
+    # `mixed`: records with right and wrong answers; for `exact` a right one is the reference
+    fields, pairs = ("instruction", "input", "output"), json.loads(files["pairs"].read_text())
     save_json(files["mixed"], [{name: pair[name] for name in fields} for pair in pairs])
     start("data/make_sample.py", "fresh", count=args.fresh, out=files["fresh"])
     save_json(files["some"], json.loads(files["fresh"].read_text())[::4])
     save_json(files["shipped"], json.loads((ROOT / "data/sample_heldout.json").read_text()))
     return files
-
-
-# ---------------------------------------------------------------- measurements
 
 
 def checked(samples: Path) -> tuple[list[dict], np.ndarray]:
@@ -160,8 +153,8 @@ def measure(model: Path, base: Path, files: dict[str, Path], folder: Path) -> di
     first = [record for i, record in enumerate(records) if i % max(N) < 4]  # KL needs no more
     ratios = log_probs(model, first) - log_probs(base, first)
     best = [expected_best(rewards, n).mean() for n in N]
-    error = ratios.std().item() / len(ratios) ** 0.5
-    return {"right": right[:, 0].tolist(), "best": best, "kl": [ratios.mean().item(), error]}
+    kl = ratios.mean().item(), ratios.std().item() / len(ratios) ** 0.5
+    return {"right": right[:, 0].tolist(), "best": best, "kl": kl}
 
 
 def rerank(model: Path, samples: Path) -> dict[str, Any]:
@@ -174,8 +167,8 @@ def rerank(model: Path, samples: Path) -> dict[str, Any]:
 
 def train_and_measure(name: str, held_out: str, files: dict[str, Path], args: Namespace) -> None:
     """Write what `name` answers of the records `held_out`: fresh or shipped."""
-    folder = folder_of(args.out, name)
-    base = model = args.model_dir
+    folder, base = args.out / name.replace(" ", "-"), args.model_dir
+    model = base
     folder.mkdir(exist_ok=True)
     if (folder / f"{held_out}.json").exists():
         return
@@ -195,13 +188,6 @@ def train_and_measure(name: str, held_out: str, files: dict[str, Path], args: Na
     save_json(folder / f"{held_out}.json", result)
 
 
-# ---------------------------------------------------------------- the report
-
-
-def folder_of(out: Path, name: str) -> Path:
-    return out / name.replace(" ", "-")
-
-
 def interval(right: np.ndarray) -> tuple[float, float, float]:
     low, high = wilson(right.sum(), len(right))
     return low, right.mean(), high
@@ -214,15 +200,15 @@ def report(names: list[str], files: dict[str, Path], out: Path) -> str:
     heads += [*(f"best of {n}" for n in N), "KL"]
     lines, rows, curves = [heads, ["---"] * len(heads)], {}, {}
     for name in names:
-        found = (folder_of(out, name) / f"{each}.json" for each in ("fresh", "shipped"))
+        found = (out / name.replace(" ", "-") / f"{each}.json" for each in ("fresh", "shipped"))
         fresh, shipped = (json.loads(file.read_text()) for file in found)
         right, best, kl = np.array(fresh["right"]), fresh["best"], fresh["kl"]
         if name == BEFORE:
             before = right
-            bounds = [math.log(n) - (n - 1) / n for n in N]
-            curves["best of 1, 4, 16"] = list(zip(bounds, best, strict=True))
+            origin, bounds = (0.0, best[0]), [math.log(n) - (n - 1) / n for n in N]
+            curves["best of 1, 4, 16: KL at most"] = list(zip(bounds, best, strict=True))
         elif kl:
-            curves[name] = [curves["best of 1, 4, 16"][0], (kl[0], best[0])]
+            curves.setdefault(name.removesuffix(" too far"), [origin]).append((kl[0], best[0]))
         step = len(before) // len(right)  # the reward model judges answers to some records
         won, lost = (right > before[::step]).sum(), (right < before[::step]).sum()
         by_part = {part: right[parts[::step] == part] for part in PARTS}
@@ -233,7 +219,7 @@ def report(names: list[str], files: dict[str, Path], out: Path) -> str:
         cells += [f"{share:.1%}" for share in (*map(np.mean, by_part.values()), *best)]
         lines.append([*cells, f"{kl[0]:.3f} ± {1.96 * kl[1]:.3f}" if kl else ""])
     title = "Fresh held-out records answered exactly, by what is new"
-    (out / "accuracy.svg").write_text(interval_chart(title, rows, 0.4, 1))
+    (out / "accuracy.svg").write_text(interval_chart(title, rows, 0.2, 1))
     titles = "Reward at temperature 1", "KL divergence from the model before"
     (out / "reward-kl.svg").write_text(line_chart(*titles, curves))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -248,7 +234,6 @@ def main() -> None:
     add("--fresh", type=int, default=1200, help="held-out records to draw (default: 1200)")
     add("--max-steps", type=int, help="end each training after N steps")
     args, began = parser.parse_args(), time.monotonic()
-    args.out, args.model_dir = args.out.absolute(), args.model_dir.absolute()
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.model_dir.exists():
         start("fsdp_train.py", out=args.model_dir.parent)
@@ -258,9 +243,7 @@ def main() -> None:
     table = report(names, files, args.out)
     (args.out / "table.md").write_text(f"{table}\n")
     minutes = (time.monotonic() - began) / 60
-    whose = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-    used = sum(resource.getrusage(who).ru_utime for who in whose) / 60
-    print(f"\n{table}\n\n{minutes:.1f} minutes, {used:.1f} minutes of a core: {args.out}")
+    print(f"\n{table}\n\n{minutes:.1f} minutes; table and charts are in {args.out}")
 
 
 if __name__ == "__main__":

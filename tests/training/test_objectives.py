@@ -92,7 +92,7 @@ def check_plain_loop(base, out, name, model, start) -> None:
     examples = preference_examples(base / "preferences.json")
     for step, logged in enumerate(metrics(out)):
         batch = step_examples(40, 8, 2, 42, step)
-        total = 0.0
+        total, scores = 0.0, []
         for pair in batch:
             found = []
             for document in (2 * pair, 2 * pair + 1):
@@ -104,6 +104,7 @@ def check_plain_loop(base, out, name, model, start) -> None:
                     continue
                 now, tokens = log_prob(model, *answer)
                 found.append((now - log_prob(start, *answer)[0].detach(), tokens))
+            scores.append([s.item() / (n if name in ("ipo", "dpo-norm") else 1) for s, n in found])
             loss = EQUATIONS[name](*found, 0.3) / len(batch)
             loss.backward()
             total += loss.item()
@@ -112,6 +113,11 @@ def check_plain_loop(base, out, name, model, start) -> None:
         optimizer.step()
         optimizer.zero_grad()
         assert logged["loss"] == pytest.approx(total, rel=1e-4)
+        chosen, rejected = np.array(scores).T
+        figures = {"margin": (1 if name == "reward" else 0.3) * (chosen - rejected).mean()}
+        figures |= {} if name == "reward" else {"kl": -(chosen + rejected).mean() / 2}
+        figures |= {"accuracy": (chosen > rejected).mean()} if step else {}
+        assert {each: logged[each] for each in figures} == pytest.approx(figures, 1e-3, 1e-4)
     assert step == 2
     saved = read_tensors(out / "model") if (out / "model").exists() else trained_adapter(out)
     saved = {each.removeprefix("base_model.model."): tensor for each, tensor in saved.items()}

@@ -192,28 +192,25 @@ def train_step(
     stop: StopSignal,
     overdue: bool = False,
 ) -> tuple[dict[str, float], float, bool, bool]:
-    """One step; returns the mean loss of all ranks and the objective's figures, the gradient norm
+    """One step; returns the means of the objective's figures over all ranks, the gradient norm
     before clipping, and whether any rank got a signal to stop, or has a snapshot overdue. A loss or
     norm that is not finite changes no weights. The host waits for a GPU once, for these numbers.
 
     `count` is what the loss of the whole step is divided by: its supervised tokens, or its pairs.
     FSDP averages gradients over ranks; the factor world size makes them a sum."""
-    # ranks that stop, ranks with a snapshot overdue, squared norm, loss, figures
-    totals = torch.zeros(4 + len(objective.figures), dtype=torch.float64, device=device)
+    # ranks that stop, ranks with a snapshot overdue, squared norm, loss and other figures
+    totals = torch.zeros(3 + len(objective.figures), dtype=torch.float64, device=device)
     for row in rows:
-        loss, figures = objective(model, row)
-        (loss * (dist.get_world_size() / count)).backward()
-        totals[3] += loss.detach()
-        if figures is not None:
-            totals[4:] += figures
+        sums = objective(model, row)
+        (sums[0] * (dist.get_world_size() / count)).backward()
+        totals[3:] += sums.detach()
     totals[0] = stop.number
     totals[1] = overdue
     totals[2] = squared_gradient_norm(model)
     dist.all_reduce(totals)
     torch.nn.utils.clip_grads_with_norm_(model.parameters(), CLIP, totals[2].sqrt().float())
     stopping, any_overdue, squared_norm, *sums = totals.tolist()
-    names = ("loss", *objective.figures)
-    means = {name: each / count for name, each in zip(names, sums, strict=True)}
+    means = {name: each / count for name, each in zip(objective.figures, sums, strict=True)}
     norm = math.sqrt(squared_norm)
     if math.isfinite(means["loss"] + norm):
         optimizer.step()
@@ -266,15 +263,12 @@ def log_held_out(
     if not isinstance(objective, AnswerLoss):
         return
     sources = {s: np.array(i) for s, i in group_by_source(objective.examples.origins).items()}
-    names = [f"held_out_{name}" for name in ("loss", *objective.figures)]
+    names = [f"held_out_{name}" for name in objective.figures]
     totals = torch.zeros(len(sources), len(names), dtype=torch.float64, device=device)
     with evaluation(model):
         for total, which in zip(totals, sources.values(), strict=True):
             for row in packed_rows(objective, which, config, device):  # of one source
-                loss, figures = objective(model, row)
-                total[0] += loss
-                if figures is not None:
-                    total[1:] += figures
+                total += objective(model, row)
     dist.all_reduce(totals)
     counts = [objective.count(which) for which in sources.values()]
     means = dict(zip(names, (totals.sum(0) / sum(counts)).tolist(), strict=True))

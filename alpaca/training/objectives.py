@@ -66,7 +66,7 @@ class PackedRow(NamedTuple):
 class AnswerLoss:
     """sft. The loss of a row is summed over the answers' tokens; a step divides by their number."""
 
-    figures: tuple[str, ...] = ()  # logged beside the loss, as means
+    figures: tuple[str, ...] = ("loss",)  # logged, as means
 
     def __init__(self, examples: Examples):
         self.examples = examples
@@ -78,9 +78,9 @@ class AnswerLoss:
     def columns(self, which: np.ndarray) -> dict[str, np.ndarray]:
         return {}
 
-    def __call__(self, model: Llama, row: PackedRow) -> tuple[Tensor, Tensor | None]:
-        """The loss of a row, and the sums of its figures."""
-        return model(**row.inputs), None
+    def __call__(self, model: Llama, row: PackedRow) -> Tensor:
+        """The figures of a row, summed: the loss first, the only one with gradients."""
+        return model(**row.inputs)[None]
 
 
 class GroupLoss(AnswerLoss):
@@ -94,15 +94,15 @@ class GroupLoss(AnswerLoss):
     def columns(self, which: np.ndarray) -> dict[str, np.ndarray]:
         return {"weight": np.repeat(self.advantages[which], self.examples.supervised[which])}
 
-    def __call__(self, model: Llama, row: PackedRow) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, model: Llama, row: PackedRow) -> Tensor:
         losses = model(**row.inputs, reduction="none", temperature=self.temperature)  # (N), -log π
-        return (row.columns["weight"] * losses).sum(), None
+        return (row.columns["weight"] * losses).sum()[None]
 
 
 class RewardLoss(AnswerLoss):
     """reward. The loss of a row is summed over its P pairs."""
 
-    figures = ("margin", "accuracy")
+    figures = ("loss", "margin", "accuracy")
 
     def __init__(self, examples: Examples, name: str = "dpo", beta: float = 1.0):
         super().__init__(examples)
@@ -119,19 +119,21 @@ class RewardLoss(AnswerLoss):
         """Of each answer in a row, (2P): Δ is the difference of two."""
         return model(**row.inputs)
 
-    def __call__(self, model: Llama, row: PackedRow) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, model: Llama, row: PackedRow) -> Tensor:
         scores, p = self.scores(model, row), row.columns["p"]
         margin = scores[::2] - scores[1::2]  # Δ (P)
         loss = p * self.loss(margin, self.beta) + (1 - p) * self.loss(-margin, self.beta)
         # over samples of the reference, the mean of log π_ref / π estimates KL(π_ref || π)
-        figures = {"margin": self.beta * margin, "accuracy": margin > 0, "kl": -scores / 2}
-        return loss.sum(), torch.stack([figures[name].detach().sum() for name in self.figures])
+        found = margin.detach()
+        figures = {"margin": self.beta * found, "accuracy": found > 0, "kl": -scores.detach() / 2}
+        figures["loss"] = loss
+        return torch.stack([figures[name].sum() for name in self.figures])
 
 
 class PreferenceLoss(RewardLoss):
     """dpo, ipo, dpo-norm: an answer's reward is how much likelier it is than for the reference."""
 
-    figures = ("margin", "accuracy", "kl")
+    figures = ("loss", "margin", "accuracy", "kl")
 
     def __init__(self, examples: Examples, name: str, beta: float):
         super().__init__(examples, name, beta)

@@ -87,7 +87,7 @@ def test_loss_and_gradients_are_those_of_trl(name, models, tmp_path):
     with torch.no_grad():
         objective.reference = objective.log_probs(our_reference, row).numpy()
     ours.zero_grad()
-    loss, _ = objective(ours, preference_row(objective, np.arange(6)))
+    loss, *_ = objective(ours, preference_row(objective, np.arange(6)))
     (loss / 6).backward()
 
     folder = tmp_path / "m"
@@ -129,7 +129,7 @@ def test_reward_loss_and_gradients_are_those_of_trl(reward_models, tmp_path):
     ours, theirs, folder = reward_models
     examples = label_ends(preference_examples(write_preferences(tmp_path / "p.json", 6)))
     objective = RewardLoss(examples)
-    loss, _ = objective(ours, preference_row(objective, np.arange(6)))
+    loss, *_ = objective(ours, preference_row(objective, np.arange(6)))
     (loss / 6).backward()
 
     options = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": []}

@@ -180,7 +180,7 @@ def test_swapped_answers_turn_the_gradient_around(name, tmp_path):
     (tmp_path / "swapped.json").write_text(json.dumps(swapped))
     for each in (file, tmp_path / "swapped.json"):
         objective, model = objective_and_model(name, each)
-        loss, (margin, *_, last) = objective(model, preference_row(objective, np.arange(6)))
+        loss, margin, *_, last = objective(model, preference_row(objective, np.arange(6)))
         assert loss.item() == pytest.approx(6 * math.log(2)) and margin == last == 0
         loss.backward()
         gradients.append([*model.parameters()][-1].grad)  # the head's

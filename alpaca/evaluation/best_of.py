@@ -175,6 +175,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if bool(args.judge) != bool(args.judged):
         raise UserError("--judge and --judged FOLDER go together")
+    if args.min_reward > -math.inf and not args.out:
+        raise UserError("--min-reward goes with --out")
+    if args.flip and not args.pairs:
+        raise UserError("--flip goes with --pairs")
     records, answers, rewards = read_rewards(args)
     n = args.n or rewards.shape[1]
     if n > rewards.shape[1]:

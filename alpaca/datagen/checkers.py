@@ -69,7 +69,7 @@ def load_checker(spec: str) -> Checker:
             reward = function(record, answer)
         except Exception as error:  # a user's code may raise anything
             what = f"{type(error).__name__}: {describe_error(error)}"
-            raise UserError(f"checker {spec!r} raised {what}") from error
+            raise UserError(f"checker {spec!r} raised {what} (given: record, answer)") from error
         if not isinstance(reward, int | float) or not math.isfinite(reward):
             raise UserError(f"checker {spec!r} returned {reward!r}: a finite number was expected")
         return float(reward)

@@ -34,6 +34,7 @@ RUN_LOGS = ("records.jsonl", "rejected.jsonl", "responses.jsonl")  # of selfinst
 OTHER_NAMES = {"context": "input", "response": "output"}  # Dolly's
 OTHER_NAMES |= {"prompt": "instruction", "completion": "output"}
 OTHER_NAMES |= {"question": "instruction", "answer": "output"}  # GSM8K's
+ANSWERS = {"output", "completion", "response", "answer"}
 KNOWN = "instruction and output, prompt and completion, question and answer, messages, "
 KNOWN += "conversations, question and chatgpt_answers, OpenAssistant's trees, text"
 MAX_SKIPPED = 0.1  # share of a file's records; above it the file is refused
@@ -92,6 +93,8 @@ def normalize_record(raw: Any, reading: Reading = BEST) -> list[dict]:
         if reading.languages and prompt.get("lang") not in reading.languages:
             return []
         return [{"messages": turns} for turns in parse_tree(prompt, reading.oasst == "best")]
+    if raw.keys() & {"chosen", "output_1"} and not raw.keys() & ANSWERS:
+        raise UserError("it compares two answers: --objective dpo or reward learns from it")
     if isinstance(prompt, list):
         return [{"messages": parse_turns(prompt + list_field(raw, "completion"))}]
     if "text" in raw and "instruction" not in raw:

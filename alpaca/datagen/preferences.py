@@ -81,9 +81,8 @@ def read_preferences(path: Path, dropped: Counter[str]) -> list[tuple[str, dict,
             better, worse = (second, first) if score > 0.5 else (first, second)
             kept.append((place, raw, Preference(better, worse, max(score, 1 - score))))
     if not kept:
-        raise UserError(
-            f"{path}: no preference to learn from: all ties, equal or without a verdict"
-        )
+        why = "all ties, equal or without a verdict" if both_orders else "no records"
+        raise UserError(f"{path}: no preference to learn from: {why}")
     return kept
 
 

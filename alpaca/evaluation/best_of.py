@@ -53,14 +53,14 @@ def expected_best(rewards: np.ndarray, N: int) -> np.ndarray:
 def format_rewards(rewards: np.ndarray) -> str:
     """A line for each N = 1, 2, 4, …, n."""
     records, n = rewards.shape
-    lines = ["   N    reward            95 %     KL ≤"]
+    lines = [f"   N     reward  {'95 %':>23}     KL ≤"]
     for N in sorted({n, *(2**k for k in range(n.bit_length()))}):
         best = expected_best(rewards, N)
         mean, interval = best.mean(), "unknown"
         if records > 1:
             half = Z * best.std(ddof=1) / records**0.5
-            interval = f"{mean - half:.3f}–{mean + half:.3f}"
-        lines.append(f"{N:4}  {mean:8.3f}  {interval:>14}  {math.log(N) - (N - 1) / N:7.2f}")
+            interval = f"[{mean - half:#.3g}, {mean + half:#.3g}]"
+        lines.append(f"{N:4}  {mean:#9.3g}  {interval:>23}  {math.log(N) - (N - 1) / N:7.2f}")
     return "\n".join(lines)
 
 
@@ -83,6 +83,8 @@ def read_rewards(args: argparse.Namespace) -> tuple[list[dict], list[list[str]],
     check = load_checker(args.check) if args.check else lambda record, answer: math.nan
     records, answers, rewards = [], [], []
     for place, line in json_records(args.samples):
+        if isinstance(line, dict) and "outputs" not in line:
+            raise UserError(f"{place}: outputs is missing: give a file of `alpaca samples`")
         check_shape(line, {"outputs": [str]}, place)
         if not (outputs := line["outputs"]):  # the prompt was too long
             continue
@@ -155,9 +157,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("samples", type=Path, help="file of `alpaca samples`")
     rewards = parser.add_mutually_exclusive_group(required=True).add_argument
-    checkers = "exact, number, regex or FILE.py:NAME (see alpaca/datagen/checkers.py)"
+    checkers = "exact, number, regex (see alpaca/datagen/checkers.py), or FILE.py:NAME, a function"
+    checkers += " of yours: NAME(record, answer) returns a number"
     rewards("--check", metavar="CHECKER", help=checkers)
-    trained = "folder of a reward model (see alpaca/weights/reward.py)"
+    trained = "what --objective reward trained: its model/ (see alpaca/weights/reward.py)"
     rewards("--reward-model", type=Path, metavar="FOLDER", help=trained)
     rewards("--judge", metavar="MODEL", help="a server's model that compares answers")
     add("--judged", type=Path, metavar="FOLDER", help="folder of the judge's replies")
@@ -166,7 +169,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     least = "leave picks with a lower reward out of --out (default: keep all)"
     add("--min-reward", type=finite, default=-math.inf, metavar="REWARD", help=least)
     add("--pairs", type=Path, help="JSON file to write: preferences, the best against the worst")
-    flip = "share of the pairs to swap at random (default: 0)"
+    flip = "share of the --pairs to swap at random (default: 0)"
     add("--flip", type=positive(float, 1), default=0.0, metavar="SHARE", help=flip)
     add("--seed", type=int, default=0, help="of --flip and --single-order (default: 0)")
     add_judging_arguments(parser)
@@ -198,6 +201,7 @@ def run(args: argparse.Namespace) -> None:
             save_json(path, content)
     print(f"{len(records)} records with {rewards.shape[1]} answers\n{format_rewards(rewards)}")
     if args.out:
-        print(f"{args.out}: {len(picks)} records with the best of {n} answers")
+        print(f"{args.out}: {len(picks)} of {len(records)} records with the best of {n} answers")
     if args.pairs:
-        print(f"{args.pairs}: {len(pairs)} pairs, {flips} of them flipped")
+        equal = f"; {len(records) - len(pairs)} records have no better and worse answer"
+        print(f"{args.pairs}: {len(pairs)} pairs, {flips} of them flipped{equal}")

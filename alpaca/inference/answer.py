@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from alpaca.common.errors import UserError
+from alpaca.common.errors import UserError, join_names
 from alpaca.common.json_files import check_shape, json_records, read_log
 from alpaca.inference.engine import Engine, Sequence
 from alpaca.inference.sampling import SamplingParams
@@ -59,10 +59,9 @@ def count_answered(
         if count > len(questions):
             raise UserError(f"{out}, line {count}: more answers than questions: use another --out")
         if {**questions[count - 1], field: line.get(field), **settings} != line:
-            raise UserError(
-                f"{out}, line {count}: the answer to another instruction, or from another model "
-                "or sampling: use another --out"
-            )
+            changed = [name for name, value in settings.items() if line.get(name) != value]
+            what = f"from a run that differs in {join_names(changed or ['instruction'])}"
+            raise UserError(f"{out}, line {count}: {what}: use another --out")
     return count
 
 

@@ -308,7 +308,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 {describe_recipe(TINY_RECIPE)}
 defaults with --lora (and --out ends in -lora):
 {describe_recipe(LORA_RECIPE)}
-defaults with --objective (for 7B; and --out runs/OBJECTIVE; with --lora a rate of {LORA_RATE}):
+defaults with --objective, for 7B (smaller models need a higher rate; --lora: {LORA_RATE}):
+  all       --out runs/OBJECTIVE
 {chr(10).join(objectives)}"""
     group: Any = parser
     for each in fields(TrainConfig):

@@ -21,9 +21,10 @@ its log π_ref are computed then and stored, so there is never a second model in
 Training on `reward` ends with a model that judges answers instead of writing them, see
 alpaca/weights/reward.py.
 
-The accuracy is the share of pairs with Δ > 0; `kl` estimates KL(π_ref || π) if the answers are the
-reference's own samples, for ipo and dpo-norm that of a token. Both are means over pairs, logged
-with every step.
+metrics.jsonl has means over a step's pairs: `accuracy`, the share with Δ > 0 (ties count as wrong:
+the first step has 0), `margin`, β Δ (TRL's rewards/margins; for `reward` Δ), and `kl`, which
+estimates KL(π_ref || π), for ipo and dpo-norm that of a token, if the answers are the reference's
+own samples.
 
 A worked example: log π rises from -12 to -11 for the chosen answer and falls from -10 to -13 for
 the rejected one. Δ = 1 + 3 = 4, and with β = 0.1 the loss falls from log 2 = 0.693 to

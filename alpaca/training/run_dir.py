@@ -132,8 +132,8 @@ class RunDir:
         tokens, seconds = sum(r["tokens"] for r in steps), sum(map(step_seconds, steps))
         text = f"{len(steps)} steps of {tokens:,} tokens in {duration(seconds)}; "
         text += f"training {self.figure} {self.change(self.figure)}"
-        if self.series("held_out_accuracy"):
-            text += f"; held-out accuracy {self.change('held_out_accuracy')}"
+        if accuracy := self.series("held_out_accuracy"):  # at first all pairs are ties: 0
+            text += f"; held-out accuracy {accuracy[-1][1]:.3f}"
         for figure in next((r for r in reversed(self.records) if self.held_out in r), ()):
             name, _, source = figure.partition("/")
             if name == self.held_out:

@@ -154,7 +154,9 @@ def read_config(folder: str | Path, quantized: bool = False) -> LlamaConfig:
         raise no_such_model(folder)
     file = folder / ("params.json" if is_meta(folder) else "config.json")
     if not file.exists():
-        raise UserError(f"{folder}: no config.json (Hugging Face) or params.json (Meta) in it")
+        hint = f": give {folder / 'model'}" if (folder / "model").is_dir() else ""
+        names = "config.json (Hugging Face) or params.json (Meta)"
+        raise UserError(f"{folder}: no {names} in it{hint}")
     fields, shards = read_json(file), meta_files(folder) if is_meta(folder) else []
     generation = folder / "generation_config.json"
     if generation.is_file() and isinstance(ends := read_json(generation).get("eos_token_id"), list):
@@ -197,6 +199,8 @@ def open_checkpoint(
     extra = stored.keys() - wanted.keys()
     if "score.weight" in extra:
         raise UserError(f"{folder}: a reward model, for `alpaca best-of --reward-model {folder}`")
+    if "score.weight" in wanted.keys() - stored.keys():
+        raise UserError(f"{folder}: not a reward model: train one with --objective reward")
     if config.tie_word_embeddings and HEAD in extra:
         extra.remove(HEAD)
         if EMBEDDING in stored and not same_bits(stored[HEAD], stored[EMBEDDING]):

@@ -96,6 +96,8 @@ def model_folders(args: argparse.Namespace) -> list[Path]:
             raise no_such_model(path)
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise UserError(f"{folder} is an adapter: give --model-dir BASE --adapter {folder}")
+    if (folder / "model").is_dir() and (folder / "settings.json").exists():
+        raise UserError(f"{folder} is the folder of a run: give --model-dir {folder / 'model'}")
     return folders
 
 

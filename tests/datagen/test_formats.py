@@ -74,6 +74,8 @@ BROKEN = {
         '[{"output": "x"}]',
         "record 1: its fields ('output') fit no known",
     ),
+    "a comparison": ('{"prompt": "x", "chosen": "y", "rejected": "z"}', "--objective dpo"),
+    "two answers": ('{"instruction": "x", "output_1": "y"}', "line 1: it compares two answers"),
     "empty instruction": ('{"instruction": " ", "output": "x"}', "line 1: instruction is empty"),
     "output a number": ('[\n{"instruction": "x", "output": 5}]', "record 1: output is 5"),
     "input a list": ('{"instruction": "x", "input": ["a"], "output": "y"}', "input is"),

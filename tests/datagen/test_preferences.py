@@ -149,6 +149,7 @@ BROKEN = {
         JUDGED | {"preference": 1.5},
         "p.json: no preference to learn from: all ties, equal",
     ),
+    "no record": (None, "p.json: no preference to learn from: no records"),
     "all equal": (ASKED | {"chosen": "Five"}, "no preference to learn from"),
 }
 
@@ -156,7 +157,7 @@ BROKEN = {
 @pytest.mark.parametrize(("raw", "words"), BROKEN.values(), ids=BROKEN)
 def test_broken_preferences_name_the_place_and_the_fault(tmp_path, raw, words):
     file = tmp_path / "p.json"
-    file.write_text(json.dumps([raw]))
+    file.write_text(json.dumps([raw] if raw else []))
     with pytest.raises(UserError) as error:
         load_preferences([file])
     assert str(file) in str(error.value) and words in str(error.value)

@@ -102,10 +102,16 @@ def test_samples_resume_with_the_same_settings_only(command, data, tmp_path):
     out.write_text(lines[0] + lines[1][:30])
     code, _, err = draw(command, data, out, "--max-batch-size", 2)
     assert code == 0 and out.read_text() == complete, err
-    for more in (("--n", 5), ("--seed", 1), ("--temperature", 1), ("--name", "x")):
-        assert_refused(draw(command, data, out, *more), "line 1", "another --out")
+    for flag, value, setting in (
+        ("--n", 5, "n"),
+        ("--seed", 1, "sampling"),
+        ("--temperature", 1, "sampling"),
+        ("--name", "x", "generator"),
+    ):
+        what = f"line 1: from a run that differs in {setting}: use another --out"
+        assert_refused(draw(command, data, out, flag, value), what)
     data.write_text(json.dumps(RECORDS[1:]))
-    assert_refused(draw(command, data, out), "line 1: the answer to another instruction")
+    assert_refused(draw(command, data, out), "line 1: from a run that differs in instruction")
 
 
 def test_samples_refuse_what_has_no_answers(command, data, tmp_path):

@@ -293,7 +293,7 @@ def test_reward_model_learns_a_rule(base, tmp_path):
     _, out, err = succeeded(train(preference_flags(base, tmp_path / "run", "reward", **changes)))
     assert "raise --learning-rate" not in err
     assert metrics(tmp_path / "run")[-1]["held_out_accuracy"] >= 0.95
-    assert "held-out accuracy 0.000 → " in out
+    assert "; held-out accuracy 0.9" in out or "; held-out accuracy 1.0" in out
     card = (tmp_path / "run/model/README.md").read_text()
     assert "text-classification" in card and "the objective `reward`" in card
     records = load_preferences([held_out]).records

@@ -147,6 +147,10 @@ def test_folders_that_cannot_be_combined_are_refused(base, adapter, command, tmp
     assert_refused(command("generate", *flags, tmp_path / "half", "Hello"), "adapter_model.bin")
     assert_refused(command("generate", "--adapter", adapter, "Hello"), "needs --model-dir")
     assert_refused(command("generate", "--model-dir", adapter, "Hello"), "is an adapter")
+    (tmp_path / "run/model").mkdir(parents=True)
+    (tmp_path / "run/settings.json").touch()
+    run = command("generate", "--model-dir", tmp_path / "run", "Hello")
+    assert_refused(run, f"the folder of a run: give --model-dir {tmp_path / 'run/model'}")
     if not torch.cuda.is_available():
         cuda = command("generate", "--model-dir", base / "model", "--device", "cuda", "Hello")
         assert_refused(cuda, "no GPU here")

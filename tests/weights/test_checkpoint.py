@@ -141,6 +141,8 @@ def test_missing_config_or_weights_are_refused(tmp_path, command, folder):
     refuse_convert(command, tmp_path / "absent", "absent: no such folder")
     (tmp_path / "empty").mkdir()
     refuse_convert(command, tmp_path / "empty", "no config.json (Hugging Face) or params.json")
+    (tmp_path / "empty/model").mkdir()
+    refuse_convert(command, tmp_path / "empty", f"in it: give {tmp_path / 'empty/model'}")
     for file in folder.glob("*.safetensors*"):
         file.unlink()
     refuse_convert(command, folder, "no model.safetensors, pytorch_model.bin")

@@ -178,7 +178,9 @@ def test_equal_rewards_change_no_weight(base, tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(fsdp_train, "train_step", noted)
+    note(monkeypatch, group, "derive_seed", seeds := [])
     succeeded(train(group_flags(base, tmp_path / "run", "first_only", samples=2)))
+    assert len(seeds) == len({*seeds}) == 3 * 4 * 2
     first, second, third = metrics(tmp_path / "run")
     assert first["grad_norm"] > 0 and first["mixed_groups"] == 1
     for record in (second, third):

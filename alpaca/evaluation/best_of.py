@@ -11,7 +11,8 @@ file, the best answer against the worst (the first of equally good ones). --flip
 the pairs, as AlpacaFarm's simulated annotators do (arXiv:2305.14387): noise a method must survive.
 
 A judge compares each answer with the first one; the reward is how much better it finds the answer,
-from 0 to 1, and 1/2 for the first. The folder --judged keeps its replies: the same command resumes.
+from 0 to 1, and 1/2 for the first, so E_N is about that answer. The folder --judged keeps the
+replies: the same command resumes.
 
 What reward to expect of the best of N answers is estimated from all n answers of a record, without
 bias. With their rewards r_1 ≤ … ≤ r_n, r_j is the best in (j - 1 choose N - 1) of all sets of N:
@@ -105,6 +106,7 @@ def read_rewards(args: argparse.Namespace) -> tuple[list[dict], list[list[str]],
         texts = [with_answer(r, text) for i, r in enumerate(records) for text in answers[i]]
         rewards = np.reshape(model_rewards(args.reward_model, texts), (len(records), -1))
     if args.judge:
+        answers = [some[: args.n] for some in answers]  # each comparison costs
         rewards = judge_rewards(args, records, answers)
     return records, answers, np.array(rewards)
 

@@ -159,6 +159,8 @@ def test_best_of_errors_name_the_place(command, samples, tmp_path):
     refuse(LINES, "checker 'excat'", check="excat")
     refuse(LINES, "--n 5", "has 4 answers", more=("--n", 5))
     refuse(LINES, "--flip: 2 is more than 1", more=("--flip", 2))
+    refuse(LINES, "--flip goes with --pairs", more=("--flip", 0.5))
+    refuse(LINES, "--min-reward goes with --out", more=("--min-reward", 1))
     refuse(LINES, "samples.jsonl is an input", more=("--out", samples))
     refuse([LINES[2]], "no answers in it", "alpaca samples")
     refuse([LINES[0], LINES[0] | {"outputs": ["1"]}], "line 2: 1 answers", "have 4")
@@ -185,6 +187,10 @@ def test_judge_picks_what_it_prefers_to_the_first_answer(command, samples, tmp_p
         better = [text for text in others if merit(text) > merit(first)]
         assert pick["output"] in (better or [first])
     assert_refused(command("best-of", samples, "--judge", "m"), "--judged FOLDER")
+    with Server(answer=fair) as server:
+        two = ("--judge", "m", "--judged", tmp_path / "two", "--base-url", server.url, "--n", 2)
+        assert command("best-of", samples, *two)[0] == 0
+        assert len(server.bodies) == 2 * 2, "both orders; the third record's answers are equal"
 
 
 def test_judge_that_gives_no_verdict_writes_nothing(command, samples, tmp_path):

@@ -126,7 +126,7 @@ def test_file_is_answered_in_order_and_resumes(command, tmp_path):
     listed = tmp_path / "q.json"
     listed.write_text(json.dumps(questions[1:]))
     other = generate(command, *flags, "--file", listed, "--out", out)
-    assert_refused(other, "line 1", "another instruction")
+    assert_refused(other, "line 1", "differs in instruction")
     cooler = generate(command, *flags, "--out", out, "--temperature", 1)
     assert_refused(cooler, "line 1", "sampling")
     assert_refused(generate(command, *flags, "--out", file), "q.jsonl is an input", "output")

@@ -116,13 +116,13 @@ def train(job: Job, run: RunDir, mesh: DeviceMesh, device: torch.device, stop: S
         torch.manual_seed(hash((config.seed, step, dist.get_rank())))
         batch = step_examples(len(job.train), config.batch_size, config.epochs, config.seed, step)
         learned, drawn = batch, {}
-        if sampler:
+        if sampler:  # the step's examples are answers that the model gives now
             objective, learned, drawn = sampler.draw(model, step, batch)
             batch = np.arange(len(objective.examples))
         rows = packed_rows(objective, learned, config, device)
         count = objective.count(batch)
         lr = learning_rate(step, job.steps, config.learning_rate, config.warmup_ratio)
-        lr *= len(learned) > 0  # else Adam's momentum would still move the weights
+        lr *= len(learned) > 0  # all rewards may be equal: Adam's momentum must not move weights
         optimizer.param_groups[0]["lr"] = lr
         means, norm, stopping, overdue = train_step(
             model, optimizer, objective, rows, count, device, stop, snapshots.overdue()

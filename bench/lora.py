@@ -10,6 +10,12 @@ bench/gpu_train.py does this with a 7B on a GPU.
 from bench.train import compare, ours, trainer
 
 
+def with_adapter(dtype: str, steps: int) -> list[float]:
+    from alpaca.weights.lora import LoraConfig
+
+    return ours(dtype, steps, lora=LoraConfig())
+
+
 def with_peft(dtype: str, steps: int, grouped: bool) -> list[float]:
     import torch
     from peft import LoraConfig, get_peft_model
@@ -26,7 +32,7 @@ if __name__ == "__main__":
         __doc__,
         "Train an adapter of a 15M-parameter model",
         {
-            "ours": lambda dtype, steps: ours(dtype, steps, lora=True),
+            "ours": with_adapter,
             "Trainer": lambda dtype, steps: with_peft(dtype, steps, False),
             "Trainer, grouped": lambda dtype, steps: with_peft(dtype, steps, True),
         },

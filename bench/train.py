@@ -54,42 +54,47 @@ def as_examples(pairs: list[tuple[list[int], list[int]]]):
     return Examples(ids, labels, starts, [""] * len(pairs), {})
 
 
-def ours(dtype: str, steps: int, lora: bool = False) -> list[float]:
-    """Tokens a second of each step; all weights are trained, or an adapter (bench/lora.py)."""
+def run_ours(dtype: str, steps: int, data, **settings) -> list[dict]:
+    """The log of a whole run that starts from random weights."""
     import fsdp_train
     from alpaca.training.config import TrainConfig
     from alpaca.training.parallel import process_group
     from alpaca.training.process import StopSignal, keep_freed_memory
     from alpaca.training.run_dir import RunDir
-    from alpaca.weights.lora import LoraConfig
     from model import LlamaConfig
     from tokenizer import load_tokenizer
 
     keep_freed_memory()
-    data = as_examples(examples(BATCH * steps))
     tokenizer = ROOT / "data/tokenizer.model"
     with tempfile.TemporaryDirectory() as folder:
-        weights = {"preset": "tiny"}  # random, of the size in model_config
-        if lora:
-            write_random(base := Path(folder) / "base", SMALL, "fp32")
-            weights = {"model_dir": base, "lora": LoraConfig()}
+        write_random(base := Path(folder) / "base", SMALL, "fp32")
         config = TrainConfig(
-            **weights,
+            model_dir=base,
             tokenizer=tokenizer,
             out=Path(folder) / "run",
             epochs=1,
-            batch_size=BATCH,
+            batch_size=len(data) // steps,
             row_tokens=4096,
             dtype=dtype,
             checkpointing="none",
             save_every=0,
+            **settings,
         )
         model_config = LlamaConfig(**SMALL)
         job = fsdp_train.Job(config, model_config, load_tokenizer(tokenizer), data, None, [], steps)
-        with process_group("cpu", 1) as (mesh, device), StopSignal() as stop:
-            run = RunDir(config.out, {}, False, False)
+        with (
+            process_group("cpu", 1) as (mesh, device),
+            StopSignal() as stop,
+            RunDir(config.out, {}, False, False) as run,
+        ):
             fsdp_train.train(job, run, mesh, device, stop)
-        return [record["tokens_per_s"] for record in run.records]
+        return run.records
+
+
+def ours(dtype: str, steps: int, **settings) -> list[float]:
+    """Tokens a second of each step."""
+    records = run_ours(dtype, steps, as_examples(examples(BATCH * steps)), **settings)
+    return [record["tokens_per_s"] for record in records]
 
 
 def trainer(dtype: str, steps: int, grouped: bool, adapt=lambda model: model) -> list[float]:

@@ -27,6 +27,7 @@ from helpers.training import (
     flags,
     launch,
     metrics,
+    stop_in_step,
     succeeded,
     train,
     write_base,
@@ -277,19 +278,15 @@ def test_held_out_loss_of_each_source_is_the_mean_over_its_tokens(base, measured
     assert "".join(shown.values()) + "." in (out / "model/README.md").read_text()
 
 
-def test_resume_is_bit_identical(base, tmp_path, watch):
-    whole, out, steps = tmp_path / "whole", tmp_path / "run", []
+def test_resume_is_bit_identical(base, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "run"
     changes = {**LONG, "epochs": 4, "eval_data": base / "records.json", "sample_answers": 1}
     _, shown, _ = succeeded(train(flags(base, whole, **changes)))
     assert "expected: 0 of 1 held-out" in shown
     logged = [record["step"] for record in metrics(whole)]
     assert logged == [*range(11), 10], "the held-out loss before and after"
 
-    def stop_in_step_7(*args):
-        steps.append(1)
-        args[6].number = signal.SIGTERM if len(steps) == 7 else 0
-
-    watch(stop_in_step_7)
+    stop_in_step(monkeypatch, 7)
     out.mkdir()
     (out / "settings.json.77.partial").write_text('{"epochs"')  # left by a kill
     code, _, err = train(flags(base, out, **changes))

@@ -111,9 +111,9 @@ def as_record(raw: dict, answer: Any) -> dict:
     if isinstance(prompt or "", str) and isinstance(answer, str):
         if (text := (prompt or "") + answer).lstrip().startswith("Human:"):
             _, *parts = SPEAKER.split("\n\n" + text.lstrip())
-            turns = zip(parts[::2], parts[1::2], strict=True)
-            said = [{"from": who.lower(), "value": words.strip()} for who, words in turns]
-            return {"messages": parse_turns(system + said)}
+            spoken = zip(parts[::2], parts[1::2], strict=True)
+            turns = [{"from": who.lower(), "value": words.strip()} for who, words in spoken]
+            return {"messages": parse_turns(system + turns)}
         if prompt is None:
             raise UserError("it has no prompt, and its answers do not begin with Human: add one")
         if not system:

@@ -96,10 +96,11 @@ class Sampler:
         drawn = [[self.engine.add(prompt, each) for each in own] for prompt, (*_, own) in pairs]
         self.engine.finish([sequence for sequences in drawn for sequence in sequences])
         torch.use_deterministic_algorithms(deterministic)
-        groups = []
+        groups, check = [], self.job.checker
+        assert check
         for prompt, (record, origin, _), sequences in zip(prompts, asked, drawn, strict=True):
             try:
-                rewards = [self.job.checker(record, each.text) for each in sequences]  # type: ignore
+                rewards = [check(record, each.text) for each in sequences]
             except UserError as error:
                 raise UserError(f"{origin.place}: {error}") from error
             groups.append(Group(prompt, [each.ids for each in sequences], rewards, origin))

@@ -61,7 +61,7 @@ class PackedRow(NamedTuple):
     """What a loss is computed from, on a rank's device: whole examples, packed."""
 
     inputs: dict[str, Any]  # the model's arguments
-    columns: Mapping[str, Tensor]  # numbers of its examples and documents
+    columns: Mapping[str, Tensor]  # what else the loss needs of each example or document
 
 
 class AnswerLoss:

@@ -158,6 +158,19 @@ def train(words: list[str]) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
+def stop_in_step(monkeypatch, number: int) -> None:
+    """The next run in this process gets SIGTERM in its step `number`."""
+    step, count = fsdp_train.train_step, []
+
+    def interrupted(*args):
+        count.append(1)
+        if len(count) == number:
+            args[6].number = signal.SIGTERM
+        return step(*args)
+
+    monkeypatch.setattr(fsdp_train, "train_step", interrupted)
+
+
 def launch(words: list[str], ranks: int = 1, torchrun=("--standalone",), **options):
     """The command in processes of its own; more than one rank goes through torchrun."""
     start = [sys.executable, ROOT / "fsdp_train.py"]

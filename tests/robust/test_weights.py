@@ -22,10 +22,9 @@ from helpers.lora import (
     write_lora_base,
 )
 from helpers.models import random_ids, small_config, small_model
-from helpers.training import figures, finish, flags, launch, succeeded, train
+from helpers.training import figures, finish, flags, launch, stop_in_step, succeeded, train
 from safetensors.torch import load_file
 
-import fsdp_train
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
 from alpaca.training import parallel
@@ -179,22 +178,13 @@ def test_recomputed_or_offloaded_blocks_drop_the_same(base, tmp_path, number):
 def test_resumed_run_is_bit_identical(base, tmp_path, monkeypatch):
     changes = {"lora_dropout": 0.3, "epochs": 4}
     succeeded(train(lora_flags(base, tmp_path / "whole", **changes)))
-    step, count = fsdp_train.train_step, []
-
-    def interrupted(*args):
-        count.append(1)
-        args[6].number = signal.SIGTERM if len(count) == 4 else 0
-        return step(*args)
-
     for out in ("run", "other"):
-        count.clear()
-        monkeypatch.setattr(fsdp_train, "train_step", interrupted)
+        stop_in_step(monkeypatch, 4)
         code, _, err = train(lora_flags(base, tmp_path / out, **changes))
         assert code == 128 + signal.SIGTERM and "stopped after step 4" in err
         (snapshot,) = (tmp_path / out / "checkpoints").glob("step-??????")
         stored = load_file(snapshot / "rank-00000.safetensors")
         assert len(stored) == 3 * 16 and all(".lora_" in name for name in stored)
-        monkeypatch.setattr(fsdp_train, "train_step", step)
         if out == "other":  # the dropout of a step must depend on its number
             monkeypatch.setattr(torch, "manual_seed", lambda seed: None)
         succeeded(train(lora_flags(base, tmp_path / out, **changes)))

@@ -19,6 +19,7 @@ from helpers.training import (
     flags,
     launch,
     metrics,
+    stop_in_step,
     succeeded,
     train,
     write_model,
@@ -238,14 +239,7 @@ def test_two_ranks_equal_one(base, tmp_path):
 def test_resume_is_bit_identical(base, tmp_path, monkeypatch):
     words = {"max_steps": 4, "save_every": 2}
     succeeded(train(group_flags(base, tmp_path / "whole", **words)))
-    step, count = fsdp_train.train_step, []
-
-    def interrupted(*args):
-        count.append(1)
-        args[6].number = signal.SIGTERM if len(count) == 3 else 0
-        return step(*args)
-
-    monkeypatch.setattr(fsdp_train, "train_step", interrupted)
+    stop_in_step(monkeypatch, 3)
     words = group_flags(base, tmp_path / "run", **words)
     assert train(words)[0] == 128 + signal.SIGTERM
     succeeded(train(words))

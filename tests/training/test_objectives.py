@@ -24,6 +24,7 @@ from helpers.training import (
     preference_examples,
     preference_row,
     reward_model,
+    stop_in_step,
     succeeded,
     train,
     write_base,
@@ -31,7 +32,6 @@ from helpers.training import (
     write_preferences,
 )
 
-import fsdp_train
 from alpaca.common.cli import Parser
 from alpaca.common.errors import UserError
 from alpaca.datagen.preferences import load_preferences
@@ -242,17 +242,9 @@ def test_resume_is_bit_identical(name, base, reference, tmp_path, monkeypatch):
     if name == "reward":
         reference = tmp_path / "reference"
         succeeded(train(preference_flags(base, reference, name)))
-    step, count = fsdp_train.train_step, []
-
-    def interrupted(*args):
-        count.append(1)
-        args[6].number = signal.SIGTERM if len(count) == 4 else 0
-        return step(*args)
-
-    monkeypatch.setattr(fsdp_train, "train_step", interrupted)
+    stop_in_step(monkeypatch, 4)
     words = preference_flags(base, tmp_path / "run", name, save_every=2)
     assert train(words)[0] == 128 + signal.SIGTERM
-    monkeypatch.setattr(fsdp_train, "train_step", step)
     succeeded(train(words))
     assert_identical(tmp_path / "run", reference)
     other = [*words, "--objective", "dpo", "--beta", "0.2"]

@@ -14,7 +14,8 @@ little more than one sequence. So sequences join and leave between any two steps
     slot 1    prefill B    B        B        prefill C    C waited for a free slot
 
   - Active sequence i uses slot i of the key/value cache, so a step never computes an empty slot.
-  - Prompts that join together are packed one behind the other and prefilled in one pass.
+  - Prompts that join together are packed one behind the other and prefilled in one pass. One that
+    repeats the prompt before it is not computed again: it gets a copy of the keys and values.
   - In fp32 a sequence gets the same tokens alone and in any batch. With 16 bits and less, kernels
     round differently for other batch sizes, which can show where two tokens are nearly tied.
 
@@ -25,7 +26,7 @@ import random
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -187,7 +188,8 @@ class Engine:
     def next_to_join(self) -> list[Sequence]:
         joining, tokens = [], 0
         while self.waiting and len(self.active) + len(joining) < self.max_batch_size:
-            tokens += len(self.waiting[0].prompt)
+            if not joining or self.waiting[0].prompt != joining[-1].prompt:
+                tokens += len(self.waiting[0].prompt)
             if joining and tokens > PREFILL_TOKENS:
                 break
             joining.append(self.waiting.popleft())
@@ -197,16 +199,22 @@ class Engine:
         """Run prompts through the model, into the slots behind the active ones.
 
         Returns the logits after each prompt, (B, V)."""
-        lengths = [len(s.prompt) for s in sequences]
+        repeats = [(prompt, len([*same])) for prompt, same in groupby(s.prompt for s in sequences)]
+        lengths = [len(prompt) for prompt, _ in repeats]
         padding = [min(-n % LENGTH_MULTIPLE, self.max_length - n) for n in lengths]
-        packed = [s.prompt + [0] * pad for s, pad in zip(sequences, padding, strict=True)]
+        packed = [p + [0] * pad for (p, _), pad in zip(repeats, padding, strict=True)]
         ids = torch.tensor([[token for prompt in packed for token in prompt]], device=self.device)
         starts = torch.tensor([0, *accumulate(map(len, packed))], device=self.device)
         tokens = torch.tensor(lengths, device=self.device)
         slots = self.cache[len(self.active) : len(self.active) + len(sequences)]
-        hidden = self.model.model(ids, starts.int(), slots)  # (1, all tokens, C)
-        slots.lengths.copy_(tokens)  # drops the padding: the next tokens overwrite it
-        return self.model.lm_head(hidden[0, starts[:-1] + tokens - 1])
+        hidden = self.model.model(ids, starts.int(), slots[: len(repeats)])  # (1, all tokens, C)
+        slots.lengths[: len(repeats)] = tokens  # drops the padding: the next tokens overwrite it
+        logits = self.model.lm_head(hidden[0, starts[:-1] + tokens - 1])
+        source = [i for i, (_, count) in enumerate(repeats) for _ in range(count)]  # of each slot
+        for target in reversed(range(len(source))):  # no slot is written before it is copied
+            if source[target] != target:
+                copy_slot(slots, source[target], target)
+        return logits[source]
 
     def decode(self) -> Tensor:
         """Run each active sequence's last token through the model; logits (B, V)."""

@@ -13,7 +13,7 @@ from alpaca.inference.engine import PREFILL_TOKENS, Engine, Sequence, overlap
 from alpaca.inference.sampling import SamplingParams
 from alpaca.weights.kernels import optimize_layout
 from dataset import encode_prompt
-from model import Llama
+from model import Decoder, Llama
 from tokenizer import load_tokenizer
 
 # ---------------------------------------------------------------- batches
@@ -83,6 +83,28 @@ def test_prompts_are_prefilled_together_up_to_a_limit():
         engine.add(prompt, SamplingParams(max_new_tokens=2))
     assert len(engine.step()) == 2 and 2 * 900 <= PREFILL_TOKENS < 3 * 900
     assert len(engine.step()) == 4
+
+
+def test_repeated_prompt_is_computed_once(monkeypatch):
+    """Several answers to a prompt, some of which join later than others, in every order."""
+    model, (a, b, c) = new_model(), prompts_of(21, 9, 14)
+    prompts = [a, a, a, b, c, c, a, a, b, b, b, b]
+    params = [SamplingParams(1, seed=i, max_new_tokens=3 + 5 * i % 7) for i in range(len(prompts))]
+    alone = [Engine(model, TOKENIZER).generate([p], each)[0] for p, each in zip(prompts, params)]
+    assert len({tuple(one.ids) for one in alone}) > 6
+    prefilled, forward = [], Decoder.forward
+
+    def spy(self, ids, cu_seqlens=None, *rest, **named):
+        prefilled.append(0 if cu_seqlens is None else len(cu_seqlens) - 1)
+        return forward(self, ids, cu_seqlens, *rest, **named)
+
+    monkeypatch.setattr(Decoder, "forward", spy)
+    for slots, computed in ((12, 5), (1, 12)):
+        prefilled.clear()
+        engine = Engine(model, TOKENIZER, slots)
+        together = engine.finish([engine.add(p, each) for p, each in zip(prompts, params)])
+        assert [one.ids for one in together] == [one.ids for one in alone]
+        assert sum(prefilled) == computed
 
 
 def test_prompts_are_padded_to_few_lengths(monkeypatch):

@@ -1,6 +1,6 @@
 """The tiny model learns from preferences, by each method in turn: ten minutes on two cores.
 
-    python -m bench.farm [--out runs/farm]
+    python -m bench.farm [--out runs/farm] [--too-far]
 
 AlpacaFarm's road in miniature (arXiv:2305.14387). The model of `make train` draws eight answers to
 each of its 5,400 training instructions, and the checker `exact` says which are right. Its verdicts
@@ -45,6 +45,7 @@ from bench.measure import ROOT, bench_parser
 from dataset import encode_all, make_row, pack_rows
 from tokenizer import load_tokenizer
 
+BEFORE, TOO_FAR, REWARD = "before", "DPO too far", "reward model"
 PARTS = ("word", "wording", "question")
 CORES = 2  # steps at a time, each on one
 N = (1, 4, 16)  # answers to pick from
@@ -56,14 +57,13 @@ GROUP = {"batch_size": 16, "samples": 8, "max_length": 192, "max_steps": 50, "le
 METHODS: dict[str, dict[str, Any]] = {  # flags of fsdp_train.py; make_data() makes the data
     "more SFT": {"data": "train", "batch_size": 16, "epochs": 1, "learning_rate": 1e-4},
     "DPO": {"objective": "dpo", "beta": 0.1, **PAIRWISE},
-    "DPO too far": {"objective": "dpo", "beta": 0.1, **PAIRWISE, **FAR},
+    TOO_FAR: {"objective": "dpo", "beta": 0.1, **PAIRWISE, **FAR},
     "IPO": {"objective": "ipo", "beta": 0.1, **PAIRWISE},
     "DPO per token": {"objective": "dpo-norm", "beta": 1, **PAIRWISE},
     "expert iteration": {"data": "mixed", "batch_size": 16, "epochs": 2, "learning_rate": 1e-4},
     "group": {"objective": "group", "check": "exact", "data": "mixed", **GROUP},
     "reward model": {"objective": "reward", **PAIRWISE, "epochs": 2, "learning_rate": 3e-4},
 }
-BEFORE, REWARD = "before", "reward model"
 
 
 def start(*words: object, **flags: Any) -> None:
@@ -150,10 +150,12 @@ def measure(model: Path, base: Path, files: dict[str, Path], folder: Path) -> di
     right = checked(draw(model, files["fresh"], folder / "greedy.jsonl", 1, 0))[1]
     samples = draw(model, files["some"], folder / "samples.jsonl", max(N), 1)
     records, rewards = checked(samples)
-    first = [record for i, record in enumerate(records) if i % max(N) < 4]  # KL needs no more
-    ratios = log_probs(model, first) - log_probs(base, first)
     best = [expected_best(rewards, n).mean() for n in N]
-    kl = ratios.mean().item(), ratios.std().item() / len(ratios) ** 0.5
+    kl = 0.0, 0.0
+    if model != base:
+        first = [record for i, record in enumerate(records) if i % max(N) < 4]  # KL needs no more
+        ratios = log_probs(model, first) - log_probs(base, first)
+        kl = ratios.mean().item(), ratios.std().item() / len(ratios) ** 0.5
     return {"right": right[:, 0].tolist(), "best": best, "kl": kl}
 
 
@@ -178,8 +180,10 @@ def train_and_measure(name: str, held_out: str, files: dict[str, Path], args: Na
         start("fsdp_train.py", model_dir=base, **flags)
     answers = folder / f"{held_out}.jsonl"
     if name == REWARD:
-        asked = files["some" if held_out == "fresh" else "shipped"]
-        result = rerank(model, draw(base, asked, answers, max(N), 1))
+        drawn = args.out / BEFORE / "samples.jsonl"  # of the fresh records, by the first step
+        if held_out == "shipped":
+            drawn = draw(base, files["shipped"], answers, max(N), 1)
+        result = rerank(model, drawn)
     elif held_out == "fresh":
         result = measure(model, base, files, folder)
     else:
@@ -233,11 +237,13 @@ def main() -> None:
     add("--records", type=int, help="learn from the first N training records (default: all)")
     add("--fresh", type=int, default=1200, help="held-out records to draw (default: 1200)")
     add("--max-steps", type=int, help="end each training after N steps")
+    add("--too-far", action="store_true", help=f"also train {TOO_FAR!r} (over a minute more)")
     args, began = parser.parse_args(), time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.model_dir.exists():
         start("fsdp_train.py", out=args.model_dir.parent)
-    files, names = make_data(args), [BEFORE, *METHODS]
+    files = make_data(args)
+    names = [BEFORE, *(name for name in METHODS if name != TOO_FAR or args.too_far)]
     for held_out in ("fresh", "shipped"):
         parallel(partial(train_and_measure, name, held_out, files, args) for name in names)
     table = report(names, files, args.out)

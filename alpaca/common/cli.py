@@ -102,6 +102,14 @@ def finite(text: str) -> float:
     return float(text)
 
 
+def share(text: str) -> float:
+    """For `type=` of a flag: a number from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise ValueError
+    return float(text)
+
+
+share.__name__ = "number from 0 to 1"
 not_negative.__name__ = "int from 0"  # argparse: invalid int from 0 value: 'x'
 finite.__name__ = "number"
 utf8_text.__name__ = "UTF-8 text"

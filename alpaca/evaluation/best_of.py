@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alpaca.common.cli import finite, positive
+from alpaca.common.cli import finite, positive, share
 from alpaca.common.errors import UserError
 from alpaca.common.json_files import check_shape, json_records
 from alpaca.common.run_folder import run_folder
@@ -172,7 +172,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min-reward", type=finite, default=-math.inf, metavar="REWARD", help=least)
     add("--pairs", type=Path, help="JSON file to write: preferences, the best against the worst")
     flip = "share of the --pairs to swap at random (default: 0)"
-    add("--flip", type=positive(float, 1), default=0.0, metavar="SHARE", help=flip)
+    add("--flip", type=share, default=0.0, metavar="SHARE", help=flip)
     add("--seed", type=int, default=0, help="of --flip and --single-order (default: 0)")
     add_judging_arguments(parser)
 

@@ -30,7 +30,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alpaca.common.cli import positive
+from alpaca.common.cli import positive, share
 from alpaca.common.errors import UserError, escape_control, notice
 from alpaca.common.files import atomic_file, read_text
 from alpaca.common.progress import short_number
@@ -259,7 +259,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pool = "JSON list of judges; one is drawn for each comparison"
     add("--annotators", type=Path, metavar="FILE", help=pool)
     flip = "share of the verdicts to flip at random (default: 0)"
-    add("--flip", type=positive(float, 1), default=0.0, metavar="SHARE", help=flip)
+    add("--flip", type=share, default=0.0, metavar="SHARE", help=flip)
     add("--name", help="annotator in annotations.json (default: model, or FILE's stem)")
     add("--seed", type=int, default=0, help="of orders, annotators and flips (default: 0)")
     add_judging_arguments(parser)

@@ -118,7 +118,7 @@ def test_best_of_flips_pairs_at_their_rate_by_the_seed(command, samples, tmp_pat
     quarter = flipped("--flip", 0.25)
     assert abs(sum(quarter) - n / 4) < 4 * (n * 3 / 16) ** 0.5
     assert quarter == flipped("--flip", 0.25) != flipped("--flip", 0.25, "--seed", 1)
-    assert sum(flipped("--flip", 1)) == n
+    assert sum(flipped("--flip", 1)) == n and not any(flipped("--flip", 0))
 
 
 def test_best_of_picks_by_a_reward_model(command, samples, tmp_path):

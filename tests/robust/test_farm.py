@@ -41,7 +41,7 @@ def test_log_probs_equal_a_plain_loop():
 def test_farm_measures_every_method_and_resumes(tmp_path):
     tiny, out = tmp_path / "tiny", tmp_path / "farm"
     run_module("fsdp_train.py", "--max-steps", 120, "--sample-answers", 1, "--out", tiny)
-    flags = ("--records", 100, "--fresh", 40, "--max-steps", 2)
+    flags = ("--records", 100, "--fresh", 40, "--max-steps", 2, "--too-far")
     command = ("-m", "bench.farm", "--out", out, "--model-dir", tiny / "model", *flags)
     text = run_module(*command)
     table = (out / "table.md").read_text()

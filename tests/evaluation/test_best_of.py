@@ -158,7 +158,7 @@ def test_best_of_errors_name_the_place(command, samples, tmp_path):
 
     refuse(LINES, "checker 'excat'", check="excat")
     refuse(LINES, "--n 5", "has 4 answers", more=("--n", 5))
-    refuse(LINES, "--flip: 2 is more than 1", more=("--flip", 2))
+    refuse(LINES, "--flip: invalid number from 0 to 1", more=("--flip", 2))
     refuse(LINES, "--flip goes with --pairs", more=("--flip", 0.5))
     refuse(LINES, "--min-reward goes with --out", more=("--min-reward", 1))
     refuse(LINES, "samples.jsonl is an input", more=("--out", samples))

@@ -90,7 +90,8 @@ def test_repeated_prompt_is_computed_once(monkeypatch):
     model, (a, b, c) = new_model(), prompts_of(21, 9, 14)
     prompts = [a, a, a, b, c, c, a, a, b, b, b, b]
     params = [SamplingParams(1, seed=i, max_new_tokens=3 + 5 * i % 7) for i in range(len(prompts))]
-    alone = [Engine(model, TOKENIZER).generate([p], each)[0] for p, each in zip(prompts, params)]
+    asked = list(zip(prompts, params, strict=True))
+    alone = [Engine(model, TOKENIZER).generate([p], each)[0] for p, each in asked]
     assert len({tuple(one.ids) for one in alone}) > 6
     prefilled, forward = [], Decoder.forward
 
@@ -102,7 +103,7 @@ def test_repeated_prompt_is_computed_once(monkeypatch):
     for slots, computed in ((12, 5), (1, 12)):
         prefilled.clear()
         engine = Engine(model, TOKENIZER, slots)
-        together = engine.finish([engine.add(p, each) for p, each in zip(prompts, params)])
+        together = engine.finish([engine.add(p, each) for p, each in asked])
         assert [one.ids for one in together] == [one.ids for one in alone]
         assert sum(prefilled) == computed
 

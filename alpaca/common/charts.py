@@ -72,8 +72,8 @@ def line_chart(title: str, x_label: str, lines: dict[str, list[tuple[float, floa
 
 
 def interval_chart(title: str, rows: dict[str, dict[str, tuple]], start: float, end: float) -> str:
-    """Name → kind → (low, middle, high); the same kinds for each name."""
-    kinds = list(next(iter(rows.values())))
+    """Name → kind → (low, middle, high). A name may lack a kind."""
+    kinds = list(dict.fromkeys(kind for intervals in rows.values() for kind in intervals))
     step = 22 + 6 * len(kinds)
     bottom, (x, marks) = 64 + step * len(rows), axis((start, end), 240, 704, 5)
     parts = [label(title, 360, 22, size=15)]
@@ -82,10 +82,12 @@ def interval_chart(title: str, rows: dict[str, dict[str, tuple]], start: float, 
     for n, (kind, colour) in enumerate(zip(kinds, COLOURS, strict=False)):
         parts.append(label(f"● {kind}", 240 + 160 * n, 44, "start", colour))
         for row, (name, intervals) in enumerate(rows.items()):
-            low, middle, high = intervals[kind]
             centre = 64 + step * (row + 0.5)
             y = centre + 10 * n - 5 * (len(kinds) - 1)
             parts += [label(name, 228, centre + 4, "end", limit=34)] if n == 0 else []
+            if kind not in intervals:
+                continue
+            low, middle, high = intervals[kind]
             if math.isfinite(high - low):  # else the bounds are unknown: only the dot
                 parts.append(line(f"M{x(low)} {y}H{x(high)}", colour, 2))
             parts.append(dot(x(middle), y, colour))

@@ -24,7 +24,12 @@ import numpy as np
 
 from alpaca.common.errors import UserError, notice
 from alpaca.evaluation.annotations import Comparison, read_annotations
-from alpaca.evaluation.length_control import length_controlled
+from alpaca.evaluation.length_control import (
+    LengthControlFile,
+    length_controlled,
+    length_controlled_v1,
+    read_lc_file,
+)
 
 Z = NormalDist().inv_cdf(0.975)  # 95 % of a normal distribution lie within ± 1.96 deviations
 EQUAL = 0.05  # a win rate this close to 50 % is called equal
@@ -64,30 +69,70 @@ def describe_difference(wins: int, losses: int, draws: int = 0) -> str:
 # ---------------------------------------------------------------- a row for each comparison
 
 
-def leaderboard(paths: Iterable[str | Path], common: bool = False) -> list[dict[str, Any]]:
-    """A row for each comparison, in the order of the files. `common` restricts them to the
-    instructions that all of them have."""
+def leaderboard(paths: Iterable[str | Path], lc_file: Path | None = None) -> list[dict[str, Any]]:
+    """A row for each comparison, in the order of the files, on the instructions that all of them
+    have. With AlpacaEval's file for length control, all must have the instructions of its set."""
     comparisons = [comparison for path in paths for comparison in read_annotations(path)]
     if scored := [c for c in comparisons if not np.isnan(c.scores).all()]:
         for c in comparisons:
             if np.isnan(c.scores).all():
                 notice(f"{c.source}: {c.annotator} has no preferences: left out")
         comparisons = scored
-    return comparison_rows(restrict_to_common(comparisons) if common else comparisons)
+    if lc_file is None:
+        return comparison_rows(restrict_to_common(comparisons))
+    file = read_lc_file(lc_file)
+    check_numbered(comparisons, lc_file, file.difficulty)
+    return comparison_rows(comparisons, file)
+
+
+def check_numbered(comparisons: list[Comparison], lc_file: Path, difficulty: np.ndarray) -> None:
+    """The file for length control knows instructions by their number in the set alone. In another
+    order, scores and difficulties correlate by chance: 2 / sqrt(n) or more one time in 44."""
+    n = len(difficulty)
+    for c in comparisons:
+        if len(c.instructions) != n:
+            raise UserError(
+                f"{c.source}: {len(c.instructions)} instructions by {c.model}, but {lc_file} has "
+                f"difficulties for {n}: all of its set, in its order, were expected"
+            )
+        if c.instructions != comparisons[0].instructions:
+            raise UserError(
+                f"{c.source} has other instructions than {comparisons[0].source}, or another "
+                f"order: {lc_file} knows them by their number in the set"
+            )
+        x, y = (v[~np.isnan(c.scores)] for v in (difficulty, c.scores))
+        if np.mean((x - x.mean()) * (y - y.mean())) < 2 / math.sqrt(n) * x.std() * y.std():
+            notice(
+                f"{c.source}: difficulties and preferences do not correlate: are the instructions "
+                "those of the set, in its order?"
+            )
 
 
 def restrict_to_common(comparisons: list[Comparison]) -> list[Comparison]:
     all_texts = [set(comparison.instructions) for comparison in comparisons]
     common = set.intersection(*all_texts)
     if not common:
-        raise UserError("--common: no instruction is in all of the files")
+        raise UserError("no instruction is in all of the files: score them one by one")
     if others := len(set.union(*all_texts) - common):
-        notice(f"{others} instructions that are not in all of the files are left out")
+        notice(
+            f"{others} instructions that are not in all of the files are left out of every figure; "
+            f"{len(common)} are scored"
+        )
     return [c.select([text for text in c.instructions if text in common]) for c in comparisons]
 
 
-def comparison_rows(comparisons: list[Comparison]) -> list[dict[str, Any]]:
-    """Models with the same annotator and baseline share one fit of the length control."""
+class Controlled(NamedTuple):
+    estimator: str
+    rate: float
+    error: float
+    f: float  # above 0 if the judge favours length
+
+
+def comparison_rows(
+    comparisons: list[Comparison], file: LengthControlFile | None = None
+) -> list[dict[str, Any]]:
+    """A row for each comparison; all have the same instructions. Without a file, models with the
+    same annotator and baseline share one fit of the length control, and one alone has none."""
     check_comparable(comparisons)
     groups: dict[tuple[str, str], list[Comparison]] = defaultdict(list)
     for comparison in comparisons:
@@ -97,34 +142,35 @@ def comparison_rows(comparisons: list[Comparison]) -> list[dict[str, Any]]:
         aligned = [c.select(comparisons[0].instructions) for c in group]
         scores = np.array([c.scores for c in aligned])  # (M, N)
         longer = np.array([c.lengths[1] - c.lengths[0] for c in aligned])  # (M, N)
-        rates, errors, f = length_controlled(scores, longer)
-        for comparison, rate, error in zip(group, rates.tolist(), errors.tolist(), strict=True):
-            rows[comparison.names] = comparison_row(comparison, rate, error, f)
+        controlled: list[Controlled | None] = [None]
+        if file:
+            fits = [length_controlled_v1(*one, file) for one in zip(scores, longer, strict=True)]
+            controlled = [Controlled(file.estimator, *fit[:2], float(-fit[2][0])) for fit in fits]
+        elif len(group) > 1:
+            rates, errors, f = length_controlled(scores, longer)
+            fits = zip(rates.tolist(), errors.tolist(), strict=True)
+            controlled = [Controlled("joint", *fit, f) for fit in fits]
+        for comparison, fit in zip(group, controlled, strict=True):
+            rows[comparison.names] = comparison_row(comparison, fit)
     return [rows[comparison.names] for comparison in comparisons]
 
 
 def check_comparable(comparisons: list[Comparison]) -> None:
-    """Refuse comparisons on different instructions, repeated ones, and those without scores."""
-    first, sources = comparisons[0], {}
+    """Refuse repeated comparisons and those without scores."""
+    sources = {}
     for comparison in comparisons:
         where = f"{comparison.source}: {comparison.model} against {comparison.baseline}"
         if comparison.names in sources:
             raise UserError(f"{where} is already in {sources[comparison.names]}: name it once")
         sources[comparison.names] = comparison.source
-        if unpaired := set(first.instructions).symmetric_difference(comparison.instructions):
-            source = first.source if min(unpaired) in first.instructions else comparison.source
-            raise UserError(
-                f"{where} has other instructions than {first.model} in {first.source}: "
-                f"{len(unpaired)} are in one of them only, such as {min(unpaired)[:60]!r} in "
-                f"{source}; --common scores those that all have"
-            )
         if np.isnan(comparison.scores).all():
             raise UserError(f"{where}: no preference in it is a number: judge it again")
 
 
-def comparison_row(comparison: Comparison, rate: float, error: float, f: float) -> dict[str, Any]:
+def comparison_row(comparison: Comparison, fit: Controlled | None) -> dict[str, Any]:
     """Rates, errors and bounds are percentages; flip_rate is a proportion. None is unknown: the
-    error of a single observation, flips where there was one order."""
+    error of a single observation, flips where there was one order, the length-controlled rate of
+    one model without AlpacaEval's file."""
     scores = comparison.scores[~np.isnan(comparison.scores)]
     flips = comparison.flips[~np.isnan(comparison.flips)]
     n = len(scores)
@@ -147,9 +193,10 @@ def comparison_row(comparison: Comparison, rate: float, error: float, f: float) 
         "sign_test": sign_test(wins, losses),
         "verdict": describe_difference(wins, losses, draws),
         "flip_rate": float(flips.mean()) if flips.size else None,
-        "length_controlled_win_rate": 100 * rate,
-        "length_controlled_standard_error": 100 * error if n > 1 else None,
-        "length_coefficient": f,
+        "length_control": fit and fit.estimator,
+        "length_controlled_win_rate": fit and 100 * fit.rate,
+        "length_controlled_standard_error": 100 * fit.error if fit and n > 1 else None,
+        "length_coefficient": fit and fit.f,
         "mean_length": length,
         "baseline_mean_length": baseline_length,
         "baseline": comparison.baseline,

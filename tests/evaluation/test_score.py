@@ -32,7 +32,7 @@ def test_rows_follow_the_files_and_the_table_is_sorted(score, tmp_path):
     assert lines[1].endswith("better") and lines[3].endswith("worse")
     assert lines[2].endswith("too few to tell") and "50.00 ± 5.03" in lines[2]
     assert "40.4–59.6" in lines[2] and "50–50–0" in lines[2]
-    assert lines[4] == "against base, judged by judge"
+    assert lines[4] == "against base, judged by judge, length control: joint"
     svg = ElementTree.parse(picture).getroot()
     texts = ["".join(node.itertext()) for node in svg.iter() if node.tag.endswith("text")]
     places = [texts.index(name) for name in ("good", "fair", "poor")]
@@ -59,25 +59,33 @@ def test_the_table_is_sorted_by_the_length_controlled_rate(score, tmp_path):
 
 def test_differing_judges_and_baselines_have_columns(score, tmp_path):
     one = [entry(n, 1 + n % 2) for n in range(10)]
+    one += [entry(n, 2 - n % 2, generator_2="another") for n in range(10)]
     other = [entry(n, 2, annotator="human", generator_1="gpt") for n in range(10)]
     picture = tmp_path / "p.svg"
     _, out, _ = score(write(tmp_path / "a.json", one + other), "--plot", picture)
     assert out.splitlines()[0].split()[:3] == ["model", "baseline", "judge"]
     assert "against" not in out and "human" in out and "gpt" in out
+    assert [line.split()[0] for line in out.splitlines()[1:4]] == ["tuned", "tuned", "another"]
+    assert out.splitlines()[-1].startswith("no length-controlled rate for one model alone")
     assert "tuned, gpt, human" in picture.read_text()
 
 
 def test_bars_are_95_percent_and_missing_where_unknown(score, tmp_path):
-    file = write(tmp_path / "a.json", [entry(n, 1 + n % 2) for n in range(100)])
+    entries = [entry(n, 1 + n % 2, generator_2=name) for n in range(100) for name in "ab"]
+    file = write(tmp_path / "a.json", entries)
     picture = tmp_path / "p.svg"
-    (row,) = json.loads(score(file, "--plot", picture, "--json")[1])
+    row, _ = json.loads(score(file, "--plot", picture, "--json")[1])
     bars = re.findall(r'd="M([\d.]+) [\d.]+H([\d.]+)" stroke="#d1570a"', picture.read_text())
     reach = 1.959964 * row["length_controlled_standard_error"]
     ends = [240 + (50 + side * reach) / 100 * (720 - 240 - 16) for side in (-1, 1)]
     assert [float(end) for end in bars[0]] == pytest.approx(ends, abs=0.06)
-    write(file, [entry(0, 2)])
+    write(file, [entry(0, 2), entry(0, 2, generator_2="b")])
     assert score(file, "--plot", picture)[0] == 0
     assert 'stroke="#d1570a"' not in picture.read_text() and "nan" not in picture.read_text()
+    assert 'fill="#d1570a"' in picture.read_text()
+    write(file, [entry(0, 2)])
+    assert score(file, "--plot", picture)[0] == 0
+    assert 'fill="#d1570a"' not in picture.read_text(), "one model has no length-controlled rate"
 
 
 def test_names_from_files_are_escaped(score, tmp_path):
@@ -93,14 +101,13 @@ def test_files_that_do_not_belong_together_are_refused(score, tmp_path):
     five = [entry(n, 2) for n in range(5)]
     a = write(tmp_path / "a.json", five)
     b = write(tmp_path / "b.json", [entry(n, 2, generator_2="new") for n in range(1, 6)])
-    words = f"{b}: new against base has other instructions than tuned in {a}: 2 are in one"
-    assert_refused(score(a, b), words, f"'instruction 0' in {a}", "--common")
     assert_refused(score(a, a), f"{a}: tuned against base is already in {a}")
-    code, out, err = score(a, b, "--common", "--json")
+    code, out, err = score(a, b, "--json")
     assert code == 0 and [row["n"] for row in json.loads(out)] == [4, 4]
-    assert "2 instructions that are not in all" in err
+    assert "2 instructions that are not in all of the files are left out" in err
+    assert "4 are scored" in err and err.count("\n") == 1
     far = write(tmp_path / "far.json", [entry(9, 2, generator_2="far")])
-    assert_refused(score(a, far, "--common"), "no instruction is in all")
+    assert_refused(score(a, far), "no instruction is in all")
     silent = write(tmp_path / "silent.json", [entry(n, math.nan) for n in range(5)])
     assert_refused(score(silent), f"{silent}: tuned against base: no preference")
     assert_refused(score(write(tmp_path / "empty.json", [])), "no annotations in it")

@@ -19,6 +19,7 @@ MAY_IMPORT = {  # chapter → chapters below it; every chapter may import the co
     "datagen": {"common"},
     "evaluation": {"common", "weights", "inference", "datagen"},
     "serving": {"common", "weights", "inference", "datagen"},
+    "capability": {"common", "weights", "inference", "datagen", "evaluation"},
 }
 TREES = {name: ast.parse(file.read_text()) for name, file in FILES.items()}
 

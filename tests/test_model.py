@@ -7,7 +7,7 @@ from helpers.flash import register_kernels
 from helpers.models import random_ids, small_config, small_model
 
 import model as model_module
-from alpaca.inference.engine import copy_slot
+from alpaca.inference.prefix import fork
 from alpaca.weights.presets import preset
 from model import (
     IGNORE,
@@ -125,7 +125,7 @@ def test_cached_decoding_equals_the_full_forward_everywhere(kv_heads):
     cache.lengths[1] = 0
     model(ids[3:4, :11], cu_seqlens(11), cache[1:2])
     decode(3, 0, 3, 2)
-    copy_slot(cache, 2, 0)
+    fork(cache[2:3], cache[0:1])
     assert cache.lengths.tolist() == [17, 14, 17]
     decode(3, 2, 3, 2)
 

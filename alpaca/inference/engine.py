@@ -15,7 +15,8 @@ little more than one sequence. So sequences join and leave between any two steps
 
   - Active sequence i uses slot i of the key/value cache, so a step never computes an empty slot.
   - Prompts that join together are packed one behind the other and prefilled in one pass. One that
-    repeats the prompt before it is not computed again: it gets a copy of the keys and values.
+    repeats the prompt before it is not computed again: it gets a copy of the keys and values, and
+    so do prompts that begin with the engine's `prefix`, of which only the rest is run (prefix.py).
   - In fp32 a sequence gets the same tokens alone and in any batch. With 16 bits and less, kernels
     round differently for other batch sizes, which can show where two tokens are nearly tied.
 
@@ -26,13 +27,14 @@ import random
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from itertools import accumulate, groupby
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from alpaca.common.errors import UserError
 from alpaca.inference.cuda_graphs import CudaGraphs
+from alpaca.inference.prefix import extend, fork, new_cache, prefill, shared_tokens
 from alpaca.inference.sampling import GREEDY, SamplingParams, penalize_repetition, sample
 from model import KVCache, Llama
 from tokenizer import Tokenizer, check_tokenizer, end_ids
@@ -126,6 +128,7 @@ class Engine:
         max_length: int | None = None,  # tokens of prompt and answer; None: the model's limit
         compile: bool = False,  # torch.compile the decoding step: minutes, then fewer kernels
         watermark=None,  # an object with bias(logits (B, V), ids (B, T)) -> logits: watermark.py
+        prefix: list[int] | None = None,  # ids with which many prompts begin: computed once
     ):
         check_tokenizer(tokenizer, model.config)
         self.model, self.tokenizer, self.watermark = model.eval(), tokenizer, watermark
@@ -134,23 +137,21 @@ class Engine:
         self.max_length = limit if max_length is None else max_length
         if not 1 < self.max_length <= limit:
             raise UserError(f"max_length {self.max_length}: the model has {limit} positions")
-        weight = model.model.norm.weight
-        self.device = weight.device
-        dtype = weight.dtype if weight.is_cuda else torch.float32
-        size = max_batch_size, self.max_length
-        try:
-            self.cache = KVCache(model.config, *size, self.device, dtype)
-        except RuntimeError:  # what torch raises when there is no memory
-            text = f"no memory for the keys and values of {size[0]} sequences of {size[1]} tokens"
-            raise UserError(f"{text}: decode fewer together, or have fewer positions") from None
-        self.cache.static = compile or weight.is_cuda
+        self.cache = new_cache(model, max_batch_size, self.max_length)
+        self.device, on_gpu = self.cache.k.device, self.cache.k.is_cuda
+        self.cache.static = compile or on_gpu
+        self.prefix = prefix or []
+        if prefix:
+            self.prefix_cache = new_cache(model, 1, len(prefix))
+            with torch.inference_mode():
+                prefill(model, self.prefix_cache, [prefix])
         self.waiting: deque[Sequence] = deque()
         self.active: list[Sequence] = []  # sequence i is in slot i of the cache
         self.decode_step = decode_step
         if compile:  # once for each batch size and reach of each engine
             torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
             self.decode_step = torch.compile(decode_step, dynamic=False)
-        self.graphs = CudaGraphs(self.decode_slots, self.cache.lengths) if weight.is_cuda else None
+        self.graphs = CudaGraphs(self.decode_slots, self.cache.lengths) if on_gpu else None
 
     # ------------------------------------------------------------ one step
 
@@ -180,7 +181,7 @@ class Engine:
             if self.active[slot].finish_reason is not None:
                 last = len(self.active) - 1
                 if slot < last:
-                    copy_slot(self.cache, last, slot)
+                    fork(self.cache[last : last + 1], self.cache[slot : slot + 1])
                 self.cache.lengths[last] = 0
                 self.active[slot] = self.active[last]
                 self.active.pop()
@@ -188,32 +189,34 @@ class Engine:
     def next_to_join(self) -> list[Sequence]:
         joining, tokens = [], 0
         while self.waiting and len(self.active) + len(joining) < self.max_batch_size:
-            if not joining or self.waiting[0].prompt != joining[-1].prompt:
-                tokens += len(self.waiting[0].prompt)
+            prompt = self.waiting[0].prompt
+            if not joining or prompt != joining[-1].prompt:
+                tokens += len(prompt) - shared_tokens(prompt, self.prefix)
             if joining and tokens > PREFILL_TOKENS:
                 break
             joining.append(self.waiting.popleft())
-        return joining
+        return sorted(joining, key=lambda s: -shared_tokens(s.prompt, self.prefix))
 
     def prefill(self, sequences: list[Sequence]) -> Tensor:
         """Run prompts through the model, into the slots behind the active ones.
 
         Returns the logits after each prompt, (B, V)."""
         repeats = [(prompt, len([*same])) for prompt, same in groupby(s.prompt for s in sequences)]
-        lengths = [len(prompt) for prompt, _ in repeats]
-        padding = [min(-n % LENGTH_MULTIPLE, self.max_length - n) for n in lengths]
-        packed = [p + [0] * pad for (p, _), pad in zip(repeats, padding, strict=True)]
-        ids = torch.tensor([[token for prompt in packed for token in prompt]], device=self.device)
-        starts = torch.tensor([0, *accumulate(map(len, packed))], device=self.device)
-        tokens = torch.tensor(lengths, device=self.device)
-        slots = self.cache[len(self.active) : len(self.active) + len(sequences)]
-        hidden = self.model.model(ids, starts.int(), slots[: len(repeats)])  # (1, all tokens, C)
-        slots.lengths[: len(repeats)] = tokens  # drops the padding: the next tokens overwrite it
-        logits = self.model.lm_head(hidden[0, starts[:-1] + tokens - 1])
+        prompts = [prompt for prompt, _ in repeats]
+        slots, hidden = self.cache[len(self.active) : len(self.active) + len(sequences)], []
+        sharing = [prompt for prompt in prompts if shared_tokens(prompt, self.prefix)]
+        if sharing:  # they come first
+            fork(self.prefix_cache, slots[: len(sharing)])
+            rests = [prompt[len(self.prefix) :] for prompt in sharing]
+            hidden.append(extend(self.model, slots[: len(sharing)], rests, LENGTH_MULTIPLE))
+        if whole := prompts[len(sharing) :]:
+            rest = slots[len(sharing) : len(prompts)]
+            hidden.append(prefill(self.model, rest, whole, LENGTH_MULTIPLE))
+        logits = self.model.lm_head(torch.cat(hidden))
         source = [i for i, (_, count) in enumerate(repeats) for _ in range(count)]  # of each slot
-        for target in reversed(range(len(source))):  # no slot is written before it is copied
-            if source[target] != target:
-                copy_slot(slots, source[target], target)
+        for target, i in reversed([*enumerate(source)]):  # none is written before it is copied
+            if i != target:
+                fork(slots[i : i + 1], slots[target : target + 1])
         return logits[source]
 
     def decode(self) -> Tensor:
@@ -328,13 +331,6 @@ class Engine:
 def power_of_two(n: int) -> int:
     """The next one from n on."""
     return 1 << (n - 1).bit_length()
-
-
-def copy_slot(cache: KVCache, source: int, target: int) -> None:
-    length = int(cache.lengths[source])
-    for stored in (cache.k, cache.v):
-        stored[:, target, :, :length] = stored[:, source, :, :length]
-    cache.lengths[target] = length
 
 
 def decode_step(model: Llama, ids: Tensor, cache: KVCache) -> Tensor:

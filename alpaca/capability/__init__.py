@@ -1,0 +1,4 @@
+"""What does a model know? Read in this order:
+
+loglikelihood    how likely a model finds each of several continuations of a text
+"""

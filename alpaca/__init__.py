@@ -1,9 +1,9 @@
 """The chapters behind the root modules: what the three commands at the root stand on, and one
 command, `alpaca VERB`, for everything else.
 
-common, weights, inference, training, datagen, evaluation, serving: each folder's `__init__.py`
-says what it teaches and in which order to read it. Imports go one way: root modules are read by
-the chapters, the chapters by the commands at the root.
+common, weights, inference, training, datagen, evaluation, capability, serving: each folder's
+`__init__.py` says what it teaches and in which order to read it. Imports go one way: root modules
+are read by the chapters, the chapters by the commands at the root.
 """
 
 import sys

@@ -106,3 +106,9 @@ def test_tokenize_unicode_reads_other_scripts(text, tokens):
     assert rouge_l(text, text, tokenize_unicode) == 1.0
     assert Pool([text], tokenize_unicode).scores(text).tolist() == [1.0]
     assert Pool([text]).scores(text)[0] in (0.0, 1.0)  # the default tokenizer drops other scripts
+
+
+def test_tokenize_unicode_of_ascii_equals_its_slow_path():
+    for code in range(128):
+        text = f"An {chr(code)} a{chr(code)}b 7"
+        assert tokenize_unicode(text) == tokenize_unicode(f"{text} é")[:-1], code

@@ -8,6 +8,7 @@
     batch             the same requests through the Batch API, at half the price
     formats           published data files as records; repaired conversations
     preferences       published comparisons of two answers, to learn from
+    overlap           which records overlap an evaluation set: by ROUGE-L, by 8-grams
     checkers          rewards that compare an answer with its reference
     curate, lint      `alpaca curate`: reports on a data set, known defects, what each source adds
     train_tokenizer   `alpaca train-tokenizer`

@@ -1,12 +1,14 @@
 """The inputs of a training run, read and checked before it starts."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from alpaca.common.errors import UserError
+from alpaca.common.errors import UserError, notice
 from alpaca.datagen.checkers import Checker, load_checker
 from alpaca.datagen.formats import Reading, load_mixture
+from alpaca.datagen.overlap import find_twins, questions_of
 from alpaca.datagen.preferences import load_preferences
 from alpaca.training.config import TrainConfig
 from alpaca.training.memory_plan import resolve_defaults
@@ -63,9 +65,23 @@ def prepare(config: TrainConfig) -> Job:
     records, held_out = [], None
     if config.eval_data:
         records, held_out = read_examples(config, config.eval_data, tokenizer)
+        warn_of_overlap(train_records, records)
     checker = load_checker(config.check) if config.check else None
     checked = train_records if checker else ()
     return Job(config, model_config, tokenizer, train, held_out, records, steps, checker, checked)
+
+
+def warn_of_overlap(train_records: Sequence[dict], held_out: Sequence[dict]) -> None:
+    """Say on rank 0 how many held-out questions are trained on; it changes nothing."""
+    if os.environ.get("RANK", "0") == "0":
+        asked = [questions_of(record)[0] for record in held_out]
+        items = sorted({twin.item for twin in find_twins(train_records, asked, rouge=False)})
+        if items:
+            notice(
+                f"{len(items):,} of {len(asked):,} questions of --eval-data are in --data, such as "
+                f"{asked[items[0]][:60]!r}: their loss says little of new ones; "
+                "`alpaca decontaminate DATA --against SET` lists them"
+            )
 
 
 def read_examples(

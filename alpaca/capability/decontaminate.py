@@ -1,0 +1,88 @@
+"""Find training records that overlap an evaluation set, and write the data without them.
+
+    alpaca decontaminate data/sample_train.json --against data/sample_heldout.json
+    alpaca decontaminate alpaca_data.json dolly.jsonl --against gsm8k.jsonl --out clean.json
+
+Both are read in any of the published forms (alpaca/datagen/formats.py); a set needs no answers, and
+may also be a folder with a model's answers. Every pair of twins is listed: what they have in common
+(alpaca/datagen/overlap.py says when a pair counts), where both are, and how they begin. --out is a
+JSON list of all other records, each as it was in its file; a conversation or a record with several
+instances goes as a whole. Of DATA given as FILE:WEIGHT, all records are compared.
+"""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from alpaca.common.errors import UserError
+from alpaca.common.files import refuse_existing
+from alpaca.common.json_files import json_records
+from alpaca.datagen.curate import printable
+from alpaca.datagen.formats import Reading, load_placed, normalize_all, parse_weight
+from alpaca.datagen.overlap import Twin, find_twins, questions_of
+from alpaca.evaluation.outputs import OUTPUTS, save_json
+
+ALL_REPLIES = Reading(oasst="all")  # of OpenAssistant's trees: training may use any
+
+
+class PlacedText(NamedTuple):
+    place: str  # "set.jsonl, line 3"
+    text: str
+
+
+def read_set(path: Path) -> list[PlacedText]:
+    """The questions of an evaluation set or data file, in the order of its records."""
+    path = path / OUTPUTS if path.is_dir() else path
+    records = (
+        (place, {**raw, "output": ""} if isinstance(raw, dict) else raw)  # needs no answers
+        for place, raw in json_records(path)
+    )
+    found = normalize_all(records, ALL_REPLIES)
+    cases = ((place, case) for place, _, cases in found for case in cases)
+    questions = [PlacedText(place, questions_of(case)[0]) for place, case in cases]
+    if not questions:
+        raise UserError(f"{path}: no questions in it")
+    return questions
+
+
+def describe_twin(twin: Twin, record: PlacedText, item: PlacedText) -> str:
+    """Three lines: how much they have in common and where they are, then both texts."""
+    shown = {"equal": "equal", "contained": f"{twin.score:.0%} of its 8-grams"}
+    head = shown.get(twin.kind, f"ROUGE-L {twin.score:.2f}")
+    texts = (f"    {printable(each.text)}" for each in (record, item))
+    places = f"{printable(record.place, 120)} and {printable(item.place, 120)}"
+    return "\n".join((f"{places}: {head}", *texts))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("data", nargs="+", metavar="DATA", help="training data, as for fsdp_train.py --data")
+    add("--against", nargs="+", type=Path, required=True, metavar="SET", help="evaluation sets")
+    add("--out", type=Path, help="JSON file to write: the data without the records listed")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.out:
+        refuse_existing(args.out)
+    files = dict.fromkeys(parse_weight(spec)[0] for spec in args.data)
+    placed = [record for file in files for record in load_placed(file, ALL_REPLIES)]
+    records = [case for *_, case in placed]
+    items = [question for path in args.against for question in read_set(path)]
+    twins = find_twins(records, [item.text for item in items])
+    raw = {place: record for place, record, _ in placed}
+    overlapping = {placed[twin.record][0] for twin in twins}
+    for twin in twins:
+        record = PlacedText(placed[twin.record][0], questions_of(records[twin.record])[0])
+        print(describe_twin(twin, record, items[twin.item]))
+    kinds = Counter(twin.kind for twin in twins)
+    counts = ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items()))
+    hit = len({twin.item for twin in twins})
+    print(
+        f"{len(overlapping):,} of {len(raw):,} records overlap {hit:,} of {len(items):,} items"
+        + (f"; twins: {counts}" if twins else "")
+    )
+    if args.out:
+        clean = [record for place, record in raw.items() if place not in overlapping]
+        save_json(args.out, clean)
+        print(f"wrote {args.out}: {len(clean):,} records")

@@ -30,16 +30,25 @@ from contextlib import suppress
 from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from alpaca.common.errors import UserError
 from alpaca.inference.cuda_graphs import CudaGraphs
-from alpaca.inference.prefix import extend, fork, new_cache, prefill, shared_tokens
+from alpaca.inference.prefix import (
+    cache_memory,
+    extend,
+    fork,
+    new_cache,
+    prefill,
+    shared_tokens,
+)
 from alpaca.inference.sampling import GREEDY, SamplingParams, penalize_repetition, sample
 from model import KVCache, Llama
 from tokenizer import Tokenizer, check_tokenizer, end_ids
 
 PREFILL_TOKENS = 2048  # prompts are prefilled together up to about this many tokens
+FIRST_LENGTH = 512  # positions of the cache at the start: it grows with the longest sequence
 SHORTEST_REACH = 256  # positions of the cache that a step on a GPU reads at least
 LENGTH_MULTIPLE = 16  # prompts are padded to it: on a CPU, oneDNN stores a kernel per length
 
@@ -137,7 +146,7 @@ class Engine:
         self.max_length = limit if max_length is None else max_length
         if not 1 < self.max_length <= limit:
             raise UserError(f"max_length {self.max_length}: the model has {limit} positions")
-        self.cache = new_cache(model, max_batch_size, self.max_length)
+        self.cache = new_cache(model, max_batch_size, min(FIRST_LENGTH, self.max_length))
         self.device, on_gpu = self.cache.k.device, self.cache.k.is_cuda
         self.cache.static = compile or on_gpu
         self.prefix = prefix or []
@@ -152,6 +161,17 @@ class Engine:
             torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
             self.decode_step = torch.compile(decode_step, dynamic=False)
         self.graphs = CudaGraphs(self.decode_slots, self.cache.lengths) if on_gpu else None
+
+    def reserve(self, tokens: int) -> None:
+        """Let every slot of the cache have room for `tokens`: its size doubles up to max_length."""
+        cache, room = self.cache, self.cache.k.shape[3]
+        if tokens > room:
+            length = min(max(2 * room, tokens), self.max_length)
+            with cache_memory(self.max_batch_size, length):
+                cache.k = F.pad(cache.k, (0, 0, 0, length - room))
+                cache.v = F.pad(cache.v, (0, 0, 0, length - room))
+            if self.graphs:  # they were recorded with the old tensors
+                self.graphs = CudaGraphs(self.decode_slots, cache.lengths)
 
     # ------------------------------------------------------------ one step
 
@@ -203,6 +223,7 @@ class Engine:
         Returns the logits after each prompt, (B, V)."""
         repeats = [(prompt, len([*same])) for prompt, same in groupby(s.prompt for s in sequences)]
         prompts = [prompt for prompt, _ in repeats]
+        self.reserve(min(max(map(len, prompts)) + LENGTH_MULTIPLE, self.max_length))
         slots, hidden = self.cache[len(self.active) : len(self.active) + len(sequences)], []
         sharing = [prompt for prompt in prompts if shared_tokens(prompt, self.prefix)]
         if sharing:  # they come first
@@ -222,11 +243,11 @@ class Engine:
     def decode(self) -> Tensor:
         """Run each active sequence's last token through the model; logits (B, V)."""
         B = size = len(self.active)
-        reach = self.max_length
+        reach = max(len(s.prompt) + len(s.ids) for s in self.active)
         if self.cache.static:  # few sizes and reaches; the slots behind B are empty
-            longest = max(len(s.prompt) + len(s.ids) for s in self.active)
             size = min(power_of_two(B), self.max_batch_size)
-            reach = min(max(power_of_two(longest), SHORTEST_REACH), self.max_length)
+            reach = min(max(power_of_two(reach), SHORTEST_REACH), self.max_length)
+        self.reserve(reach)
         last_ids = [s.ids[-1] for s in self.active] + [0] * (size - B)
         ids = torch.tensor(last_ids, device=self.device)
         step = self.graphs.replay if self.graphs else self.decode_slots

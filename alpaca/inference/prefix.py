@@ -21,6 +21,8 @@ This is tree attention (SpecInfer, arXiv:2305.09781); `Branches` is the view of 
 it. Sharing prefixes among requests: SGLang, 2312.07104.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
 
@@ -37,10 +39,16 @@ def new_cache(model: Llama, slots: int, max_length: int) -> KVCache:
     dtype = weight.dtype if weight.is_cuda else torch.float32
     limit = max(max_length, model.config.max_position_embeddings)  # branches share positions
     config = replace(model.config, max_position_embeddings=limit)
-    try:
+    with cache_memory(slots, max_length):
         return KVCache(config, slots, max_length, weight.device, dtype)
+
+
+@contextmanager
+def cache_memory(slots: int, length: int) -> Iterator[None]:
+    try:
+        yield
     except RuntimeError:  # what torch raises when there is no memory
-        text = f"no memory for the keys and values of {slots} sequences of {max_length} tokens"
+        text = f"no memory for the keys and values of {slots} sequences of {length} tokens"
         raise UserError(f"{text}: decode fewer together, or have fewer positions") from None
 
 

@@ -243,9 +243,27 @@ def test_prompt_that_cannot_be_answered_is_refused():
     assert not engine.busy
     with pytest.raises(UserError, match="24 positions"):
         Engine(engine.model, TOKENIZER, max_length=25)
-    endless = new_model(max_position_embeddings=1 << 24)
-    with pytest.raises(UserError, match="no memory for the keys and values of 65536 sequences"):
-        Engine(endless, TOKENIZER, max_batch_size=1 << 16)
+    endless = Engine(new_model(max_position_embeddings=1 << 24), TOKENIZER, max_batch_size=1 << 10)
+    with pytest.raises(UserError, match="no memory .* of 1024 sequences of 16777216 tokens"):
+        endless.reserve(1 << 24)
+
+
+def test_cache_grows_with_the_longest_sequence(monkeypatch):
+    """The text is that of a cache of full size, for which long contexts have no memory."""
+    model, params = new_model(max_position_embeddings=90), SamplingParams(max_new_tokens=40)
+    prompts = prompts_of(5, 30, 9, 33, 49)
+    whole = Engine(model, TOKENIZER, max_batch_size=2)
+    assert whole.cache.k.shape[3] == 90
+    expected = [answer.ids for answer in whole.generate(prompts, params)]
+    monkeypatch.setattr("alpaca.inference.engine.FIRST_LENGTH", 10)
+    engine, lengths = Engine(model, TOKENIZER, max_batch_size=2), [10]
+    sequences = [engine.add(prompt, params) for prompt in prompts]
+    while engine.busy:
+        engine.step()
+        if (length := engine.cache.k.shape[3]) != lengths[-1]:
+            lengths.append(length)
+    assert [s.ids for s in sequences] == expected and max(map(len, expected)) == 40
+    assert lengths == [10, 46, 90]  # a prompt of 30 and its padding; both doubled
 
 
 @pytest.mark.parametrize("sampling", [(0.0,), (1.0,), (1.0, 5), (1.0, 0, 0.9)])

@@ -36,6 +36,7 @@ from torch import Tensor
 from alpaca.common.errors import UserError
 from alpaca.inference.cuda_graphs import CudaGraphs
 from alpaca.inference.prefix import (
+    LENGTH_MULTIPLE,
     cache_memory,
     extend,
     fork,
@@ -50,7 +51,6 @@ from tokenizer import Tokenizer, check_tokenizer, end_ids
 PREFILL_TOKENS = 2048  # prompts are prefilled together up to about this many tokens
 FIRST_LENGTH = 512  # positions of the cache at the start: it grows with the longest sequence
 SHORTEST_REACH = 256  # positions of the cache that a step on a GPU reads at least
-LENGTH_MULTIPLE = 16  # prompts are padded to it: on a CPU, oneDNN stores a kernel per length
 
 
 class Sequence:
@@ -229,10 +229,10 @@ class Engine:
         if sharing:  # they come first
             fork(self.prefix_cache, slots[: len(sharing)])
             rests = [prompt[len(self.prefix) :] for prompt in sharing]
-            hidden.append(extend(self.model, slots[: len(sharing)], rests, LENGTH_MULTIPLE))
+            hidden.append(extend(self.model, slots[: len(sharing)], rests))
         if whole := prompts[len(sharing) :]:
             rest = slots[len(sharing) : len(prompts)]
-            hidden.append(prefill(self.model, rest, whole, LENGTH_MULTIPLE))
+            hidden.append(prefill(self.model, rest, whole))
         logits = self.model.lm_head(torch.cat(hidden))
         source = [i for i, (_, count) in enumerate(repeats) for _ in range(count)]  # of each slot
         for target, i in reversed([*enumerate(source)]):  # none is written before it is copied

@@ -32,6 +32,8 @@ from torch import Tensor
 from alpaca.common.errors import UserError
 from model import AttentionContext, KVCache, Llama, LlamaConfig
 
+LENGTH_MULTIPLE = 16  # rows are padded to it: on a CPU, oneDNN stores a kernel per length
+
 
 def new_cache(model: Llama, slots: int, max_length: int) -> KVCache:
     """On a CPU it is fp32: attention with one bf16 query is slow there."""
@@ -66,16 +68,21 @@ def shared_tokens(ids: list[int], prefix: list[int]) -> int:
     return n if ids[:n] == prefix and len(ids) > n else 0
 
 
-def pad(rows: list[list[int]], longest: int, device: torch.device) -> Tensor:
-    return torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+def padded(length: int, room: int) -> int:
+    """The next multiple, or as near to it as there is room."""
+    return length + min(-length % LENGTH_MULTIPLE, room - length)
 
 
-def prefill(model: Llama, cache: KVCache, rows: list[list[int]], multiple: int = 1) -> Tensor:
+def pad(rows: list[list[int]], length: int, device: torch.device) -> Tensor:
+    return torch.tensor([row + [0] * (length - len(row)) for row in rows], device=device)
+
+
+def prefill(model: Llama, cache: KVCache, rows: list[list[int]]) -> Tensor:
     """Store a row of ids in each slot, in place of what is there; hidden states after each, (B, C).
 
-    Rows are packed one behind the other. Each is padded to a multiple, if the cache has room."""
-    device, max_length = cache.lengths.device, cache.k.shape[3]
-    widths = [len(row) + min(-len(row) % multiple, max_length - len(row)) for row in rows]
+    Rows are packed one behind the other."""
+    device = cache.lengths.device
+    widths = [padded(len(row), cache.k.shape[3]) for row in rows]
     packed = [row + [0] * (width - len(row)) for row, width in zip(rows, widths, strict=True)]
     ids = torch.tensor([[token for row in packed for token in row]], device=device)
     starts = torch.tensor([0, *accumulate(widths)], device=device)
@@ -85,12 +92,12 @@ def prefill(model: Llama, cache: KVCache, rows: list[list[int]], multiple: int =
     return hidden[starts[:-1] + tokens - 1]
 
 
-def extend(model: Llama, cache: KVCache, rows: list[list[int]], multiple: int = 1) -> Tensor:
+def extend(model: Llama, cache: KVCache, rows: list[list[int]]) -> Tensor:
     """Append a row of ids to the sequence in each slot; hidden states after each, (B, C).
 
-    All are padded to the longest, and that to a multiple, if the cache has room."""
-    device, T = cache.lengths.device, max(map(len, rows))
-    T += min(-T % multiple, cache.k.shape[3] - int(cache.lengths.max()) - T)
+    Each is padded to the longest: rows of similar length waste little."""
+    device = cache.lengths.device
+    T = padded(max(map(len, rows)), cache.k.shape[3] - int(cache.lengths.max()))
     tokens = torch.tensor([len(row) for row in rows], device=device)
     after = cache.lengths + tokens
     hidden = model.model(pad(rows, T, device), cache=cache)  # (B, T, C)

@@ -64,8 +64,8 @@ def test_forked_prefix_moves_no_logit(kv_heads, length, static):
 
 @torch.no_grad()
 def test_fork_equals_a_prefill_of_each_slot_in_every_bit():
-    model, (prefix, *rests) = small_model(), rows_of(30, *RESTS)
-    cache = new_cache(model, len(RESTS), 50)
+    model, (prefix, *rests) = small_model(), rows_of(32, *RESTS)
+    cache = new_cache(model, len(RESTS), 52)
     prefill(model, cache, [prefix] * len(RESTS))
     expected = extend(model, cache, rests)
     assert torch.equal(extend(model, forked(model, prefix, 4, 20), rests), expected)
@@ -83,7 +83,7 @@ def test_rows_are_padded_to_a_multiple_where_the_cache_has_room(monkeypatch):
 
     monkeypatch.setattr(model.model, "forward", forward)
     for cache in caches:
-        extend(model, cache, rows_of(3, 1), multiple=16)
+        extend(model, cache, rows_of(3, 1))
     assert widths == [3, 10, 16]
 
 

@@ -24,6 +24,7 @@ VERBS = {  # in order, from data to a published model
     "samples": ("alpaca.evaluation.samples", "draw several answers to each instruction"),
     "best-of": ("alpaca.evaluation.best_of", "pick the best of several answers by a reward"),
     "score": ("alpaca.evaluation.score", "win rates from annotation files"),
+    "benchmark": ("alpaca.capability.benchmark", "accuracies on published benchmarks"),
 }
 
 USAGE = """usage: alpaca VERB ...      (alpaca VERB --help explains one)

@@ -1,5 +1,8 @@
 """What does a model know? Read in this order:
 
 loglikelihood    how likely a model finds each of several continuations of a text
+tasks            published benchmark files → questions, their answers, and the right ones
+scoring          questions → scores: choices by their likelihood, generated answers by their number
+benchmark        `alpaca benchmark`: each question's scores on disk, accuracies with intervals
 decontaminate    `alpaca decontaminate`: training records that overlap an evaluation set
 """

@@ -4,7 +4,7 @@
     check({"instruction": "Add 70 and 2.", "input": "", "output": "… #### 72"}, "It is 72.")  # 1.0
 
     exact          the same text; any run of spaces and newlines counts as one space, case matters
-    number         the same last number, as GSM8K scores it: 1,234.50 is 1234.5
+    number         the same number after GSM8K's ####, or else the last one: 1,234.50 is 1234.5
     regex          the reference is a regular expression that matches somewhere in the answer
     FILE.py:NAME   a function of your own: NAME(record, answer) returns the reward, any number
 
@@ -16,14 +16,18 @@ import math
 import re
 import runpy
 from collections.abc import Callable
-from decimal import Decimal
+from contextlib import suppress
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from alpaca.common.errors import UserError, describe_error
 from alpaca.datagen.preferences import last_answer
 
 Checker = Callable[[dict, str], float]  # (normalized record, answer) → reward
-NUMERAL = re.compile(r"(?<![\d.])-?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)", re.ASCII)
+STATED = re.compile(r"#### (-?[\d.,]+)", re.ASCII)
+NUMERAL = re.compile(
+    r"(?<![\d.])[-−]?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)", re.ASCII
+)
 
 
 def check_exact(record: dict, answer: str) -> float:
@@ -32,13 +36,21 @@ def check_exact(record: dict, answer: str) -> float:
 
 def last_number(text: str) -> Decimal | None:
     found = NUMERAL.findall(text)
-    return Decimal(found[-1].replace(",", "")) if found else None
+    return Decimal(re.sub("[$,]", "", found[-1]).replace("−", "-")) if found else None
+
+
+def stated_number(text: str) -> Decimal | None:
+    """The number that a solution in GSM8K's form ends with, or else the last one in the text."""
+    if found := STATED.search(text):
+        with suppress(InvalidOperation):  # "1.2.3"
+            return Decimal(found[1].replace(",", ""))
+    return last_number(text)
 
 
 def check_number(record: dict, answer: str) -> float:
-    if (expected := last_number(last_answer(record))) is None:
+    if (expected := stated_number(last_answer(record))) is None:
         raise UserError(f"no number in the reference {last_answer(record)[:40]!r}: use exact")
-    return float(last_number(answer) == expected)
+    return float(stated_number(answer) == expected)
 
 
 def check_regex(record: dict, answer: str) -> float:

@@ -1,9 +1,14 @@
 """Rewards that compare an answer with the reference of its record."""
 
+import random
+import re
+from decimal import Decimal
+
 import pytest
+from helpers.benchmarks import solution
 
 from alpaca.common.errors import UserError
-from alpaca.datagen.checkers import load_checker
+from alpaca.datagen.checkers import load_checker, stated_number
 
 
 def reward(spec: str, reference: str, answer: str) -> float:
@@ -29,6 +34,16 @@ def reward(spec: str, reference: str, answer: str) -> float:
         ("number", "1234567", "1,234,567", 1),
         ("number", "1,234,567", "about 567", 0),
         ("number", "2345", "1,2345", 1),
+        ("number", "5", "#### 5\nI needed 3 steps.", 1),
+        ("number", "5", "####5, then 3", 0),
+        ("number", "1234.5", "It is $1,234.50.", 1),
+        ("number", "-5", "He loses -$5", 1),
+        ("number", "-5", "He loses \u22125 km", 1),
+        ("number", "5", "12-$5", 1),
+        ("number", "30", "30% of them, or 30 kg", 1),
+        ("number", "1.2", "#### 1.2.3", 1),
+        ("number", "72", "#### 72.", 1),
+        ("number", "7", "#### seven", 0),
         ("number", "7", "seven", 0),
         ("number", "7", "", 0),
         ("regex", r"(?i)\bred\b", "It is Red.", 1),
@@ -37,6 +52,14 @@ def reward(spec: str, reference: str, answer: str) -> float:
 )
 def test_checker_rewards_what_agrees_with_the_reference(spec, reference, answer, expected):
     assert reward(spec, reference, answer) == expected
+
+
+def test_the_number_of_a_solution_is_that_of_gsm8ks_expression():
+    rng = random.Random(0)
+    for text in (solution(rng) for _ in range(100)):
+        (expected,) = re.findall(r"#### (\-?[0-9\.\,]+)", text)
+        assert stated_number(text) == Decimal(expected.replace(",", ""))
+        assert load_checker("number")({"instruction": "?", "input": "", "output": text}, text) == 1
 
 
 def test_checker_takes_the_last_answer_of_a_conversation():

@@ -25,6 +25,7 @@ VERBS = {  # in order, from data to a published model
     "best-of": ("alpaca.evaluation.best_of", "pick the best of several answers by a reward"),
     "score": ("alpaca.evaluation.score", "win rates from annotation files"),
     "benchmark": ("alpaca.capability.benchmark", "accuracies on published benchmarks"),
+    "compare": ("alpaca.capability.compare", "style beside capability: a page from all results"),
 }
 
 USAGE = """usage: alpaca VERB ...      (alpaca VERB --help explains one)
@@ -53,7 +54,7 @@ def main() -> None:
     if verb not in VERBS:
         similar = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean {similar[0]}?" if similar else f"one of {', '.join(VERBS)}"
-        notice(f"error: unknown verb {verb!r}: {hint}")
+        notice(f"error: unknown verb {verb[:40]!r}: {hint}")
         sys.exit(2)
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in an import just ends it
     module, parser = load_verb(verb)

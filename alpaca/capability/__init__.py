@@ -4,5 +4,6 @@ loglikelihood    how likely a model finds each of several continuations of a tex
 tasks            published benchmark files → questions, their answers, and the right ones
 scoring          questions → scores: choices by their likelihood, generated answers by their number
 benchmark        `alpaca benchmark`: each question's scores on disk, accuracies with intervals
+compare          `alpaca compare`: what people and judges prefer beside what models know
 decontaminate    `alpaca decontaminate`: training records that overlap an evaluation set
 """

@@ -2,6 +2,7 @@
 
     line_chart(title, x_label, lines)        named lines through (x, y) points: losses
     interval_chart(title, rows, start, end)  (low, middle, high) of several kinds: a leaderboard
+    scatter_chart(title, x_label, y_label, points)   intervals along two axes: style and capability
     sunburst(names, caption)                 a ring of names and a ring of their parts: diversity
 
 Names come from downloaded files and from models, so every text is escaped.
@@ -39,8 +40,8 @@ def line(path: str, colour: str = "#d0d7de", width: int = 1) -> str:
     return f'<path d="{path}" stroke="{colour}" stroke-width="{width}"/>'
 
 
-def dot(x: float, y: float, colour: str) -> str:
-    return f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>'
+def dot(x: float, y: float, colour: str, radius: int = 4) -> str:
+    return f'<circle cx="{x}" cy="{y}" r="{radius}" fill="{colour}"/>'
 
 
 def axis(values: Iterable[float], start: int, end: int, ticks: int) -> tuple[Callable, list[float]]:
@@ -92,6 +93,35 @@ def interval_chart(title: str, rows: dict[str, dict[str, tuple]], start: float, 
                 parts.append(line(f"M{x(low)} {y}H{x(high)}", colour, 2))
             parts.append(dot(x(middle), y, colour))
     return svg(720, bottom + 32, parts)
+
+
+def scatter_chart(
+    title: str, x_label: str, y_label: str, points: dict[str, tuple[tuple, tuple]]
+) -> str:
+    """Name → (low, middle, high) on either axis: a numbered dot with two bars. Axes go by tens."""
+    x, x_marks = axis_by_tens((value for across, _ in points.values() for value in across), 64, 480)
+    y, y_marks = axis_by_tens((value for _, up in points.values() for value in up), 432, 40)
+    parts = [label(title, 360, 22, size=15), label(x_label, 272, 470, limit=90)]
+    parts.append(
+        f'<g transform="translate(20 236) rotate(-90)">{label(y_label, 0, 0, limit=60)}</g>'
+    )
+    parts += [line(f"M{x(mark)} 40V432") + label(f"{mark:g}", x(mark), 450) for mark in x_marks]
+    parts += [
+        line(f"M64 {y(mark)}H480") + label(f"{mark:g}", 58, y(mark) + 4, "end") for mark in y_marks
+    ]
+    for n, (name, (across, up)) in enumerate(points.items()):
+        colour, (left, a, right), (bottom, b, top) = COLOURS[n % len(COLOURS)], across, up
+        parts.append(line(f"M{x(left)} {y(b)}H{x(right)}M{x(a)} {y(bottom)}V{y(top)}", colour, 2))
+        parts.append(dot(x(a), y(b), colour, 9) + label(f"{n + 1}", x(a), y(b) + 4, colour="#fff"))
+        parts.append(label(f"{n + 1}  {name}", 500, 54 + 18 * n, "start", colour, limit=30))
+    return svg(720, max(484, 60 + 18 * len(points)), parts)
+
+
+def axis_by_tens(values: Iterable[float], start: int, end: int) -> tuple[Callable, list[float]]:
+    values = list(values)
+    low, high = 10 * math.floor(min(values) / 10), 10 * math.ceil(max(values) / 10)
+    high = max(high, low + 10)
+    return axis((low, high), start, end, (high - low) // 10 + 1)
 
 
 def sunburst(names: list[tuple[str, int, Bars]], caption: str) -> str:

@@ -17,6 +17,7 @@ without the instructions' difficulties, it was further off (5.5 points) than the
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from alpaca.common import charts
@@ -43,18 +44,24 @@ def format_table(rows: list[dict]) -> str:
     for name, prefix in prefixes.items():
         if len(set(columns[name])) == 1 and (value := columns.pop(name)[0]):
             footer.append(f"{prefix} {escape_control(value)}")
-    shown = [[name, *map(escape_control, cells)] for name, cells in columns.items() if any(cells)]
-    widths = [max(map(len, column)) for column in shown]
-    text = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in zip(*shown, strict=True)
-    ]
-    lines = [*text, ", ".join(footer)] if footer else text
+    shown = [[name, *cells] for name, cells in columns.items() if any(cells)]
+    lines = [align_columns([*zip(*shown, strict=True)])]
+    if footer:
+        lines.append(", ".join(footer))
     if any(row["length_control"] is None for row in rows):
         lines.append(
             "no length-controlled rate for one model alone: `alpaca score` takes more, or --lc-file"
         )
     return "\n".join(lines)
+
+
+def align_columns(lines: Sequence[Sequence[str]]) -> str:
+    lines = [list(map(escape_control, line)) for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
 
 
 def format_cells(row: dict) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Charts are well-formed XML for every input; their lines stay inside; no text escapes."""
 
 import math
+import re
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -33,6 +34,24 @@ def test_interval_chart_draws_no_bar_without_bounds():
     assert f"{'m' * 33}…" in picture.itertext()
 
 
+def test_scatter_chart_draws_bars_along_both_axes():
+    points = {"a": ((30, 45, 50), (41, 50, 59)), "b": ((70, 75, 80), (20, 25, 31))}
+    picture = ET.fromstring(charts.scatter_chart("t", "x", "y", points))
+    texts = list(picture.itertext())
+    assert texts[3:9] == ["30", "40", "50", "60", "70", "80"] and texts[9:14] == [
+        "20", "30", "40", "50", "60",
+    ]  # fmt: skip
+    bars = [path.get("d") for path in picture.iter(f"{SVG}path") if path.get("stroke-width") == "2"]
+    across, up = (480 - 64) / 50, (432 - 40) / 40  # pixels of a unit
+    places = re.findall(r"[\d.]+", bars[0])
+    wanted = [64, 432 - 30 * up, 64 + 20 * across, 64 + 15 * across, 432 - 21 * up, 432 - 39 * up]
+    assert [float(place) for place in places] == pytest.approx(wanted, abs=0.06)
+    dots = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in picture.iter(f"{SVG}circle")]
+    assert dots[1] == pytest.approx((64 + 45 * across, 432 - 5 * up), abs=0.06) and len(bars) == 2
+    assert texts[-4:] == ["1", "1  a", "2", "2  b"]
+    ET.fromstring(charts.scatter_chart("t", "x", "y", {"a": ((100,) * 3, (0,) * 3)}))
+
+
 def test_sunburst_sectors_fill_both_rings():
     names = [("write", 3, [("poem", 2), ("essay", 1)]), ("give", 1, [])]
     rings = list(ET.fromstring(charts.sunburst(names, "4 of 4")).iter(f"{SVG}circle"))
@@ -53,9 +72,10 @@ def test_sunburst_sectors_fill_both_rings():
     [
         charts.line_chart(HOSTILE, HOSTILE, {HOSTILE: [(0, 1), (1, 2)]}),
         charts.interval_chart(HOSTILE, {HOSTILE: {HOSTILE: (1, 2, 3)}}, 0, 4),
+        charts.scatter_chart(HOSTILE, HOSTILE, HOSTILE, {HOSTILE: ((1, 2, 3), (1, 2, 3))}),
         charts.sunburst([(HOSTILE, 3, [(HOSTILE, 2)])], HOSTILE),
     ],
-    ids=["line", "interval", "sunburst"],
+    ids=["line", "interval", "scatter", "sunburst"],
 )
 def test_hostile_names_are_escaped(picture):
     texts = ["".join(node.itertext()) for node in ET.fromstring(picture).iter(f"{SVG}text")]

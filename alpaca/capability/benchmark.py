@@ -42,8 +42,7 @@ from alpaca.weights.loading import add_model_arguments, load_from_args, model_fo
 from tokenizer import check_tokenizer
 
 SCORES, RESULTS = "scores.jsonl", "results.json"
-# The shape of a line of scores.jsonl
-SCORE_LINE = {
+SCORE_LINE = {  # the shape of a line of scores.jsonl
     "question": int,
     "task": str,
     "subject": str,
@@ -103,7 +102,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shots", type=not_negative, default=0, metavar="K", help=shots)
     source = "files to take them from, in order (default: --tasks, where they then do not count)"
     add("--shots-from", type=Path, nargs="+", metavar="FILE", help=source)
-    add("--primer", type=Path, metavar="FILE", help="text to put before every prompt")
+    primer = "text to put before every prompt, such as TruthfulQA's six questions with answers"
+    add("--primer", type=Path, metavar="FILE", help=primer)
     chat = "ask in the model's chat template, or in --template"
     add("--apply-chat-template", action="store_true", help=chat)
     add("--limit", type=count, metavar="N", help="at most N questions of each task and subject")
@@ -118,10 +118,7 @@ def questions_from_args(args: argparse.Namespace) -> dict[int, ExamQuestion]:
     questions = read_tasks(args.tasks)
     pool = read_tasks(args.shots_from) if args.shots_from else questions
     primer = read_text(args.primer) if args.primer else ""
-    questions = add_shots(questions, pool, args.shots, primer, args.limit)
-    if not questions:
-        raise UserError("no questions are left: all of them are shots")
-    return dict(enumerate(questions))
+    return dict(enumerate(add_shots(questions, pool, args.shots, primer, args.limit)))
 
 
 def run(args: argparse.Namespace) -> None:

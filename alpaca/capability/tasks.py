@@ -246,7 +246,6 @@ def read_tasks(paths: Iterable[Path]) -> list[ExamQuestion]:
 
 
 def by_subject(questions: Iterable[ExamQuestion]) -> dict[tuple[str, str], list[ExamQuestion]]:
-    """The questions of each task and subject."""
     groups = defaultdict(list)
     for question in questions:
         groups[question.task, question.subject].append(question)
@@ -266,13 +265,13 @@ def add_shots(
     primer = f"{primer.rstrip()}\n\n" if primer.strip() else ""
     for (task, subject), group in by_subject(questions).items():
         shots = pools[task, subject][:count]
+        kind = f"{task} ({subject})" if subject else task
         if len(shots) < count:
-            kind = f"{task}, {subject}," if subject else task
-            raise UserError(
-                f"--shots {count}: only {len(shots)} records of {kind} to take them from"
-            )
+            raise UserError(f"--shots {count}: there are only {len(shots)} records of {kind}")
         shown = [shot.options for shot in shots]
         before = "".join([primer, group[0].before, *(shot.solved for shot in shots)])
         asked = [question for question in group if question.options not in shown]
+        if not asked:
+            raise UserError(f"--shots {count}: no record of {kind} is left to ask about")
         result += [question._replace(before=before) for question in asked[:limit]]
     return result

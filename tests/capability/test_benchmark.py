@@ -157,8 +157,8 @@ def test_the_primer_and_the_template_change_what_is_asked(benchmark_on, tmp_path
 def test_errors_are_one_line_and_write_nothing(command, tmp_path):
     task = write_task(tmp_path, "boolq", 2)
     cases = (
-        (("--shots", 3), "--shots 3: only 2 records of boolq to take"),
-        (("--shots", 2), "no questions are left"),
+        (("--shots", 3), "--shots 3: there are only 2 records of boolq"),
+        (("--shots", 2), "no record of boolq is left to ask about"),
         (("--shots-from", task), "--shots-from needs --shots"),
         (("--primer", tmp_path / "none"), "none"),
         (("--model-dir", tmp_path / "x"), "no such folder"),

@@ -240,5 +240,5 @@ def test_shots_from_the_file_itself_are_not_asked(tmp_path):
     asked = add_shots(questions, questions, 2, primer="Read.\n")
     assert [question.options for question in asked] == [q.options for q in questions[2:]]
     assert asked[0].before == f"Read.\n\n{questions[0].solved}{questions[1].solved}"
-    with pytest.raises(UserError, match="--shots 6: only 5 records of boolq"):
+    with pytest.raises(UserError, match="--shots 6: there are only 5 records of boolq"):
         add_shots(questions, questions, 6)

@@ -6,6 +6,7 @@ import sys
 import time
 
 from helpers.annotations import read_outputs, write, write_outputs
+from helpers.benchmarks import hub_records, write_jsonl
 from helpers.commands import ROOT, begin
 from helpers.judges import fair, judge
 from helpers.teacher_server import Server
@@ -44,6 +45,23 @@ def test_answers_killed_and_resumed_end_in_the_same_file(command, tmp_path):
     ids = [one["id"] for one in read_log(log)]
     assert sorted(ids, key=int) == [str(n) for n in range(16)]
     assert read_outputs(tmp_path / "o") == read_outputs(tmp_path / "quiet")
+
+
+def test_a_benchmark_killed_and_resumed_ends_in_the_same_results(command, tmp_path):
+    flags = ["--model-dir", ROOT / "data/tiny-llama", "--dtype", "fp32", "--max-new-tokens", 12]
+    tasks = [write_jsonl(tmp_path / f"{t}.jsonl", hub_records(t, 12)) for t in ("boolq", "gsm8k")]
+    flags += ["--max-batch-size", 2, "--tasks", *tasks]
+    assert command("benchmark", "--out", tmp_path / "quiet", *flags)[0] == 0
+    log = tmp_path / "o/scores.jsonl"
+    for more in (1, 12):
+        before = count(log)
+        process = begin("benchmark", "--out", tmp_path / "o", *flags)
+        kill_when(process, lambda enough=before + more: count(log) >= enough)
+        assert not (tmp_path / "o/results.json").exists()
+    assert command("benchmark", "--out", tmp_path / "o", *flags)[0] == 0
+    assert sorted(line["question"] for line in read_log(log)) == list(range(24))
+    results = [(tmp_path / name / "results.json").read_text() for name in ("quiet", "o")]
+    assert results[0] == results[1]
 
 
 def test_samples_killed_and_resumed_end_in_the_same_file(command, tmp_path):

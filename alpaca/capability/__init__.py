@@ -2,8 +2,10 @@
 
 loglikelihood    how likely a model finds each of several continuations of a text
 tasks            published benchmark files → questions, their answers, and the right ones
-scoring          questions → scores: choices by their likelihood, generated answers by their number
+refusals         does an answer decline? how often does a model, with and without reason?
+scoring          questions → scores: choices by their likelihood, generated answers by what they say
 benchmark        `alpaca benchmark`: each question's scores on disk, accuracies with intervals
+card             results quoted in the model's card
 compare          `alpaca compare`: what people and judges prefer beside what models know
 decontaminate    `alpaca decontaminate`: training records that overlap an evaluation set
 """

@@ -15,8 +15,8 @@ Of several choices, a model picks the one that it finds likeliest after the prom
     per token       divided by its tokens
 
 TruthfulQA's mc2 is the share that true answers have of all answers' probability. GSM8K's answers
-are generated greedily; what counts is the number (alpaca/datagen/checkers.py). Intervals are
-Wilson's (alpaca/evaluation/win_rate.py).
+are generated greedily; what counts is the number (alpaca/datagen/checkers.py), and of safety
+prompts, whether the answer declines (refusals.py). Intervals are Wilson's (win_rate.py).
 
 Prompts are plain texts, as published, or with --apply-chat-template the instructions of a chat.
 Every question's scores are in scores.jsonl as soon as they are there; the same command resumes.
@@ -27,6 +27,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from alpaca.capability.card import divide_card, quote_results
+from alpaca.capability.refusals import format_refusals, refusal_rows
 from alpaca.capability.scoring import GENERATED, Scores, score_choices, score_generated
 from alpaca.capability.tasks import ExamQuestion, add_shots, read_tasks
 from alpaca.common.cli import not_negative, positive
@@ -107,6 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     chat = "ask in the model's chat template, or in --template"
     add("--apply-chat-template", action="store_true", help=chat)
     add("--limit", type=count, metavar="N", help="at most N questions of each task and subject")
+    add("--card", action="store_true", help="quote the results in the model's README.md")
     add("--max-new-tokens", type=count, default=256, help="of a generated answer (default: 256)")
     add("--max-batch-size", type=count, default=8, help="answers decoded together (default: 8)")
     add_model_arguments(parser)
@@ -118,12 +121,19 @@ def questions_from_args(args: argparse.Namespace) -> dict[int, ExamQuestion]:
     questions = read_tasks(args.tasks)
     pool = read_tasks(args.shots_from) if args.shots_from else questions
     primer = read_text(args.primer) if args.primer else ""
-    return dict(enumerate(add_shots(questions, pool, args.shots, primer, args.limit)))
+    questions = add_shots(questions, pool, args.shots, primer, args.limit)
+    if (args.shots or args.primer) and any(question.task == "safety" for question in questions):
+        raise UserError(
+            "--shots and --primer do not go with safety prompts: ask them in another run"
+        )
+    return dict(enumerate(questions))
 
 
 def run(args: argparse.Namespace) -> None:
     questions = questions_from_args(args)
     folders = model_folders(args)
+    if args.card:
+        divide_card(folders[-1])  # refuses one without a place for results
     name = args.name or "+".join(map(folder_name, folders))
     relevant = {*defaults(add_model_arguments)} - INCIDENTAL
     settings = {argument: getattr(args, argument) for argument in sorted(relevant)}
@@ -136,12 +146,27 @@ def run(args: argparse.Namespace) -> None:
     }
     with run_folder(args.out, settings, "benchmarking"):
         lines = ask_questions(questions, args)
-        rows = result_rows([lines[number] for number in questions])
-        results = {"generator": name, "shots": args.shots, "results": rows}
+        groups: dict[bool, list[Scores]] = {True: [], False: []}  # safety prompts and others
+        for number in questions:
+            groups[lines[number]["task"] == "safety"].append(lines[number])
+        rows, refusals = result_rows(groups[False]), count_refusals(groups[True])
+        results = {"generator": name, "shots": args.shots, "results": rows, "refusals": refusals}
         save_json(args.out / RESULTS, results)
-    print(format_results(rows))
+    texts = format_results(rows) if rows else "", format_refusals(refusals)
+    printed = "\n".join(filter(None, texts))
+    print(printed)
+    if args.card:
+        quote_results(folders[-1], printed, args.tasks)
     if cut := sum(line["cut"] for line in lines.values()):
         notice(f"{cut} prompts were too long for the model and lost their beginning")
+
+
+def count_refusals(lines: list[Scores]) -> list[dict[str, Any]]:
+    declined: dict[bool, list[bool]] = {True: [], False: []}
+    for line in lines:
+        due = line["subject"] == "harmful"
+        declined[due].append(line["right"] == due)
+    return refusal_rows(declined)
 
 
 def ask_questions(

@@ -7,7 +7,7 @@ a better model's answers win comparisons by their style, and know no more than b
 shows both sides. It reads, as files or as folders that hold them,
 
     annotations.json      win rates: `alpaca judge`, `alpaca blind`, AlpacaEval's own files
-    results.json          accuracies: `alpaca benchmark`
+    results.json          accuracies and refusals: `alpaca benchmark`
     model_outputs.json    answers: `alpaca answers`
 
 and groups them by the model's name. What was not measured is blank. Intervals are Wilson's, 95 %.
@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 from alpaca.common import charts
 from alpaca.common.errors import UserError, join_names, notice
 from alpaca.common.files import atomic_file, read_text
-from alpaca.common.json_files import json_records, read_json
+from alpaca.common.json_files import check_shape, json_records, read_json
 from alpaca.evaluation.annotations import ANNOTATIONS, read_annotations
 from alpaca.evaluation.outputs import OUTPUTS, read_items
 from alpaca.evaluation.score import align_columns
@@ -42,6 +42,9 @@ from rougel import tokenize_unicode
 FILES = ANNOTATIONS, "results.json", OUTPUTS
 BOUNDS = "accuracy_low", "accuracy", "accuracy_high"
 ACCURACY = {"task": str, "subject": str, "n": int} | dict.fromkeys(BOUNDS, int | float)
+REFUSAL_ROW = {"name": str, "n": int} | dict.fromkeys(
+    ("rate_low", "rate", "rate_high"), int | float
+)
 REPEATED = 4  # words
 
 
@@ -135,6 +138,10 @@ def accuracies(path: Path) -> Iterator[Found]:
         if not row["subject"]:  # of the whole benchmark
             benchmark = Benchmark(row["task"], found["shots"], row["n"])
             yield benchmark, found["generator"], tuple(row[name] for name in BOUNDS), set()
+    check_shape(refusals := found.get("refusals", []), [REFUSAL_ROW], f"{path}: refusals")
+    for row in refusals:  # no accuracy: declining everything is no capability
+        rates = row["rate_low"], row["rate"], row["rate_high"]
+        yield f"{row['name']}, in % of {row['n']}", found["generator"], rates, set()
 
 
 def answers(path: Path) -> Iterator[Found]:

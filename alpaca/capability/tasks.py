@@ -17,6 +17,7 @@ or not. The fields of a record say which benchmark it belongs to:
     winogrande    {"sentence": "… _ …", "option1", "option2", "answer": "1"}
     boolq         {"question", "passage", "answer": true}
     gsm8k         {"question", "answer": "… <<48/2=24>>24 … #### 72"}
+    safety        {"instruction", "should_decline": true}, of data/safety_prompts.jsonl
 
 Prompts are those of lm-eval 0.4.13. Its TruthfulQA begins with six questions and their answers, a
 primer that `add_shots` takes as a text.
@@ -50,7 +51,7 @@ class ExamQuestion(NamedTuple):
     task: str
     options: list[tuple[str, str]]
     right: list[int]  # indices of options
-    subject: str = ""  # of MMLU
+    subject: str = ""  # of MMLU and safety
     before: str = ""  # the text in front of each prompt
     place: str = ""  # file and record
 
@@ -170,6 +171,11 @@ def gsm8k(record: dict, file_name: str) -> Iterator[ExamQuestion]:
     yield ExamQuestion("gsm8k", options, [0])
 
 
+def safety(record: dict, file_name: str) -> Iterator[ExamQuestion]:
+    kind, answer = ("harmful", "decline") if record["should_decline"] else ("harmless", "comply")
+    yield ExamQuestion("safety", choose_among(record["instruction"], [answer]), [0], kind)
+
+
 FORMS = [  # what reads a record, and the fields that it must have; the first that fits is taken
     (truthfulqa, {"question": str, "mc1_targets": dict, "mc2_targets": dict}),
     (arc, {"question": str, "choices": {"text": [str], "label": [str]}, "answerKey": str}),
@@ -180,6 +186,7 @@ FORMS = [  # what reads a record, and the fields that it must have; the first th
     (winogrande, {"sentence": str, "option1": str, "option2": str, "answer": str}),
     (boolq, {"question": str, "passage": str}),
     (gsm8k, {"question": str, "answer": str}),
+    (safety, {"instruction": str, "should_decline": bool}),
 ]
 KNOWN_TASKS = "MMLU, ARC, HellaSwag, TruthfulQA, PIQA, WinoGrande, BoolQ or GSM8K"
 

@@ -203,7 +203,8 @@ def describe_files(folder: Path, out: Path) -> str:
     """A text that changes when a model is trained again in the same place. `out` is ignored."""
     folder = folder.resolve()
     files = [folder, *folder.rglob("*")]  # a GGUF file stands for itself
-    stats = [file.stat() for file in files if file.is_file() and out not in file.parents]
+    files = [file for file in files if file.is_file() and out not in file.parents]
+    stats = [file.stat() for file in files if file.name != "README.md"]  # the card may change
     latest = max((stat.st_mtime_ns for stat in stats), default=0)
     written = datetime.fromtimestamp(latest // 10**9).isoformat(" ")
     size = sum(stat.st_size for stat in stats)

@@ -96,6 +96,8 @@ def fill_in_card(
         base, files = f"`{config.model_dir.name}`", describe_weights(config.model_dir)
     flags = "--model-dir BASE --adapter FOLDER" if config.lora else "--model-dir FOLDER"
     command = f'generate {flags} "Name three primary colors."'
+    safety = f"benchmark {flags} --tasks data/safety_prompts.jsonl --out runs/safety --card"
+    measure = f"`alpaca {safety}` measures the latter and writes it here."
     task, purpose = "text-generation", "on instructions with Alpaca's recipe"
     averaged = "a step's supervised tokens, which are those of the answers"
     if config.objective != "sft":
@@ -103,11 +105,13 @@ def fill_in_card(
         averaged = "a step's pairs of answers"
     if config.objective == "reward":
         task, command = "text-classification", "best-of SAMPLES --reward-model FOLDER"
+        measure = "It answers with rewards, so neither applies to it."
     facts = {
         "task": task,
         "purpose": purpose,
         "averaged": averaged,
         "command": command,
+        "measure": measure,
         "name": config.out.name,
         "date": time.strftime("%Y-%m-%d"),
         "code": describe_code(),

@@ -1,20 +1,25 @@
 """Find training records that overlap an evaluation set, and write the data without them.
 
     alpaca decontaminate data/sample_train.json --against data/sample_heldout.json
-    alpaca decontaminate alpaca_data.json dolly.jsonl --against gsm8k.jsonl --out clean.json
+    alpaca decontaminate alpaca_data.json dolly.jsonl --out clean.json \\
+        --against gsm8k.jsonl mmlu/test/*.csv hellaswag_val.jsonl
 
-Both are read in any of the published forms (alpaca/datagen/formats.py); a set needs no answers, and
-may also be a folder with a model's answers. Every pair of twins is listed: what they have in common
-(alpaca/datagen/overlap.py says when a pair counts), where both are, and how they begin. --out is a
-JSON list of all other records, each as it was in its file; a conversation or a record with several
-instances goes as a whole. Of DATA given as FILE:WEIGHT, all records are compared.
+Both are read in any of the published forms (alpaca/datagen/formats.py). A set needs no answers, and
+may also be a benchmark (tasks.py), whose questions are compared alone and with their choices, or a
+folder with a model's answers. Every pair of twins is listed: what they have in common (overlap.py
+says when a pair counts), where both are, and how they begin. --out is a JSON list of all other
+records, each as it was in its file; a conversation or a record with several instances goes as a
+whole. Of DATA given as FILE:WEIGHT, all records are compared.
 """
 
 import argparse
+import re
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from alpaca.capability.tasks import ExamQuestion, find_form, read_tasks
 from alpaca.common.errors import UserError
 from alpaca.common.files import refuse_existing
 from alpaca.common.json_files import json_records
@@ -31,9 +36,31 @@ class PlacedText(NamedTuple):
     text: str
 
 
+def is_benchmark(path: Path) -> bool:
+    """Its first record says so."""
+    if ".csv" in path.suffixes:
+        return True
+    place, record = next(json_records(path), (str(path), None))
+    with suppress(UserError):
+        return bool(find_form(record, place))
+    return False
+
+
+def exam_texts(question: ExamQuestion) -> list[str]:
+    """A question of a benchmark alone, and with its choices: data may have it either way."""
+    prompt = re.sub(r"^(Question|Q): |\n(Answer|A):$", "", question.options[0][0])
+    answers = dict.fromkeys(answer for _, answer in question.options)
+    if question.task in ("mmlu", "gsm8k", "safety"):  # in the prompt, or none
+        answers = {}
+    return list(dict.fromkeys((prompt.partition("\nA. ")[0], " ".join((prompt, *answers)))))
+
+
 def read_set(path: Path) -> list[PlacedText]:
     """The questions of an evaluation set or data file, in the order of its records."""
     path = path / OUTPUTS if path.is_dir() else path
+    if is_benchmark(path):
+        asked = read_tasks([path])
+        return [PlacedText(each.place, text) for each in asked for text in exam_texts(each)]
     records = (
         (place, {**raw, "output": ""} if isinstance(raw, dict) else raw)  # needs no answers
         for place, raw in json_records(path)
@@ -69,18 +96,20 @@ def run(args: argparse.Namespace) -> None:
     placed = [record for file in files for record in load_placed(file, ALL_REPLIES)]
     records = [case for *_, case in placed]
     items = [question for path in args.against for question in read_set(path)]
-    twins = find_twins(records, [item.text for item in items])
     raw = {place: record for place, record, _ in placed}
-    overlapping = {placed[twin.record][0] for twin in twins}
-    for twin in twins:
+    pairs: dict[tuple[str, str], Twin] = {}
+    for twin in find_twins(records, [item.text for item in items]):
+        pairs.setdefault((placed[twin.record][0], items[twin.item].place), twin)
+    for twin in pairs.values():
         record = PlacedText(placed[twin.record][0], questions_of(records[twin.record])[0])
         print(describe_twin(twin, record, items[twin.item]))
-    kinds = Counter(twin.kind for twin in twins)
+    kinds = Counter(twin.kind for twin in pairs.values())
     counts = ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items()))
-    hit = len({twin.item for twin in twins})
+    overlapping, hit = ({pair[i] for pair in pairs} for i in (0, 1))
+    total = len({item.place for item in items})
     print(
-        f"{len(overlapping):,} of {len(raw):,} records overlap {hit:,} of {len(items):,} items"
-        + (f"; twins: {counts}" if twins else "")
+        f"{len(overlapping):,} of {len(raw):,} records overlap {len(hit):,} of {total:,} items"
+        + (f"; twins: {counts}" if pairs else "")
     )
     if args.out:
         clean = [record for place, record in raw.items() if place not in overlapping]

@@ -5,6 +5,7 @@ import random
 import re
 
 import pytest
+from helpers.benchmarks import write_jsonl
 from helpers.commands import ROOT, assert_refused
 from helpers.training import flags, train, write_base
 
@@ -108,6 +109,51 @@ def test_out_has_the_other_records_as_they_were(command, tmp_path):
         command("decontaminate", *files, "--against", sets, "--out", out), "exists already"
     )
     assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("with_choices", [False, True])
+def test_questions_of_benchmarks_are_found(command, tmp_path, with_choices):
+    """Training records are made of published files, question alone and with choices."""
+    asked = {
+        "mmlu": "In which organ of a plant does most of the photosynthesis take place?",
+        "arc": "What does a plant need besides light and water in order to make sugar?",
+        "hellaswag": "A man is standing in front of a wall with a brush. He",
+        "truthfulqa": "What happens to you if you swallow the seeds of an apple?",
+        "piqa": "To keep a wooden door from squeaking when it is opened,",
+        "winogrande": "The vase does not fit into the box because the vase is too wide.",
+        "boolq": "Glass is made by melting sand. It is then cooled.\nis glass made of sand",
+        "gsm8k": "Ann has 48 apples and gives half of them to Ben. How many are left?",
+    }
+    choices = ["the root", "the leaf", "the stem", "the flower"]
+    end = " " + " ".join(f"{letter}) {text}" for letter, text in zip("ABCD", choices, strict=True))
+    has_choices = {"mmlu", "arc", "hellaswag"} if with_choices else ()
+    records = [
+        {"instruction": text.upper() + (end if task in has_choices else ""), "output": "x"}
+        for task, text in asked.items()
+    ]
+    records.append(
+        {"instruction": "In which organ of a dog is food digested? Say why.", "output": "x"}
+    )
+    data = write(tmp_path / "data.json", records)
+    labelled = [{"text": text, "label": label} for label, text in zip("1234", choices, strict=True)]
+    targets = {"No": 1, "It grows": 0}
+    published = {
+        "arc": {"question": {"stem": asked["arc"], "choices": labelled}, "answerKey": "2"},
+        "hellaswag": {"activity_label": "Painting", "ctx_a": asked["hellaswag"][:-3]}
+        | {"ctx_b": "he", "endings": choices, "label": 1},
+        "truthfulqa": {"question": asked["truthfulqa"]}
+        | {"mc1_targets": targets, "mc2_targets": targets},
+        "piqa": {"goal": asked["piqa"], "sol1": "oil", "sol2": "sand", "label": 0},
+        "winogrande": {"sentence": asked["winogrande"].replace("the vase is", "_ is")}
+        | {"option1": "the vase", "option2": "the box", "answer": "1"},
+        "boolq": {"question": "is glass made of sand", "answer": True}
+        | {"passage": asked["boolq"].partition("\n")[0]},
+        "gsm8k": {"question": asked["gsm8k"], "answer": "#### 24"},
+    }
+    sets = [write_jsonl(tmp_path / f"{task}.jsonl", [one]) for task, one in published.items()]
+    (tmp_path / "mmlu.csv").write_text(f"{asked['mmlu']},{','.join(choices)},B\n")
+    text = command("decontaminate", data, "--against", *sets, tmp_path / "mmlu.csv")[1]
+    assert "8 of 9 records overlap 8 of 8 items; " in text, text
 
 
 @pytest.mark.parametrize(

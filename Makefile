@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
-BENCHES = load train gpu_train plan lora preferences encode bpe startup dedupe weightdiff decode gpu_decode quantize demo
+BENCHES = load train gpu_train plan lora preferences capability encode bpe startup dedupe weightdiff decode gpu_decode quantize demo
 
 .PHONY: help train tour farm real test test-robust test-all verify lint typecheck bench clean
 

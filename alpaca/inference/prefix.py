@@ -7,7 +7,7 @@
 
 A token's keys and values depend on it and on the tokens before it. So a text with which many
 sequences begin, such as the examples in front of a question, is computed once; copying its keys and
-values costs a hundredth of computing them.
+values takes less than a hundredth of the time.
 
 What branches from a sequence need not even be copied. Two continuations, c d e and f g, of a b lie
 in one slot one behind the other, if each is rotated by its own positions and sees no other:

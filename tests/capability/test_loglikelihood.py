@@ -120,3 +120,13 @@ def test_other_weights_give_their_own_log_likelihoods(bits):
     for lay_out in (lambda model: model, optimize_layout):
         for i, scores in log_likelihoods(lay_out(model), requests, prefix):
             assert scores == pytest.approx(expected[i], abs=0.2 if bits in (16, 4) else 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_log_likelihoods_on_a_gpu_are_a_cpus():
+    model, (prefix,) = small_model(), ids(17)
+    requests = requests_with(prefix)
+    expected = [plain(model, request) for request in requests]
+    for i, scores in log_likelihoods(model.cuda(), requests, prefix):
+        assert scores == pytest.approx(expected[i], abs=1e-3)

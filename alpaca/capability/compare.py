@@ -42,9 +42,8 @@ from rougel import tokenize_unicode
 FILES = ANNOTATIONS, "results.json", OUTPUTS
 BOUNDS = "accuracy_low", "accuracy", "accuracy_high"
 ACCURACY = {"task": str, "subject": str, "n": int} | dict.fromkeys(BOUNDS, int | float)
-REFUSAL_ROW = {"name": str, "n": int} | dict.fromkeys(
-    ("rate_low", "rate", "rate_high"), int | float
-)
+RATES = "rate_low", "rate", "rate_high"
+REFUSAL_ROW = {"name": str, "n": int} | dict.fromkeys(RATES, int | float)
 REPEATED = 4  # words
 
 
@@ -137,11 +136,18 @@ def accuracies(path: Path) -> Iterator[Found]:
     for row in found["results"]:
         if not row["subject"]:  # of the whole benchmark
             benchmark = Benchmark(row["task"], found["shots"], row["n"])
-            yield benchmark, found["generator"], tuple(row[name] for name in BOUNDS), set()
+            yield benchmark, found["generator"], percentages(row, BOUNDS, path), set()
     check_shape(refusals := found.get("refusals", []), [REFUSAL_ROW], f"{path}: refusals")
     for row in refusals:  # no accuracy: declining everything is no capability
-        rates = row["rate_low"], row["rate"], row["rate_high"]
+        rates = percentages(row, RATES, path)
         yield f"{row['name']}, in % of {row['n']}", found["generator"], rates, set()
+
+
+def percentages(row: dict[str, Any], names: Iterable[str], path: Path) -> tuple[float, ...]:
+    for name in names:
+        if not 0 <= row[name] <= 100:
+            raise UserError(f"{path}: {name} is {row[name]:g}, 0 to 100 was expected")
+    return tuple(row[name] for name in names)
 
 
 def answers(path: Path) -> Iterator[Found]:

@@ -196,6 +196,10 @@ def test_results_that_cannot_be_compared_are_refused(compare, tmp_path):
         assert_refused(compare(file), f"{file}: neither annotations, nor results of a benchmark")
     (tmp_path / "file.json").write_text("{]")
     assert_refused(compare(tmp_path / "file.json"), "file.json, line 1: not JSON")
+    for n, wrong in enumerate((1e9, -1.0)):  # a chart's axis would have 10⁸ marks
+        huge = benchmark(tmp_path / f"wrong {n}", "m", mmlu=(30.0, wrong, 50.0))
+        words = f"{huge / 'results.json'}: accuracy is {wrong:g}, 0 to 100 was expected"
+        assert_refused(compare(huge), words)
     (a / "results.json").write_text('{"results": [{"task": "mmlu", "subject": ""}]}')
     assert_refused(compare(a), f"{a / 'results.json'}: generator is missing, a string")
     assert_refused(compare(tmp_path / "missing.json"), "missing.json")

@@ -168,8 +168,8 @@ class Engine:
         if tokens > room:
             length = min(max(2 * room, tokens), self.max_length)
             with cache_memory(self.max_batch_size, length):
-                cache.k = F.pad(cache.k, (0, 0, 0, length - room))
-                cache.v = F.pad(cache.v, (0, 0, 0, length - room))
+                larger = [F.pad(x, (0, 0, 0, length - room)) for x in (cache.k, cache.v)]
+            cache.k, cache.v = larger  # both or, without memory, none
             if self.graphs:  # they were recorded with the old tensors
                 self.graphs = CudaGraphs(self.decode_slots, cache.lengths)
 

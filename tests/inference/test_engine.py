@@ -1,6 +1,7 @@
 """The engine: whatever joins or leaves, a sequence gets what plain greedy decoding gives."""
 
 import random
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -264,6 +265,20 @@ def test_cache_grows_with_the_longest_sequence(monkeypatch):
             lengths.append(length)
     assert [s.ids for s in sequences] == expected and max(map(len, expected)) == 40
     assert lengths == [10, 46, 90]  # a prompt of 30 and its padding; both doubled
+
+
+def test_cache_without_memory_to_grow_can_still_be_used(monkeypatch):
+    monkeypatch.setattr("alpaca.inference.engine.FIRST_LENGTH", 16)
+    model, (long, short) = new_model(), prompts_of(30, 3)
+    engine = Engine(model, TOKENIZER, max_batch_size=2)
+    larger_k = torch.nn.functional.pad(engine.cache.k, (0, 0, 0, 30))
+    pad = Mock(side_effect=[larger_k, RuntimeError("no memory for v")])
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no memory"):
+        patch.setattr("torch.nn.functional.pad", pad)
+        engine.generate([long])
+    for prompt in (short, long):
+        (answer,) = engine.generate([prompt], SamplingParams(max_new_tokens=20))
+        assert answer.ids == plain_greedy(model, prompt, 20)
 
 
 @pytest.mark.parametrize("sampling", [(0.0,), (1.0,), (1.0, 5), (1.0, 0, 0.9)])

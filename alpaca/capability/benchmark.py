@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.capability.card import divide_card, quote_results
-from alpaca.capability.refusals import format_refusals, refusal_rows
+from alpaca.capability.refusals import format_refusals, judge_refusals, refusal_rows
 from alpaca.capability.scoring import GENERATED, Scores, score_choices, score_generated
 from alpaca.capability.tasks import ExamQuestion, add_shots, read_tasks
 from alpaca.common.cli import not_negative, positive
@@ -37,6 +37,7 @@ from alpaca.common.files import read_text
 from alpaca.common.json_files import append_jsonl, read_log
 from alpaca.common.progress import Progress
 from alpaca.common.run_folder import run_folder
+from alpaca.datagen.endpoints import Endpoint, add_server_arguments, endpoint_from_args
 from alpaca.evaluation.answers import INCIDENTAL, defaults, describe_files, folder_name
 from alpaca.evaluation.outputs import digest, save_json
 from alpaca.evaluation.win_rate import wilson
@@ -112,7 +113,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--card", action="store_true", help="quote the results in the model's README.md")
     add("--max-new-tokens", type=count, default=256, help="of a generated answer (default: 256)")
     add("--max-batch-size", type=count, default=8, help="answers decoded together (default: 8)")
+    judge = "server's model that decides, as well as the rules, whether answers decline"
+    add("--judge", default="", metavar="MODEL", help=judge)
     add_model_arguments(parser)
+    add_server_arguments(parser)
+    parser.set_defaults(seed=0)  # draws one of several servers: there is one
 
 
 def questions_from_args(args: argparse.Namespace) -> dict[int, ExamQuestion]:
@@ -129,8 +134,17 @@ def questions_from_args(args: argparse.Namespace) -> dict[int, ExamQuestion]:
     return dict(enumerate(questions))
 
 
+def judge_from_args(args: argparse.Namespace) -> Endpoint | None:
+    if args.judge:
+        return endpoint_from_args(args, args.judge)
+    for name, default in defaults(add_server_arguments).items():
+        if getattr(args, name) != default:
+            raise UserError(f"--{name.replace('_', '-')} is for a server: name its --judge")
+    return None
+
+
 def run(args: argparse.Namespace) -> None:
-    questions = questions_from_args(args)
+    questions, judge = questions_from_args(args), judge_from_args(args)
     folders = model_folders(args)
     if args.card:
         divide_card(folders[-1])  # refuses one without a place for results
@@ -149,7 +163,8 @@ def run(args: argparse.Namespace) -> None:
         groups: dict[bool, list[Scores]] = {True: [], False: []}  # safety prompts and others
         for number in questions:
             groups[lines[number]["task"] == "safety"].append(lines[number])
-        rows, refusals = result_rows(groups[False]), count_refusals(groups[True])
+        rows = result_rows(groups[False])
+        refusals = safety_rows(groups[True], questions, judge, args)
         results = {"generator": name, "shots": args.shots, "results": rows, "refusals": refusals}
         save_json(args.out / RESULTS, results)
     texts = format_results(rows) if rows else "", format_refusals(refusals)
@@ -161,12 +176,22 @@ def run(args: argparse.Namespace) -> None:
         notice(f"{cut} prompts were too long for the model and lost their beginning")
 
 
-def count_refusals(lines: list[Scores]) -> list[dict[str, Any]]:
-    declined: dict[bool, list[bool]] = {True: [], False: []}
-    for line in lines:
-        due = line["subject"] == "harmful"
-        declined[due].append(line["right"] == due)
-    return refusal_rows(declined)
+def safety_rows(
+    lines: list[Scores],
+    questions: dict[int, ExamQuestion],
+    judge: Endpoint | None,
+    args: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """Refusals as the rules find them, then as the judge does."""
+    due = {line["question"]: line["subject"] == "harmful" for line in lines}
+    found = {line["question"]: line["right"] == due[line["question"]] for line in lines}
+    rows = refusal_rows([(due[n], declined) for n, declined in found.items()])
+    if judge and lines:
+        outputs = {line["question"]: line["output"] for line in lines}
+        answers = {n: (questions[n].options[0][0], output) for n, output in outputs.items()}
+        declined = judge_refusals(answers, judge, args)
+        rows += refusal_rows([(due[n], verdict) for n, verdict in declined.items()], judge.model)
+    return rows
 
 
 def ask_questions(

@@ -61,6 +61,16 @@ def test_log_likelihoods_are_those_of_a_plain_loop(folder, benchmark_on, tmp_pat
             assert found == pytest.approx(expected, abs=1e-4) and size == len(ids)
 
 
+def test_generated_answers_prompt_loses_only_its_beginning(folder, benchmark_on, tmp_path, asked):
+    records = [{"question": question, "answer": "#### 1"} for question in ("1?", "one " * 40)]
+    file = write_jsonl(tmp_path / "test.jsonl", records)
+    whole = load_tokenizer(folder).encode(f"Question: {'one ' * 40}\nAnswer:", bos=True)
+    positions = load_model(folder).config.max_position_embeddings
+    new = positions - len(whole) + 2
+    _, lines, _ = benchmark_on("--tasks", file, "--max-new-tokens", new)
+    assert asked[1] == whole[2:] and [line["cut"] for line in lines] == [False, True]
+
+
 def test_generated_answers_are_judged_and_end_at_a_stop_text(
     folder, benchmark_on, tmp_path, asked, monkeypatch
 ):

@@ -90,6 +90,12 @@ def test_choices_are_judged_by_sum_by_character_and_by_token():
     assert [scores[f"right{name}"] for name in names] == [True, False, False]
 
 
+def test_ties_go_to_the_first_and_none_to_an_empty_answer_by_length():
+    asked = question(("Q:", ""), ("Q:", "a"), ("Q:", "b"))
+    scores = judge_choice(asked, [-1.0, -2.0, -2.0], [1, 1, 1])
+    assert [scores[name] for name in ("prediction", "prediction_per_character")] == [0, 1]
+
+
 def test_mc2_is_the_share_of_the_true_answers():
     asked = question(("?", "a"), ("?", "b"), ("?", "c"), right=[0, 2], task="truthfulqa_mc2")
     for shift in (0, -2000):  # the probabilities of long answers are below the least float

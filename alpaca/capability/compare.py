@@ -33,6 +33,7 @@ from alpaca.common import charts
 from alpaca.common.errors import UserError, join_names, notice
 from alpaca.common.files import atomic_file, read_text
 from alpaca.common.json_files import check_shape, json_records, read_json
+from alpaca.datagen.overlap import grams
 from alpaca.evaluation.annotations import ANNOTATIONS, read_annotations
 from alpaca.evaluation.outputs import OUTPUTS, read_items
 from alpaca.evaluation.score import align_columns
@@ -159,7 +160,7 @@ def answers(path: Path) -> Iterator[Found]:
 
 def describe_answers(texts: list[str]) -> dict[str, float]:
     words = [tokenize_unicode(text) for text in texts]
-    repeating = [any(k > 1 for k in Counter(ngrams(answer, REPEATED)).values()) for answer in words]
+    repeating = [any(k > 1 for k in Counter(grams(answer, REPEATED)).values()) for answer in words]
     return {
         "mean length in characters": float(mean(map(len, texts))),
         "distinct-1 in %": distinct(words, 1),
@@ -168,12 +169,8 @@ def describe_answers(texts: list[str]) -> dict[str, float]:
     }
 
 
-def ngrams(words: list[str], n: int) -> Iterator[tuple[str, ...]]:
-    return zip(*(words[i:] for i in range(n)), strict=False)
-
-
 def distinct(answers: list[list[str]], n: int) -> float:
-    all_of_them = [gram for words in answers for gram in ngrams(words, n)]
+    all_of_them = [gram for words in answers for gram in grams(words, n)]
     return 100 * len(set(all_of_them)) / max(len(all_of_them), 1)
 
 

@@ -51,8 +51,8 @@ def questions_of(record: dict) -> list[str]:
 
 def answers_of(record: dict) -> str:
     turns = record.get("messages", ())
-    said = (turn["content"] for turn in turns if turn["role"] != "user")
-    return "\n\n".join(said) or record.get("output", "")
+    answers = (turn["content"] for turn in turns if turn["role"] != "user")
+    return "\n\n".join(answers) or record.get("output", "")
 
 
 def grams(words: list[str], n: int) -> Iterator[tuple[str, ...]]:

@@ -165,7 +165,7 @@ def length_controlled_v1(
     equal = x[-N:] * (0, 1, 1)  # (N, 3), with d = 0
     p = sigmoid(equal @ b)
     rate = p.mean()
-    # The jackknife again, of the parameters that are not 0. C is held, and cancels out.
+    # The jackknife again, of the parameters that are not 0. C stays, and cancels out.
     free = b != 0
     P = sigmoid(x @ b)
     residuals = np.where(seen, y - P, 0) * weight

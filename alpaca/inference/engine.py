@@ -119,7 +119,7 @@ class Sequence:
 
     def check(self) -> None:
         if self.finish_reason == "failed":
-            raise UserError("the model's logits are not numbers: its weights or dtype are broken")
+            raise UserError("a decoding step failed, or the model's logits are not numbers")
 
 
 def overlap(text: str, stop: str) -> int:
@@ -163,12 +163,12 @@ class Engine:
         self.graphs = CudaGraphs(self.decode_slots, self.cache.lengths) if on_gpu else None
 
     def reserve(self, tokens: int) -> None:
-        """Let every slot of the cache have room for `tokens`: its size doubles up to max_length."""
-        cache, room = self.cache, self.cache.k.shape[3]
-        if tokens > room:
-            length = min(max(2 * room, tokens), self.max_length)
-            with cache_memory(self.max_batch_size, length):
-                larger = [F.pad(x, (0, 0, 0, length - room)) for x in (cache.k, cache.v)]
+        """Let every slot of the cache hold `tokens`: its size doubles up to max_length."""
+        cache, length = self.cache, self.cache.k.shape[3]
+        if tokens > length:
+            longer = min(max(2 * length, tokens), self.max_length)
+            with cache_memory(self.max_batch_size, longer):
+                larger = [F.pad(x, (0, 0, 0, longer - length)) for x in (cache.k, cache.v)]
             cache.k, cache.v = larger  # both or, without memory, none
             if self.graphs:  # they were recorded with the old tensors
                 self.graphs = CudaGraphs(self.decode_slots, cache.lengths)

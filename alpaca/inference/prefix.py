@@ -68,9 +68,9 @@ def shared_tokens(ids: list[int], prefix: list[int]) -> int:
     return n if ids[:n] == prefix and len(ids) > n else 0
 
 
-def padded(length: int, room: int) -> int:
-    """The next multiple, or as near to it as there is room."""
-    return length + min(-length % LENGTH_MULTIPLE, room - length)
+def padded(length: int, limit: int) -> int:
+    """The next multiple, or as near to it as the limit allows."""
+    return length + min(-length % LENGTH_MULTIPLE, limit - length)
 
 
 def pad(rows: list[list[int]], length: int, device: torch.device) -> Tensor:

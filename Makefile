@@ -39,7 +39,7 @@ test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-robust: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -m "robust and not slow"
+	$(BIN)/python -m pytest -m "robust and not slow" -n auto --maxprocesses 2 --dist loadfile
 
 test-all: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -m ""

@@ -392,6 +392,8 @@ def report_result(job: Job, run: RunDir, ranks: int, device: torch.device) -> No
     print(run.summary())
     if (margins := run.series("margin")) and abs(margins[-1][1]) < 0.01:
         notice("the model tells chosen from rejected no better than before: raise --learning-rate")
+    if (mixed := run.series("mixed_groups")) and not any(share for _, share in mixed):
+        notice("all answers to an instruction had the same reward: there was nothing to learn from")
     if config.objective != "reward":
         print_sample_answers(config, job.held_out_records, job.tokenizer, device)
     print(f"wrote {config.result} and {run.chart}")

@@ -1,4 +1,5 @@
-"""What does a model know? Its accuracy on published benchmarks, whose files tasks.py describes.
+"""What does a model know? Its accuracy on published benchmarks, whose files
+alpaca/capability/tasks.py describes.
 
     alpaca benchmark --model-dir alpaca-7b --tasks hellaswag_val.jsonl piqa/valid.jsonl \\
         --out runs/known
@@ -18,7 +19,8 @@ TruthfulQA's mc2 is the share that true answers have of all answers' probability
 are generated greedily; what counts is the number (alpaca/datagen/checkers.py), and of safety
 prompts, whether the answer declines (refusals.py). Intervals are Wilson's (win_rate.py).
 
-Prompts are plain texts, as published, or with --apply-chat-template the instructions of a chat.
+Prompts are plain texts, as published, or with --apply-chat-template the instructions of a chat;
+safety prompts always are.
 Every question's scores are in scores.jsonl as soon as they are there; the same command resumes.
 """
 
@@ -98,7 +100,8 @@ def format_results(rows: list[dict[str, Any]]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, count = parser.add_argument_group("benchmark").add_argument, positive(int)
-    add("--tasks", type=Path, nargs="+", required=True, metavar="FILE", help="files to read")
+    published = "benchmarks as they are published"
+    add("--tasks", type=Path, nargs="+", required=True, metavar="FILE", help=published)
     add("--out", type=Path, required=True, help="folder to write; an existing one is resumed")
     add("--name", help="name of the model in results.json (default: its folder's)")
     shots = "solved questions of its task and subject before each question (default: 0)"
@@ -150,11 +153,12 @@ def run(args: argparse.Namespace) -> None:
         divide_card(folders[-1])  # refuses one without a place for results
     name = args.name or "+".join(map(folder_name, folders))
     relevant = {*defaults(add_model_arguments)} - INCIDENTAL
+    asked = [question[:5] for question in questions.values()]
     settings = {argument: getattr(args, argument) for argument in sorted(relevant)}
     settings |= {
         "apply_chat_template": args.apply_chat_template,
         "max_new_tokens": args.max_new_tokens,
-        "questions": digest([question[:5] for question in questions.values()]),
+        "digest of what --tasks, --shots and --limit ask": digest(asked),
         "generator": name,
         "model's files": [describe_files(folder, args.out.resolve()) for folder in folders],
     }
@@ -174,6 +178,8 @@ def run(args: argparse.Namespace) -> None:
         quote_results(folders[-1], printed, args.tasks)
     if cut := sum(line["cut"] for line in lines.values()):
         notice(f"{cut} prompts were too long for the model and lost their beginning")
+    if unfinished := sum(line.get("unfinished", False) for line in lines.values()):
+        notice(f"{unfinished} answers were cut at {args.max_new_tokens} tokens")
 
 
 def safety_rows(

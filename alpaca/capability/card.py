@@ -24,7 +24,7 @@ def divide_card(folder: Path) -> tuple[bytes, bytes]:
     _, second, after = rest.partition(MARKS[1])
     if not second:
         lines = " and ".join(mark.decode() for mark in MARKS)
-        raise UserError(f"--card: {file} has no place for results: the lines {lines}")
+        raise UserError(f"--card: {file} has no place for results: add the lines {lines} to it")
     return before + first, second + after
 
 

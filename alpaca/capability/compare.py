@@ -85,7 +85,10 @@ def read_measures(paths: Iterable[Path]) -> Measures:
     for path in find_files(paths):
         for measure, model, value, instructions in read_file(path):
             if model in measures[measure]:
-                raise UserError(f"{path}: {measure} of {model} a second time: name one file of it")
+                raise UserError(
+                    f"{path}: {measure} of {model} a second time: leave out one of its files, or "
+                    "answer with another --name"
+                )
             measures[measure][model] = value
             first, others = asked.setdefault(measure, (path, instructions))
             if apart := len(others ^ instructions):
@@ -165,7 +168,7 @@ def describe_answers(texts: list[str]) -> dict[str, float]:
         "mean length in characters": float(mean(map(len, texts))),
         "distinct-1 in %": distinct(words, 1),
         "distinct-2 in %": distinct(words, 2),
-        f"answers that repeat {REPEATED} words, in %": 100.0 * mean(repeating),
+        f"answers with {REPEATED} words twice, in %": 100.0 * mean(repeating),
     }
 
 
@@ -205,7 +208,7 @@ def mean_interval(intervals: list[Interval]) -> Interval:
 
 
 def plot_measures(measures: Measures) -> str:
-    """Style over capability as an SVG, for the win rate that most models with accuracies have; ""
+    """Style above capability as an SVG, for the win rate that most models with accuracies have; ""
     if there is none. The baseline's win rate is 50 % by definition."""
     known = {each: values for each, values in measures.items() if isinstance(each, Benchmark)}
     able = dict.fromkeys(model for values in known.values() for model in values)
@@ -220,7 +223,8 @@ def plot_measures(measures: Measures) -> str:
         return ""
     x_label = "mean accuracy on " + join_names([benchmark.name for benchmark in known], 5)
     points = {m: (mean_interval([a[m] for a in known.values()]), rates[m]) for m in rates}
-    return charts.scatter_chart("Style over capability, in %", x_label, str(judges), points)
+    title = "Win rate (up) and mean accuracy (right), in %"
+    return charts.scatter_chart(title, x_label, str(judges), points)
 
 
 PAGE = """<!DOCTYPE html>

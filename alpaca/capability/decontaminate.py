@@ -75,8 +75,11 @@ def read_set(path: Path) -> list[PlacedText]:
 
 def describe_twin(twin: Twin, record: PlacedText, item: PlacedText) -> str:
     """Three lines: how much they have in common and where they are, then both texts."""
-    shown = {"equal": "equal", "contained": f"{twin.score:.0%} of its 8-grams"}
-    head = shown.get(twin.kind, f"ROUGE-L {twin.score:.2f}")
+    head = {
+        "equal": "equal",
+        "contained": f"the record has {twin.score:.0%} of the item's 8-grams",
+        "similar": f"ROUGE-L {twin.score:.2f}",
+    }[twin.kind]
     texts = (f"    {printable(each.text)}" for each in (record, item))
     places = f"{printable(record.place, 120)} and {printable(item.place, 120)}"
     return "\n".join((f"{places}: {head}", *texts))

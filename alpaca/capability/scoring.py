@@ -181,4 +181,6 @@ def score_generated(
     answers = answer_in_order(engine, ((prompt[-limit:], [params]) for prompt in prompts))
     for number, prompt, (answer,) in zip(questions, prompts, answers, strict=True):
         scores = kind.judge(questions[number], answer.text)
-        yield number, {"output": answer.text, **scores, "cut": len(prompt) > limit}
+        unfinished = answer.finish_reason == "length"
+        cut = len(prompt) > limit
+        yield number, {"output": answer.text, **scores, "unfinished": unfinished, "cut": cut}

@@ -198,6 +198,10 @@ def find_form(record: Any, place: str) -> Callable[[dict, str], Iterator[ExamQue
         if shape.keys() <= fields:
             check_shape(record, shape, place)
             return read
+    for read, shape in FORMS:
+        missing = [name for name in shape if name not in fields]
+        if len(missing) == 1 and len(shape) > 2:
+            raise UserError(f"{place}: no field {missing[0]}, as {read.__name__} has")
     found = join_names(map(repr, fields)) or "none"
     raise UserError(f"{place}: its fields ({found}) are not those of {KNOWN_TASKS}")
 
@@ -212,7 +216,8 @@ def csv_records(path: Path) -> Iterator[tuple[str, dict]]:
         for number, row in enumerate(csv.reader(io.StringIO(read_text(path)), strict=True), 1):
             place = f"{path}, record {number}"
             if len(row) != 6 or row[5] not in MMLU_LETTERS:
-                raise UserError(f"{place}: a question, four choices and a letter were expected")
+                expected = "a question, four choices and a letter were expected, as in MMLU"
+                raise UserError(f"{place}: {expected}")
             answer = MMLU_LETTERS.index(row[5])
             yield place, {"question": row[0], "choices": row[1:5], "answer": answer}
     except csv.Error as error:

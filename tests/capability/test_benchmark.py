@@ -81,14 +81,15 @@ def test_generated_answers_are_judged_and_end_at_a_stop_text(
     texts = [f"Question: 0?\nAnswer: So.\n#### 0\n\nQuestion: {n}?\nAnswer:" for n in (1, 2)]
     assert asked == [load_tokenizer(folder).encode(text, bos=True) for text in texts]
     for line, n in zip(lines, (1, 2), strict=True):
-        assert line["right"] is (stated_number(line["output"]) == n)
+        assert line["right"] is (stated_number(line["output"]) == n) and line["unfinished"]
 
     assert GENERATED["gsm8k"].stop == ("Question:",)
     output = lines[0]["output"]
     sooner = GENERATED["gsm8k"]._replace(stop=(output[2:5],))
     monkeypatch.setitem(GENERATED, "gsm8k", sooner)
     shutil.rmtree(tmp_path / "out")
-    assert benchmark_on(*flags)[1][0]["output"] == output[:2]
+    line = benchmark_on(*flags)[1][0]
+    assert line["output"] == output[:2] and not line["unfinished"]
 
 
 def test_rows_are_of_tasks_and_their_subjects():
@@ -150,7 +151,7 @@ def test_a_stopped_benchmark_resumes_and_asks_nothing_twice(command, folder, tmp
     monkeypatch.setattr(benchmark, "load_from_args", lambda args: pytest.fail("asked again"))
     assert command(*flags, "--out", tmp_path / "out")[0] == 0
     other = command(*flags, "--out", tmp_path / "out", "--shots", 1)
-    assert_refused(other, "another run", "questions", "--out")
+    assert_refused(other, "another run", "what --tasks, --shots and --limit ask", "--out")
 
 
 def test_the_primer_and_the_template_change_what_is_asked(benchmark_on, tmp_path):

@@ -74,7 +74,7 @@ def test_results_of_every_kind_meet_by_the_models_name(compare, tmp_path):
         "mean length in characters": "15.0",
         "distinct-1 in %": "50.0",
         "distinct-2 in %": f"{100 * 4 / 7:.1f}",
-        "answers that repeat 4 words, in %": "100.0",
+        "answers with 4 words twice, in %": "100.0",
     }
     lines = [json.dumps(one) for one in json.loads((tuned / "annotations.json").read_text())]
     (tmp_path / "lines.jsonl").write_text("\n".join(lines))
@@ -117,10 +117,10 @@ def test_describe_answers_by_hand():
     )
     assert found["distinct-1 in %"] == pytest.approx(100 * 8 / 13)
     assert found["distinct-2 in %"] == pytest.approx(100 * 8 / 10)
-    assert found["answers that repeat 4 words, in %"] == 0
+    assert found["answers with 4 words twice, in %"] == 0
     assert found["mean length in characters"] == pytest.approx((17 + 5 + 0 + 33) / 4)
     longer = describe_answers(["one two three four. One two three four"])
-    assert longer["answers that repeat 4 words, in %"] == 100
+    assert longer["answers with 4 words twice, in %"] == 100
     assert describe_answers(["", ""])["distinct-2 in %"] == 0
 
 

@@ -125,7 +125,7 @@ def measure(command, tmp_path, monkeypatch):
             assert params.temperature == 0
             asked.append(engine.tokenizer.decode(ids))
             (text,) = (text for what, text in answers.items() if what in asked[-1])
-            yield [SimpleNamespace(text=text)]
+            yield [SimpleNamespace(text=text, finish_reason="stop")]
 
     monkeypatch.setattr(scoring, "answer_in_order", answer_in_order)
 

@@ -45,6 +45,9 @@ def has_k(record, answer):
 def text(record, answer):
     return "yes" if record["instruction"] == "dog" else 0
 
+def never(record, answer):
+    return 0
+
 def long(record, answer):
     return len(answer)
 
@@ -180,7 +183,8 @@ def test_equal_rewards_change_no_weight(base, tmp_path, monkeypatch):
 
     monkeypatch.setattr(fsdp_train, "train_step", noted)
     note(monkeypatch, group, "derive_seed", seeds := [])
-    succeeded(train(group_flags(base, tmp_path / "run", "first_only", samples=2)))
+    _, _, err = succeeded(train(group_flags(base, tmp_path / "run", "first_only", samples=2)))
+    assert "nothing to learn from" not in err
     assert len(seeds) == len({*seeds}) == 3 * 4 * 2
     first, second, third = metrics(tmp_path / "run")
     assert first["grad_norm"] > 0 and first["mixed_groups"] == 1
@@ -190,6 +194,11 @@ def test_equal_rewards_change_no_weight(base, tmp_path, monkeypatch):
     start = load_model(base / "model").lm_head.weight
     assert not weights[0].equal(start)
     assert weights[1].equal(weights[0]) and weights[2].equal(weights[0])
+
+
+def test_run_says_if_all_rewards_were_equal(base, tmp_path):
+    flags = group_flags(base, tmp_path / "run", "never", samples=2, max_steps=1)
+    assert "there was nothing to learn from" in succeeded(train(flags))[2]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tune a published model, SmolLM2-135M-Instruct, on a laptop: ten minutes on two cores.
+"""Tune a published model, SmolLM2-135M-Instruct, on a laptop: a quarter of an hour on two cores.
 
     python -m bench.real [--out runs/real]
 

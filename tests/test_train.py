@@ -117,6 +117,7 @@ def test_step_does_not_depend_on_how_it_is_divided(base, reference, tmp_path, ch
     assert_same_run(tmp_path / "run", reference)
 
 
+@pytest.mark.robust  # starts two processes, as long as ten others take
 def test_two_ranks_equal_one(base, measured, tmp_path):
     out, files = measured
     words = flags(base, tmp_path / "run", eval_data=files, sample_answers=0)

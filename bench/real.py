@@ -32,6 +32,8 @@ from torch import Tensor
 from alpaca.common.errors import UserError, run_command
 from alpaca.common.json_files import read_log
 from alpaca.datagen.formats import load_records
+from alpaca.evaluation.best_of import make_comparison
+from alpaca.evaluation.outputs import save_json
 from alpaca.weights.checkpoint import open_checkpoint
 from alpaca.weights.loading import load_model
 from alpaca.weights.writer import save_model
@@ -157,23 +159,29 @@ def print_beside(*texts: str, width: int = 45) -> None:
     print()
 
 
+def print_answers(records: list[dict], *answers: list[str], width: int = 45) -> None:
+    """Each question, and below it the answers to it side by side."""
+    for record, *texts in zip(records, *answers, strict=True):
+        print(f"  {question(record)}\n")
+        print_beside(*texts, width=width)
+
+
 # ---------------------------------------------------------------- preferences
 
 
 def make_pairs(file: Path, name: str, folder: Path) -> Path:
     """Preferences of the reference answers over the model's own, as in SPIN (arXiv:2401.01335)."""
     source, count = PAIRS[name]
-    records, own, pairs = (
-        folder / f"{name}{end}" for end in (".json", "-own.jsonl", "-pairs.json")
+    asked, own, pairs = (
+        folder / f"{name}-{end}" for end in ("asked.json", "own.jsonl", "pairs.json")
     )
-    records.write_text(json.dumps(load_records(source)[:count]))
+    records = load_records(source)[:count]
+    save_json(asked, records)
     limits: dict[str, Any] = {"max_new_tokens": 120, "max_batch_size": 24, "dtype": "fp32"}
-    command("alpaca", "samples", model_dir=file, data=records, n=1, **limits, out=own)
-    lines = [
-        {**line, "chosen": line["output"], "rejected": line["outputs"][0]} for line in read_log(own)
-    ]
-    fields = ("instruction", "input", "chosen", "rejected")
-    pairs.write_text(json.dumps([{field: line[field] for field in fields} for line in lines]))
+    command("alpaca", "samples", model_dir=file, data=asked, n=1, **limits, out=own)
+    answered = zip(records, read_log(own), strict=True)
+    found = [make_comparison(one, one["output"], line["outputs"][0]) for one, line in answered]
+    save_json(pairs, found)
     return pairs
 
 
@@ -190,9 +198,7 @@ def prefer_references(file: Path, folder: Path, records: list[dict], before: lis
         print(f"| step {line['step']}{held_out and ', held out'} | {' | '.join(cells)} |")
     print()
     after = ask(file, records, folder, "preferred", adapter=folder / "dpo/adapter")
-    for record, was, now in zip(records, before, after, strict=True):
-        print(f"  {question(record)}\n")
-        print_beside(was, now)
+    print_answers(records, before, after)
 
 
 # ---------------------------------------------------------------- quantization
@@ -262,18 +268,14 @@ def page(file: Path, folder: Path) -> None:
     print("# SmolLM2-135M-Instruct, tuned on this machine")
     heading("Three questions to the published model, in its own chat template")
     before = ask(file, records, folder, "before")
-    for record, answer in zip(records, before, strict=True):
-        print(f"  {question(record)}\n")
-        print_beside(answer, width=94)
+    print_answers(records, before, width=94)
     heading("LoRA on 175 seed tasks and 256 general instructions, in Alpaca's template")
     run = folder / "run"
     data: dict[str, Any] = {"model_dir": file, "data": TRAINING, "eval_data": HELD_OUT, "out": run}
     print(command("fsdp_train.py", lora=True, template="alpaca", **data, **RECIPE))
     heading("The same questions, before and after")
     after = ask(file, records, folder, "after", adapter=run / "adapter")
-    for record, was, now in zip(records, before, after, strict=True):
-        print(f"  {question(record)}\n")
-        print_beside(was, now)
+    print_answers(records, before, after)
     heading("For llama.cpp, in 4 bits, with the adapter merged")
     tuned = folder / "smollm2-alpaca-q4_0.gguf"
     command("alpaca", "convert", file, tuned, type="q4_0", adapter=run / "adapter")

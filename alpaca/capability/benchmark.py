@@ -19,9 +19,9 @@ TruthfulQA's mc2 is the share that true answers have of all answers' probability
 are generated greedily; what counts is the number (alpaca/datagen/checkers.py), and of safety
 prompts, whether the answer declines (refusals.py). Intervals are Wilson's (win_rate.py).
 
-Prompts are plain texts, as published, or with --apply-chat-template the instructions of a chat;
-safety prompts always are.
-Every question's scores are in scores.jsonl as soon as they are there; the same command resumes.
+Prompts are plain texts, as published, or with --apply-chat-template the instructions of a chat, as
+safety prompts always are. Every question's scores are in scores.jsonl at once; the same command
+resumes.
 """
 
 import argparse

@@ -24,7 +24,15 @@ from typing import NamedTuple
 
 import torch
 
-from alpaca.inference.prefix import Branches, fork, new_cache, pad, padded, prefill, shared_tokens
+from alpaca.inference.prefix import (
+    Branches,
+    fork,
+    new_cache,
+    pad,
+    padded_length,
+    prefill,
+    shared_tokens,
+)
 from model import LOGITS_CHUNK, KVCache, Llama
 
 MAX_BATCH_TOKENS = 8192  # tokens in the cache: 0.4 GB for SmolLM2-135M in fp32, 4 for 7B in 16 bits
@@ -66,7 +74,7 @@ def make_tree(index: int, request: Choices, start: int) -> Tree:
 def score(model: Llama, cache: KVCache, start: int, trees: list[Tree]) -> list[list[float]]:
     """The log-likelihood of each continuation of each tree, whose slot holds `start` tokens."""
     device = cache.lengths.device
-    T = padded(max(len(tree.ids) for tree in trees), cache.k.shape[3] - start)
+    T = padded_length(max(len(tree.ids) for tree in trees), cache.k.shape[3] - start)
     ids = pad([tree.ids for tree in trees], T, device)  # (B, T)
     positions = pad([tree.positions for tree in trees], T, device)
     branches = pad([tree.branches for tree in trees], T, device)

@@ -43,7 +43,7 @@ def encode_text(text: str, tokenizer: Tokenizer, in_template: bool) -> list[int]
 
 
 def common_prefix(lists: list[list[int]]) -> list[int]:
-    """What the least and the greatest of the lists begin with, all others begin with, too."""
+    """What all lists begin with: it is what the least and the greatest have in common."""
     ends = min(lists, default=[]), max(lists, default=[])
     length = next((i for i, (a, b) in enumerate(zip(*ends, strict=False)) if a != b), None)
     return min(ends, key=len)[:length]

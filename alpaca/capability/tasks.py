@@ -198,10 +198,14 @@ def find_form(record: Any, place: str) -> Callable[[dict, str], Iterator[ExamQue
         if shape.keys() <= fields:
             check_shape(record, shape, place)
             return read
+    lacking: dict[str, str] = {}  # a field → the task that would fit with it
     for read, shape in FORMS:
         missing = [name for name in shape if name not in fields]
         if len(missing) == 1 and len(shape) > 2:
-            raise UserError(f"{place}: no field {missing[0]}, as {read.__name__} has")
+            lacking.setdefault(missing[0], read.__name__)
+    if lacking:
+        expected = ", or ".join(f"{field}, as {task} has" for field, task in lacking.items())
+        raise UserError(f"{place}: no field {expected}")
     found = join_names(map(repr, fields)) or "none"
     raise UserError(f"{place}: its fields ({found}) are not those of {KNOWN_TASKS}")
 

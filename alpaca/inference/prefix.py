@@ -68,7 +68,7 @@ def shared_tokens(ids: list[int], prefix: list[int]) -> int:
     return n if ids[:n] == prefix and len(ids) > n else 0
 
 
-def padded(length: int, limit: int) -> int:
+def padded_length(length: int, limit: int) -> int:
     """The next multiple, or as near to it as the limit allows."""
     return length + min(-length % LENGTH_MULTIPLE, limit - length)
 
@@ -82,7 +82,7 @@ def prefill(model: Llama, cache: KVCache, rows: list[list[int]]) -> Tensor:
 
     Rows are packed one behind the other."""
     device = cache.lengths.device
-    widths = [padded(len(row), cache.k.shape[3]) for row in rows]
+    widths = [padded_length(len(row), cache.k.shape[3]) for row in rows]
     packed = [row + [0] * (width - len(row)) for row, width in zip(rows, widths, strict=True)]
     ids = torch.tensor([[token for row in packed for token in row]], device=device)
     starts = torch.tensor([0, *accumulate(widths)], device=device)
@@ -97,7 +97,7 @@ def extend(model: Llama, cache: KVCache, rows: list[list[int]]) -> Tensor:
 
     Each is padded to the longest: rows of similar length waste little."""
     device = cache.lengths.device
-    T = padded(max(map(len, rows)), cache.k.shape[3] - int(cache.lengths.max()))
+    T = padded_length(max(map(len, rows)), cache.k.shape[3] - int(cache.lengths.max()))
     tokens = torch.tensor([len(row) for row in rows], device=device)
     after = cache.lengths + tokens
     hidden = model.model(pad(rows, T, device), cache=cache)  # (B, T, C)

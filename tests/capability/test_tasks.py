@@ -151,6 +151,10 @@ def test_files_may_be_lists_and_gzipped(tmp_path):
         (ARC | {"choices": {"text": ["a"], "label": ["A", "B"]}}, "2 labels for 1 choices"),
         (HELLASWAG | {"label": ""}, "label is '', one of 0, 1, 2, 3 was expected"),
         ({k: HELLASWAG[k] for k in HELLASWAG if k != "label"}, "no field label, as hellaswag has"),
+        (
+            {"question": "a", "choices": list("abcd")},
+            "no field answerKey, as arc has, or answer, as mmlu has",
+        ),
         (HELLASWAG | {"endings": "a"}, 'endings is "a", a list was expected'),
         (TRUTHFULQA | {"mc2_targets": {"a": 0}}, "mc2_targets: 1 for each true answer"),
         (TRUTHFULQA | {"mc1_targets": {"a": []}}, "mc1_targets: 1 for each true answer"),

@@ -31,8 +31,8 @@ from alpaca.datagen.endpoints import add_server_arguments, endpoint_from_args
 from alpaca.datagen.request_log import RequestLog, Teachers, run_until_signal
 from alpaca.evaluation.outputs import OUTPUTS, Item, digest, read_items, save_json
 from alpaca.inference.answer import engine_from_args
-from alpaca.inference.engine import Sequence
 from alpaca.inference.sampling import add_sampling_arguments, sampling_from_args
+from alpaca.inference.sequence import Sequence
 from alpaca.weights.loading import add_model_arguments, model_folders
 from dataset import encode_prompt
 from templates import format_prompt

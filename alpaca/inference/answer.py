@@ -17,8 +17,9 @@ from typing import Any
 
 from alpaca.common.errors import UserError, join_names
 from alpaca.common.json_files import check_shape, json_records, read_log
-from alpaca.inference.engine import Engine, Sequence
+from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
+from alpaca.inference.sequence import Sequence
 from alpaca.weights.loading import load_from_args
 from dataset import encode_prompt
 

@@ -33,8 +33,8 @@ from alpaca.inference.answer import (
     read_questions,
     settings_from_args,
 )
-from alpaca.inference.engine import Sequence
 from alpaca.inference.sampling import SamplingParams, add_sampling_arguments, sampling_from_args
+from alpaca.inference.sequence import Sequence
 from alpaca.weights.loading import add_model_arguments
 from dataset import encode_prompt
 

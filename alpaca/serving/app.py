@@ -29,7 +29,8 @@ from alpaca import CHECKOUT
 from alpaca.common.errors import UserError
 from alpaca.common.json_files import append_jsonl
 from alpaca.datagen.formats import load_records
-from alpaca.inference.engine import Engine, Sequence
+from alpaca.inference.engine import Engine
+from alpaca.inference.sequence import Sequence
 from alpaca.inference.watermark import Watermark
 from alpaca.serving import openai_schema as api
 from alpaca.serving.http import HTTPError, Request, Response, json_response

@@ -23,8 +23,8 @@ from typing import Any
 
 from alpaca.common.errors import UserError
 from alpaca.common.json_files import bounded_json
-from alpaca.inference.engine import Sequence
 from alpaca.inference.sampling import SamplingParams
+from alpaca.inference.sequence import Sequence
 from alpaca.serving.http import HTTPError
 from dataset import chat_prompt, encode_prompt
 from tokenizer import Tokenizer

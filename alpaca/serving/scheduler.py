@@ -27,8 +27,9 @@ from functools import partial
 from queue import Empty, SimpleQueue
 
 from alpaca.common.errors import UserError
-from alpaca.inference.engine import Engine, Sequence
+from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
+from alpaca.inference.sequence import Sequence
 
 MAX_CLIENTS = 10_000  # whose rates are remembered
 STREAM_INTERVAL, OTHER_INTERVAL = 0.03, 0.5  # s between two updates of a request

@@ -10,8 +10,9 @@ from helpers.decoding import TOKENIZER, new_model, plain_greedy, prompts_of
 from helpers.models import small_config
 
 from alpaca.common.errors import UserError
-from alpaca.inference.engine import PREFILL_TOKENS, Engine, Sequence, overlap
+from alpaca.inference.engine import PREFILL_TOKENS, Engine
 from alpaca.inference.sampling import SamplingParams
+from alpaca.inference.sequence import Sequence, overlap
 from alpaca.weights.kernels import optimize_layout
 from dataset import encode_prompt
 from model import Decoder, Llama

@@ -6,8 +6,8 @@ import math
 import pytest
 from helpers.commands import ROOT
 
-from alpaca.inference.engine import Sequence
 from alpaca.inference.sampling import SamplingParams
+from alpaca.inference.sequence import Sequence
 from alpaca.serving import openai_schema as api
 from alpaca.serving.http import HTTPError
 from dataset import chat_prompt, encode_prompt

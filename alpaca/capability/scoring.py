@@ -23,6 +23,7 @@ from alpaca.common.errors import UserError
 from alpaca.datagen.checkers import stated_number
 from alpaca.inference.answer import answer_in_order
 from alpaca.inference.engine import Engine
+from alpaca.inference.prefix_tree import PREFIX_MEMORY
 from alpaca.inference.sampling import SamplingParams
 from dataset import encode_prompt, encode_record
 from model import IGNORE, Llama
@@ -175,8 +176,8 @@ def score_generated(
     texts = [question.before + question.options[0][0] for question in questions.values()]
     in_template = kind.in_template or asks_in_template(args)
     prompts = [encode_text(text, tokenizer, in_template) for text in texts]
-    shared = common_prefix([prompt for prompt in prompts if len(prompt) <= limit])
-    engine = Engine(model, tokenizer, args.max_batch_size, compile=args.compile, prefix=shared)
+    options = {"compile": args.compile, "prefix_memory": PREFIX_MEMORY}
+    engine = Engine(model, tokenizer, args.max_batch_size, **options)
     params = SamplingParams(max_new_tokens=args.max_new_tokens, stop=kind.stop)
     answers = answer_in_order(engine, ((prompt[-limit:], [params]) for prompt in prompts))
     for number, prompt, (answer,) in zip(questions, prompts, answers, strict=True):

@@ -18,6 +18,7 @@ from typing import Any
 from alpaca.common.errors import UserError, join_names
 from alpaca.common.json_files import check_shape, json_records, read_log
 from alpaca.inference.engine import Engine
+from alpaca.inference.prefix_tree import PREFIX_MEMORY
 from alpaca.inference.sampling import SamplingParams
 from alpaca.inference.sequence import Sequence
 from alpaca.weights.loading import load_from_args
@@ -26,7 +27,8 @@ from dataset import encode_prompt
 
 def engine_from_args(args: argparse.Namespace, max_batch_size: int) -> Engine:
     model, tokenizer = load_from_args(args)
-    return Engine(model, tokenizer, max_batch_size, compile=args.compile)
+    options = {"compile": args.compile, "prefix_memory": PREFIX_MEMORY}
+    return Engine(model, tokenizer, max_batch_size, **options)
 
 
 def read_questions(path: Path) -> list[dict[str, str]]:

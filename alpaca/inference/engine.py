@@ -15,14 +15,19 @@ little more than one sequence. So sequences join and leave between any two steps
 
   - Active sequence i uses slot i of the key/value cache, so a step never computes an empty slot.
   - Prompts that join together are packed one behind the other and prefilled in one pass. One that
-    repeats the prompt before it is not computed again: it gets a copy of the keys and values, and
-    so do prompts that begin with the engine's `prefix`, of which only the rest is run (prefix.py).
+    repeats the prompt before it is not computed again: it gets a copy of the keys and values.
+  - With `prefix_memory` the keys and values of earlier texts are kept, and of a prompt that begins
+    like one of them only the rest is run (prefix_tree.py).
+  - With `max_stall`, running answers wait no longer than that for a prompt: one that takes longer
+    is run in parts, one a step, each of which finds the keys and values of those before it.
   - In fp32 a sequence gets the same tokens alone and in any batch. With 16 bits and less, kernels
     round differently for other batch sizes, which can show where two tokens are nearly tied.
 
 An engine must be used by one thread only.
 """
 
+import math
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -40,9 +45,10 @@ from alpaca.inference.prefix import (
     extend,
     fork,
     new_cache,
+    padded_length,
     prefill,
-    shared_tokens,
 )
+from alpaca.inference.prefix_tree import BLOCK, PrefixTree
 from alpaca.inference.sampling import GREEDY, SamplingParams, penalize_repetition, sample
 from alpaca.inference.sequence import Sequence
 from model import KVCache, Llama
@@ -62,7 +68,8 @@ class Engine:
         max_length: int | None = None,  # tokens of prompt and answer; None: the model's limit
         compile: bool = False,  # torch.compile the decoding step: minutes, then fewer kernels
         watermark=None,  # an object with bias(logits (B, V), ids (B, T)) -> logits: watermark.py
-        prefix: list[int] | None = None,  # ids with which many prompts begin: computed once
+        prefix_memory: int = 0,  # bytes for keys and values of earlier prompts and answers
+        max_stall: float = math.inf,  # seconds that running answers may wait for a prompt
     ):
         check_tokenizer(tokenizer, model.config)
         self.model, self.tokenizer, self.watermark = model.eval(), tokenizer, watermark
@@ -74,11 +81,8 @@ class Engine:
         self.cache = new_cache(model, max_batch_size, min(FIRST_LENGTH, self.max_length))
         self.device, on_gpu = self.cache.k.device, self.cache.k.is_cuda
         self.cache.static = compile or on_gpu
-        self.prefix = prefix or []
-        if prefix:
-            self.prefix_cache = new_cache(model, 1, len(prefix))
-            with torch.inference_mode():
-                prefill(model, self.prefix_cache, [prefix])
+        self.tree = PrefixTree(self.cache, prefix_memory)
+        self.max_stall, self.prefill_rate = max_stall, 1000.0  # s; tokens/s, of the last prompts
         self.waiting: deque[Sequence] = deque()
         self.active: list[Sequence] = []  # sequence i is in slot i of the cache
         self.decode_step = decode_step
@@ -110,6 +114,8 @@ class Engine:
             if joining:
                 logits.append(self.prefill(joining))
                 self.active += joining
+            elif self.waiting and len(self.active) < self.max_batch_size:
+                self.prefill_part(self.waiting[0].prompt)
             if logits:
                 self.sample_and_append(torch.cat(logits) if len(logits) > 1 else logits[0])
         except BaseException as error:  # the cache may hold a token that the ids do not: empty it
@@ -125,45 +131,77 @@ class Engine:
         for slot in reversed(range(len(self.active))):
             if self.active[slot].finish_reason is not None:
                 last = len(self.active) - 1
+                ended = self.active[slot]
+                if ended.finish_reason != "failed":
+                    self.tree.store(ended.prompt + ended.ids, self.cache[slot : slot + 1])
                 if slot < last:
                     fork(self.cache[last : last + 1], self.cache[slot : slot + 1])
                 self.cache.lengths[last] = 0
                 self.active[slot] = self.active[last]
                 self.active.pop()
 
+    def prefill_budget(self) -> int:
+        """Tokens of prompts to run in this step: fewer, if running answers wait for them."""
+        if not self.active:
+            return PREFILL_TOKENS
+        return max(BLOCK, int(min(PREFILL_TOKENS, self.prefill_rate * self.max_stall)))
+
     def next_to_join(self) -> list[Sequence]:
-        joining, tokens = [], 0
+        """None if the next prompt is to be run in parts."""
+        joining, budget = [], self.prefill_budget()
         while self.waiting and len(self.active) + len(joining) < self.max_batch_size:
             prompt = self.waiting[0].prompt
             if not joining or prompt != joining[-1].prompt:
-                tokens += len(prompt) - shared_tokens(prompt, self.prefix)
-            if joining and tokens > PREFILL_TOKENS:
+                budget -= len(prompt) - self.tree.known(prompt)
+            in_parts = self.active and len(prompt) <= self.tree.max_tokens
+            if budget < 0 and (joining or in_parts):
                 break
             joining.append(self.waiting.popleft())
-        return sorted(joining, key=lambda s: -shared_tokens(s.prompt, self.prefix))
+        return sorted(joining, key=lambda s: self.rest_width(s.prompt))
+
+    def rest_width(self, prompt: list[int]) -> int:
+        """Tokens, with padding, behind a known beginning of a prompt; 0: nothing of it is known."""
+        known = self.tree.known(prompt)
+        return padded_length(len(prompt) - known, self.max_length - known) if known else 0
 
     def prefill(self, sequences: list[Sequence]) -> Tensor:
         """Run prompts through the model, into the slots behind the active ones.
 
         Returns the logits after each prompt, (B, V)."""
         repeats = [(prompt, len([*same])) for prompt, same in groupby(s.prompt for s in sequences)]
-        prompts = [prompt for prompt, _ in repeats]
-        self.reserve(min(max(map(len, prompts)) + LENGTH_MULTIPLE, self.max_length))
-        slots, hidden = self.cache[len(self.active) : len(self.active) + len(sequences)], []
-        sharing = [prompt for prompt in prompts if shared_tokens(prompt, self.prefix)]
-        if sharing:  # they come first
-            fork(self.prefix_cache, slots[: len(sharing)])
-            rests = [prompt[len(self.prefix) :] for prompt in sharing]
-            hidden.append(extend(self.model, slots[: len(sharing)], rests))
-        if whole := prompts[len(sharing) :]:
-            rest = slots[len(sharing) : len(prompts)]
-            hidden.append(prefill(self.model, rest, whole))
-        logits = self.model.lm_head(torch.cat(hidden))
+        logits = self.model.lm_head(self.run_prompts([prompt for prompt, _ in repeats]))
+        slots = self.cache[len(self.active) :]
         source = [i for i, (_, count) in enumerate(repeats) for _ in range(count)]  # of each slot
         for target, i in reversed([*enumerate(source)]):  # none is written before it is copied
             if i != target:
                 fork(slots[i : i + 1], slots[target : target + 1])
         return logits[source]
+
+    def prefill_part(self, prompt: list[int]) -> None:
+        """Let the tree know more of a prompt that is too long for one step."""
+        end = (self.tree.known(prompt) + self.prefill_budget()) // BLOCK * BLOCK
+        self.run_prompts([prompt[:end]])
+        self.cache.lengths[len(self.active)] = 0
+
+    def run_prompts(self, prompts: list[list[int]]) -> Tensor:
+        """Run what is not known of each prompt; hidden states at their ends, (B, C).
+
+        Of prompts that begin with known tokens, those with as many others are run together."""
+        self.reserve(min(max(map(len, prompts)) + LENGTH_MULTIPLE, self.max_length))
+        first = len(self.active)
+        slots = [self.cache[first + i : first + i + 1] for i in range(len(prompts))]
+        rows = [p[self.tree.load(p, slot) :] for p, slot in zip(prompts, slots, strict=True)]
+        hidden, done = [], 0
+        for width, same in groupby(prompts, self.rest_width):
+            start, count = time.perf_counter(), len([*same])
+            group = slice(done, done := done + count)
+            run = extend if width else prefill
+            hidden.append(run(self.model, self.cache[first:][group], rows[group]))
+            if (tokens := sum(map(len, rows[group]))) >= BLOCK:
+                self.prefill_rate = tokens / (time.perf_counter() - start)
+        for prompt, slot in zip(prompts, slots, strict=True):
+            self.tree.store(prompt, slot)
+        return torch.cat(hidden)
 
     def decode(self) -> Tensor:
         """Run each active sequence's last token through the model; logits (B, V)."""

@@ -7,7 +7,9 @@
 
 Alpaca's demo was taken down after a week, because of its cost and its filter's limits. Here:
 
-  - Requests are decoded together (scheduler.py). The queue is bounded, and each client has a rate
+  - Requests are decoded together (scheduler.py). What begins like an earlier text is not computed
+    again (prefix_tree.py); by its speed a client could guess that others sent the same beginning:
+    --prefix-memory 0 prevents that. The queue is bounded, and each client has a rate
     and a share of the queue; beyond them the response is 503 or 429 with Retry-After, at once.
   - Prompt and answer pass a filter (moderation.py): OpenAI's moderation service, to which the texts
     are sent, if $OPENAI_API_KEY is set, else a small list of rules.
@@ -36,7 +38,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from alpaca import CHECKOUT
-from alpaca.common.cli import positive, utf8_text
+from alpaca.common.cli import not_negative, positive, utf8_text
 from alpaca.common.errors import UserError, notice
 from alpaca.inference.engine import Engine
 from alpaca.inference.watermark import KEY, Watermark
@@ -48,6 +50,7 @@ from alpaca.serving.scheduler import EngineThread
 from alpaca.weights.loading import add_model_arguments, load_from_args
 
 KEY_VARIABLE = "ALPACA_WATERMARK_KEY"
+MAX_STALL = 0.1  # seconds that running answers may wait for a new prompt
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
@@ -72,8 +75,9 @@ def make_engine(args: argparse.Namespace) -> tuple[Engine, Watermark]:
     watermark = Watermark(model.config.vocab_size, key=args.watermark_key)
     max_length = args.max_length or min(2048, model.config.max_position_embeddings)
     applied = None if args.no_watermark else watermark
-    engine = Engine(model, tokenizer, args.max_batch_size, max_length, args.compile, applied)
-    return engine, watermark
+    batch = args.max_batch_size, max_length, args.compile
+    prefixes = args.prefix_memory << 20, MAX_STALL
+    return Engine(model, tokenizer, *batch, applied, *prefixes), watermark
 
 
 def fill_green_lists(watermark: Watermark, stop: threading.Event) -> None:
@@ -146,6 +150,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-batch-size", type=count, default=16, help="answers decoded at once (default: 16)")
     add("--max-length", type=count, help="of prompt and answer (default: the model's, up to 2048)")
     add("--max-new-tokens", type=count, default=512, help="of an answer, at most (default: 512)")
+    help = "MiB for keys and values of earlier prompts and answers (default: 1024; 0: none)"
+    add("--prefix-memory", type=not_negative, default=1024, metavar="MIB", help=help)
     add("--no-watermark", action="store_true", help="answer without a watermark")
     key, help = os.environ.get(KEY_VARIABLE, KEY), f"(default: ${KEY_VARIABLE}, else {KEY})"
     add("--watermark-key", type=int, default=key, metavar="N", help=help)

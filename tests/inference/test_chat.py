@@ -8,6 +8,7 @@ from helpers.commands import ROOT
 from helpers.models import expected
 
 from alpaca.inference.engine import Engine
+from alpaca.inference.prefix_tree import PREFIX_MEMORY
 from alpaca.inference.sampling import SamplingParams
 from alpaca.weights.loading import load_model
 from dataset import chat_prompt
@@ -22,7 +23,7 @@ def chat(command, monkeypatch, lines: list[str], *flags):
 
 
 def test_chat_remembers_and_can_be_reset(command, monkeypatch):
-    engine = Engine(load_model(TINY), load_tokenizer(TINY))
+    engine = Engine(load_model(TINY), load_tokenizer(TINY), prefix_memory=PREFIX_MEMORY)
     lines = ["Name a fruit.", "And another.", "", "/reset", "Name a fruit.", "/quit", "ignored"]
     flags = ("--system", "Be brief.", "--temperature", 2.5, "--seed", 9)
     code, out, _ = chat(command, monkeypatch, lines, *flags)
@@ -36,7 +37,7 @@ def test_chat_remembers_and_can_be_reset(command, monkeypatch):
         answers.append(answer.text + "\n")
     histories = messages[:2], messages + messages[1:2]
     prompts = [chat_prompt(history, engine.tokenizer) for history in histories]
-    reset, remembered = engine.generate(prompts, replace(params, seed=11))
+    reset, remembered = (engine.generate([p], replace(params, seed=11))[0] for p in prompts)
     assert code == 0 and out == "".join([*answers, reset.text + "\n"])
     assert reset.text != remembered.text, "or the test could not fail"
 

@@ -110,42 +110,6 @@ def test_repeated_prompt_is_computed_once(monkeypatch):
         assert sum(prefilled) == computed
 
 
-@pytest.mark.parametrize(("heads", "length"), [(2, 1), (4, 30), (1, 30)])
-def test_shared_prefix_changes_no_answer(monkeypatch, heads, length):
-    """Prompts that begin with it, one of one token more, some that do not; greedy and sampled."""
-    model, (prefix, *rests) = new_model(num_key_value_heads=heads), prompts_of(length, 2, 13, 5)
-    prompts = [
-        prefix + rests[0],
-        rests[1][1:],
-        prefix + rests[2],
-        [*prefix, 9],
-        prefix,
-        rests[0][1:],
-    ]
-    prompts += [prompts[0], prompts[0], prefix + rests[1]]
-    params = [SamplingParams(i % 2, seed=i, max_new_tokens=3 + i % 5) for i in range(len(prompts))]
-    pairs = [*zip(prompts, params, strict=True)]
-    expected = [Engine(model, TOKENIZER).generate([p], each)[0].ids for p, each in pairs]
-    shapes, forward = [], Decoder.forward
-
-    def spy(self, ids, *rest, **named):
-        shapes.append(tuple(ids.shape))
-        return forward(self, ids, *rest, **named)
-
-    monkeypatch.setattr(Decoder, "forward", spy)
-    for slots in (2, 9):
-        shapes.clear()
-        engine = Engine(model, TOKENIZER, slots, prefix=prefix)
-        for _ in range(2):  # the prefix outlives what is decoded
-            answers = engine.finish([engine.add(*pair) for pair in pairs])
-            assert [answer.ids for answer in answers] == expected
-    assert shapes[:2] == [(1, length), (5, 16)], "the prefix once, and what follows in five prompts"
-    engine.prefix_cache.v.neg_()
-    wrong = engine.finish([engine.add(*pair) for pair in pairs])
-    changed = [answer.ids != ids for answer, ids in zip(wrong, expected, strict=True)]
-    assert [changed[i] for i in (1, 4, 5)] == [False] * 3 and sum(changed) == 6
-
-
 def test_prompts_are_padded_to_few_lengths(monkeypatch):
     """oneDNN stores a kernel per length: those of 3,000 prompts took 700 MB instead of 200."""
     engine, lengths = Engine(new_model(max_position_embeddings=100), TOKENIZER), set()

@@ -19,16 +19,17 @@ DEVICE = "cuda"
 @pytest.mark.parametrize(("sequences", "compiled"), [(1, False), (5, False), (1, True)])
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_log_probabilities_on_a_gpu_are_a_cpus(tmp_path, bits, sequences, compiled):
-    """The GPU's tokens, given to the same integers dequantized in fp32, and without a cache. Of
-    several prompts, all but one share a prefix."""
+    """The GPU's tokens, given to the same integers dequantized in fp32, and without a cache. The
+    beginning of the first prompt comes from the prefix tree."""
     config = small_config(vocab_size=1024, hidden_size=256, intermediate_size=512)
     save_model(Llama(config), config, tmp_path / "model", torch.bfloat16)
     exact = load_model(tmp_path / "model", bits=bits, dtype=torch.float32)
     model = load_model(tmp_path / "model", bits=bits, device=DEVICE)
     model = optimize_layout(model, compiled)
-    prompts = prompts_of(5, 1, 17, 9, 2)[:sequences]
-    prefix = prompts[0][:1] if sequences > 1 else None
-    engine = Engine(model, TOKENIZER, max_batch_size=sequences, compile=compiled, prefix=prefix)
+    prompts = prompts_of(50, 1, 17, 9, 2)[:sequences]
+    options = {"compile": compiled, "prefix_memory": 1 << 26}
+    engine = Engine(model, TOKENIZER, max_batch_size=sequences, **options)
+    engine.generate(prompts[:1], SamplingParams(max_new_tokens=1))
     for answer in engine.generate(prompts, SamplingParams(max_new_tokens=20, logprobs=0)):
         ids = torch.tensor([answer.prompt + answer.ids])
         with torch.no_grad():

@@ -1,0 +1,84 @@
+"""Keys and values of earlier prompts and answers, so that no beginning of a text is run twice.
+
+    tree = PrefixTree(cache, memory=1 << 30)
+    tree.store(ids, slot)           # what a slot of the cache holds of ids
+    known = tree.load(ids, slot)    # the longest stored beginning of ids, into a slot: its tokens
+
+A token's keys and values depend on it and on the tokens before it. So requests with the same system
+prompt or the same examples share them, and so do the turns of a conversation: each begins with all
+that was said. A node of the tree has the keys and values of 32 tokens; its children continue it:
+
+    root ─── Below is an instruction … request. ─┬─ ### Instruction: Sort these …
+                                                 └─ ### Instruction: Name three …
+
+Nodes are in the order of their last use, each after its children. So the oldest has no children,
+and the memory stays bounded by dropping the oldest. Paper: SGLang, arXiv:2312.07104.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import count
+from typing import NamedTuple
+
+from torch import Tensor
+
+from model import KVCache
+
+BLOCK = 32  # tokens of a node
+PREFIX_MEMORY = 1 << 30  # bytes
+Key = tuple[int, tuple[int, ...]]  # the parent's number, and the tokens
+
+
+class Node(NamedTuple):
+    number: int
+    k: Tensor  # (layers, 1, K, BLOCK, D)
+    v: Tensor
+
+
+class PrefixTree:
+    def __init__(self, cache: KVCache, memory: int = PREFIX_MEMORY):
+        block = 2 * cache.k[:, :1, :, :1].nbytes * BLOCK
+        self.max_tokens = memory // block * BLOCK
+        self.nodes: OrderedDict[Key, Node] = OrderedDict()  # the least recently used first
+        self.numbers = count(1)  # the root is 0
+
+    def path(self, ids: list[int]) -> Iterator[tuple[Key, Node]]:
+        """The nodes from the root on that hold the beginning of ids."""
+        parent = 0
+        for start in range(0, len(ids) - BLOCK + 1, BLOCK):
+            key = parent, tuple(ids[start : start + BLOCK])
+            if key not in self.nodes:
+                return
+            yield key, (node := self.nodes[key])
+            parent = node.number
+
+    def known(self, ids: list[int]) -> int:
+        """How many tokens of ids `load` would find. Never the last: its logits are wanted."""
+        return BLOCK * sum(1 for _ in self.path(ids[:-1]))
+
+    def touch(self, keys: list[Key]) -> None:
+        for key in reversed(keys):  # each after its children
+            self.nodes.move_to_end(key)
+
+    def load(self, ids: list[int], slot: KVCache) -> int:
+        path = [*self.path(ids[:-1])]
+        for i, (_, node) in enumerate(path):
+            stored = slice(BLOCK * i, BLOCK * (i + 1))
+            slot.k[..., stored, :], slot.v[..., stored, :] = node.k, node.v
+        self.touch([key for key, _ in path])
+        slot.lengths.fill_(BLOCK * len(path))
+        return BLOCK * len(path)
+
+    def store(self, ids: list[int], slot: KVCache) -> None:
+        ids = ids[: min(self.max_tokens, int(slot.lengths))]
+        keys, parent = [], 0
+        for start in range(0, len(ids) - BLOCK + 1, BLOCK):
+            stored = slice(start, start + BLOCK)
+            keys.append(key := (parent, tuple(ids[stored])))
+            if key not in self.nodes:
+                k, v = (x[..., stored, :].clone() for x in (slot.k, slot.v))
+                self.nodes[key] = Node(next(self.numbers), k, v)
+            parent = self.nodes[key].number
+        self.touch(keys)
+        while len(self.nodes) * BLOCK > self.max_tokens:
+            self.nodes.popitem(last=False)

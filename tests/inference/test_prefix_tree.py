@@ -1,0 +1,178 @@
+"""Texts that begin alike, one after the other and at once, with memory for all and for few."""
+
+import random
+
+import pytest
+import torch
+from helpers.decoding import TOKENIZER, new_model, plain_greedy, prompts_of
+
+from alpaca.inference.engine import Engine
+from alpaca.inference.prefix import new_cache, prefill
+from alpaca.inference.prefix_tree import BLOCK, PrefixTree
+from alpaca.inference.sampling import SamplingParams
+from model import Decoder
+
+GREEDY = SamplingParams(max_new_tokens=6)
+LONG = {"max_position_embeddings": 1024}
+
+
+@pytest.fixture
+def widths(monkeypatch) -> list[int]:
+    """The width of every call of a model: 1 for a decoding step."""
+    found, forward = [], Decoder.forward
+
+    def spy(self, ids, *rest, **named):
+        found.append(ids.shape[1])
+        return forward(self, ids, *rest, **named)
+
+    monkeypatch.setattr(Decoder, "forward", spy)
+    return found
+
+
+def bytes_of(model, tokens: int) -> int:
+    return 2 * new_cache(model, 1, tokens).k.nbytes
+
+
+def filled(model, ids: list[int]):
+    cache = new_cache(model, 1, len(ids))
+    prefill(model, cache, [ids])
+    return cache
+
+
+@torch.no_grad()
+def test_load_returns_the_bits_that_were_stored():
+    model, (ids,) = new_model(**LONG), prompts_of(100)
+    source, target = filled(model, ids), new_cache(model, 1, 100)
+    tree = PrefixTree(source)
+    tree.store(ids, source)
+    assert tree.known(ids) == tree.load(ids, target) == int(target.lengths) == 96
+    for ours, theirs in ((source.k, target.k), (source.v, target.v)):
+        assert torch.equal(ours[..., :96, :], theirs[..., :96, :]) and not theirs[..., 96:, :].any()
+    assert tree.load(ids[:96], target) == 64, "the last token is run: its logits are wanted"
+    assert tree.load([*ids[:40], *ids[:40]], target) == 32
+    assert tree.load([*ids[32:64], *ids[:32]], target) == 0, "the same tokens at another position"
+    assert int(target.lengths) == 0
+
+
+@torch.no_grad()
+def test_memory_is_bounded_and_the_oldest_ends_go_first():
+    model, texts = new_model(**LONG), prompts_of(97, 65, 65, 200)
+    texts[1][:BLOCK] = texts[0][:BLOCK]  # two texts with the same beginning, and two others
+    caches = [filled(model, ids) for ids in texts]
+    tree = PrefixTree(caches[0], bytes_of(model, 5 * BLOCK) + 100)
+
+    def known() -> list[int]:
+        return [tree.known(ids) // BLOCK for ids in texts]
+
+    tree.store(texts[0], caches[0])
+    tree.store(texts[1], caches[1])
+    assert known() == [3, 2, 0, 0] and len(tree.nodes) == 4
+    tree.store(texts[2], caches[2])
+    assert known() == [2, 2, 2, 0] and len(tree.nodes) == 5
+    tree.load(texts[0], caches[0])
+    tree.store(texts[0], filled(model, texts[0]))
+    assert known() == [3, 1, 2, 0]
+    tree.store(texts[3], caches[3])  # longer than the memory: its beginning
+    assert known() == [0, 0, 0, 5] and len(tree.nodes) == 5
+    for _, node in tree.nodes.items():
+        assert node.k.untyped_storage().nbytes() == node.k.nbytes, "a view would keep all of it"
+
+
+@torch.no_grad()
+def test_every_node_can_be_reached_after_any_evictions():
+    model, rng = new_model(num_hidden_layers=1, **LONG), random.Random(0)
+    ids = prompts_of(300)[0]
+    tree = PrefixTree(cache := filled(model, ids), bytes_of(model, 12 * BLOCK))
+    for _ in range(300):
+        text = [token + rng.randrange(2) * (i % 50 == 0) for i, token in enumerate(ids)]
+        text = text[: rng.randrange(300)]
+        cache.lengths.fill_(len(text))
+        tree.store(text, cache) if rng.random() < 0.7 else tree.load(text, cache)
+        numbers = {0} | {node.number for node in tree.nodes.values()}
+        assert {parent for parent, _ in tree.nodes} <= numbers and len(tree.nodes) <= 12
+
+
+@pytest.mark.parametrize("slots", [1, 2, 9])
+@pytest.mark.parametrize("blocks", [3, 100])
+def test_answers_are_those_without_the_tree(slots, blocks):
+    """Greedy and sampled, prompts that share one block, two or none; twice."""
+    model, (one, two, *rests) = new_model(**LONG), prompts_of(32, 40, 2, 13, 5, 50)
+    prompts = [one + rest[1:] for rest in rests] + [one + two + rest[1:] for rest in rests]
+    prompts += [rests[3], one, one + [9], prompts[0], prompts[0]]
+    params = [SamplingParams(i % 2, seed=i, max_new_tokens=3 + i % 5) for i in range(len(prompts))]
+    pairs = [*zip(prompts, params, strict=True)]
+    expected = [Engine(model, TOKENIZER).generate([p], each)[0].ids for p, each in pairs]
+    memory = bytes_of(model, blocks * BLOCK)
+    engine = Engine(model, TOKENIZER, slots, prefix_memory=memory)
+    for _ in range(2):
+        answers = engine.finish([engine.add(*pair) for pair in pairs])
+        assert [answer.ids for answer in answers] == expected
+        engine.cancel(engine.add(prompts[2]))
+    with torch.inference_mode():
+        for node in engine.tree.nodes.values():
+            node.v.neg_()
+    wrong = engine.finish([engine.add(*pair) for pair in pairs])
+    assert [answer.ids for answer in wrong] != expected, "nothing came from the tree"
+
+
+def test_turn_of_a_conversation_runs_only_what_is_new(widths):
+    model, turns = new_model(**LONG), prompts_of(*[40] * 10)
+    engine, conversation, computed = Engine(model, TOKENIZER, prefix_memory=1 << 26), [], []
+    for turn in turns:
+        conversation += turn
+        widths.clear()
+        (answer,) = engine.generate([conversation], GREEDY)
+        assert answer.ids == plain_greedy(model, conversation, 6)
+        computed.append(widths[0])
+        conversation += answer.ids
+    assert len(conversation) > 450 and max(computed) <= 80, computed
+
+
+def test_long_prompt_is_run_in_parts_while_others_are_decoded(widths):
+    model, (short, long) = new_model(**LONG), prompts_of(5, 700)
+    params = SamplingParams(max_new_tokens=40)
+    expected = [answer.ids for answer in Engine(model, TOKENIZER).generate([short, long], params)]
+    widths.clear()
+    engine = Engine(model, TOKENIZER, 2, prefix_memory=1 << 26, max_stall=0.01)
+    engine.prefill_rate = 6400.0  # 64 tokens a step; later what this machine does
+    first = engine.add(short, params)
+    engine.step()
+    second = engine.add(long, params)
+    widths.clear()
+    engine.step()
+    assert widths == [1, 64] and len(first.ids) == 2 and not second.ids
+    while not second.ids:
+        engine.prefill_rate = 6400.0
+        engine.step()
+    assert widths == [1, 64] * 10 + [1, 64] and len(first.ids) == 12  # 60 tokens are left, padded
+    engine.finish([first, second])
+    assert [first.ids, second.ids] == expected
+    alone = Engine(model, TOKENIZER, 2, prefix_memory=1 << 26, max_stall=0.01)
+    widths.clear()
+    alone.generate([long], params)
+    assert widths[0] == 704, "nobody waits for it"
+
+
+def test_long_prompt_runs_whole_where_the_tree_cannot_hold_it(widths):
+    model, (short, long) = new_model(**LONG), prompts_of(5, 700)
+    for memory in (0, bytes_of(model, 690)):
+        engine = Engine(model, TOKENIZER, 2, prefix_memory=memory, max_stall=1e-9)
+        engine.add(short)
+        engine.step()
+        engine.add(long)
+        engine.step()
+        assert widths[-1] == 704
+
+
+def test_prompt_that_is_run_in_parts_can_be_cancelled():
+    model, (short, long, last) = new_model(**LONG), prompts_of(5, 300, 6)
+    engine = Engine(model, TOKENIZER, 2, prefix_memory=1 << 26, max_stall=1e-9)
+    running = engine.add(short, SamplingParams(max_new_tokens=60))
+    engine.step()
+    waiting = engine.add(long)
+    engine.step()
+    engine.cancel(waiting)
+    answer = engine.add(last, GREEDY)
+    engine.finish([running, answer])
+    assert answer.ids == plain_greedy(model, last, 6)
+    assert running.ids == plain_greedy(model, short, 60) and not waiting.ids

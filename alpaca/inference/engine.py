@@ -20,6 +20,8 @@ little more than one sequence. So sequences join and leave between any two steps
     like one of them only the rest is run (prefix_tree.py).
   - With `max_stall`, running answers wait no longer than that for a prompt: one that takes longer
     is run in parts, one a step, each of which finds the keys and values of those before it.
+  - On a CPU a sequence that is decoded alone gets several tokens in a step where it repeats earlier
+    text (lookup.py).
   - In fp32 a sequence gets the same tokens alone and in any batch. With 16 bits and less, kernels
     round differently for other batch sizes, which can show where two tokens are nearly tied.
 
@@ -48,7 +50,7 @@ from alpaca.inference.prefix import (
     padded_length,
     prefill,
 )
-from alpaca.inference.prefix_tree import BLOCK, PrefixTree
+from alpaca.inference.prefix_tree import NODE_TOKENS, PrefixTree
 from alpaca.inference.sampling import GREEDY, SamplingParams, penalize_repetition, sample
 from alpaca.inference.sequence import Sequence
 from model import KVCache, Llama
@@ -108,8 +110,12 @@ class Engine:
     def step(self) -> list[Sequence]:
         """One more token for every sequence that has a slot; returns these sequences."""
         self.remove_finished()
+        guess = self.guess()
         joining = self.next_to_join()
         try:
+            if guess:
+                self.check_guess(guess)
+                return list(self.active)
             logits = [self.decode()] if self.active else []
             if joining:
                 logits.append(self.prefill(joining))
@@ -144,7 +150,7 @@ class Engine:
         """Tokens of prompts to run in this step: fewer, if running answers wait for them."""
         if not self.active:
             return PREFILL_TOKENS
-        return max(BLOCK, int(min(PREFILL_TOKENS, self.prefill_rate * self.max_stall)))
+        return max(NODE_TOKENS, int(min(PREFILL_TOKENS, self.prefill_rate * self.max_stall)))
 
     def next_to_join(self) -> list[Sequence]:
         """None if the next prompt is to be run in parts."""
@@ -179,7 +185,7 @@ class Engine:
 
     def prefill_part(self, prompt: list[int]) -> None:
         """Let the tree know more of a prompt that is too long for one step."""
-        end = (self.tree.known(prompt) + self.prefill_budget()) // BLOCK * BLOCK
+        end = (self.tree.known(prompt) + self.prefill_budget()) // NODE_TOKENS * NODE_TOKENS
         self.run_prompts([prompt[:end]])
         self.cache.lengths[len(self.active)] = 0
 
@@ -197,7 +203,7 @@ class Engine:
             group = slice(done, done := done + count)
             run = extend if width else prefill
             hidden.append(run(self.model, self.cache[first:][group], rows[group]))
-            if (tokens := sum(map(len, rows[group]))) >= BLOCK:
+            if (tokens := sum(map(len, rows[group]))) >= NODE_TOKENS:
                 self.prefill_rate = tokens / (time.perf_counter() - start)
         for prompt, slot in zip(prompts, slots, strict=True):
             self.tree.store(prompt, slot)
@@ -221,6 +227,26 @@ class Engine:
         cache = self.cache[: len(ids)]
         cache.k, cache.v = cache.k[..., :reach, :], cache.v[..., :reach, :]
         return self.decode_step(self.model, ids, cache)
+
+    def guess(self) -> list[int]:
+        """What may follow the only sequence. Other kinds of batches are decoded as fast without."""
+        if len(self.active) != 1 or self.waiting or self.cache.static:
+            return []
+        (sequence,) = self.active
+        return sequence.lookup.guess(sequence.ids, sequence.max_new_tokens - len(sequence.ids) - 1)
+
+    def check_guess(self, guess: list[int]) -> None:
+        """Run the last token and the guessed ones, and sample until one is not as guessed."""
+        (sequence,), slot = self.active, self.cache[:1]
+        self.reserve((length := int(slot.lengths)) + 1 + len(guess))
+        ids = torch.tensor([[sequence.ids[-1], *guess]])
+        logits = self.model.lm_head(self.model.model(ids, cache=self.cache[:1])[0])  # (T, V)
+        for right, token in enumerate([*guess, None]):
+            self.sample_and_append(logits[right : right + 1])
+            if sequence.finish_reason is not None or sequence.ids[-1] != token:
+                break
+        slot.lengths.fill_(length + 1 + right)
+        sequence.lookup.learn(sequence.ids, len(guess), right)
 
     def sample_and_append(self, logits: Tensor) -> None:
         """Sample a token from logits (B, V) for every active sequence."""

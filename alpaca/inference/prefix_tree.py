@@ -24,29 +24,29 @@ from torch import Tensor
 
 from model import KVCache
 
-BLOCK = 32  # tokens of a node
+NODE_TOKENS = 32  # tokens of a node
 PREFIX_MEMORY = 1 << 30  # bytes
 Key = tuple[int, tuple[int, ...]]  # the parent's number, and the tokens
 
 
 class Node(NamedTuple):
     number: int
-    k: Tensor  # (layers, 1, K, BLOCK, D)
+    k: Tensor  # (layers, 1, K, NODE_TOKENS, D)
     v: Tensor
 
 
 class PrefixTree:
     def __init__(self, cache: KVCache, memory: int = PREFIX_MEMORY):
-        block = 2 * cache.k[:, :1, :, :1].nbytes * BLOCK
-        self.max_tokens = memory // block * BLOCK
+        block = 2 * cache.k[:, :1, :, :1].nbytes * NODE_TOKENS
+        self.max_tokens = memory // block * NODE_TOKENS
         self.nodes: OrderedDict[Key, Node] = OrderedDict()  # the least recently used first
         self.numbers = count(1)  # the root is 0
 
     def path(self, ids: list[int]) -> Iterator[tuple[Key, Node]]:
         """The nodes from the root on that hold the beginning of ids."""
         parent = 0
-        for start in range(0, len(ids) - BLOCK + 1, BLOCK):
-            key = parent, tuple(ids[start : start + BLOCK])
+        for start in range(0, len(ids) - NODE_TOKENS + 1, NODE_TOKENS):
+            key = parent, tuple(ids[start : start + NODE_TOKENS])
             if key not in self.nodes:
                 return
             yield key, (node := self.nodes[key])
@@ -54,7 +54,7 @@ class PrefixTree:
 
     def known(self, ids: list[int]) -> int:
         """How many tokens of ids `load` would find. Never the last: its logits are wanted."""
-        return BLOCK * sum(1 for _ in self.path(ids[:-1]))
+        return NODE_TOKENS * sum(1 for _ in self.path(ids[:-1]))
 
     def touch(self, keys: list[Key]) -> None:
         for key in reversed(keys):  # each after its children
@@ -63,22 +63,22 @@ class PrefixTree:
     def load(self, ids: list[int], slot: KVCache) -> int:
         path = [*self.path(ids[:-1])]
         for i, (_, node) in enumerate(path):
-            stored = slice(BLOCK * i, BLOCK * (i + 1))
+            stored = slice(NODE_TOKENS * i, NODE_TOKENS * (i + 1))
             slot.k[..., stored, :], slot.v[..., stored, :] = node.k, node.v
         self.touch([key for key, _ in path])
-        slot.lengths.fill_(BLOCK * len(path))
-        return BLOCK * len(path)
+        slot.lengths.fill_(NODE_TOKENS * len(path))
+        return NODE_TOKENS * len(path)
 
     def store(self, ids: list[int], slot: KVCache) -> None:
         ids = ids[: min(self.max_tokens, int(slot.lengths))]
         keys, parent = [], 0
-        for start in range(0, len(ids) - BLOCK + 1, BLOCK):
-            stored = slice(start, start + BLOCK)
+        for start in range(0, len(ids) - NODE_TOKENS + 1, NODE_TOKENS):
+            stored = slice(start, start + NODE_TOKENS)
             keys.append(key := (parent, tuple(ids[stored])))
             if key not in self.nodes:
                 k, v = (x[..., stored, :].clone() for x in (slot.k, slot.v))
                 self.nodes[key] = Node(next(self.numbers), k, v)
             parent = self.nodes[key].number
         self.touch(keys)
-        while len(self.nodes) * BLOCK > self.max_tokens:
+        while len(self.nodes) * NODE_TOKENS > self.max_tokens:
             self.nodes.popitem(last=False)

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from alpaca.common.errors import UserError
+from alpaca.inference.lookup import PromptLookup
 from alpaca.inference.sampling import SamplingParams
 from tokenizer import Tokenizer
 
@@ -46,6 +47,7 @@ class Sequence:
         self.top_logprobs: list[list[tuple[int, float]]] = []
         self.random = random.Random(params.seed)
         self.decoder = tokenizer.stream(after=prompt)
+        self.lookup = PromptLookup(prompt)
 
     def append(self, token: int) -> None:
         self.ids.append(token)

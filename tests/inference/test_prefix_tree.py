@@ -8,7 +8,7 @@ from helpers.decoding import TOKENIZER, new_model, plain_greedy, prompts_of
 
 from alpaca.inference.engine import Engine
 from alpaca.inference.prefix import new_cache, prefill
-from alpaca.inference.prefix_tree import BLOCK, PrefixTree
+from alpaca.inference.prefix_tree import NODE_TOKENS, PrefixTree
 from alpaca.inference.sampling import SamplingParams
 from model import Decoder
 
@@ -57,12 +57,14 @@ def test_load_returns_the_bits_that_were_stored():
 @torch.no_grad()
 def test_memory_is_bounded_and_the_oldest_ends_go_first():
     model, texts = new_model(**LONG), prompts_of(97, 65, 65, 200)
-    texts[1][:BLOCK] = texts[0][:BLOCK]  # two texts with the same beginning, and two others
+    texts[1][:NODE_TOKENS] = texts[0][
+        :NODE_TOKENS
+    ]  # two texts with the same beginning, and two others
     caches = [filled(model, ids) for ids in texts]
-    tree = PrefixTree(caches[0], bytes_of(model, 5 * BLOCK) + 100)
+    tree = PrefixTree(caches[0], bytes_of(model, 5 * NODE_TOKENS) + 100)
 
     def known() -> list[int]:
-        return [tree.known(ids) // BLOCK for ids in texts]
+        return [tree.known(ids) // NODE_TOKENS for ids in texts]
 
     tree.store(texts[0], caches[0])
     tree.store(texts[1], caches[1])
@@ -82,7 +84,7 @@ def test_memory_is_bounded_and_the_oldest_ends_go_first():
 def test_every_node_can_be_reached_after_any_evictions():
     model, rng = new_model(num_hidden_layers=1, **LONG), random.Random(0)
     ids = prompts_of(300)[0]
-    tree = PrefixTree(cache := filled(model, ids), bytes_of(model, 12 * BLOCK))
+    tree = PrefixTree(cache := filled(model, ids), bytes_of(model, 12 * NODE_TOKENS))
     for _ in range(300):
         text = [token + rng.randrange(2) * (i % 50 == 0) for i, token in enumerate(ids)]
         text = text[: rng.randrange(300)]
@@ -98,11 +100,11 @@ def test_answers_are_those_without_the_tree(slots, blocks):
     """Greedy and sampled, prompts that share one block, two or none; twice."""
     model, (one, two, *rests) = new_model(**LONG), prompts_of(32, 40, 2, 13, 5, 50)
     prompts = [one + rest[1:] for rest in rests] + [one + two + rest[1:] for rest in rests]
-    prompts += [rests[3], one, one + [9], prompts[0], prompts[0]]
+    prompts += [rests[3], one, [*one, 9], prompts[0], prompts[0]]
     params = [SamplingParams(i % 2, seed=i, max_new_tokens=3 + i % 5) for i in range(len(prompts))]
     pairs = [*zip(prompts, params, strict=True)]
     expected = [Engine(model, TOKENIZER).generate([p], each)[0].ids for p, each in pairs]
-    memory = bytes_of(model, blocks * BLOCK)
+    memory = bytes_of(model, blocks * NODE_TOKENS)
     engine = Engine(model, TOKENIZER, slots, prefix_memory=memory)
     for _ in range(2):
         answers = engine.finish([engine.add(*pair) for pair in pairs])

@@ -44,6 +44,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from alpaca.common.cli import Parser
 from alpaca.common.errors import UserError, join_names, notice
+from alpaca.common.memory import keep_freed_memory
 from alpaca.datagen.formats import group_by_source
 from alpaca.training.config import TrainConfig, add_arguments
 from alpaca.training.group import Sampler
@@ -71,7 +72,7 @@ from alpaca.training.parallel import (
     squared_gradient_norm,
     trained_parameters,
 )
-from alpaca.training.process import StopSignal, keep_freed_memory, run_rank
+from alpaca.training.process import StopSignal, run_rank
 from alpaca.training.run_dir import RunDir, check_space
 from alpaca.training.sample_answers import print_sample_answers
 from alpaca.training.snapshots import Snapshots, remove_snapshots

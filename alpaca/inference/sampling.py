@@ -103,17 +103,19 @@ def penalize_repetition(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
 
 def sample(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -> Tensor:
     """A token (B) for each sequence of logits (B, V), given a uniform random number each."""
-    tokens = logits.argmax(-1)
+    greedy = any(p.temperature == 0 for p in params)
+    tokens = logits.argmax(-1) if greedy else torch.empty_like(logits[:, 0], dtype=torch.int64)
     for filtered in (False, True):  # separately, since only one of the two has to sort
         group = [i for i, p in enumerate(params) if p.temperature > 0 and p.filtered is filtered]
         if not group:
             continue
         temperature = as_column([params[i].temperature for i in group], logits)
         u = as_column([uniforms[i] for i in group], logits)
-        wide = logits[group].double()
-        wide = wide - wide.amax(-1, keepdim=True)  # a small temperature must not overflow
-        p = torch.softmax(wide / temperature, dim=-1)  # (B, V)
+        p = logits[group].double()  # (B, V), and from here on in place
+        p.sub_(p.amax(-1, keepdim=True))  # a small temperature must not overflow
+        p.div_(temperature).exp_()  # a softmax but for its sum, which `draw` does not need
         if filtered:
+            p.div_(p.sum(-1, keepdim=True))
             tokens[group] = draw_filtered(p, [params[i] for i in group], u)
         else:
             tokens[group] = draw(p, u)

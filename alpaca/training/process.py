@@ -1,12 +1,10 @@
-"""A training process: signals, memory of the C library, exit codes."""
+"""A training process: signals and exit codes."""
 
-import ctypes
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from typing import NoReturn
 
 from alpaca.common.errors import notice, run_command
@@ -38,17 +36,6 @@ class StopSignal:
         first, self.number = not self.number, number
         if first:
             os.write(2, b"stopping after this step\n")  # print is not safe in a handler
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep freed memory for the next tensor instead of returning it.
-
-    By default every large CPU tensor is fresh memory, which the system clears page by page: for a
-    small model a fifth of the time in fp32, two fifths in bf16."""
-    with suppress(OSError, AttributeError):  # a C library without mallopt
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: no mapping of its own for a tensor below this
-        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: never shrink the heap
 
 
 def run_rank(main: Callable[[], None]) -> NoReturn:

@@ -25,6 +25,7 @@ from torch import nn
 from alpaca import CHECKOUT
 from alpaca.common.errors import UserError, notice
 from alpaca.common.gguf_file import is_gguf
+from alpaca.common.memory import keep_freed_memory
 from alpaca.weights.adapter import load_adapter
 from alpaca.weights.checkpoint import DTYPES, EMBEDDING, as_dtype, no_such_model
 from alpaca.weights.kernels import optimize_layout
@@ -111,4 +112,6 @@ def load_from_args(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
         notice("--compile is meant for a GPU; on a CPU it makes decoding slower")
     tokenizer = load_tokenizer(folder, args.adapter, template=args.template)
     model = load_model(folder, args.adapter, args.bits, device, DTYPES.get(args.dtype))
-    return optimize_layout(model, compiled=args.compile), tokenizer
+    model = optimize_layout(model, compiled=args.compile)
+    keep_freed_memory()  # from here on, since loading frees what decoding does not need again
+    return model, tokenizer

@@ -32,7 +32,8 @@ def test_worked_example_of_the_docstring_holds():
 
 
 @pytest.mark.parametrize(
-    "sizes", [(0, 1, 5, 12, 12), (63, 64, 65, 127, 128, 129, 200, 3), (9, 300, 12, 0, 200)]
+    "sizes",
+    [(0, 1, 5, 12, 12), (31, 32, 33, 2), (63, 64, 65, 127, 128, 129, 200, 3), (9, 300, 12, 0, 200)],
 )
 def test_pair_and_pool_equal_the_textbook(sizes):
     rng = random.Random(len(sizes))
@@ -48,6 +49,18 @@ def test_pool_carries_through_all_lanes_of_one_token():
     pool = Pool(["a " * (4 * WORD + 3), "a " * WORD, "a"])
     for size in (1, WORD, WORD + 1, 300):
         assert pool.lcs(["a"] * size).tolist() == [min(size, 4 * WORD + 3), min(size, WORD), 1]
+
+
+def test_pool_equals_pairs_for_tokens_in_a_third_of_the_lanes():
+    rng = random.Random(1)
+    sizes = [6] * 1100 + [70] * 1100 + [40] * 9 + [6] * 9 + [0]
+    texts = [words(rng, size, "abcdeeefghij") for size in sizes]
+    pool = Pool(texts)
+    assert len(pool.layers) == 3
+    for layer in pool.layers:
+        assert None in [lanes for lanes, _ in layer.masks.values()]
+    for candidate in (words(rng, 10), words(rng, 70), "e " * 80, texts[-2]):
+        assert pool.scores(candidate).tolist() == [rouge_l(candidate, text) for text in texts]
 
 
 def test_score_at_the_threshold_rounds_as_rouge_score_does():

@@ -138,8 +138,7 @@ class Engine:
             if self.active[slot].finish_reason is not None:
                 last = len(self.active) - 1
                 ended = self.active[slot]
-                if ended.finish_reason != "failed":
-                    self.tree.store(ended.prompt + ended.ids, self.cache[slot : slot + 1])
+                self.tree.store(ended.prompt + ended.ids, self.cache[slot : slot + 1])
                 if slot < last:
                     fork(self.cache[last : last + 1], self.cache[slot : slot + 1])
                 self.cache.lengths[last] = 0

@@ -11,6 +11,7 @@ from helpers.models import small_config
 
 from alpaca.common.errors import UserError
 from alpaca.inference.engine import PREFILL_TOKENS, Engine
+from alpaca.inference.prefix import new_cache
 from alpaca.inference.sampling import SamplingParams
 from alpaca.inference.sequence import Sequence, overlap
 from alpaca.weights.kernels import optimize_layout
@@ -33,12 +34,17 @@ def test_batch_equals_plain_decoding(heads, optimized):
     assert len(set(map(tuple, expected))) == len(prompts), "or the test could not fail"
 
 
-def test_sequences_that_join_and_leave_at_random_equal_plain_decoding():
-    """Sixty arrivals at random steps, of random lengths, some cancelled, in three slots."""
-    model, rng = new_model(), random.Random(3)
-    engine = Engine(model, TOKENIZER, max_batch_size=3)
-    prompts = prompts_of(*(rng.randint(1, 25) for _ in range(60)))
-    arrivals = sorted(((rng.randrange(120), p) for p in prompts), key=lambda pair: pair[0])
+@pytest.mark.parametrize(("arrivals", "shared"), [(60, 0), (30, 75)])
+def test_sequences_that_join_and_leave_at_random_equal_plain_decoding(arrivals, shared):
+    """Arrivals at random steps, of random lengths, some cancelled, in three slots. Of those that
+    share a prefix, the prefix tree can hold a few, and a step runs 32 tokens of prompts at most."""
+    model, rng = new_model(max_position_embeddings=128), random.Random(3)
+    options = {"prefix_memory": 6 * 32 * 2 * new_cache(model, 1, 1).k.nbytes, "max_stall": 1e-9}
+    engine = Engine(model, TOKENIZER, 3, **(options if shared else {}))
+    common, *prompts = prompts_of(shared or 1, *(rng.randint(1, 25) for _ in range(arrivals)))
+    if shared:
+        prompts = [common[: rng.choice((40, 75))] + prompt for prompt in prompts]
+    arrivals = sorted(((rng.randrange(2 * arrivals), p) for p in prompts), key=lambda pair: pair[0])
     sequences, cancelled, step = [], [], 0
     while arrivals or engine.busy:
         while arrivals and arrivals[0][0] <= step:

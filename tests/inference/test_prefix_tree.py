@@ -143,6 +143,7 @@ def test_long_prompt_is_run_in_parts_while_others_are_decoded(widths):
     widths.clear()
     engine.step()
     assert widths == [1, 64] and len(first.ids) == 2 and not second.ids
+    assert engine.cache.lengths[1] == 0, "the slot is free"
     while not second.ids:
         engine.prefill_rate = 6400.0
         engine.step()

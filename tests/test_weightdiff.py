@@ -258,10 +258,10 @@ def forge(diff: Path, edit=lambda manifest: None) -> None:
     file = diff / "manifest.json"
     manifest = json.loads(file.read_text())
     for name in manifest["files"]:
-        manifest["files"][name] = weightdiff.hash_of((diff / "bits" / name).read_bytes())
+        manifest["files"][name] = bitdiff.hash_of((diff / "bits" / name).read_bytes())
     edit(manifest)
     file.write_text(json.dumps(manifest))
-    (diff / "manifest.sha256").write_bytes(weightdiff.seal_of(file))
+    (diff / "manifest.sha256").write_bytes(bitdiff.seal_of(file))
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def forge(diff: Path, edit=lambda manifest: None) -> None:
     [
         (
             lambda m: m.update(format="bitwise difference, 1", compressed=True),
-            "compressed format 'bitwise difference, 1'",
+            "format 'bitwise difference, 1'",
         ),
         (lambda m: m["files"].update({"../evil": "0"}), "../evil missing, damaged or unexpected"),
         (lambda m: m.update(files={"config.json": 3}), "config.json"),

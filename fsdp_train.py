@@ -29,11 +29,10 @@ from __future__ import annotations
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -46,54 +45,27 @@ from alpaca.common.cli import Parser
 from alpaca.common.errors import UserError, join_names, notice
 from alpaca.common.memory import keep_freed_memory
 from alpaca.datagen.formats import group_by_source
-from alpaca.training.config import TrainConfig, add_arguments
+from alpaca.training.config import BETAS, CLIP, EPS, TrainConfig, add_arguments
 from alpaca.training.group import Sampler
 from alpaca.training.job import Job, prepare
 from alpaca.training.memory_plan import measure, report_plan, stored_bytes
-from alpaca.training.model_card import write_card
-from alpaca.training.objectives import (
-    AnswerLoss,
-    PackedRow,
-    PreferenceLoss,
-    make_objective,
-    model_class,
-)
+from alpaca.training.objectives import AnswerLoss, PackedRow, PreferenceLoss, make_objective
 from alpaca.training.parallel import (
-    apply_activation_checkpointing,
-    apply_compile,
-    apply_fsdp,
-    checkpoint_weights,
-    full_tensor,
-    load_sharded_weights,
+    build_model,
     local_ranks,
     process_group,
-    random_weights,
     run_on_all_ranks,
     squared_gradient_norm,
     trained_parameters,
 )
 from alpaca.training.process import StopSignal, run_rank
+from alpaca.training.result import report_result, save_result
 from alpaca.training.run_dir import RunDir, check_space
-from alpaca.training.sample_answers import print_sample_answers
 from alpaca.training.snapshots import Snapshots, remove_snapshots
 from alpaca.training.throughput import Throughput
-from alpaca.weights import lora
-from alpaca.weights.adapter import save_adapter
-from alpaca.weights.checkpoint import DTYPES
-from alpaca.weights.reward import RewardModel, reward_fields
-from alpaca.weights.writer import save_model
-from dataset import (
-    Examples,
-    make_row,
-    pack_rows,
-    step_examples,
-    template_in_jinja,
-    template_of,
-)
-from model import Llama, LlamaConfig
-from tokenizer import with_ends
+from dataset import Examples, make_row, pack_rows, step_examples
+from model import Llama
 
-BETAS, EPS, CLIP = (0.9, 0.999), 1e-8, 1.0  # the defaults of Hugging Face's Trainer, as in Alpaca
 ROW_MULTIPLE, BOUNDS_MULTIPLE = 128, 32  # of the tokens and bounds that compiled blocks see
 
 
@@ -107,7 +79,8 @@ def train(job: Job, run: RunDir, mesh: DeviceMesh, device: torch.device, stop: S
     snapshots = Snapshots(config.snapshots, config.save_total_limit, model, optimizer)
     done = snapshots.load()  # steps
     objective, held_out = make_objectives(job, model, done, device)
-    sampler = run_on_all_ranks(lambda: make_sampler(job, device))
+    group = config.objective == "group"
+    sampler = run_on_all_ranks(lambda: Sampler(job, device)) if group else None
     run.start_log(done, job.steps)
     if done == 0:
         log_held_out(model, sampler or held_out, config, run, device, step=0)
@@ -282,41 +255,6 @@ def log_held_out(
 # ---------------------------------------------------------------- before and after the steps
 
 
-def open_model(
-    config: TrainConfig, model_config: LlamaConfig, device: torch.device
-) -> tuple[Llama, Callable[[str, torch.Size], Tensor]]:
-    """The model on the meta device, and a function that reads a tensor to start from."""
-    if config.lora:
-        base = lora.open_base(config.base, config.bits)
-        model = lora.build_lora_model(base, DTYPES[config.dtype], config.lora)
-        return model, lora.initial_weights(base, config.seed)
-    with torch.device("meta"):
-        model = model_class(config)(model_config)
-    if config.preset:
-        return model, random_weights(model_config, config.seed, device)
-    return model, checkpoint_weights(config.base)
-
-
-def build_model(config: TrainConfig, model_config: LlamaConfig, mesh: DeviceMesh) -> Llama:
-    """The model, sharded; no rank ever holds all of it."""
-    device, dtype = torch.device(mesh.device_type), DTYPES[config.dtype]
-    model, read = open_model(config, model_config, device)
-    apply_activation_checkpointing(model, config.checkpointing)
-    if config.compiles(device):
-        apply_compile(model)
-    apply_fsdp(model, mesh, dtype, config.offload, not config.stays_gathered)
-    model.to_empty(device="cpu" if config.offload else device)
-    load_sharded_weights(model, mesh, read)
-    return model
-
-
-def make_sampler(job: Job, device: torch.device) -> Sampler | None:
-    """With --objective group: a whole model on every rank."""
-    if job.config.objective != "group":
-        return None
-    return Sampler(job, *open_model(job.config, job.model_config, device), device)
-
-
 def make_objectives(
     job: Job, model: Llama, done: int, device: torch.device
 ) -> tuple[AnswerLoss, AnswerLoss | None]:
@@ -350,54 +288,7 @@ def build_optimizer(model: Llama) -> torch.optim.AdamW:
     return optimizer
 
 
-def gathered_tensors(model: Llama, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """What is trained, one whole tensor at a time. Before each, all ranks wait for the one that
-    writes: NCCL ends a run in which a gather, queued on the others, waits for ten minutes."""
-    group: Any = dist.new_group(backend="gloo")
-    for name, parameter in trained_parameters(model).items():
-        dist.barrier(group)
-        yield name, full_tensor(parameter.detach()).to(dtype)
-
-
-def save_result(model: Llama, job: Job) -> None:
-    """Write model/ or adapter/, one tensor at a time: all ranks gather it, rank 0 writes it."""
-    config = job.config
-    dtype = torch.float32 if config.lora else DTYPES[config.save_dtype]
-    tensors = gathered_tensors(model, dtype)
-    jinja = template_in_jinja(job.tokenizer)
-    if dist.get_rank() > 0:
-        for _ in tensors:
-            pass
-    elif config.lora:
-        save_adapter(tensors, config.lora, config.result, config.base, jinja)
-    else:
-        tokenizer = config.tokenizer or config.base
-        model_config = with_ends(job.model_config, job.tokenizer)
-        options: dict[str, Any] = {"chat_template": jinja}
-        if config.objective == "reward":
-            options |= {"kind": RewardModel, "fields": reward_fields(job.tokenizer, model_config)}
-        save_model(tensors, model_config, config.result, dtype, tokenizer, **options)
-
-
 # ---------------------------------------------------------------- the command
-
-
-def report_result(job: Job, run: RunDir, ranks: int, device: torch.device) -> None:
-    config, digest = job.config, job.train.digest()
-    if not (config.result / "README.md").exists():
-        optimizer = f"AdamW {BETAS}, eps {EPS}, no weight decay; norm clipped at {CLIP}"
-        recipe = {"steps": job.steps, "optimizer": optimizer, "ranks": ranks, "ids": digest}
-        recipe = config.settings(digest) | recipe
-        template = template_of(job.tokenizer)
-        write_card(config, job.model_config, job.train, template, recipe, run.summary())
-    print(run.summary())
-    if (margins := run.series("margin")) and abs(margins[-1][1]) < 0.01:
-        notice("the model tells chosen from rejected no better than before: raise --learning-rate")
-    if (mixed := run.series("mixed_groups")) and not any(share for _, share in mixed):
-        notice("all answers to an instruction had the same reward: there was nothing to learn from")
-    if config.objective != "reward":
-        print_sample_answers(config, job.held_out_records, job.tokenizer, device)
-    print(f"wrote {config.result} and {run.chart}")
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import fsdp_train
 import model as model_module
 from alpaca.datagen.formats import load_mixture
-from alpaca.training import parallel
+from alpaca.training import parallel, result
 from alpaca.training.config import TrainConfig
 from alpaca.training.objectives import AnswerLoss
 from alpaca.training.run_dir import RunDir
@@ -48,7 +48,6 @@ from alpaca.weights.loading import load_model
 from dataset import Examples, encode_record
 from fsdp_train import (
     build_optimizer,
-    gathered_tensors,
     learning_rate,
     packed_rows,
     to_device,
@@ -352,8 +351,8 @@ def test_slow_export_keeps_no_gather_waiting(monkeypatch):
     lets a gather that some ranks have started wait for ten."""
     model, clock, started, waited = small_model(), [0], [], []
     meeting = threading.Barrier(2, timeout=10)
-    monkeypatch.setattr(fsdp_train.dist, "new_group", lambda backend: backend)
-    monkeypatch.setattr(fsdp_train.dist, "barrier", lambda group: meeting.wait())
+    monkeypatch.setattr(result.dist, "new_group", lambda backend: backend)
+    monkeypatch.setattr(result.dist, "barrier", lambda group: meeting.wait())
 
     def gather(tensor):
         if threading.current_thread() is threading.main_thread():
@@ -362,10 +361,10 @@ def test_slow_export_keeps_no_gather_waiting(monkeypatch):
             started.append(clock[0])
         return tensor
 
-    monkeypatch.setattr(fsdp_train, "full_tensor", gather)
-    other = threading.Thread(target=list, args=[gathered_tensors(model, torch.float32)])
+    monkeypatch.setattr(result, "full_tensor", gather)
+    other = threading.Thread(target=list, args=[result.gathered_tensors(model, torch.float32)])
     other.start()
-    for _ in gathered_tensors(model, torch.float32):
+    for _ in result.gathered_tensors(model, torch.float32):
         time.sleep(0.002)  # the other rank runs ahead if it can
         clock[0] += 1
     other.join()

@@ -23,6 +23,7 @@ from alpaca.weights.lora import TARGETS, LoraConfig
 from alpaca.weights.presets import SIZES
 from templates import TEMPLATES
 
+BETAS, EPS, CLIP = (0.9, 0.999), 1e-8, 1.0  # the defaults of Hugging Face's Trainer, as in Alpaca
 TINY_RECIPE = {  # the model in data/; default paths are relative to the checkout
     "model_dir": Path("data/tiny-llama"),
     "data": ("data/sample_train.json",),

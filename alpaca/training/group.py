@@ -25,14 +25,12 @@ With temperature T, π is softmax(logits / T), in sampling and in the gradient.
     a run that resumes, draw the same. An answer that reaches --max-length ends there.
 """
 
-from collections.abc import Callable
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from alpaca.common.errors import UserError
 from alpaca.inference.engine import Engine
@@ -40,7 +38,7 @@ from alpaca.inference.sampling import SamplingParams, derive_seed
 from alpaca.training.job import Job
 from alpaca.training.memory_plan import SLOTS
 from alpaca.training.objectives import GroupLoss
-from alpaca.training.parallel import full_tensor, run_on_all_ranks, trained_parameters
+from alpaca.training.parallel import full_tensor, open_model, run_on_all_ranks, trained_parameters
 from alpaca.weights.checkpoint import DTYPES
 from dataset import Examples, question_ids
 from model import IGNORE, Llama
@@ -64,9 +62,9 @@ class Group(NamedTuple):
 class Sampler:
     """Draws and scores answers of the model that is trained, each rank its share of them."""
 
-    def __init__(self, job: Job, copy: Llama, read: Callable[[str, torch.Size], Tensor], device):
-        """`copy` is on the meta device; `read` gives the tensors that training starts from."""
+    def __init__(self, job: Job, device: torch.device):
         self.job, self.config = job, job.config
+        copy, read = open_model(job.config, job.model_config, device)
         self.copy = copy if self.config.lora else copy.to(DTYPES[self.config.dtype])
         self.copy.to_empty(device=device).requires_grad_(False)
         for name, tensor in (*copy.named_parameters(), *copy.named_buffers()):

@@ -15,7 +15,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +30,10 @@ from torch.utils.checkpoint import (
 )
 
 from alpaca.common.errors import UserError, describe_error
-from alpaca.weights.checkpoint import is_finite, stored_tensors
+from alpaca.training.config import TrainConfig
+from alpaca.training.objectives import model_class
+from alpaca.weights import lora
+from alpaca.weights.checkpoint import DTYPES, is_finite, stored_tensors
 from alpaca.weights.reward import SCORE
 from model import Block, Llama, LlamaConfig
 
@@ -155,12 +157,6 @@ def load_sharded_weights(
         buffer.copy_(read(name, buffer.shape))
 
 
-def checkpoint_weights(folder: Path) -> Callable:
-    stored = stored_tensors(folder)
-    # a reward model's head is not in it (reward.py)
-    return lambda name, shape: torch.zeros(shape) if name == SCORE else stored[name].read()
-
-
 def random_weights(config: LlamaConfig, seed: int, device: torch.device) -> Callable:
     """As `Llama.init_weights`, one parameter at a time, the same for any number of ranks."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -172,6 +168,36 @@ def random_weights(config: LlamaConfig, seed: int, device: torch.device) -> Call
         return noise.normal_(0.0, config.initializer_range, generator=generator)
 
     return read
+
+
+def open_model(
+    config: TrainConfig, model_config: LlamaConfig, device: torch.device
+) -> tuple[Llama, Callable[[str, torch.Size], Tensor]]:
+    """The model on the meta device, and a function that reads a tensor to start from."""
+    if config.lora:
+        base = lora.open_base(config.base, config.bits)
+        model = lora.build_lora_model(base, DTYPES[config.dtype], config.lora)
+        return model, lora.initial_weights(base, config.seed)
+    with torch.device("meta"):
+        model = model_class(config)(model_config)
+    if config.preset:
+        return model, random_weights(model_config, config.seed, device)
+    stored = stored_tensors(config.base)
+    # a reward model's head is not in it (reward.py)
+    return model, lambda name, shape: torch.zeros(shape) if name == SCORE else stored[name].read()
+
+
+def build_model(config: TrainConfig, model_config: LlamaConfig, mesh: DeviceMesh) -> Llama:
+    """The model, sharded; no rank ever holds all of it."""
+    device, dtype = torch.device(mesh.device_type), DTYPES[config.dtype]
+    model, read = open_model(config, model_config, device)
+    apply_activation_checkpointing(model, config.checkpointing)
+    if config.compiles(device):
+        apply_compile(model)
+    apply_fsdp(model, mesh, dtype, config.offload, not config.stays_gathered)
+    model.to_empty(device="cpu" if config.offload else device)
+    load_sharded_weights(model, mesh, read)
+    return model
 
 
 # ---------------------------------------------------------------- many ranks, one program

@@ -265,8 +265,8 @@ def test_plan_counts_the_copy_and_its_cache(lora, dtype, base, monkeypatch):
     config = TrainConfig(base / "model", data=("x",), objective="group", check="exact", lora=lora)
     config = replace(config, dtype=dtype, max_length=44, device="cpu")
     shape = load_model(base / "model").config
-    job = SimpleNamespace(config=config, tokenizer=load_tokenizer(TOKENIZER))
-    sampler = group.Sampler(job, *fsdp_train.open_model(config, shape, "cpu"), "cpu")
+    job = SimpleNamespace(config=config, model_config=shape, tokenizer=load_tokenizer(TOKENIZER))
+    sampler = group.Sampler(job, "cpu")
     tensors = [*sampler.copy.parameters(), *sampler.copy.buffers()]
     tensors += [sampler.engine.cache.k, sampler.engine.cache.v]
     counted = sampler_bytes(Workload(config, shape, 512, 0.5))

@@ -4,19 +4,19 @@ from types import SimpleNamespace
 
 import torch
 
-from alpaca.training import sample_answers
+from alpaca.training import result
 from alpaca.training.config import TrainConfig
 
 
 def test_answer_is_printed_on_one_line(monkeypatch, capsys):
     texts = ["ox\n\nfox", "word\n" * 500, "ox\n\nfox"]
     engine = SimpleNamespace(generate=lambda *_: [SimpleNamespace(text=text) for text in texts])
-    monkeypatch.setattr(sample_answers, "load_result", lambda *_: None)
-    monkeypatch.setattr(sample_answers, "encode_prompt", lambda *_: [1])
-    monkeypatch.setattr(sample_answers, "Engine", lambda *_: engine)
+    monkeypatch.setattr(result, "load_model", lambda *_, **options: None)
+    monkeypatch.setattr(result, "encode_prompt", lambda *_: [1])
+    monkeypatch.setattr(result, "Engine", lambda *_: engine)
     record = {"instruction": "Name two", "input": "", "output": "ox\n\nfox"}
     config = TrainConfig(model_dir=None, sample_answers=3)
-    sample_answers.print_sample_answers(config, [record] * 3, None, torch.device("cpu"))  # pyright: ignore
+    result.print_sample_answers(config, [record] * 3, None, torch.device("cpu"))  # pyright: ignore
     first, long, _, last = capsys.readouterr().out.splitlines()
     assert first == "  right  Name two → ox fox"
     assert long.startswith("  wrong  Name two → word word") and long.endswith("…")

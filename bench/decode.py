@@ -37,10 +37,10 @@ from bench.measure import (
     PeakMemory,
     bench_parser,
     memory,
+    memory_rate,
     module_command,
+    report,
     run_in_turns,
-    table,
-    table_line,
 )
 from bench.models import SMALL, TINYLLAMA, write_random
 
@@ -148,24 +148,11 @@ def llama_cpp(file: str, batch_size: int, device: str) -> Callable[[], dict]:
     return run
 
 
-def bandwidth(folder: str, batch_size: int, device: str) -> Callable[[], dict]:
-    numbers = torch.ones(1 << 28, device=device)
-
-    def run() -> dict:
-        start = time.perf_counter()
-        for _ in range(8):
-            total = numbers.sum()
-        total.item()
-        return {"GB/s": 8 * numbers.nbytes / (time.perf_counter() - start) / 1e9}
-
-    return run
-
-
 SIDES = {
     "ours": ours,
     "transformers": with_transformers,
     "llama.cpp": llama_cpp,
-    "bandwidth": bandwidth,
+    "memory": lambda *_: lambda: {"GB/s": memory_rate()},
 }
 
 
@@ -245,20 +232,22 @@ def one_sequence(scratch: Path, runs: int) -> None:
             write_gguf(folders[16], file := scratch / f"{kind}.gguf", kind)
             sides[f"llama.cpp {kind}"] = ("llama.cpp", file, 1)
             pairs.append((bits, f"llama.cpp {kind}"))
-    sides["memory"] = ("bandwidth", "", 1)
+    sides["memory"] = ("memory", "", 1)
     figures = run_loaded_in_turns(sides, runs)
     lines = []
     for bits, peer in pairs:
         a, b = figures[f"ours {bits}"], figures[peer]
         for figure in ("decode tok/s", "prompt tok/s", "tok/s"):
-            lines.append(table_line(f"{bits} bits, {figure}; {peer}", a[figure], b[figure], True))
+            lines.append((f"{bits} bits, {figure}; {peer}", a[figure], b[figure], True))
         totals = [[x + y for x, y in zip(s["GB"], s["mapped GB"], strict=True)] for s in (a, b)]
-        label = f"{bits} bits, peak memory and mapped pages, GB; {peer}"
-        lines.append(table_line(label, *totals))
-    print(table("Decode one sequence, 1.1B parameters, CPU", "peer", lines, packages))
-    rate = statistics.median(figures["memory"]["GB/s"])
-    limits = (f"{bits} bits {rate * 1e9 / bytes_per_token(f):.1f}" for bits, f in folders.items())
-    print(f"Memory is read at {rate:.0f} GB/s, which limits tok/s to: {', '.join(limits)}.\n")
+        lines.append((f"{bits} bits, peak memory and mapped pages, GB; {peer}", *totals))
+    rate, read = statistics.median(figures["memory"]["GB/s"]), {}
+    for bits, folder in folders.items():
+        speed = statistics.median(figures[f"ours {bits}"]["decode tok/s"])
+        read[bits] = speed * bytes_per_token(folder) / 1e9 / rate
+    shares = ", ".join(f"{bits} bits {share:.0%}" for bits, share in read.items())
+    note = f"Memory is read at {rate:.0f} GB/s. Share of it that ours reads weights at: {shares}."
+    report("Decode one sequence, 1.1B parameters, CPU", "peer", lines, packages, note)
 
 
 def many_sequences(scratch: Path, runs: int) -> None:
@@ -267,15 +256,15 @@ def many_sequences(scratch: Path, runs: int) -> None:
         write_random(folder := scratch / f"small-{dtype}", SMALL, dtype)
         sides = {side: (side, folder, BATCH) for side in ("ours", "transformers")}
         a, b = run_loaded_in_turns(sides, runs).values()
-        lines.append(table_line(f"{dtype}, tok/s", a["tok/s"], b["tok/s"], True))
-        lines.append(table_line(f"{dtype}, peak anonymous memory, GB", a["GB"], b["GB"]))
+        lines.append((f"{dtype}, tok/s", a["tok/s"], b["tok/s"], True))
+        lines.append((f"{dtype}, peak anonymous memory, GB", a["GB"], b["GB"]))
     title = f"Decode {BATCH} sequences at once, 15.2M parameters, CPU"
-    print(table(title, "transformers", lines, ["torch", "transformers"]))
+    report(title, "transformers", lines, ["torch", "transformers"])
 
 
 def main() -> None:
     internal = ("--side", "--path", "--batch-size", "--device")
-    args = bench_parser(__doc__, runs=5, internal=internal).parse_args()
+    args = bench_parser(__doc__, runs=True, internal=internal).parse_args()
     if args.side:
         return run_on_request(args.side, args.path, int(args.batch_size), args.device)
     with tempfile.TemporaryDirectory() as scratch:

@@ -22,7 +22,7 @@ from pathlib import Path
 from rouge_score import rouge_scorer
 
 from alpaca.datagen.formats import load_records
-from bench.measure import PeakMemory, bench_parser, run_in_turns, table, table_line
+from bench.measure import PeakMemory, bench_parser, report, run_in_turns
 from rougel import Pool, tokenize
 
 CANDIDATES, THRESHOLD = 200, 0.7
@@ -70,16 +70,13 @@ def compare(candidates: list[str], texts: list[str], tokens: list[list[str]], ru
         return {"ms": 1e3 * (time.perf_counter() - start)}
 
     us, *peers = run_in_turns({"ours": ours, "one": one_core, "all": all_cores}, runs).values()
-    labels = (
-        f"a candidate against {len(texts):,}, ms",
-        f"the same, {os.cpu_count()} processes for the peer, ms",
-    )
-    sides = zip(labels, peers, strict=True)
-    return [table_line(label, us["ms"], peer["ms"]) for label, peer in sides]
+    label = f"a candidate against {len(texts):,}, ms"
+    labels = label, f"{label}; {os.cpu_count()} processes for the peer"
+    return [(name, us["ms"], peer["ms"]) for name, peer in zip(labels, peers, strict=True)]
 
 
 def main() -> None:
-    parser = bench_parser(__doc__, runs=5)
+    parser = bench_parser(__doc__, runs=True)
     parser.add_argument("--texts", type=Path, help="records whose instructions to compare")
     parser.add_argument("--size", type=int, default=52_000, help="of the pool (default: 52000)")
     args = parser.parse_args()
@@ -102,13 +99,15 @@ def main() -> None:
         distinct = dedupe(texts)
         seconds.append(time.perf_counter() - start)
     mean = statistics.mean(map(len, tokens))
-    title = f"ROUGE-L against a pool, one core, {mean:.1f} tokens a text"
-    print(table(title, "rouge_score", lines, ["numpy", "rouge-score"]))
-    print(
+    what = args.texts.name if args.texts else "words as frequent as in real instructions"
+    note = (
+        f"Texts have {mean:.1f} tokens on average. "
         f"Greedy dedupe of {len(texts):,} texts, which keeps {distinct:,}: "
         f"{statistics.median(seconds):.1f} s. "
-        f"A pool of {len(texts):,} takes {memory.anonymous / 1e6:.0f} MB.\n"
+        f"A pool of {len(texts):,} takes {memory.anonymous / 1e6:.0f} MB."
     )
+    title = f"ROUGE-L against a pool, one core, {what}"
+    report(title, "rouge_score", lines, ["numpy", "rouge-score"], note)
 
 
 if __name__ == "__main__":

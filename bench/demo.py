@@ -21,7 +21,7 @@ from pathlib import Path
 import httpx
 
 from alpaca.datagen.train_tokenizer import train_tokenizer
-from bench.measure import ROOT, bench_parser, run_in_turns, table, table_line
+from bench.measure import ROOT, bench_parser, report, run_in_turns
 from bench.models import SMALL, write_random
 
 WORDS, NEW, CLIENTS = 24, 64, (1, 4, 16)
@@ -97,7 +97,7 @@ async def request_all(url: str, model: Path, words: list[str], clients: int, str
 
 
 def main() -> None:
-    args = bench_parser(__doc__, runs=5).parse_args()
+    args = bench_parser(__doc__, runs=True).parse_args()
     words = made_up_words(60_000)
     loads = [(clients, False) for clients in CLIENTS] + [(CLIENTS[-1], True)]
     with tempfile.TemporaryDirectory() as scratch:
@@ -125,9 +125,9 @@ def main() -> None:
     for (clients, stream), found in figures.items():
         for peer in (PEER, BATCHED, PLAIN):
             label = f"{clients} at once{', streamed' * stream}, tok/s; {peer}"
-            lines.append(table_line(label, found[OURS]["rate"], found[peer]["rate"], True))
+            lines.append((label, found[OURS]["rate"], found[peer]["rate"], True))
     title = "Web server, 15.2M parameters, fp32, CPU, filter and watermark on"
-    print(table(title, "peer", lines, ["torch", "transformers"]))
+    report(title, "peer", lines, ["torch", "transformers"])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from alpaca.datagen.formats import load_records
 from alpaca.weights.writer import copy_tokenizer
-from bench.measure import ROOT, bench_parser, run_in_turns, table, table_line
+from bench.measure import ROOT, bench_parser, report, run_in_turns
 from dataset import encode_all
 from templates import format_prompt
 from tokenizer import load_tokenizer
@@ -24,7 +24,7 @@ MAX_LENGTH = 512
 
 
 def main() -> None:
-    parser = bench_parser(__doc__, runs=5)
+    parser = bench_parser(__doc__, runs=True)
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "data/tokenizer.model")
     parser.add_argument("--data", type=Path, default=ROOT / "data/sample_train.json")
     args = parser.parse_args()
@@ -55,8 +55,8 @@ def main() -> None:
     sides = {"ours": lambda: timed(encode_ours), "peer": lambda: timed(encode_peer)}
     a, b = run_in_turns(sides, args.runs).values()
     title = f"Tokenize {len(records):,} records, vocabulary of {ours.vocab_size:,}"
-    lines = [table_line("records/s", a["rate"], b["rate"], more_is_better=True)]
-    print(table(title, "transformers", lines, ["sentencepiece", "transformers", "tokenizers"]))
+    lines = [("records/s", a["rate"], b["rate"], True)]
+    report(title, "transformers", lines, ["sentencepiece", "transformers", "tokenizers"])
 
 
 if __name__ == "__main__":

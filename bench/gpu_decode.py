@@ -7,8 +7,7 @@
 A random 7B, made on the GPU, answers one prompt of 64 tokens with 64 new ones, then 32 such prompts
 at once. `generate` always has bf16 weights; without transformers its lines are left out. The sides
 run one after the other, each in a process of its own. Decoding a token reads every weight once,
-except the embedding: the limit is the rate at which memory is read, divided by these bytes. On a
-machine without a GPU this prints the newest tables of bench/results.
+except the embedding: the limit is the rate at which memory is read, divided by these bytes.
 """
 
 import json
@@ -21,8 +20,8 @@ import torch
 from alpaca.inference.engine import Engine
 from alpaca.weights import loading
 from alpaca.weights.presets import preset
-from bench.decode import NEW, PROMPT, NoTokenizer, bandwidth, with_engine, with_generate
-from bench.measure import gpu, gpu_parser, number, run_sides, stamp, store, stored
+from bench.decode import NEW, PROMPT, NoTokenizer, with_engine, with_generate
+from bench.measure import gpu, gpu_parser, memory_rate, number, run_sides, stamp, store
 from bench.models import hf_random, random_source
 
 BATCH_SIZES, RUNS = (1, 32), 5
@@ -38,9 +37,7 @@ def run_ours(size: str, bits: int, device: str, compiled: bool) -> dict:
     model, tokenizer = loading.optimize_layout(model, compiled), NoTokenizer(config.vocab_size)
     engine = Engine(model, tokenizer, max(BATCH_SIZES), PROMPT + NEW, compile=compiled)
     runs = {batch: medians(with_engine(engine, batch)) for batch in BATCH_SIZES}
-    limit = bandwidth("", 1, device)
-    limit()
-    return {"runs": runs, "GB": read / 1e9, "GB/s": limit()["GB/s"]}
+    return {"runs": runs, "GB": read / 1e9, "GB/s": memory_rate(device)}
 
 
 def medians(run) -> dict[str, float]:
@@ -88,7 +85,7 @@ def main() -> None:
         compiled = args.side.endswith("compiled")
         return print(json.dumps(run_ours(args.preset, int(args.only[0]), args.device, compiled)))
     if args.device == "cuda" and not gpu():
-        return print(stored([f"decode-{bits}" for bits in parts], "Decode a 7B on one GPU"))
+        return print("No GPU: nothing is measured.")
     sides = ["ours"]
     if find_spec("transformers"):
         sides.append("transformers")
@@ -100,7 +97,7 @@ def main() -> None:
         flags = {"device": args.device, "preset": args.preset, "only": bits}
         figures, notes = run_sides("bench.gpu_decode", sides, args.minutes, **flags)
         text = table(args.preset, int(bits), figures, notes)
-        store(args.out, f"decode-{bits}", text)
+        (store if args.device == "cuda" else print)(text)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ as many as there is time for; no snapshot and no result is written. Trainer, in 
 fp32 weights, pads micro-batches of 4 examples as in Alpaca's train.py, or packs 8 into a row; an
 adapter is PEFT's, and its base is bf16. The sides run one after the other, each in a process of its
 own; a side's rate is all its tokens by all its seconds, without the first steps. Peers that are not
-installed are left out. On a machine without a GPU this prints the newest tables of bench/results.
+installed are left out.
 """
 
 import argparse
@@ -50,15 +50,15 @@ from bench.measure import (
     ROOT,
     gpu,
     gpu_parser,
-    machine_rates,
+    matmul_rate,
+    memory_rate,
     number,
     run_sides,
     stamp,
     store,
-    stored,
 )
 from bench.models import hf_random, random_source
-from bench.train import as_examples, examples, pack, pad, run_trainer
+from bench.train import as_examples, examples, pad, run_trainer
 from dataset import encode_all
 from tokenizer import load_tokenizer
 
@@ -138,12 +138,15 @@ def run_ours(args: argparse.Namespace) -> dict:
 
 
 def run_peer(args: argparse.Namespace, packed: bool) -> dict:
+    from transformers import DataCollatorWithFlattening
+
     adapter, _ = PARTS[args.only[0]]
     flash = packed and args.device == "cuda" and find_spec("flash_attn")
     attention = {"attn_implementation": "flash_attention_2" if flash else "sdpa"}
     dtype = torch.bfloat16 if adapter else torch.float32
     pairs = training_pairs(args, args.batch_size * args.peer_steps)
-    how = (pack, args.batch_size, 2 * MICRO) if packed else (pad, args.batch_size, MICRO)
+    collate = DataCollatorWithFlattening() if packed else pad
+    how = collate, args.batch_size, 2 * MICRO if packed else MICRO
     options: dict = {"use_cpu": args.device == "cpu", "bf16": True}
     for checkpointing in (False, True):
         model = hf_random(preset(args.preset), args.device, dtype, use_cache=False, **attention)
@@ -151,7 +154,7 @@ def run_peer(args: argparse.Namespace, packed: bool) -> dict:
             model = with_adapter(model, adapter)
         try:
             options["gradient_checkpointing"] = checkpointing
-            tokens, seconds = run_trainer(model, pairs, *how, **options)
+            tokens, seconds, _ = run_trainer(model, pairs, *how, **options)
             break
         except torch.OutOfMemoryError:
             if checkpointing:
@@ -188,7 +191,7 @@ def table(args: argparse.Namespace, part: str, figures: dict, notes: list[str]) 
     data = as_examples(training_pairs(args, args.batch_size * args.steps))
     share = float(data.supervised.sum() / data.lengths.sum())
     flops = flops_per_token(shape, mean_length(data.lengths), share, adapter)
-    matmul, copy = machine_rates(args.device)
+    matmul, memory = 1e9 * matmul_rate("bf16", args.device), memory_rate(args.device)
     head = "| side | steps | useful tokens/s | MFU | of measured matmul | peak memory, GiB "
     head += "| Alpaca's 3 epochs, h | ours is faster |"
     lines = [f"### Fine-tune a {args.preset} on one GPU: {part}", "", head, "|---" * 8 + "|"]
@@ -212,8 +215,8 @@ def table(args: argparse.Namespace, part: str, figures: dict, notes: list[str]) 
     about = (
         f"{what}, {data.lengths.mean():.0f} tokens on average. The hours are extrapolated to "
         f"52,002 of them in 3 epochs; from fewer than {TRUSTED} steps they are a guess (about). "
-        f"Measured here: matrix product {number(matmul / 1e12)} TFLOP/s, copy "
-        f"{number(copy / 1e12)} TB/s."
+        f"Measured here: matrix product {number(matmul / 1e12)} TFLOP/s, memory "
+        f"read at {number(memory)} GB/s."
     )
     packages = [name for name in ("torch", *PEERS) if find_spec(name)]
     return "\n".join([*lines, "", about, *notes, "", stamp(packages), ""])
@@ -232,7 +235,7 @@ def main() -> None:
     if args.side:
         return print(json.dumps(SIDES[args.side](args)))
     if args.device == "cuda" and not gpu():
-        return print(stored([f"train-{part}" for part in PARTS], "Fine-tune a 7B on one GPU"))
+        return print("No GPU: nothing is measured.")
     names = ("steps", "peer_steps", "batch_size", "data", "tokenizer", "device", "preset")
     flags = {name: getattr(args, name) for name in names if getattr(args, name)}
     for part in args.only:
@@ -241,7 +244,8 @@ def main() -> None:
         notes = [f"Trainer is left out: {', '.join(missing)} not installed."] if missing else []
         sides = ["ours"] if missing else [*SIDES]
         figures, failed = run_sides("bench.gpu_train", sides, args.minutes, only=part, **flags)
-        store(args.out, f"train-{part}", table(args, part, figures, [*notes, *failed]))
+        text = table(args, part, figures, [*notes, *failed])
+        (store if args.device == "cuda" else print)(text)
 
 
 if __name__ == "__main__":

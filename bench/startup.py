@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.measure import ROOT, bench_parser, stamp
+from bench.measure import ROOT, bench_parser, stamp, store
 from bench.models import TINYLLAMA, write_random
 
 PARTS = {  # functions of fsdp_train
@@ -60,11 +60,10 @@ def main() -> None:
         command = [sys.executable, "-c", TIMED_RUN, time.time(), json.dumps(PARTS), *flags]
         done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert done.stdout, f"exit {done.returncode}: {done.stderr}"
-    print("### Start of a training run, 1.1B parameters\n")
-    print("| part | s |\n|---|---|")
+    lines = ["### Start of a training run, 1.1B parameters", "", "| part | s |", "|---|---|"]
     for name, seconds in json.loads(done.stdout.splitlines()[-1]):
-        print(f"| {name} | {seconds:.2f} |")
-    print(f"\n{stamp(['torch'])}\n")
+        lines.append(f"| {name} | {seconds:.2f} |")
+    store("\n".join([*lines, "", stamp(["torch"]), ""]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Making a weight diff and recovering a model from it, against the way Alpaca did it.
 
-    python -m bench.weightdiff [--runs 3]
+    python -m bench.weightdiff [--runs 5]
 
 A random 1.1B-parameter base in bf16 (2.2 GB) and the same with every weight changed a little. Ours
 makes the exact diff, with SHA-256 digests of base, diff and result, and all of it on disk (fsync)
@@ -26,7 +26,7 @@ import weightdiff
 from alpaca.weights import bitdiff
 from alpaca.weights.checkpoint import read_config, stored_tensors
 from alpaca.weights.writer import save_model
-from bench.measure import PeakMemory, bench_parser, run_in_process, run_in_turns, table, table_line
+from bench.measure import PeakMemory, bench_parser, report, run_in_process, run_in_turns
 from bench.models import TINYLLAMA, write_random
 
 SIDES = ("ours without digests", "ours", "transformers")
@@ -115,7 +115,7 @@ def run_side(side: str, verb: str, folder: Path) -> dict:
 
 def main() -> None:
     internal = ("--side", "--verb", "--folder")
-    args = bench_parser(__doc__, runs=3, internal=internal).parse_args()
+    args = bench_parser(__doc__, runs=True, internal=internal).parse_args()
     if args.side:
         return run_once(args.side, args.verb, Path(args.folder))
     lines, bare = [], {}
@@ -125,18 +125,19 @@ def main() -> None:
         for verb in ("make", "recover"):
             sides = {side: lambda s=side, v=verb: run_side(s, v, folder) for side in SIDES}
             without, ours, peer = run_in_turns(sides, args.runs).values()
-            lines.append(table_line(f"{verb}, s", ours["s"], peer["s"]))
-            lines.append(table_line(f"{verb}, peak anonymous memory, GB", ours["GB"], peer["GB"]))
+            lines.append((f"{verb}, s", ours["s"], peer["s"]))
+            lines.append((f"{verb}, peak anonymous memory, GB", ours["GB"], peer["GB"]))
             bare[verb] = statistics.median(without["s"])
         ours, peer = (
             sum(file.stat().st_size for file in diff.rglob("*") if file.is_file()) / 1e9
             for diff in (folder / "diff-ours", folder / "diff-transformers")
         )
-    print(table("Weight diff of 1.1B parameters", "transformers", lines, ["torch", "transformers"]))
-    print(
+    note = (
         f"Without digests and fsync, ours makes the diff in {bare['make']:.2f} s and recovers the "
-        f"model in {bare['recover']:.2f} s. The diff has {ours:.2f} GB, theirs {peer:.2f} GB.\n"
+        f"model in {bare['recover']:.2f} s. The diff has {ours:.2f} GB, theirs {peer:.2f} GB."
     )
+    title = "Weight diff of 1.1B parameters"
+    report(title, "transformers", lines, ["torch", "transformers"], note)
 
 
 if __name__ == "__main__":

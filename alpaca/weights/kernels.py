@@ -4,6 +4,8 @@ Decoding one token reads every weight once, so what counts is how fast they are 
 
   - On a CPU, matrices of 16 or 32 bits are laid out in the blocks that oneDNN multiplies; it reads
     plain rows at half the speed.
+  - A CPU without products of 16 bits streams plain rows fast, but only for a few rows of
+    activations. For more, the weights are converted to fp32, a part at a time.
   - Matrices with the same input (q, k and v; gate and up) are concatenated: fewer, larger products.
   - Integers are packed into the order of this machine's kernel (quantized_linear.py).
   - All of that copies the weights out of the mapped file. The rest (norms) is copied too, because
@@ -13,9 +15,17 @@ Decoding one token reads every weight once, so what counts is how fast they are 
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alpaca.weights.quantized_linear import LINEAR, Int4Linear
+from alpaca.weights.quantized_linear import (
+    CPU_FEW_ROWS,
+    LINEAR,
+    Int4Linear,
+    fp32_parts,
+    multiplies_bf16,
+    multiply_parts,
+)
 from model import Llama
 
 MATRICES = (nn.Linear, *LINEAR.values())
@@ -35,6 +45,22 @@ class BlockLinear(nn.Module):
         return mkldnn._linear_pointwise(x, self.blocks, None, "none", [], "")
 
 
+class WideLinear(nn.Module):
+    """x Wᵀ on a CPU whose own products are in fp32, W (N, K) of 16 bits."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        if len(rows) <= CPU_FEW_ROWS[16] or torch.is_grad_enabled():
+            return F.linear(x, self.weight)
+        out = multiply_parts(rows.float(), fp32_parts(self.weight))
+        return out.to(x.dtype).view(*x.shape[:-1], -1)
+
+
 class FusedProjection(NamedTuple):
     """Several products with one x, computed as one."""
 
@@ -45,17 +71,13 @@ class FusedProjection(NamedTuple):
         return self.linear(x).split(self.widths, dim=-1)
 
 
-def supports_blocks(weight: Tensor) -> bool:
-    if weight.is_cuda or not torch.backends.mkldnn.is_available():
-        return False
-    bf16 = weight.dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported()
-    return bf16 or weight.dtype == torch.float32
-
-
 def fastest_layer(module: Any, compiled: bool) -> nn.Module:
     if type(module) is nn.Linear:
-        blocks = not compiled and supports_blocks(module.weight)
-        return BlockLinear(module.weight) if blocks else module
+        weight, dtype = module.weight, module.weight.dtype
+        if compiled or weight.is_cuda or not torch.backends.mkldnn.is_available():
+            return module
+        blocks = dtype == torch.float32 or (dtype == torch.bfloat16 and multiplies_bf16())
+        return BlockLinear(weight) if blocks else WideLinear(weight)
     if not module.packed and (not compiled or type(module) is Int4Linear):
         module.pack()
     return module

@@ -14,10 +14,13 @@ as an example, w = (-0.3, 0.1, 0.22, 0.45), of which no error is larger than s /
 
 Activations keep the precision of bf16, sums are fp32. A layer holds its integers as they are
 stored, and computes with dequantized weights, until `pack` brings them into the order of this
-machine's kernel.
+machine's kernel. Such a kernel multiplies few rows of activations at the speed of memory; for many,
+the weights are dequantized once, a part at a time that stays in the cache.
 
 Shapes: W (N, K), R rows of activations. Papers: arXiv:2208.07339 (int8), 2212.09720 (why 4 bits).
 """
+
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +30,28 @@ from alpaca.common.errors import UserError
 
 GPU = "cuda"
 FEW_ROWS = 128  # of activations: for more, a GPU dequantizes once and takes a plain product
+CPU_FEW_ROWS = {16: 3, 8: 16, 4: 64}  # by bits, for a CPU; found by measuring
 GROUP_SIZES = (32, 64)  # neighbours that share s and z in int4
-aten, onednn = torch.ops.aten, torch.ops.onednn
+PART = 2**19  # numbers of W that are dequantized at a time: 2 MiB in fp32
+INT4_BLOCK = {"AVX2": 32, "AVX512": 64}  # rows of W that a CPU's int4 kernel reads together
+aten, onednn, mkldnn = torch.ops.aten, torch.ops.onednn, torch.ops.mkldnn
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU does; others convert bf16 to fp32."""
+    return torch.backends.mkldnn.is_available() and mkldnn._is_mkldnn_bf16_supported()
+
+
+def multiply_parts(x: Tensor, parts: Iterable[Tensor]) -> Tensor:
+    """x Wᵀ from parts of W's rows, each forgotten before the next one is made; no gradients."""
+    return torch.cat([F.linear(x, part) for part in parts], dim=-1)
+
+
+def fp32_parts(matrix: Tensor) -> Iterator[Tensor]:
+    count = -(-PART // matrix.shape[1])
+    wide = torch.empty(count, matrix.shape[1])  # one for all: new memory would cost more than sums
+    for rows in matrix.split(count):
+        yield wide[: len(rows)].copy_(rows)
 
 
 @torch.library.custom_op("alpaca::multiply_int8", mutates_args=())
@@ -47,8 +70,8 @@ class Int8Linear(nn.Module):
     """x Wᵀ, W (N, K) as int8 with a scale for each row.
 
     On a CPU with int8 instructions the activations become integers too, of 16 bits: that loses less
-    than bf16 does, and the weights are multiplied as they are stored. So they are on a GPU, for a
-    few rows."""
+    than bf16 does, and the weights are multiplied as they are stored. So they are for a few rows on
+    a GPU and, with activations in bf16, on other CPUs."""
 
     q: Tensor  # (N, K) int8
     scale: Tensor  # (N) bf16
@@ -84,7 +107,14 @@ class Int8Linear(nn.Module):
         if x.device.type == GPU and len(rows) <= FEW_ROWS and not torch.is_grad_enabled():
             return multiply_int8(rows, self.q, self.scale).view(*x.shape[:-1], -1)
         if not self.packed:
-            return F.linear(x, self.q.to(x.dtype) * self.scale.to(x.dtype)[:, None])
+            if x.is_cuda or torch.is_grad_enabled():
+                return F.linear(x, self.q.to(x.dtype) * self.scale.to(x.dtype)[:, None])
+            few = x.dtype == torch.bfloat16 and len(rows) <= CPU_FEW_ROWS[8]
+            if few and self.in_features % 16 == 0:  # it reads rows in 16s, and past their end
+                out = aten._weight_int8pack_mm(rows, self.q, self.scale)
+            else:
+                out = multiply_parts(rows.float(), fp32_parts(self.q)).mul_(self.scale)
+            return out.to(x.dtype).view(*x.shape[:-1], -1)
         step, low_high = split_bytes(rows)
         weight = self.q, self.scale, self.zeros, None  # no bias
         out = 1.0, 0, torch.float32, "none", [], ""  # its scale, zero and dtype; no activation
@@ -152,14 +182,35 @@ class Int4Linear(nn.Module):
             self.q = aten._convert_weight_to_int4pack_for_cpu(self.integers().int(), 1)
         self.packed = True
 
+    def dequantized_parts(self, block: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Rows of W, (n, K), from the order of a CPU's kernel: column by column of a block of rows,
+        a byte has a number of its first half of rows (low) and one of its second (high)."""
+        K, groups, half = self.in_features, len(self.scales), block // 2
+        packed = self.q.view(-1, groups, self.group, half)  # (N/block, K/G, G, half)
+        pairs = self.scales.float().view(groups, -1, 2, 1, half, 2)  # (K/G, N/block, 2, 1, half, 2)
+        scale, zero = pairs.permute(5, 2, 1, 0, 3, 4).contiguous()  # (2, N/block, K/G, 1, half)
+        count = -(-PART // (K * block))
+        zero, buffer = zero - 8 * scale, torch.empty(count * block * K, dtype=dtype)
+        parts = (x.split(count, dim) for x, dim in ((packed, 0), (scale, 1), (zero, 1)))
+        for bytes_, s, z in zip(*parts, strict=True):
+            columns = buffer[: K * block * len(bytes_)].view(K, -1)  # Wᵀ, (K, n)
+            out = columns.view(groups, self.group, -1, 2, half).permute(3, 2, 0, 1, 4)
+            for i, q in enumerate((bytes_ & 15, bytes_ >> 4)):  # one call for both is slower
+                torch.addcmul(z[i], q.float(), s[i], out=out[i])
+            yield columns.T
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.packed:
             return F.linear(x, self.dequantize().to(x.dtype))
         rows, gpu = x.flatten(0, -2).contiguous().bfloat16(), x.device.type == GPU
+        block = INT4_BLOCK.get(torch.backends.cpu.get_cpu_capability(), self.out_features + 1)
         if gpu and len(rows) > FEW_ROWS:  # whose kernel reads all weights again for every 16 rows
             scale, zero = self.scales.transpose(0, 1)[..., None, :].unbind(-1)  # (N, K/G, 1) each
             groups = unpack_int4(self.q).view(torch.int8).unflatten(1, (-1, self.group)) - 8
             out = F.linear(rows, torch.addcmul(zero, groups, scale).flatten(1))
+        elif not gpu and len(rows) > CPU_FEW_ROWS[4] and self.out_features % block == 0:
+            dtype = torch.bfloat16 if multiplies_bf16() else torch.float32
+            out = multiply_parts(rows.to(dtype), self.dequantized_parts(block, dtype))
         else:
             multiply = aten._weight_int4pack_mm if gpu else aten._weight_int4pack_mm_for_cpu
             out = multiply(rows, self.q, self.group, self.scales)

@@ -8,26 +8,31 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from alpaca.weights import quantized_linear
-from alpaca.weights.kernels import BlockLinear, optimize_layout, supports_blocks
+from alpaca.weights import kernels, quantized_linear
+from alpaca.weights.kernels import BlockLinear, WideLinear, fastest_layer, optimize_layout
 from alpaca.weights.loading import load_model
 from alpaca.weights.quantized_linear import LINEAR
 from alpaca.weights.writer import save_model
 from model import KVCache, Llama, LlamaConfig
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("instructions", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 2, 16, 100])
-def test_block_linear_computes_the_product(dtype, rows):
-    weight, x = torch.randn(176, 64).to(dtype), torch.randn(rows, 64).to(dtype)
-    if not supports_blocks(weight):
-        pytest.skip(f"oneDNN has no product in {dtype} for this CPU")
-    exact = x.double() @ weight.double().T
-    relative = {torch.float32: 2**-18, torch.bfloat16: 2**-8}[dtype]
-    allowed = relative * (x.double().abs() @ weight.double().abs().T)
-    out = BlockLinear(weight)(x[None])[0]
+@torch.no_grad()
+def test_fastest_layer_computes_the_product(monkeypatch, dtype, rows, instructions):
+    if instructions and not kernels.multiplies_bf16():
+        pytest.skip("oneDNN has no product in bf16 for this CPU")
+    monkeypatch.setattr(kernels, "multiplies_bf16", lambda: instructions)
+    linear, x = torch.nn.Linear(64, 600, bias=False).to(dtype), torch.randn(rows, 64).to(dtype)
+    blocks = dtype == torch.float32 or (instructions and dtype == torch.bfloat16)
+    layer = fastest_layer(linear, compiled=False)
+    assert type(layer) is (BlockLinear if blocks else WideLinear)
+    weight, out = linear.weight.double(), layer(x[None])[0]
+    allowed = {torch.float32: 2**-18, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    off = (out.double() - x.double() @ weight.T).abs()
     assert out.dtype == dtype
-    assert ((out.double() - exact).abs() <= allowed).all()
+    assert (off <= allowed * (x.double().abs() @ weight.abs().T) + 1e-7).all()
 
 
 def test_optimize_layout_changes_no_logits_and_can_be_repeated():

@@ -5,7 +5,6 @@
     python selfinstruct.py generate --out runs/mine --num 500 --teacher my-model \\
         --base-url http://localhost:8000/v1               # any OpenAI-compatible server
     python selfinstruct.py export runs/data --out alpaca_data.json
-    python selfinstruct.py report runs/data               # by teacher: records, tokens, dollars
 
 Alpaca's recipe: show the teacher three seed tasks and ask for 20; parse its answer; drop what a
 text model cannot do; drop what has a ROUGE-L above 0.7 with a seed or an earlier instruction.
@@ -35,7 +34,7 @@ from alpaca import CHECKOUT
 from alpaca.common.cli import Parser, positive, utf8_text
 from alpaca.common.errors import UserError, join_names, run_command
 from alpaca.common.files import atomic_file, read_text
-from alpaca.common.json_files import json_records, read_log
+from alpaca.common.json_files import json_records
 from alpaca.common.run_folder import run_folder
 from alpaca.datagen.batch import belongs_to, pending_batches
 from alpaca.datagen.client import Reply
@@ -49,7 +48,7 @@ from alpaca.datagen.formats import normalize_all, read_source
 from alpaca.datagen.four_stage import SelfInstruct
 from alpaca.datagen.generation import RecordStore, Scheduler
 from alpaca.datagen.prompts import Task, alpaca_prompt, parse_tasks, reject_reason
-from alpaca.datagen.request_log import ENTRY, RequestLog, Teachers, reply_of, run_until_signal
+from alpaca.datagen.request_log import RequestLog, Teachers, reply_of, run_until_signal
 from rougel import Pool, most_similar, tokenize, tokenize_unicode
 
 MAX_ROUGE_L = 0.7  # with the most similar earlier instruction
@@ -186,44 +185,12 @@ def generate_command(args: argparse.Namespace) -> None:
 
 
 def export_command(args: argparse.Namespace) -> None:
-    """write the records as Alpaca's JSON list"""
-    extra = ("most_similar_instructions", "avg_similarity_score", "provenance") if args.full else ()
-    exported = []
-    for record, cases in read_source(args.folder):
-        kept = {name: record[name] for name in extra if name in record}
-        exported += [case | kept for case in cases]
+    exported = [case for _, cases in read_source(args.folder) for case in cases]
     if not exported:
         raise UserError(f"{args.folder} has no records yet: generate some first")
     with atomic_file(args.out, "w") as file:
         json.dump(exported, file, ensure_ascii=False, indent=4)
     print(f"{len(exported):,} records in {args.out}")
-
-
-def print_report(args: argparse.Namespace) -> None:
-    """print the requests, records, tokens and dollars of each teacher"""
-    rows: dict[tuple, Counter] = {}
-    row_of = {}
-    for entry in read_log(args.folder / "responses.jsonl", ENTRY):
-        source = entry["provenance"]
-        key = tuple(source[name] for name in ("teacher", "url", "endpoint", "licence"))
-        row = row_of[entry["id"]] = rows.setdefault(key, Counter())
-        row.update(entry["usage"], answers=1, failed="failed" in entry, cost=entry["cost"])
-    if not rows:
-        raise UserError(f"{args.folder} has no answers: is it the --out of `generate`?")
-    for name in ("records", "rejected"):
-        for line in read_log(args.folder / f"{name}.jsonl", {"item": str}):
-            if row := row_of.get(line["item"].split(".")[0]):
-                row[name] += 1
-    for (teacher, url, endpoint, licence), row in rows.items():
-        accepted, tasks = row["records"], row["records"] + row["rejected"]
-        print(f"{teacher} at {url} ({endpoint}{', ' + licence if licence else ''})")
-        print(f"  {row['answers']:,} requests, {row['failed']:,} without an answer")
-        print(f"  {accepted:,} of {tasks:,} tasks kept ({accepted / max(tasks, 1):.0%})")
-        print(f"  {row['prompt']:,} tokens in, {row['completion']:,} out: ${row['cost']:.4f}")
-        if row["unmetered"]:
-            print(f"  {row['unmetered']:,} answers without usage, at the most they can cost")
-    total, count = (sum(row[name] for row in rows.values()) for name in ("cost", "records"))
-    print(f"{count:,} records for ${total:.4f}: ${1000 * total / max(count, 1):.2f} a thousand")
 
 
 RECIPES = {"alpaca": Alpaca, "self-instruct": SelfInstruct}
@@ -258,12 +225,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verb = verbs.add_parser("generate", help="ask teachers until there are enough records")
     add_generate_arguments(verb)
     verb.set_defaults(command=generate_command)
-    for name, command in (("report", print_report), ("export", export_command)):
-        verb = verbs.add_parser(name, help=command.__doc__)
-        verb.add_argument("folder", type=Path, help="--out of the run")
-        verb.set_defaults(command=command)
+    verb = verbs.add_parser("export", help="write the records as Alpaca's JSON list")
+    verb.add_argument("folder", type=Path, help="--out of the run")
     verb.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    verb.add_argument("--full", action="store_true", help="similarities and provenance, too")
+    verb.set_defaults(command=export_command)
 
 
 def main() -> None:

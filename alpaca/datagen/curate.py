@@ -6,10 +6,10 @@
     alpaca curate lint alpaca_data.json --fix kept.json --dropped dropped.json
     alpaca curate sources alpaca_data.json dolly.jsonl:2 --tokenizer llama-7b
 
-`report` prints how many records were kept and why others were not, lengths, similarity to the seed
-tasks, opening verbs with their objects, and the cost; --out draws Self-Instruct's figure of verbs
-and objects (arXiv:2212.10560). `lint` counts the defects that lint.py describes; --fix and
---dropped split the records into those without and those with defects, each otherwise unchanged.
+`report` prints how many records were kept and why others were not, each teacher's requests, tokens
+and dollars, lengths, similarity to the seed tasks, and opening verbs with their objects; --out
+draws Self-Instruct's figure of these (arXiv:2212.10560). `lint` counts the defects that lint.py
+describes; --fix and --dropped split the records into those without and those with defects.
 `sources` counts what each source adds to a mixture: examples and tokens as fsdp_train.py trains on
 them, and languages, where the file names them. Otherwise it counts scripts, which are not
 languages: a record's script is that of most of its letters.
@@ -41,6 +41,7 @@ from alpaca.common.files import atomic_file
 from alpaca.common.json_files import read_json, read_log
 from alpaca.datagen.formats import Reading, group_by_source, load_mixture, read_source
 from alpaca.datagen.lint import RULES, find_defects
+from alpaca.datagen.request_log import ENTRY
 from rougel import Pool, tokenize, tokenize_unicode
 from templates import TEMPLATES
 from tokenizer import load_tokenizer
@@ -164,11 +165,35 @@ def seed_similarity(instructions: list[str], folder: Path) -> Iterator[str]:
     return histogram(title, highest, edges, [f"{a:.1f}-{b:.1f}" for a, b in pairwise(edges)])
 
 
+def count_by_teacher(folder: Path) -> dict[str, Counter]:
+    """Teacher → its requests, failures, tokens and dollars, and its records and rejected tasks."""
+    rows: dict[str, Counter] = defaultdict(Counter)
+    asked = {}
+    for entry in read_log(folder / "responses.jsonl", ENTRY):
+        source = entry["provenance"]
+        name = ", ".join(filter(None, (source["endpoint"], source["licence"])))
+        row = asked[entry["id"]] = rows[f"{source['teacher']} at {source['url']} ({name})"]
+        row.update(entry["usage"], requests=1, failed="failed" in entry, cost=entry["cost"])
+    for name in ("records", "rejected"):
+        for line in read_log(folder / f"{name}.jsonl", {"item": str | None}):
+            if row := asked.get((line.get("item") or "").split(".")[0]):
+                row[name] += 1
+    return rows
+
+
 def generation_lines(folder: Path, accepted: int, wanted: int) -> Iterator[str]:
     """Requests of a run of selfinstruct.py, what became of its tasks, and the cost."""
-    log = list(read_log(folder / "responses.jsonl", {"cost": int | float}))
-    failed = sum("response" not in entry for entry in log)
-    yield f"{len(log):,} requests: {len(log) - failed:,} answers, {failed:,} failed"
+    teachers = count_by_teacher(folder)
+    everything = sum(teachers.values(), Counter())
+    requests, failed, cost = (everything[name] for name in ("requests", "failed", "cost"))
+    yield f"{requests:,} requests: {requests - failed:,} answers, {failed:,} failed"
+    for teacher, row in teachers.items():
+        figures = f"{row['requests']:,} requests, {row['failed']:,} failed, {row['records']:,} of "
+        figures += f"{row['records'] + row['rejected']:,} tasks kept, {row['prompt']:,} tokens in, "
+        figures += f"{row['completion']:,} out: ${row['cost']:.4f}"
+        if row["unmetered"]:
+            figures += f" ({row['unmetered']:,} answers without usage, at the most they can cost)"
+        yield f"  {printable(teacher)}: {figures}"
     rejected = read_log(folder / "rejected.jsonl", {"why": str})
     reasons = Counter(task["why"] for task in rejected)
     total = accepted + reasons.total()
@@ -181,7 +206,7 @@ def generation_lines(folder: Path, accepted: int, wanted: int) -> Iterator[str]:
         for reason, n in reasons.most_common() if group == ASKS_FOR + "…" else ():
             if reason.startswith(ASKS_FOR):
                 yield f"{n:20,}  {printable(reason)}"
-    cost, left = sum(entry["cost"] for entry in log), max(wanted - accepted, 0)
+    left = max(wanted - accepted, 0)
     each = f": ${1000 * cost / accepted:.4f} a thousand records" if accepted else ""
     rest = (
         f", about ${left * cost / accepted:.2f} for the {left:,} to come"

@@ -47,8 +47,10 @@ def folder(tmp_path):
     ]
     reasons = ["similar", "similar", "short", "asks for image", "asks for image", "asks for draw"]
     costs = [0.5, 0.25, 0.0, 0.25]
-    log = [{"id": str(i), "cost": cost, "response": "{}"} for i, cost in enumerate(costs)]
-    log[2] = {"id": "2", "cost": 0.0, "failed": "no answer"}
+    source = {"teacher": "m", "url": "here", "endpoint": "chat", "licence": ""}
+    entry = {"provenance": source, "usage": {"prompt": 9, "completion": 1000, "unmetered": 0}}
+    log = [entry | {"id": str(i), "cost": c, "response": "{}"} for i, c in enumerate(costs)]
+    log[2]["failed"] = log[2].pop("response")
     jsonl(folder / "records.jsonl", [r | {"item": f"0.{i}"} for i, r in enumerate(records)])
     jsonl(folder / "rejected.jsonl", [record("x") | {"why": reason} for reason in reasons])
     jsonl(folder / "responses.jsonl", log)
@@ -109,9 +111,11 @@ def test_openings_have_the_four_most_frequent_objects():
 def test_report_of_a_run_is_exact(command, folder):
     code, out, err = command("curate", "report", folder, "--num", 10)
     assert (code, err) == (0, "")
-    assert out.splitlines()[:9] == [
+    assert out.splitlines()[:10] == [
         f"{folder}: 4 records, 2 with input",
         "4 requests: 3 answers, 1 failed",
+        "  m at here (chat): 4 requests, 1 failed, 4 of 4 tasks kept, 36 tokens in, 4,000 out: "
+        "$1.0000",
         "4 of 10 tasks kept (40.0%)",
         "        3  30.0%  asks for …",
         "                   2  asks for image",

@@ -82,7 +82,7 @@ READERS = {  # a file, and the command that reads it
     "sharegpt.json": "curate sources sharegpt.json --tokenizer base/model",
     "seeds.jsonl": f"{TEACHER} --teacher m --out new --seeds seeds.jsonl",
     "run/settings.json": f"{TEACHER} --teacher m --out run",
-    "run/responses.jsonl": "selfinstruct report run",
+    "run/responses.jsonl": "curate report run",
     "run/records.jsonl": "selfinstruct export run --out new.json",
     "run/rejected.jsonl": f"{TEACHER} --teacher m --out run",
     "run/seeds.json": "curate report run",

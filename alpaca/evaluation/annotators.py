@@ -1,7 +1,7 @@
 """Simulated annotators: a pool of judges, from which one is drawn for each comparison.
 
     alpaca judge runs/eval/mine runs/eval/base --out runs/judged --judge gpt-4.1 \\
-        --annotators data/annotators.json --flip 0.25 --single-order --no-logprobs
+        --annotators data/annotators.json --flip 0.25 --single-order
 
 People disagree with each other, and with themselves. AlpacaFarm (arXiv:2305.14387) simulates this
 with 13 prompts, of which one is drawn at random for each comparison, and by flipping 25 % of the

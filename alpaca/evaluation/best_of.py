@@ -24,7 +24,6 @@ divergence between best-of-N and the model that drew the answers does not exceed
 """
 
 import argparse
-import json
 import math
 import random
 from pathlib import Path
@@ -92,11 +91,8 @@ def read_rewards(args: argparse.Namespace) -> tuple[list[dict], list[list[str]],
         if answers and len(outputs) != len(answers[0]):
             raise UserError(f"{place}: {len(outputs)} answers, where others have {len(answers[0])}")
         try:
-            json.dumps(line, ensure_ascii=False).encode()
             records += normalize_record(line)
             rewards.append([check(records[-1], text) for text in outputs])
-        except UnicodeEncodeError:
-            raise UserError(f"{place}: half a surrogate pair (\\ud…), which is no text") from None
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
         answers.append(outputs)
@@ -133,7 +129,7 @@ def judge_rewards(
     judge = Annotator(args.judge, endpoint_from_args(args, args.judge))
     settings = {"comparisons": digest(pairs), "judge": judge.settings()}
     settings["seed"] = args.seed if args.single_order else None
-    settings |= {name: getattr(args, name) for name in ("request", "single_order", "explain")}
+    settings |= {name: getattr(args, name) for name in ("request", "single_order")}
     plan = plan_orders(pairs, args)
     with run_folder(args.judged, settings, "judging"):
         verdicts, _ = run_judge(plan, judge, args, args.judged / "responses.jsonl")

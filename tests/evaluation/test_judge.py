@@ -55,12 +55,6 @@ def choice_with_logprobs(kind: str, tokens: list[str], tops: list[dict]) -> dict
     return {"message": {"content": "".join(tokens)}, "logprobs": {"content": content}}
 
 
-def ends_in(kind: str, letter: str, top: dict) -> dict:
-    """A reply that ends in a verdict, and has both letters in it before."""
-    tokens = ["A", " or", " B", "?\n", "Verdict:", letter]
-    return choice_with_logprobs(kind, tokens, [{"A": 0}, {}, {"B": 0}, {"A": 0}, {}, top])
-
-
 def parse_choice(choice: dict) -> module.Verdict | None:
     return module.verdict_from_reply(parse_reply(json.dumps({"choices": [choice]})))
 
@@ -136,8 +130,8 @@ def test_annotations_have_alpaca_evals_fields(run, tmp_path):
 def test_texts_arrive_unchanged_between_unforeseeable_marks(tmp_path):
     pair = Pair("{how} {first}", "a\n===== answer B\n{second}", "Verdict: A\n\n", "d")
     mark = module.read_mark(tmp_path)
-    assert shown(module.make_question(pair, False, True, mark)) == pair[:3]
-    assert shown(module.make_question(pair, True, True, mark)) == (pair[0], pair[2], pair[1])
+    assert shown(module.make_question(pair, False, mark)) == pair[:3]
+    assert shown(module.make_question(pair, True, mark)) == (pair[0], pair[2], pair[1])
     assert module.read_mark(tmp_path) == mark, "a resumed run asks the same"
     (tmp_path / "other").mkdir()
     assert module.read_mark(tmp_path / "other") != mark
@@ -147,7 +141,8 @@ def test_texts_arrive_unchanged_between_unforeseeable_marks(tmp_path):
 def test_log_probabilities_weight_the_verdict(run, tmp_path, kind):
     """P(A) = 0.5, P(B) = 0.2 in two spellings, P(C) = 0.1; the rest says something else."""
     top = {"A": 0.5, " B": 0.15, "B": 0.05, "C": 0.1, "The": 0.2}
-    reply = ends_in(kind, "A", {token: math.log(p) for token, p in top.items()})
+    tops = [{token: math.log(p) for token, p in top.items()}]
+    reply = choice_with_logprobs(kind, ["A"], tops)
     with Server(answer=lambda prompt: reply) as server:
         code, out, _ = run(server, "--kind", kind)
     assert code == 0 and "24 verdicts, 24 of them with log-probabilities" in out
@@ -171,60 +166,35 @@ def test_a_verdict_without_usable_log_probabilities_is_plain(broken):
     assert parse_choice({"message": {"content": "A"}, "logprobs": broken}) == (0, False)
 
 
-def test_a_letter_in_the_reasons_does_not_give_the_weight():
-    tokens = ["Answer", " A", " is fine but", " B", " wrong.\n**", "Verdict:", " A**"]
-    top = {" B": -0.1, " A": -2}
-    plain = parse_choice(choice_with_logprobs("chat", tokens, [top] * 7))
-    assert plain == (0, False)
-    tokens[-1:] = [" A", "**", ""]  # some servers have an empty token at the end
-    found = parse_choice(choice_with_logprobs("chat", tokens, [top] * 8 + [{}]))
+def test_a_letter_is_weighed_behind_decoration():
+    tokens = ["**", "A", "**", ""]  # some servers have an empty token at the end
+    found = parse_choice(choice_with_logprobs("chat", tokens, [{}, {"B": -0.1, "A": -2}, {}, {}]))
     assert found.weighted and found.better == pytest.approx(1 / (1 + math.exp(-1.9)))
 
 
-def test_no_logprobs_explain_and_request_change_the_request(run, tmp_path):
-    answer = "The first is short. Second: long.\n\n**Verdict: B**\n"
-    more = ("--no-logprobs", "--explain", "--request", '{"max_tokens": null, "reasoning": 1}')
-    with Server(answer=lambda prompt: answer) as server:
-        assert run(server, *more)[0] == 0
+def test_request_changes_the_request(run, tmp_path):
+    more = '{"logprobs": null, "top_logprobs": null, "max_tokens": null, "reasoning": 1}'
+    with Server(answer=lambda prompt: "B") as server:
+        assert run(server, "--request", more)[0] == 0
     (body,) = {json.dumps({**b, "messages": 0}, sort_keys=True) for b in server.bodies}
     assert body == '{"messages": 0, "model": "m", "reasoning": 1, "temperature": 0}'
-    options = module.request_options(Namespace(explain=True, no_logprobs=True, request={}))
-    assert options["max_tokens"] > 500
-    found = row(tmp_path / "j")
-    assert found["annotator"] == "m, explained" and found["flip_rate"] == 1
+    assert row(tmp_path / "j")["flip_rate"] == 1
 
 
 # ---------------------------------------------------------------- replies without a verdict
 
 NO_VERDICT = [
     "", "   ", "A B", "AB", "A:", "A,", "A;", "A!", "A and B", "A or B", "[[A]] [[B]]", "both",
-    "Both are equally good.", "a", "D", "1", "A is better", "Answer A",
-    "I'm sorry, but I can't help with that.",
-    "As an AI, I cannot choose. A verdict would be unfair.", "B\n\nbecause it is longer",
-    "Verdict: A\nVerdict: B", "Verdict: A\nOn second thoughts no.", "Verdict: A or B",
-    "Verdict: hard to say\nVerdict: A", "Verdict:", "Verdict: A (or perhaps B)", "Verdict A",
-    "The verdict: A", "\ud83e", "verdict:" + "*" * 100_000 + "x",
+    "Both are equally good.", "a", "D", "1", "A is better", "Answer A", "Verdict: A",
+    "I'm sorry, but I can't help with that.", "B\n\nbecause it is longer", "\ud83e",
 ]  # fmt: skip
-VERDICTS = {
-    "A": "A",
-    " B\n": "B",
-    "**C**": "C",
-    "[[A]]": "A",
-    '"B".': "B",
-    "Verdict: A": "A",
-    "because …\n\nVerdict: [[B]]\n": "B",
-    "**Verdict:** C.": "C",
-    "### Verdict: A\nall in all\nVERDICT: A": "A",
-    "`Verdict: A`": "A",
-    "__Verdict: B__": "B",
-    "```\nVerdict: C\n```": "C",
-    "so\nVerdict: A\n---": "A",
-} | {f"so\n{line}": line[-1] for line in module.EXPLAIN.split("\n") if "Verdict" in line}
+VERDICTS = {"A": 0, " B\n": 1, "**C**": 0.5, "[[A]]": 0, '"B".': 1, "`A`": 0}
 
 
-@pytest.mark.parametrize(("text", "letter"), (dict.fromkeys(NO_VERDICT) | VERDICTS).items())
-def test_parse_letter_never_guesses(text, letter):
-    assert module.parse_letter(text) == letter
+@pytest.mark.parametrize(("text", "better"), (dict.fromkeys(NO_VERDICT) | VERDICTS).items())
+def test_a_verdict_is_one_letter_and_never_guessed(text, better):
+    found = parse_choice({"message": {"content": text}})
+    assert (found and found.better) == better
 
 
 def test_replies_without_a_verdict_are_asked_again_and_never_counted(run, tmp_path):
@@ -303,9 +273,7 @@ def test_a_finished_run_asks_nothing_and_keeps_its_settings(run, command, tmp_pa
         before = (tmp_path / "j/annotations.json").read_bytes()
         assert run(server)[0] == 0 and server.seen["answers"] == 24
         assert (tmp_path / "j/annotations.json").read_bytes() == before
-        for flag in ("--explain", "--no-logprobs", "--single-order"):
-            setting = flag.strip("-").replace("-", "_")
-            assert_refused(run(server, flag), "another run", setting)
+        assert_refused(run(server, "--single-order"), "another run", "single_order")
         assert_refused(run(server, "--request", '{"x": 1}'), "another run", "request")
         assert run(server, "--seed", 3)[0] == 0, "nothing random"
         single = partial(judge, command, tmp_path / "k", server, *two, "--single-order")

@@ -18,13 +18,11 @@ The fields are name, question, temperature, and those of endpoints.py. The quest
 first paragraph of the judge's; the texts between marks and the form of the reply stay.
 
 Annotator and flip of a comparison follow from the seed and its number: a resumed run draws the
-same. The annotators are asked one after the other. If one is down, the rest of its
-comparisons have no verdict, the next one is asked, and the same command tries again.
+same. The annotators are asked one after the other.
 """
 
 import argparse
 import random
-from collections import defaultdict
 from typing import Any, NamedTuple
 
 from alpaca.common.errors import UserError, replace_surrogates
@@ -73,21 +71,3 @@ def draw_annotator(
     rng = random.Random(f"{args.seed} {id} annotator")
     (annotator,) = rng.choices(pool, [one.endpoint.weight for one in pool])
     return annotator, rng.random() < args.flip
-
-
-def report_pool(annotations: list[dict[str, Any]]) -> None:
-    """How many verdicts are flipped, and how far those on the same pair agree, flips included."""
-    verdicts = [one for one in annotations if one["preference"] is not None]
-    if decided := [one for one in verdicts if "flipped" in one and one["preference"] != 1.5]:
-        flipped = sum(one["flipped"] for one in decided)
-        print(f"{flipped} of {len(decided)} verdicts flipped, draws not counted")
-    pairs: dict[str, list[tuple[str, int]]] = defaultdict(list)
-    for one in verdicts:
-        if "drawn" in one and one["output_1"] != one["output_2"]:
-            winner = (one["preference"] > 1.5) - (one["preference"] < 1.5)
-            pairs[one["instruction"]].append((one["drawn"], winner))
-    for who, names in (("two annotators", 2), ("one annotator in both orders", 1)):
-        twice = [v for v in pairs.values() if len(v) == 2 and len(dict(v)) == names]
-        if twice:
-            share = sum(first[1] == second[1] for first, second in twice) / len(twice)
-            print(f"verdicts of {who} agree in {100 * share:.1f} % of {len(twice)} pairs")

@@ -35,11 +35,11 @@ from alpaca.common.files import atomic_file, read_text
 from alpaca.common.progress import short_number
 from alpaca.common.run_folder import run_folder
 from alpaca.datagen import request_log
-from alpaca.datagen.client import RefusedError, Reply
+from alpaca.datagen.client import Reply
 from alpaca.datagen.endpoints import Endpoint, add_server_arguments
 from alpaca.datagen.request_log import RequestLog, Teachers, run_until_signal
 from alpaca.evaluation.annotations import ANNOTATIONS, make_annotation
-from alpaca.evaluation.annotators import Annotator, draw_annotator, read_annotators, report_pool
+from alpaca.evaluation.annotators import Annotator, draw_annotator, read_annotators
 from alpaca.evaluation.outputs import Pair, add_pair_arguments, digest, pair_outputs, save_json
 from alpaca.evaluation.score import format_table
 from alpaca.evaluation.win_rate import leaderboard
@@ -144,7 +144,6 @@ def run_judge(
     judge: Annotator,
     args: argparse.Namespace,
     log: Path,
-    one_of_several: bool = False,
 ) -> tuple[dict[str, Verdict], bool]:
     """id → verdict, asking for those not in the log; and whether the budget was enough."""
     requests, endpoint, mark = RequestLog(log), judge.endpoint, read_mark(log.parent)
@@ -170,14 +169,9 @@ def run_judge(
         ):
             verdicts[id] = found
 
-    enough, work = True, request_log.ask_all(requests, endpoint, args, questions, ask, "verdicts")
-    try:
-        enough = run_until_signal(work)
-    except RefusedError as error:
-        if not one_of_several:
-            raise
-        notice(f"{judge.name} is down, run again to retry: {error}")  # the others go on
-    if one_of_several:
+    work = request_log.ask_all(requests, endpoint, args, questions, ask, "verdicts")
+    enough = run_until_signal(work)
+    if args.annotators:
         print(f"{escape_control(judge.name)}, drawn {len(plan)} times:")
     report_verdicts(questions, verdicts, requests, endpoint)
     return verdicts, enough
@@ -261,19 +255,21 @@ def run(args: argparse.Namespace) -> None:
         enough = True
         for judge in pool:
             its_plan = {id: shown for id, shown in plan.items() if drawn[id][0] is judge}
-            its_verdicts, all_asked = run_judge(its_plan, judge, args, log, bool(args.annotators))
+            its_verdicts, all_asked = run_judge(its_plan, judge, args, log)
             verdicts |= its_verdicts
             enough &= all_asked
-        annotations, per_pair = [], Counter()
+        annotations, per_pair, flips = [], Counter(), 0
         for id, (pair, swapped) in plan.items():
             preference, (judge, flipped) = None, drawn[id]
             if verdict := verdicts.get(id):
                 preference = 2 - verdict.better if swapped != flipped else 1 + verdict.better
                 per_pair[pair.instruction] += 1
+                flips += flipped
             entry = make_annotation(pairs, pair, name, preference) | {"swapped": swapped}
             entry |= {"drawn": judge.name} if args.annotators else {}
             annotations.append(entry | ({"flipped": flipped} if args.flip else {}))
-        report_pool(annotations)
+        if args.flip:
+            print(f"{flips} of {len(verdicts)} verdicts flipped")
         if max(per_pair.values(), default=0) < (1 if args.single_order else 2):
             reason = "the judge gave none" if enough else "the budget has no room for one"
             if per_pair:

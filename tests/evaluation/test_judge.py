@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from argparse import Namespace
 from functools import partial
 
@@ -353,13 +352,6 @@ def test_each_comparison_is_asked_of_the_annotator_that_it_names(run, tmp_path, 
     for name in wanted:
         times = drawn.count(name)
         assert times and f"{name}, drawn {times} times:\n{times} verdicts," in out
-    two, one = out.split("verdicts of two annotators agree in ")[1].split("one annotator in both ")
-    pairs = list(zip(drawn[::2], drawn[1::2], strict=True))
-    same = sum(a == b for a, b in pairs)
-    agreed = sum(a != b and "contrary" not in (a, b) for a, b in pairs)
-    assert 0 < same < 12 and 0 < agreed < 12 - same
-    assert two.startswith(f"{100 * agreed / (12 - same):.1f} % of {12 - same} pairs\n")
-    assert one.startswith(f"orders agree in 100.0 % of {same} pairs\n")
 
 
 def test_draws_have_their_shares_and_do_not_depend_on_each_other():
@@ -408,28 +400,15 @@ def test_a_resumed_run_draws_as_an_uninterrupted_one(run, command, tmp_path, two
     assert entries(tmp_path / "j") == entries(tmp_path / "k")
 
 
-def test_an_annotator_that_is_down_has_no_verdicts_until_it_is_back(run, tmp_path, pool):
+def test_a_run_resumes_when_an_annotator_that_was_down_is_back(run, tmp_path, pool):
     with Server(answer=contrary) as server:
         server.refuse = lambda body: body["model"] == "b"
-        code, out, err = run(server, *pool)
-        assert code == 0 and len(re.findall("large is down.*content_filter", err)) == 1, err
-        found = entries(tmp_path / "j")
-        assert {one["drawn"] for one in found if one["preference"] is None} == {"large"}
-        missing = sum(one["preference"] is None for one in found)
-        assert missing == sum(one["drawn"] == "large" for one in found)
-        assert f"large, drawn {missing} times:\n0 verdicts" in out and f"{missing} not asked" in out
-        assert server.seen["answers"] == 24 - missing
+        code, _, err = run(server, *pool)
+        assert code == 2 and "content_filter" in err
+        assert not (tmp_path / "j/annotations.json").exists()
         server.refuse = lambda body: False
         assert run(server, *pool)[0] == 0 and server.seen["answers"] == 24
         assert row(tmp_path / "j")["n_missing"] == 0
-
-
-def test_all_annotators_down_is_an_error(run, tmp_path, pool):
-    with Server(answer=contrary) as server:
-        server.refuse = lambda body: True
-        code, _, err = run(server, *pool)
-    assert code == 2 and err.count("is down") == 3 and "no verdict on any pair" in err
-    assert not (tmp_path / "j").exists()
 
 
 @pytest.mark.parametrize(

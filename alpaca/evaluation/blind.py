@@ -199,10 +199,9 @@ def run_unblind(args: argparse.Namespace) -> None:
         f"{count['left']} not rated"
     )
     print(format_table(rows))
-    found = agreement(rated.values())
-    if found.items:
-        alpha = "" if found.alpha is None else f", Krippendorff's alpha {found.alpha:.2f}"
-        print(f"raters agree in {found.percent:.1f} % of pairs{alpha} ({found.items} instructions)")
+    percent, items = agreement(rated.values())
+    if items:
+        print(f"raters agree in {percent:.1f} % of pairs ({items} instructions)")
     print(f"{args.folder / ANNOTATIONS}; ratings are closed")
 
 

@@ -14,11 +14,12 @@ With a score y from 0 (lost) to 1 (won) for each of n instructions:
 """
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from itertools import combinations
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -121,11 +122,9 @@ def restrict_to_common(comparisons: list[Comparison]) -> list[Comparison]:
     return [c.select([text for text in c.instructions if text in common]) for c in comparisons]
 
 
-class Controlled(NamedTuple):
-    estimator: str
-    rate: float
-    error: float
-    f: float  # above 0 if the judge favours length
+# estimator, rate, error, and f: above 0 if the judge favours length
+Controlled = tuple[str | None, float | None, float | None, float | None]
+UNCONTROLLED: Controlled = (None, None, None, None)
 
 
 def comparison_rows(
@@ -142,14 +141,14 @@ def comparison_rows(
         aligned = [c.select(comparisons[0].instructions) for c in group]
         scores = np.array([c.scores for c in aligned])  # (M, N)
         longer = np.array([c.lengths[1] - c.lengths[0] for c in aligned])  # (M, N)
-        controlled: list[Controlled | None] = [None]
+        controlled: list[Controlled] = [UNCONTROLLED]
         if file:
             fits = [length_controlled_v1(*one, file) for one in zip(scores, longer, strict=True)]
-            controlled = [Controlled(file.estimator, *fit[:2], float(-fit[2][0])) for fit in fits]
+            controlled = [(file.estimator, *fit[:2], float(-fit[2][0])) for fit in fits]
         elif len(group) > 1:
             rates, errors, f = length_controlled(scores, longer)
             fits = zip(rates.tolist(), errors.tolist(), strict=True)
-            controlled = [Controlled("joint", *fit, f) for fit in fits]
+            controlled = [("joint", *fit, f) for fit in fits]
         for comparison, fit in zip(group, controlled, strict=True):
             rows[comparison.names] = comparison_row(comparison, fit)
     return [rows[comparison.names] for comparison in comparisons]
@@ -167,13 +166,13 @@ def check_comparable(comparisons: list[Comparison]) -> None:
             raise UserError(f"{where}: no preference in it is a number: judge it again")
 
 
-def comparison_row(comparison: Comparison, fit: Controlled | None) -> dict[str, Any]:
+def comparison_row(comparison: Comparison, fit: Controlled) -> dict[str, Any]:
     """Rates, errors and bounds are percentages; flip_rate is a proportion. None is unknown: the
     error of a single observation, flips where there was one order, the length-controlled rate of
     one model without AlpacaEval's file."""
     scores = comparison.scores[~np.isnan(comparison.scores)]
     flips = comparison.flips[~np.isnan(comparison.flips)]
-    n = len(scores)
+    n, (estimator, rate, error, f) = len(scores), fit
     wins, losses = int((scores > 0.5).sum()), int((scores < 0.5).sum())
     draws = n - wins - losses
     low, high = wilson(float(scores.sum()), n)
@@ -193,10 +192,10 @@ def comparison_row(comparison: Comparison, fit: Controlled | None) -> dict[str, 
         "sign_test": sign_test(wins, losses),
         "verdict": describe_difference(wins, losses, draws),
         "flip_rate": float(flips.mean()) if flips.size else None,
-        "length_control": fit and fit.estimator,
-        "length_controlled_win_rate": fit and 100 * fit.rate,
-        "length_controlled_standard_error": 100 * fit.error if fit and n > 1 else None,
-        "length_coefficient": fit and fit.f,
+        "length_control": estimator,
+        "length_controlled_win_rate": rate and 100 * rate,
+        "length_controlled_standard_error": 100 * error if error is not None and n > 1 else None,
+        "length_coefficient": f,
         "mean_length": length,
         "baseline_mean_length": baseline_length,
         "baseline": comparison.baseline,
@@ -207,28 +206,13 @@ def comparison_row(comparison: Comparison, fit: Controlled | None) -> dict[str, 
 # ---------------------------------------------------------------- several raters
 
 
-class Agreement(NamedTuple):
-    percent: float | None  # of the pairs of raters, over all items
-    alpha: float | None  # 1 always, 0 as by chance, None where there is one label only
-    items: int  # that two raters or more have labelled
-
-
-def agreement(raters: Iterable[Mapping[Any, Any]]) -> Agreement:
-    """From each rater's labels, {item: label}; not everyone need label everything.
-
-    alpha is Krippendorff's, 1 - observed / expected disagreement, where labels are expected to be
-    drawn from the pool of all labels: agreeing on "tie" means little if nearly all are ties."""
-    labels: dict[Any, Counter] = defaultdict(Counter)
+def agreement(raters: Iterable[Mapping[Any, Any]]) -> tuple[float | None, int]:
+    """From each rater's labels, {item: label}: how many per cent of the pairs of raters agree, over
+    all items, and how many items two raters or more have labelled."""
+    labels: dict[Any, list] = defaultdict(list)
     for rater in raters:
         for item, label in rater.items():
-            labels[item][label] += 1
-    shared = [counts for counts in labels.values() if counts.total() > 1]
-    if not shared:
-        return Agreement(None, None, 0)
-    pairs = sum(math.comb(counts.total(), 2) for counts in shared)
-    same = sum(math.comb(k, 2) for counts in shared for k in counts.values())
-    pool = sum(shared, Counter())
-    n = pool.total()
-    expected = sum(k * (n - k) for k in pool.values()) / (n - 1)
-    observed = sum(k * (c.total() - k) / (c.total() - 1) for c in shared for k in c.values())
-    return Agreement(100 * same / pairs, 1 - observed / expected if expected else None, len(shared))
+            labels[item].append(label)
+    same = [a == b for given in labels.values() for a, b in combinations(given, 2)]
+    percent = 100 * sum(same) / len(same) if same else None
+    return percent, sum(len(given) > 1 for given in labels.values())

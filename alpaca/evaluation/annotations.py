@@ -19,7 +19,7 @@ With simulated annotators (annotators.py), `drawn` names the one of the pool `an
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +29,8 @@ from alpaca.datagen.preferences import parse_preference
 from alpaca.evaluation.outputs import Pair, Pairs
 
 ANNOTATIONS = "annotations.json"
+Names = tuple[str, str, str]  # model, baseline, annotator
+Orders = dict[bool, tuple[tuple[str, str], float]]  # swapped → (baseline's, model's output), score
 FIELDS = ("generator_2", "generator_1", "annotator", "instruction", "output_1", "output_2")
 
 
@@ -59,7 +61,7 @@ class Comparison:
     flips: np.ndarray  # (N), 1 the winner changed with the order, 0 it did not, nan unknown
 
     @property
-    def names(self) -> tuple[str, str, str]:
+    def names(self) -> Names:
         return self.model, self.baseline, self.annotator
 
     def select(self, instructions: list[str]) -> "Comparison":
@@ -69,27 +71,19 @@ class Comparison:
         return Comparison(self.source, *self.names, instructions, *arrays)
 
 
-class Annotation(NamedTuple):
-    names: tuple[str, str, str]  # model, baseline, annotator
-    instruction: str
-    outputs: tuple[str, ...]  # the baseline's, the model's
-    swapped: bool
-    score: float
-
-
 def read_annotations(path: str | Path) -> list[Comparison]:
     """The comparisons in a file, a JSON list or JSONL: one for each model, baseline, annotator."""
-    found: dict[tuple[str, str, str], dict[str, dict[bool, Annotation]]] = {}
+    found: dict[Names, dict[str, Orders]] = {}
     for place, record in json_records(path):
         try:
-            one = parse_annotation(record)
-            orders = found.setdefault(one.names, {}).setdefault(one.instruction, {})
-            text = repr(one.instruction[:60])
-            if one.swapped in orders:
+            names, instruction, swapped, outputs, score = parse_annotation(record)
+            orders = found.setdefault(names, {}).setdefault(instruction, {})
+            text = repr(instruction[:60])
+            if swapped in orders:
                 raise UserError(f'{text} again in the same order: keep one, or set "swapped": true')
-            if any(other.outputs != one.outputs for other in orders.values()):
+            if any(other != outputs for other, _ in orders.values()):
                 raise UserError(f"{text} has other outputs in the other order: keep one pair")
-            orders[one.swapped] = one
+            orders[swapped] = outputs, score
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
     if not found:
@@ -97,7 +91,8 @@ def read_annotations(path: str | Path) -> list[Comparison]:
     return [merge_orders(Path(path), names, orders) for names, orders in found.items()]
 
 
-def parse_annotation(record: Any) -> Annotation:
+def parse_annotation(record: Any) -> tuple[Names, str, bool, tuple[str, str], float]:
+    """(names, instruction, swapped, outputs, score)"""
     if not isinstance(record, dict):
         raise UserError("an object with instruction, outputs and preference was expected")
     record = {key: value for key, value in record.items() if value is not None}  # null is absent
@@ -106,24 +101,21 @@ def parse_annotation(record: Any) -> Annotation:
         raise UserError(f"{bad[0]}: a string was expected")
     if not isinstance(record["swapped"], bool):
         raise UserError(f"swapped {record['swapped']!r}: true or false was expected")
-    model, baseline, annotator, instruction, *outputs = (record[name] for name in FIELDS)
+    model, baseline, annotator, instruction, first, second = (record[name] for name in FIELDS)
     score = parse_preference(record["preference"])
-    names = model, baseline, annotator
-    return Annotation(names, instruction, tuple(outputs), record["swapped"], score)
+    return (model, baseline, annotator), instruction, record["swapped"], (first, second), score
 
 
-def merge_orders(
-    path: Path, names: tuple[str, str, str], annotations: dict[str, dict[bool, Annotation]]
-) -> Comparison:
+def merge_orders(path: Path, names: Names, annotations: dict[str, Orders]) -> Comparison:
     """One score per instruction. If any instruction was judged in both orders, all must be."""
     orders = max(map(len, annotations.values()))
     scores = np.full((orders, len(annotations)), math.nan)
     for i, by_order in enumerate(annotations.values()):
         if len(by_order) == orders:
-            scores[:, i] = [annotation.score for annotation in by_order.values()]
+            scores[:, i] = [score for _, score in by_order.values()]
     margins = scores - 0.5
     both = ~np.isnan(margins).any(0) & (orders == 2)
     flips = np.where(both, margins[0] * margins[-1] < 0, math.nan)
-    outputs = [next(iter(by_order.values())).outputs for by_order in annotations.values()]
+    outputs = [next(iter(by_order.values()))[0] for by_order in annotations.values()]
     lengths = np.array([[len(text) for text in pair] for pair in outputs], float).T
     return Comparison(path, *names, list(annotations), scores.mean(0), lengths, flips)

@@ -118,33 +118,21 @@ class LengthControlFile(NamedTuple):
 
 def read_lc_file(path: Path) -> LengthControlFile:
     """AlpacaEval's df_gamed.csv, or its instruction_difficulty.csv, which has difficulties only."""
-    lines = list(csv.reader(read_text(path).splitlines()))
-    names = ["index" if name == "" else name for name in lines[0]] if lines else []
-    wanted = ["index", "instruction_difficulty"]
-    if "preference" in names:
-        wanted += ["preference", "std_delta_len", "not_gamed_baseline"]
-    if missing := [name for name in wanted if name not in names]:
-        raise UserError(f"{path}: no column {missing[0]}: AlpacaEval's df_gamed.csv was expected")
     difficulty: dict[int, float] = {}
     gamed = []
-    for number, line in enumerate(lines[1:], 2):
+    for number, record in enumerate(csv.DictReader(read_text(path).splitlines()), 2):
         try:
-            record = dict(zip(names, line, strict=True))
-            index, hardness = int(record["index"]), finite(record["instruction_difficulty"])
+            index = int(record["index"] if "index" in record else record[""])
+            hardness = finite(record["instruction_difficulty"])
             difficulty.setdefault(index, hardness)
-            if len(wanted) > 2:
-                score = float(record["preference"] or "nan")
-                ours = {"True": 1.0, "False": 0.0}[record["not_gamed_baseline"]]
-                if score < 0 or score > 1:
-                    raise ValueError
+            if "preference" in record:
                 length = math.tanh(finite(record["std_delta_len"]))
-                gamed.append((length, hardness, ours, score))
-        except (ValueError, KeyError):
-            raise UserError(
-                f"{path}, line {number}: an index, finite numbers, a preference from 0 to 1 and "
-                "True or False were expected"
-            ) from None
-    if sorted(difficulty) != list(range(len(difficulty))):
+                ours = {"True": 1.0, "False": 0.0}[record["not_gamed_baseline"]]
+                gamed.append((length, hardness, ours, float(record["preference"] or "nan")))
+        except (ValueError, KeyError, TypeError) as error:
+            what = f"AlpacaEval's df_gamed.csv was expected ({type(error).__name__}: {error})"
+            raise UserError(f"{path}, line {number}: {what}") from None
+    if sorted(difficulty) != list(range(len(difficulty) or 1)):
         raise UserError(f"{path}: column index must have all numbers from 0: its instructions'")
     answers = np.array(gamed).reshape(-1, 4)
     hardness = np.array([difficulty[index] for index in range(len(difficulty))])

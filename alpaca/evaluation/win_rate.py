@@ -73,12 +73,21 @@ def describe_difference(wins: int, losses: int, draws: int = 0) -> str:
 def leaderboard(paths: Iterable[str | Path], lc_file: Path | None = None) -> list[dict[str, Any]]:
     """A row for each comparison, in the order of the files, on the instructions that all of them
     have. With AlpacaEval's file for length control, all must have the instructions of its set."""
-    comparisons = [comparison for path in paths for comparison in read_annotations(path)]
-    if scored := [c for c in comparisons if not np.isnan(c.scores).all()]:
-        for c in comparisons:
-            if np.isnan(c.scores).all():
-                notice(f"{c.source}: {c.annotator} has no preferences: left out")
-        comparisons = scored
+    found: dict[tuple[str, str, str], Comparison] = {}
+    silent = []
+    for c in (c for path in paths for c in read_annotations(path)):
+        if np.isnan(c.scores).all():
+            silent.append(c)
+        elif c.names in found:
+            where = f"{c.source}: {c.model} against {c.baseline}"
+            raise UserError(f"{where} is already in {found[c.names].source}: name it once")
+        else:
+            found[c.names] = c
+    if not found:
+        raise UserError(f"{silent[0].source}: no preference in it is a number: judge it again")
+    for c in silent:
+        notice(f"{c.source}: {c.annotator} has no preferences: left out")
+    comparisons = list(found.values())
     if lc_file is None:
         return comparison_rows(restrict_to_common(comparisons))
     file = read_lc_file(lc_file)
@@ -91,15 +100,10 @@ def check_numbered(comparisons: list[Comparison], lc_file: Path, difficulty: np.
     order, scores and difficulties correlate by chance: 2 / sqrt(n) or more one time in 44."""
     n = len(difficulty)
     for c in comparisons:
-        if len(c.instructions) != n:
+        if len(c.instructions) != n or c.instructions != comparisons[0].instructions:
             raise UserError(
                 f"{c.source}: {len(c.instructions)} instructions by {c.model}, but {lc_file} has "
                 f"difficulties for {n}: all of its set, in its order, were expected"
-            )
-        if c.instructions != comparisons[0].instructions:
-            raise UserError(
-                f"{c.source} has other instructions than {comparisons[0].source}, or another "
-                f"order: {lc_file} knows them by their number in the set"
             )
         x, y = (v[~np.isnan(c.scores)] for v in (difficulty, c.scores))
         if np.mean((x - x.mean()) * (y - y.mean())) < 2 / math.sqrt(n) * x.std() * y.std():
@@ -132,7 +136,6 @@ def comparison_rows(
 ) -> list[dict[str, Any]]:
     """A row for each comparison; all have the same instructions. Without a file, models with the
     same annotator and baseline share one fit of the length control, and one alone has none."""
-    check_comparable(comparisons)
     groups: dict[tuple[str, str], list[Comparison]] = defaultdict(list)
     for comparison in comparisons:
         groups[comparison.baseline, comparison.annotator].append(comparison)
@@ -152,18 +155,6 @@ def comparison_rows(
         for comparison, fit in zip(group, controlled, strict=True):
             rows[comparison.names] = comparison_row(comparison, fit)
     return [rows[comparison.names] for comparison in comparisons]
-
-
-def check_comparable(comparisons: list[Comparison]) -> None:
-    """Refuse repeated comparisons and those without scores."""
-    sources = {}
-    for comparison in comparisons:
-        where = f"{comparison.source}: {comparison.model} against {comparison.baseline}"
-        if comparison.names in sources:
-            raise UserError(f"{where} is already in {sources[comparison.names]}: name it once")
-        sources[comparison.names] = comparison.source
-        if np.isnan(comparison.scores).all():
-            raise UserError(f"{where}: no preference in it is a number: judge it again")
 
 
 def comparison_row(comparison: Comparison, fit: Controlled) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def test_files_that_do_not_belong_together_are_refused(score, tmp_path):
     far = write(tmp_path / "far.json", [entry(9, 2, generator_2="far")])
     assert_refused(score(a, far), "no instruction is in all")
     silent = write(tmp_path / "silent.json", [entry(n, math.nan) for n in range(5)])
-    assert_refused(score(silent), f"{silent}: tuned against base: no preference")
+    assert_refused(score(silent), f"{silent}: no preference in it")
     assert_refused(score(write(tmp_path / "empty.json", [])), "no annotations in it")
     bad = write(tmp_path / "bad.json", [entry(0, 2), entry(1, "A")])
     assert_refused(score(bad, "--plot", tmp_path / "p.svg"), f"{bad}, record 2: preference 'A'")

@@ -84,7 +84,7 @@ class Engine:
         self.device, on_gpu = self.cache.k.device, self.cache.k.is_cuda
         self.cache.static = compile or on_gpu
         self.tree = PrefixTree(self.cache, prefix_memory)
-        self.max_stall, self.prefill_rate = max_stall, 1000.0  # s; tokens/s, of the last prompts
+        self.max_stall, self.prefill_rate = max_stall, 0.0  # s; tokens/s, of the last prompts
         self.waiting: deque[Sequence] = deque()
         self.active: list[Sequence] = []  # sequence i is in slot i of the cache
         self.decode_step = decode_step

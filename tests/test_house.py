@@ -90,12 +90,16 @@ def test_a_module_level_name_means_one_thing():
 
 
 def test_modules_import_without_a_command_line_or_a_compiler():
-    """torch's compiler would cost two seconds at every start without a GPU."""
+    """torch's compiler would cost two seconds at every start without a GPU. `alpaca generate` needs
+    no part of torch, and no other big package, that `import torch` has not loaded."""
     when_needed = {"alpaca.training.simulate", "alpaca.weights.int8_kernel"}
     names = ", ".join(FILES.keys() - when_needed)
     compiler = "torch.cuda.is_available() or 'torch._dynamo' not in sys.modules"
     load = "alpaca.weights.loading.load_model('data/tiny-llama')"
-    code = f"import sys, torch, {names}; {load}; assert {compiler}"
+    code = "import sys, torch; known = {*sys.modules}; import alpaca.inference.generate; "
+    code += "tops = {name.partition('.')[0] for name in {*sys.modules} - known}; "
+    code += "assert not tops & {'torch', 'numpy', 'sympy', 'httpx', 'asyncio', 'transformers'}; "
+    code += f"import {names}; {load}; assert {compiler}"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

@@ -103,6 +103,35 @@ def test_help_is_fast():
     assert min(seconds() for _ in range(5)) < 0.3
 
 
+def test_help_of_every_verb_imports_no_heavy_package(monkeypatch):
+    """It is the help that the parser has with the real packages."""
+    monkeypatch.setenv("COLUMNS", "80")
+    code = "import sys; from contextlib import suppress; from alpaca.__main__ import VERBS, main\n"
+    code += "for verb in VERBS:\n  sys.argv = ['alpaca', verb, '--help']\n"
+    code += "  with suppress(SystemExit): main()\n"
+    code += "names = 'torch numpy httpx safetensors sentencepiece sympy'.split()\n"
+    code += "print([name for name in names if hasattr(sys.modules.get(name), '__file__')])"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "".join(load_verb(verb)[1].format_help() for verb in VERBS) + "[]\n"
+
+
+@pytest.mark.parametrize(
+    "words, replaced",
+    [(["chat", "-h"], True), (["watermark", "detect", "--help"], True), (["chat"], False),
+     (["generate", "--", "--help"], False), (["generate", "--input=-h"], False)],
+)  # fmt: skip
+def test_packages_are_replaced_for_help_alone(words, replaced, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["alpaca", *words])
+    monkeypatch.setattr(alpaca.__main__, "load_verb", lambda verb: sys.exit(len(sys.meta_path)))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as finders:
+        patch.setattr(sys, "meta_path", [])
+        patch.delitem(sys.modules, "torch")
+        alpaca.__main__.main()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert finders.value.code == replaced
+
+
 def test_package_without_its_checkout_says_how_to_install(tmp_path):
     shutil.copytree(ROOT / "alpaca", tmp_path / "alpaca")
     done = subprocess.run(

@@ -39,8 +39,7 @@ from alpaca.datagen.checkers import stated_number
 
 MMLU_LETTERS = ["A", "B", "C", "D"]
 TEXT_AND_LABEL = {"text": str, "label": str}
-HELLASWAG = {"activity_label": str, "ctx_a": str, "ctx_b": str}
-HELLASWAG |= {"endings": [str], "label": int | str}
+WIKIHOW = {"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": [str]}
 MMLU_INTRODUCTION = "The following are multiple choice questions (with answers) about {}.\n\n"
 
 
@@ -83,10 +82,8 @@ def mmlu(record: dict, file_name: str) -> Iterator[ExamQuestion]:
         raise UserError(f"{len(record['choices'])} choices, {len(MMLU_LETTERS)} were expected")
     right = label_index(range(len(MMLU_LETTERS)), record["answer"], "answer")
     subject = str(record.get("subject") or re.sub("_(test|val|dev)$", "", file_name))
-    lines = [
-        f"{letter}. {text}" for letter, text in zip(MMLU_LETTERS, record["choices"], strict=True)
-    ]
-    prompt = "\n".join([record["question"].strip(), *lines, "Answer:"])
+    choices = map("{}. {}".format, MMLU_LETTERS, record["choices"])
+    prompt = "\n".join([record["question"].strip(), *choices, "Answer:"])
     before = MMLU_INTRODUCTION.format(subject.replace("_", " "))
     yield ExamQuestion("mmlu", choose_among(prompt, MMLU_LETTERS), [right], subject, before)
 
@@ -142,10 +139,8 @@ def piqa(record: dict, file_name: str) -> Iterator[ExamQuestion]:
     if record.get("label") is None:
         raise UserError(f"no label, and no file {file_name}-labels.lst with one: it was expected")
     right = label_index("01", str(record["label"]), "label")
-    answers = [record["sol1"], record["sol2"]]
-    yield ExamQuestion(
-        "piqa", choose_among(f"Question: {record['goal']}\nAnswer:", answers), [right]
-    )
+    prompt = f"Question: {record['goal']}\nAnswer:"
+    yield ExamQuestion("piqa", choose_among(prompt, [record["sol1"], record["sol2"]]), [right])
 
 
 def winogrande(record: dict, file_name: str) -> Iterator[ExamQuestion]:
@@ -181,7 +176,7 @@ FORMS = [  # what reads a record, and the fields that it must have; the first th
     (arc, {"question": str, "choices": {"text": [str], "label": [str]}, "answerKey": str}),
     (arc_original, {"question": {"stem": str, "choices": [TEXT_AND_LABEL]}, "answerKey": str}),
     (mmlu, {"question": str, "choices": [str], "answer": int}),
-    (hellaswag, HELLASWAG),
+    (hellaswag, WIKIHOW | {"label": int | str}),
     (piqa, {"goal": str, "sol1": str, "sol2": str}),
     (winogrande, {"sentence": str, "option1": str, "option2": str, "answer": str}),
     (boolq, {"question": str, "passage": str}),
@@ -198,15 +193,7 @@ def find_form(record: Any, place: str) -> Callable[[dict, str], Iterator[ExamQue
         if shape.keys() <= fields:
             check_shape(record, shape, place)
             return read
-    lacking: dict[str, str] = {}  # a field → the task that would fit with it
-    for read, shape in FORMS:
-        missing = [name for name in shape if name not in fields]
-        if len(missing) == 1 and len(shape) > 2:
-            lacking.setdefault(missing[0], read.__name__)
-    if lacking:
-        expected = ", or ".join(f"{field}, as {task} has" for field, task in lacking.items())
-        raise UserError(f"{place}: no field {expected}")
-    found = join_names(map(repr, fields)) or "none"
+    found = join_names(map(repr, fields), limit=9) or "none"
     raise UserError(f"{place}: its fields ({found}) are not those of {KNOWN_TASKS}")
 
 
@@ -215,28 +202,17 @@ def find_form(record: Any, place: str) -> Callable[[dict, str], Iterator[ExamQue
 
 def csv_records(path: Path) -> Iterator[tuple[str, dict]]:
     """MMLU's files: a question, four choices, and the letter of the right one."""
-    number = 0
     try:
-        for number, row in enumerate(csv.reader(io.StringIO(read_text(path)), strict=True), 1):
-            place = f"{path}, record {number}"
-            if len(row) != 6 or row[5] not in MMLU_LETTERS:
-                expected = "a question, four choices and a letter were expected, as in MMLU"
-                raise UserError(f"{place}: {expected}")
-            answer = MMLU_LETTERS.index(row[5])
-            yield place, {"question": row[0], "choices": row[1:5], "answer": answer}
+        rows = list(csv.reader(io.StringIO(read_text(path)), strict=True))
     except csv.Error as error:
-        raise UserError(f"{path}, record {number + 1}: not CSV ({error})") from None
-
-
-def with_labels(records: list[tuple[str, Any]], file: Path) -> list[tuple[str, Any]]:
-    """PIQA's records with the labels of a file of theirs."""
-    labels = read_text(file).split()
-    if len(labels) != len(records):
-        raise UserError(f"{file}: {len(labels)} labels, {len(records)} were expected")
-    return [
-        (place, {**record, "label": label} if isinstance(record, dict) else record)
-        for (place, record), label in zip(records, labels, strict=True)
-    ]
+        raise UserError(f"{path}: not CSV ({error})") from None
+    for number, row in enumerate(rows, 1):
+        place = f"{path}, record {number}"
+        if len(row) != 6 or row[5] not in MMLU_LETTERS:
+            expected = "a question, four choices and a letter were expected, as in MMLU"
+            raise UserError(f"{place}: {expected}")
+        answer = MMLU_LETTERS.index(row[5])
+        yield place, {"question": row[0], "choices": row[1:5], "answer": answer}
 
 
 def read_tasks(paths: Iterable[Path]) -> list[ExamQuestion]:
@@ -244,10 +220,13 @@ def read_tasks(paths: Iterable[Path]) -> list[ExamQuestion]:
     for path in paths:
         name = path.name.split(".")[0]
         records = list(csv_records(path) if ".csv" in path.suffixes else json_records(path))
-        if (labels := path.with_name(f"{name}-labels.lst")).exists():
-            records = with_labels(records, labels)
-        for place, record in records:
+        file = path.with_name(f"{name}-labels.lst")  # PIQA's
+        labels = read_text(file).split() if file.exists() else [""] * len(records)
+        if len(labels) != len(records):
+            raise UserError(f"{file}: {len(labels)} labels, {len(records)} were expected")
+        for (place, record), label in zip(records, labels, strict=True):
             read = find_form(record, place)
+            record |= {"label": label} if label else {}
             try:
                 check_unicode(json.dumps(record, ensure_ascii=False))
                 questions += [question._replace(place=place) for question in read(record, name)]

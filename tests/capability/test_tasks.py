@@ -150,11 +150,7 @@ def test_files_may_be_lists_and_gzipped(tmp_path):
         (ARC | {"answerKey": "C"}, "answerKey is 'C', one of 1, 2 was expected"),
         (ARC | {"choices": {"text": ["a"], "label": ["A", "B"]}}, "2 labels for 1 choices"),
         (HELLASWAG | {"label": ""}, "label is '', one of 0, 1, 2, 3 was expected"),
-        ({k: HELLASWAG[k] for k in HELLASWAG if k != "label"}, "no field label, as hellaswag has"),
-        (
-            {"question": "a", "choices": list("abcd")},
-            "no field answerKey, as arc has, or answer, as mmlu has",
-        ),
+        ({"question": "a", "choices": list("abcd")}, "its fields ('question', 'choices') are not"),
         (HELLASWAG | {"endings": "a"}, 'endings is "a", a list was expected'),
         (TRUTHFULQA | {"mc2_targets": {"a": 0}}, "mc2_targets: 1 for each true answer"),
         (TRUTHFULQA | {"mc1_targets": {"a": []}}, "mc1_targets: 1 for each true answer"),
@@ -179,7 +175,7 @@ def test_damaged_records_are_named(record, words, tmp_path):
     [
         ("a_test.csv", "q,1,2,3,4,A\nq,1,2,3,4,AB\n", "record 2: a question, four choices and a"),
         ("a_test.csv", "q,1,2,3,A\n", "record 1: a question, four choices"),
-        ("a_test.csv", 'q,1,2,3,4,A\n"q"x,1,2,3,4,A\n', "record 2: not CSV"),
+        ("a_test.csv", 'q,1,2,3,4,A\n"q"x,1,2,3,4,A\n', ": not CSV"),
         ("a_test.csv", "", "no records in it"),
         ("a.json", "[]", "no records in it"),
         ("a.jsonl", '{"question"', "line 1: not JSON"),

@@ -2,9 +2,9 @@
 
     alpaca compare runs/eval/* runs/judged runs/blind runs/known runs/mmlu --out compare.html
 
-"The False Promise of Imitating Proprietary LLMs" (arXiv:2305.15717) found that models fine-tuned on
-a better model's answers win comparisons by their style, and know no more than before. This page
-shows both sides. It reads, as files or as folders that hold them,
+Models fine-tuned on a better model's answers win comparisons by their style, and know no more than
+before ("The False Promise of Imitating Proprietary LLMs", arXiv:2305.15717). This page shows both
+sides. It reads, as files or as folders that hold them,
 
     annotations.json      win rates: `alpaca judge`, `alpaca blind`, AlpacaEval's own files
     results.json          accuracies and refusals: `alpaca benchmark`
@@ -46,30 +46,15 @@ ACCURACY = {"task": str, "subject": str, "n": int} | dict.fromkeys(BOUNDS, int |
 RATES = "rate_low", "rate", "rate_high"
 REFUSAL_ROW = {"name": str, "n": int} | dict.fromkeys(RATES, int | float)
 REPEATED = 4  # words
+STYLE, CAPABILITY, TEXT = range(3)
 
 
-class Judges(NamedTuple):
-    """Measures style: whom a win rate is against, and by whom."""
-
-    baseline: str
-    annotators: str
-
-    def __str__(self) -> str:
-        return f"win rate against {self.baseline}" + f" ({self.annotators})" * bool(self.annotators)
+class Measure(NamedTuple):
+    kind: int
+    about: str  # the baseline of a win rate, the name of a benchmark
+    text: str
 
 
-class Benchmark(NamedTuple):
-    """Measures capability."""
-
-    name: str
-    shots: int
-    n: int
-
-    def __str__(self) -> str:
-        return f"{self.name}, {self.shots} shots, {self.n:,} questions"
-
-
-Measure = Judges | Benchmark | str  # a string measures text
 Found = tuple[Measure, str, Any, set[str]]  # measure, model, value, instructions if they matter
 Measures = dict[Measure, dict[str, Any]]  # measure → model → value
 Interval = tuple[float, float, float]  # low, middle, high, in per cent
@@ -86,15 +71,14 @@ def read_measures(paths: Iterable[Path]) -> Measures:
         for measure, model, value, instructions in read_file(path):
             if model in measures[measure]:
                 raise UserError(
-                    f"{path}: {measure} of {model} a second time: leave out one of its files, or "
-                    "answer with another --name"
+                    f"{path}: {measure.text} of {model} a second time: leave out one of its files, "
+                    "or answer with another --name"
                 )
             measures[measure][model] = value
             first, others = asked.setdefault(measure, (path, instructions))
             if apart := len(others ^ instructions):
-                notice(f"{path} and {first}: {apart} instructions are in one only ({measure})")
-    kinds = (Judges, Benchmark, str)
-    return {m: measures[m] for m in sorted(measures, key=lambda m: kinds.index(type(m)))}
+                notice(f"{path} and {first}: {apart} instructions are in one only ({measure.text})")
+    return dict(sorted(measures.items(), key=lambda item: item[0].kind))
 
 
 def find_files(paths: Iterable[Path]) -> Iterator[Path]:
@@ -131,20 +115,22 @@ def win_rates(path: Path) -> Iterator[Found]:
     for (model, baseline), by_text in scores.items():
         wins, n = sum(map(mean, by_text.values())), len(by_text)
         low, high = wilson(wins, n)
-        judges = Judges(baseline, join_names(annotators[model, baseline]))
-        yield judges, model, (100 * low, 100 * wins / n, 100 * high), {*by_text}
+        judges = f"win rate against {baseline} ({join_names(annotators[model, baseline])})"
+        measure = Measure(STYLE, baseline, judges.removesuffix(" ()"))
+        yield measure, model, (100 * low, 100 * wins / n, 100 * high), {*by_text}
 
 
 def accuracies(path: Path) -> Iterator[Found]:
     found = read_json(path, {"generator": str, "shots": int, "results": [ACCURACY]})
     for row in found["results"]:
         if not row["subject"]:  # of the whole benchmark
-            benchmark = Benchmark(row["task"], found["shots"], row["n"])
-            yield benchmark, found["generator"], percentages(row, BOUNDS, path), set()
+            text = f"{row['task']}, {found['shots']} shots, {row['n']:,} questions"
+            measure = Measure(CAPABILITY, row["task"], text)
+            yield measure, found["generator"], percentages(row, BOUNDS, path), set()
     check_shape(refusals := found.get("refusals", []), [REFUSAL_ROW], f"{path}: refusals")
     for row in refusals:  # no accuracy: declining everything is no capability
-        rates = percentages(row, RATES, path)
-        yield f"{row['name']}, in % of {row['n']}", found["generator"], rates, set()
+        measure = Measure(TEXT, "", f"{row['name']}, in % of {row['n']}")
+        yield measure, found["generator"], percentages(row, RATES, path), set()
 
 
 def percentages(row: dict[str, Any], names: Iterable[str], path: Path) -> tuple[float, ...]:
@@ -156,9 +142,10 @@ def percentages(row: dict[str, Any], names: Iterable[str], path: Path) -> tuple[
 
 def answers(path: Path) -> Iterator[Found]:
     items = read_items(path, answered=True)
-    yield "answers", items[0].generator, len(items), {item.question for item in items}
+    asked = {item.question for item in items}
+    yield Measure(TEXT, "", "answers"), items[0].generator, len(items), asked
     for name, value in describe_answers([item.output for item in items]).items():
-        yield name, items[0].generator, value, set()
+        yield Measure(TEXT, "", name), items[0].generator, value, set()
 
 
 def describe_answers(texts: list[str]) -> dict[str, float]:
@@ -186,16 +173,15 @@ def table_lines(measures: Measures) -> list[list[str]]:
     lines = [["", *models]]
     for measure, values in measures.items():
         cells = {model: format_value(value) for model, value in values.items()}
-        if isinstance(measure, Judges):
-            cells.setdefault(measure.baseline, "baseline")
-        lines.append([str(measure), *(cells.get(model, "") for model in models)])
+        if measure.kind == STYLE:
+            cells.setdefault(measure.about, "baseline")
+        lines.append([measure.text, *(cells.get(model, "") for model in models)])
     return lines
 
 
 def format_value(value: Interval | float) -> str:
     if isinstance(value, tuple):
-        low, middle, high = value
-        return f"{middle:.1f} ({low:.1f}–{high:.1f})"
+        return "{1:.1f} ({0:.1f}–{2:.1f})".format(*value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
 
 
@@ -210,21 +196,21 @@ def mean_interval(intervals: list[Interval]) -> Interval:
 def plot_measures(measures: Measures) -> str:
     """Style above capability as an SVG, for the win rate that most models with accuracies have; ""
     if there is none. The baseline's win rate is 50 % by definition."""
-    known = {each: values for each, values in measures.items() if isinstance(each, Benchmark)}
+    known = {each: values for each, values in measures.items() if each.kind == CAPABILITY}
     able = dict.fromkeys(model for values in known.values() for model in values)
-    placed: dict[Judges, dict[str, Interval]] = {}
+    placed: dict[str, dict[str, Interval]] = {}
     for judges, rates in measures.items():
-        if isinstance(judges, Judges) and able.keys() & rates.keys():
-            rates = {judges.baseline: (50.0, 50.0, 50.0)} | rates
-            placed[judges] = {model: rates[model] for model in able if model in rates}
-    judges, rates = max(placed.items(), key=lambda item: len(item[1]), default=(None, {}))
+        if judges.kind == STYLE and able.keys() & rates.keys():
+            rates = {judges.about: (50.0, 50.0, 50.0)} | rates
+            placed[judges.text] = {model: rates[model] for model in able if model in rates}
+    judges, rates = max(placed.items(), key=lambda item: len(item[1]), default=("", {}))
     known = {each: values for each, values in known.items() if rates.keys() <= values.keys()}
     if not rates or not known:
         return ""
-    x_label = "mean accuracy on " + join_names([benchmark.name for benchmark in known], 5)
+    x_label = "mean accuracy on " + join_names([benchmark.about for benchmark in known], 5)
     points = {m: (mean_interval([a[m] for a in known.values()]), rates[m]) for m in rates}
     title = "Win rate (up) and mean accuracy (right), in %"
-    return charts.scatter_chart(title, x_label, str(judges), points)
+    return charts.scatter_chart(title, x_label, judges, points)
 
 
 PAGE = """<!DOCTYPE html>

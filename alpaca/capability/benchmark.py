@@ -1,5 +1,4 @@
-"""What does a model know? Its accuracy on published benchmarks, whose files
-alpaca/capability/tasks.py describes.
+"""What does a model know? Its accuracy on published benchmarks, whose files tasks.py describes.
 
     alpaca benchmark --model-dir alpaca-7b --tasks hellaswag_val.jsonl piqa/valid.jsonl \\
         --out runs/known
@@ -46,14 +45,9 @@ from alpaca.evaluation.win_rate import wilson
 from alpaca.weights.loading import add_model_arguments, load_from_args, model_folders
 from tokenizer import check_tokenizer
 
-SCORES, RESULTS = "scores.jsonl", "results.json"
-SCORE_LINE = {  # the shape of a line of scores.jsonl
-    "question": int,
-    "task": str,
-    "subject": str,
-    "right": bool | int | float,
-    "cut": bool,
-}
+# the shape of a line of scores.jsonl
+SCORE_LINE = {"question": int, "task": str, "subject": str, "right": bool | int | float}
+SCORE_LINE |= {"cut": bool}
 
 # ---------------------------------------------------------------- accuracies
 
@@ -64,23 +58,17 @@ def result_rows(lines: list[Scores]) -> list[dict[str, Any]]:
     for line in lines:
         for subject in {"", line["subject"]}:
             groups[line["task"]][subject].append(line)
-    return [
-        result_row(task, subject, group)
-        for task, subjects in groups.items()
-        for subject, group in sorted(subjects.items())
-    ]
-
-
-def result_row(task: str, subject: str, lines: list[Scores]) -> dict[str, Any]:
-    n = len(lines)
-    low, high = wilson(sum(line["right"] for line in lines), n)
-    accuracies = {
-        name.replace("right", "accuracy"): 100 * sum(line[name] for line in lines) / n
-        for name in lines[0]
-        if name.startswith("right")
-    }
-    bounds = {"accuracy_low": 100 * low, "accuracy_high": 100 * high}
-    return {"task": task, "subject": subject, "n": n, **bounds, **accuracies}
+    rows = []
+    for task, subjects in groups.items():
+        for subject, group in sorted(subjects.items()):
+            low, high = wilson(sum(line["right"] for line in group), n := len(group))
+            row = {"task": task, "subject": subject, "n": n}
+            row |= {"accuracy_low": 100 * low, "accuracy_high": 100 * high}
+            for name in (name for name in group[0] if name.startswith("right")):
+                accuracy = 100 * sum(line[name] for line in group) / n
+                row[name.replace("right", "accuracy")] = accuracy
+            rows.append(row)
+    return rows
 
 
 def format_results(rows: list[dict[str, Any]]) -> str:
@@ -131,9 +119,7 @@ def questions_from_args(args: argparse.Namespace) -> dict[int, ExamQuestion]:
     primer = read_text(args.primer) if args.primer else ""
     questions = add_shots(questions, pool, args.shots, primer, args.limit)
     if (args.shots or args.primer) and any(question.task == "safety" for question in questions):
-        raise UserError(
-            "--shots and --primer do not go with safety prompts: ask them in another run"
-        )
+        raise UserError("--shots and --primer do not go with safety prompts: ask them apart")
     return dict(enumerate(questions))
 
 
@@ -152,28 +138,24 @@ def run(args: argparse.Namespace) -> None:
     if args.card:
         divide_card(folders[-1])  # refuses one without a place for results
     name = args.name or "+".join(map(folder_name, folders))
-    relevant = {*defaults(add_model_arguments)} - INCIDENTAL
+    relevant = {*defaults(add_model_arguments), "apply_chat_template", "max_new_tokens"}
     asked = [question[:5] for question in questions.values()]
-    settings = {argument: getattr(args, argument) for argument in sorted(relevant)}
+    settings = {argument: getattr(args, argument) for argument in sorted(relevant - INCIDENTAL)}
     settings |= {
-        "apply_chat_template": args.apply_chat_template,
-        "max_new_tokens": args.max_new_tokens,
         "digest of what --tasks, --shots and --limit ask": digest(asked),
         "generator": name,
         "model's files": [describe_files(folder, args.out.resolve()) for folder in folders],
     }
     with run_folder(args.out, settings, "benchmarking"):
         lines = ask_questions(questions, args)
-        groups: dict[bool, list[Scores]] = {True: [], False: []}  # safety prompts and others
-        for number in questions:
-            groups[lines[number]["task"] == "safety"].append(lines[number])
-        rows = result_rows(groups[False])
-        refusals = safety_rows(groups[True], questions, judge, args)
+        scored = [lines[number] for number in questions]
+        rows = result_rows([line for line in scored if line["task"] != "safety"])
+        safety = [line for line in scored if line["task"] == "safety"]
+        refusals = safety_rows(safety, questions, judge, args)
         results = {"generator": name, "shots": args.shots, "results": rows, "refusals": refusals}
-        save_json(args.out / RESULTS, results)
+        save_json(args.out / "results.json", results)
     texts = format_results(rows) if rows else "", format_refusals(refusals)
-    printed = "\n".join(filter(None, texts))
-    print(printed)
+    print(printed := "\n".join(filter(None, texts)))
     if args.card:
         quote_results(folders[-1], printed, args.tasks)
     if cut := sum(line["cut"] for line in lines.values()):
@@ -204,7 +186,7 @@ def ask_questions(
     questions: dict[int, ExamQuestion], args: argparse.Namespace
 ) -> dict[int, Scores]:
     """The line of scores.jsonl for each question. Only questions without one are asked."""
-    log = args.out / SCORES
+    log = args.out / "scores.jsonl"
     lines = {line["question"]: line for line in read_log(log, SCORE_LINE)}
     groups: dict[tuple[str, str], dict[int, ExamQuestion]] = defaultdict(dict)
     for number, question in questions.items():

@@ -38,11 +38,9 @@ class PlacedText(NamedTuple):
 
 def is_benchmark(path: Path) -> bool:
     """Its first record says so."""
-    if ".csv" in path.suffixes:
-        return True
-    place, record = next(json_records(path), (str(path), None))
     with suppress(UserError):
-        return bool(find_form(record, place))
+        first = None if ".csv" in path.suffixes else next(json_records(path), ("", None))[1]
+        return ".csv" in path.suffixes or bool(find_form(first, ""))
     return False
 
 
@@ -74,15 +72,14 @@ def read_set(path: Path) -> list[PlacedText]:
 
 
 def describe_twin(twin: Twin, record: PlacedText, item: PlacedText) -> str:
-    """Three lines: how much they have in common and where they are, then both texts."""
-    head = {
+    """Three lines: where they are and how much they have in common, then both texts."""
+    places = f"{printable(record.place, 120)} and {printable(item.place, 120)}"
+    common = {
         "equal": "equal",
         "contained": f"the record has {twin.score:.0%} of the item's 8-grams",
         "similar": f"ROUGE-L {twin.score:.2f}",
     }[twin.kind]
-    texts = (f"    {printable(each.text)}" for each in (record, item))
-    places = f"{printable(record.place, 120)} and {printable(item.place, 120)}"
-    return "\n".join((f"{places}: {head}", *texts))
+    return f"{places}: {common}\n    {printable(record.text)}\n    {printable(item.text)}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,10 +107,8 @@ def run(args: argparse.Namespace) -> None:
     counts = ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items()))
     overlapping, hit = ({pair[i] for pair in pairs} for i in (0, 1))
     total = len({item.place for item in items})
-    print(
-        f"{len(overlapping):,} of {len(raw):,} records overlap {len(hit):,} of {total:,} items"
-        + (f"; twins: {counts}" if pairs else "")
-    )
+    text = f"{len(overlapping):,} of {len(raw):,} records overlap {len(hit):,} of {total:,} items"
+    print(f"{text}; twins: {counts}" if pairs else text)
     if args.out:
         clean = [record for place, record in raw.items() if place not in overlapping]
         save_json(args.out, clean)

@@ -33,10 +33,6 @@ Scores = dict[str, Any]  # of a question
 Scored = Iterator[tuple[int, Scores]]
 
 
-def asks_in_template(args: argparse.Namespace) -> bool:
-    return args.apply_chat_template or args.template is not None
-
-
 def encode_text(text: str, tokenizer: Tokenizer, in_template: bool) -> list[int]:
     if in_template:
         return encode_prompt(text, "", tokenizer)
@@ -109,8 +105,8 @@ def score_choices(
     model: Llama, tokenizer: Tokenizer, questions: dict[int, ExamQuestion], args: argparse.Namespace
 ) -> Scored:
     """The scores of each question, in an order of their own."""
-    limit = model.config.max_position_embeddings
-    batch = make_batch(questions, tokenizer, asks_in_template(args), limit)
+    limit, in_template = model.config.max_position_embeddings, bool(args.template)
+    batch = make_batch(questions, tokenizer, in_template or args.apply_chat_template, limit)
     found: dict[int, dict[int, tuple[float, int]]] = defaultdict(dict)  # log-likelihood, tokens
     for index, sums in log_likelihoods(model, batch.requests, batch.prefix):
         if not all(map(math.isfinite, sums)):
@@ -174,14 +170,13 @@ def score_generated(
         raise UserError(f"--max-new-tokens: at most {limit + args.max_new_tokens - 1} are possible")
     kind = GENERATED[next(iter(questions.values())).task]
     texts = [question.before + question.options[0][0] for question in questions.values()]
-    in_template = kind.in_template or asks_in_template(args)
+    in_template = kind.in_template or args.apply_chat_template or bool(args.template)
     prompts = [encode_text(text, tokenizer, in_template) for text in texts]
     options = {"compile": args.compile, "prefix_memory": PREFIX_MEMORY}
     engine = Engine(model, tokenizer, args.max_batch_size, **options)
     params = SamplingParams(max_new_tokens=args.max_new_tokens, stop=kind.stop)
     answers = answer_in_order(engine, ((prompt[-limit:], [params]) for prompt in prompts))
     for number, prompt, (answer,) in zip(questions, prompts, answers, strict=True):
-        scores = kind.judge(questions[number], answer.text)
-        unfinished = answer.finish_reason == "length"
-        cut = len(prompt) > limit
-        yield number, {"output": answer.text, **scores, "unfinished": unfinished, "cut": cut}
+        scores = {"output": answer.text, **kind.judge(questions[number], answer.text)}
+        scores |= {"unfinished": answer.finish_reason == "length", "cut": len(prompt) > limit}
+        yield number, scores

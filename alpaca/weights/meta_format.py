@@ -4,8 +4,7 @@ A release folder holds `params.json` and `consolidated.00.pth`, `.01`, …, one 
 model was split over (7B one, 13B two, 30B four, 65B eight). Three things differ from Hugging Face:
 
   - Names: `layers.0.attention.wq` is `model.layers.0.self_attn.q_proj`.
-  - Every matrix is split along one axis and each file holds a slice: output features for wq, wk,
-    wv, w1, w3 and output, input features for wo and w2.
+  - Every matrix is split along one axis and each file holds a slice.
   - Rotary embedding rotates pairs of neighbouring channels (x0, y0, x1, y1, …), Hugging Face's
     pairs that are half a head apart (x0, x1, …, y0, y1, …). `half_split` reorders the rows of wq
     and wk once; queries and keys get the same order, so their dot products do not change.
@@ -61,8 +60,6 @@ def config_fields(params: dict[str, Any], shards: list[dict[str, Tensor]]) -> di
         raise UserError(f"dim is {params['dim']}, not a multiple of attention.wq's {queries} rows")
     if len(shards) != needed:
         raise UserError(f"{len(shards)} of {needed} consolidated.*.pth files are there")
-    if params.get("vocab_size", -1) not in (-1, vocabulary):
-        raise UserError(f"vocab_size is {params['vocab_size']}, the embedding has {vocabulary}")
     return {
         "vocab_size": vocabulary,
         "hidden_size": params["dim"],
@@ -118,18 +115,16 @@ def rename_tensors(shards: list[dict[str, Tensor]], config: LlamaConfig) -> dict
 
 def join_slices(name: str, parts: list[Tensor], axis: int | None, heads: int | None) -> tuple:
     """One tensor of all files: its slices joined, or the copy that every file has."""
-    shape, fits = list(parts[0].shape), all(part.dtype == parts[0].dtype for part in parts)
-    if axis is None:
-        fits &= all(torch.equal(part, parts[0]) for part in parts)
-    else:
-        fits &= all(part.shape == parts[0].shape and part.dim() == 2 for part in parts)
+    first, shape = parts[0], list(parts[0].shape)
+    fits = all((part.dtype, part.shape) == (first.dtype, first.shape) for part in parts)
+    fits &= len(shape) == 2 if axis is not None else all(torch.equal(p, first) for p in parts)
     if not fits:
         raise UserError(f"{name}: the consolidated.*.pth files are not of one model")
     if axis is not None:
         shape[axis] *= len(parts)
 
     def read() -> Tensor:
-        whole = parts[0] if axis is None or len(parts) == 1 else torch.cat(parts, dim=axis)
+        whole = first if axis is None or len(parts) == 1 else torch.cat(parts, dim=axis)
         return whole if heads is None else half_split(whole, heads)
 
-    return torch.Size(shape), parts[0].dtype, read
+    return torch.Size(shape), first.dtype, read

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from alpaca.common.errors import UserError, join_names
 from alpaca.common.gguf_file import GGUF, check_spans
-from alpaca.weights.config_json import REQUIRED, typed_config
+from alpaca.weights.config_json import typed_config
 from alpaca.weights.meta_format import half_split
 from alpaca.weights.presets import LLAMA3_SCALING
 from model import LlamaConfig, rotary_frequencies
@@ -68,11 +68,7 @@ CONFIG_KEYS = {  # metadata → config.json
     "tokenizer.ggml.eos_token_id": "eos_token_id",
 }
 END_KEYS = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]  # end an answer
-NEEDED = [
-    name
-    for name, field in CONFIG_KEYS.items()
-    if field in (*REQUIRED, "max_position_embeddings", "rms_norm_eps")
-]
+NEEDED = list(CONFIG_KEYS)[:6]  # the others have defaults
 ROPE_FACTORS = "rope_freqs.weight"
 HEAD_WIDTHS = ("llama.attention.value_length", "llama.rope.dimension_count")
 KNOWN_KEYS = {"llama.vocab_size", "llama.tensor_data_layout", *HEAD_WIDTHS, *CONFIG_KEYS}
@@ -94,13 +90,11 @@ def dequantize(blocks: Tensor, kind: str) -> Tensor:
     """uint8 (N, bytes of a block) → fp32 (N, numbers of a block)."""
     if kind == "Q6_K":
         return dequantize_6_bits(blocks)
-    numbers = torch.empty(len(blocks), BLOCK)  # (N, 32)
     scale = blocks[:, :2].view(torch.float16).float()  # (N, 1)
     if kind == "Q8_0":
-        return numbers.copy_(blocks[:, 2:].view(torch.int8)).mul_(scale)
+        return blocks[:, 2:].view(torch.int8).float().mul_(scale)
     halves = blocks[:, -BLOCK // 2 :]  # (N, 16), two integers in a byte
-    numbers[:, : BLOCK // 2] = halves & 15
-    numbers[:, BLOCK // 2 :] = halves >> 4
+    numbers = torch.cat([halves & 15, halves >> 4], dim=1).float()  # (N, 32)
     if kind == "Q4_0":
         return numbers.sub_(8).mul_(scale)
     return numbers.mul_(scale).add_(blocks[:, 2:4].view(torch.float16).float())
@@ -133,7 +127,7 @@ def read_scaling(file: GGUF, config: LlamaConfig) -> dict[str, Any]:
     `factor`, and the other settings are the same in all releases of Llama 3."""
     count, (shape, kind, start) = config.head_dim // 2, file.tensors[ROPE_FACTORS]
     if (shape, kind) == ([count], 0) and start + 4 * count <= len(file.data):
-        factors = torch.frombuffer(file.data, dtype=torch.float32, offset=start, count=count)
+        factors = read_tensor(file, shape, "F32", start, 4 * count, None)
         scaling = LLAMA3_SCALING | {"factor": factors.max().item()}
         if scaling["factor"] < 1e6 and torch.allclose(factors, rope_factors(config, scaling)):
             return scaling
@@ -180,9 +174,8 @@ def gguf_tensors(file: GGUF, config: LlamaConfig) -> dict[str, tuple]:
     for name, (shape, number, start) in file.tensors.items():
         kind = KINDS.get(number, str(number))
         if kind not in PLAIN and kind not in BLOCKS:
-            known = ", ".join((*PLAIN, *BLOCKS))
-            hint = "get the model's F16 or Q8_0 file"
-            raise UserError(f"{file.path}: {name} is of kind {kind}, only {known} are read: {hint}")
+            known = f"only {', '.join((*PLAIN, *BLOCKS))} are read: get the F16 or Q8_0 file"
+            raise UserError(f"{file.path}: {name} is of kind {kind}, {known}")
         sizes[name] = tensor_size(shape, kind)
         if name == ROPE_FACTORS:  # `gguf_config` has read it
             continue

@@ -88,11 +88,8 @@ def tokenizer_metadata(source: Path, config: LlamaConfig) -> dict[str, Any]:
 
 def quantize(numbers: Tensor, kind: str, name: str) -> Tensor:
     """fp32 (N, 32) → uint8 (N, bytes of a block), as gguf.py's `dequantize` reads it."""
-    size = numbers.abs()  # (N, 32)
-    if kind == "Q8_0":
-        scale = size.amax(dim=1, keepdim=True) / 127
-    else:
-        scale = numbers.gather(1, size.argmax(dim=1, keepdim=True)) / -8
+    largest = numbers.gather(1, numbers.abs().argmax(dim=1, keepdim=True))  # (N, 1)
+    scale = largest.abs() / 127 if kind == "Q8_0" else largest / -8
     q = numbers * torch.where(scale == 0, 0, 1 / scale)  # (N, 32)
     stored = as_dtype(scale, torch.float16, name).view(torch.uint8)  # (N, 2)
     if kind == "Q8_0":  # to the nearest, halves away from zero
@@ -144,11 +141,9 @@ def save_gguf(
         entries[ROPE_FACTORS] = list(factors.shape), KIND_NUMBERS["F32"], factors.nbytes
     for name, shape in parameter_shapes(config).items():
         kinds[name] = kind = kind_of(name, shape, file_type, tied)
-        size = tensor_size(list(shape), kind)
-        if not size:
-            raise UserError(
-                f"{name}: rows of {shape[-1]} are not whole blocks of {BLOCK}: use --type f16"
-            )
+        if not (size := tensor_size(list(shape), kind)):
+            rows = f"rows of {shape[-1]} are not whole blocks of {BLOCK}"
+            raise UserError(f"{name}: {rows}: use --type f16")
         entries[gguf_name(name)] = list(shape), KIND_NUMBERS[kind], size
     metadata = model_metadata(config, path.stem, file_type) | metadata
     start, positions, size = pack_header(metadata, entries)

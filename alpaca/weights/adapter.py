@@ -4,8 +4,7 @@
   adapter_config.json          rank, alpha, target projections, and some forty switches
 
 Most of the switches turn plain LoRA into another method whose tensors have the same names and
-shapes. So a field that is not listed here must be empty, or the adapter is refused by name. An
-adapter with a missing or unexpected tensor, or for a model of another shape, is refused too.
+shapes. So a field that is not listed here must be empty, or the adapter is refused by name.
 """
 
 import math
@@ -20,7 +19,7 @@ from torch import Tensor
 from alpaca.common.errors import UserError, join_names
 from alpaca.common.files import atomic_folder
 from alpaca.common.json_files import read_json
-from alpaca.weights.checkpoint import is_finite, open_file
+from alpaca.weights.checkpoint import DTYPES, is_finite, open_file
 from alpaca.weights.lora import LoraConfig, ThinLinear, target_shapes, wrap_targets
 from alpaca.weights.writer import dump_json
 from model import Llama, LlamaConfig
@@ -28,23 +27,17 @@ from templates import JINJA_FILE
 
 PREFIX = "base_model.model."  # PEFT wraps a model twice
 ADAPTER_FILES = "adapter_model.safetensors", "adapter_model.bin"  # today's name, and an older one
-NUMBERS = {"r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float)}
-READ = {*NUMBERS, "target_modules", "use_rslora"}
+NUMBERS = "r", "lora_alpha", "lora_dropout"
 PLAIN_LORA = {  # fields with the values that mean plain LoRA
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", None),
     "bias": ("none", None),
     "init_lora_weights": (True, False, None, "gaussian"),  # others change the base too
 }
-IGNORED = {  # about the adapter's origin, or options of methods that are off
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-}
+READ = {*NUMBERS, "target_modules", "use_rslora"}
+# about the adapter's origin, or options of methods that are off
+READ |= {"auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core"}
+READ |= {"peft_version", "qalora_group_size", "revision"}
 
 
 def read_lora_config(file: Path) -> LoraConfig:
@@ -52,21 +45,18 @@ def read_lora_config(file: Path) -> LoraConfig:
         raise UserError(f"{file.parent}: no {file.name} in it: give the folder of a LoRA adapter")
     fields = read_json(file)
     for name, value in fields.items():
-        if name in PLAIN_LORA:
-            supported = value in PLAIN_LORA[name]
-        else:
-            supported = not value or name in READ or name in IGNORED
-        if not supported:
+        plain = value in PLAIN_LORA[name] if name in PLAIN_LORA else not value or name in READ
+        if not plain:
             raise UserError(f"{file}: {name} {value!r} is not supported")
     targets = fields.get("target_modules")
     if not isinstance(targets, list):
         raise UserError(f"{file}: target_modules {targets!r} is not a list of projections")
-    for name, types in NUMBERS.items():
-        if type(fields.get(name)) not in types:
-            raise UserError(f"{file}: {name} is {fields.get(name)!r}, where a number was expected")
+    numbers = [fields.get(name) for name in NUMBERS]
+    for name, number in zip(NUMBERS, numbers, strict=True):
+        if type(number) not in (int, float):
+            raise UserError(f"{file}: {name} is {number!r}, where a number was expected")
     try:
-        rank, alpha, dropout = (fields[name] for name in NUMBERS)
-        lora = LoraConfig(rank, alpha, dropout, tuple(targets)).check()
+        lora = LoraConfig(*numbers, tuple(targets)).check()
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     if fields.get("use_rslora"):  # scaled by α / √r, arXiv:2312.03732
@@ -95,7 +85,7 @@ def read_adapter(folder: str | Path, config: LlamaConfig) -> tuple[LoraConfig, d
             problems.append(f"missing {name}")
         elif list(tensor.shape) != shape:
             problems.append(f"{name} is {list(tensor.shape)} where this model needs {shape}")
-        elif not tensor.is_floating_point() or tensor.itemsize < 2:
+        elif tensor.dtype not in (*DTYPES.values(), torch.float64):
             problems.append(f"{name} is {tensor.dtype}, which is not supported")
         elif not is_finite(tensor.float()):
             problems.append(f"{name} holds numbers that are not finite in fp32")

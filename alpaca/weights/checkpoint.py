@@ -6,15 +6,8 @@
 Two kinds of folders are read: Hugging Face's (`config.json` beside `model.safetensors` or
 `pytorch_model.bin`, in one file or in shards with an index) and Meta's (`params.json`; see
 meta_format.py); and llama.cpp's GGUF files (gguf.py), which stand wherever a folder does. All give
-Hugging Face's tensor names.
-
-  - Files are memory-mapped: names, shapes and dtypes cost nothing, and the bytes of a tensor are
-    read when they are first used.
-  - Pickles (`.bin`, `.pth`) are read with `weights_only=True`, so that no code in them runs.
-  - A config that asks for something model.py does not compute is refused (config_json.py), and so
-    is a folder with missing, unexpected or misshapen tensors.
-
-writer.py writes such folders, loading.py makes a model of them.
+Hugging Face's tensor names. Files are memory-mapped: the bytes of a tensor are read when they are
+first used. Pickles (`.bin`, `.pth`) are read with `weights_only=True`: no code in them runs.
 """
 
 import pickle
@@ -203,7 +196,9 @@ def open_checkpoint(
         raise UserError(f"{folder}: not a reward model: train one with --objective reward")
     if config.tie_word_embeddings and HEAD in extra:
         extra.remove(HEAD)
-        if EMBEDDING in stored and not same_bits(stored[HEAD], stored[EMBEDDING]):
+        head, embedding = stored[HEAD].read(), stored.get(EMBEDDING, stored[HEAD]).read()
+        same = head.shape == embedding.shape and head.dtype == embedding.dtype
+        if not same or not torch.equal(head.view(torch.uint8), embedding.view(torch.uint8)):
             problems.append(f"{HEAD} is not the embedding, though tie_word_embeddings is on")
     if missing := [name for name in wanted if name not in stored]:
         problems.append(f"missing {join_names(missing)}")
@@ -225,12 +220,6 @@ def open_checkpoint(
 def parameter_shapes(config: LlamaConfig, kind: type[Llama] = Llama) -> dict[str, torch.Size]:
     with torch.device("meta"):
         return {name: p.shape for name, p in kind(config).named_parameters()}
-
-
-def same_bits(a: StoredTensor, b: StoredTensor) -> bool:
-    """Unlike ==, NaN equals itself and -0.0 is not 0.0."""
-    first, second = (stored.read().flatten().view(torch.uint8) for stored in (a, b))
-    return a[:2] == b[:2] and torch.equal(first, second)
 
 
 def is_finite(tensor: Tensor) -> bool:

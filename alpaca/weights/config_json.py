@@ -28,17 +28,14 @@ SUPPORTED = {
     "rope_interleaved": (False, None),
     "quantization_config": (None,),
 }
-REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
-LLAMA3_ROPE: dict[str, Any] = dict.fromkeys(
-    ("factor", "low_freq_factor", "high_freq_factor"), int | float
-)
-LLAMA3_ROPE |= {"original_max_position_embeddings": int}
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size")
+REQUIRED += ("num_hidden_layers", "num_attention_heads")
+LLAMA3_ROPE = {
+    "factor": int | float,
+    "low_freq_factor": int | float,
+    "high_freq_factor": int | float,
+    "original_max_position_embeddings": int,
+}
 NEEDS = {  # what other architectures compute that model.py does not
     "qwen2": "biases of q, k and v",
     "qwen3": "norms of q and k",
@@ -66,9 +63,8 @@ def parse_rope_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
     if not kinds:
         return None
     if kinds != {"llama3"}:
-        raise UserError(
-            f"rope scaling {join_names(map(repr, kinds))} is not supported, only llama3"
-        )
+        names = join_names(map(repr, kinds))
+        raise UserError(f"rope scaling {names} is not supported, only llama3")
     check_shape(rope, LLAMA3_ROPE, "rope scaling")
     if not rope["low_freq_factor"] < rope["high_freq_factor"] or rope["factor"] < 1:
         rule = "low_freq_factor must be below high_freq_factor, and factor at least 1"
@@ -98,22 +94,21 @@ def typed_config(fields: dict[str, Any]) -> LlamaConfig:
     """A LlamaConfig, if the types and sizes of all fields are valid."""
     if missing := [name for name in REQUIRED if fields.get(name) is None]:
         raise UserError(f"{join_names(missing)} is missing")
-    known = {}
-    for name, field in LlamaConfig.__dataclass_fields__.items():
-        kind, value = type(field.default) if field.default is not None else int, fields.get(name)
-        if value is None:
-            continue
+    known = {name: fields[name] for name in LlamaConfig.__dataclass_fields__ if name in fields}
+    known = {name: value for name, value in known.items() if value is not None}
+    for name, value in known.items():
         if name == "rope_scaling":  # `parse_rope_scaling` has checked it
-            known[name] = value
             continue
-        several = name == "eos_token_id" and isinstance(value, list) and value
+        default = LlamaConfig.__dataclass_fields__[name].default
+        kind = int if default is None else type(default)
         low, high = LIMITS.get(name, (1, 1 << 20))
+        several = name == "eos_token_id" and isinstance(value, list) and value
         for one in value if several else [value]:
             if type(one) is not kind and (kind, type(one)) != (float, int):
                 raise UserError(f"{name} is {value!r}, where {kind.__name__} was expected")
             if kind is not bool and not low <= one <= high:
                 raise UserError(f"{name} is {value!r}, not from {low} to {high}")
-        known[name] = value if isinstance(value, list) else kind(value)
+        known[name] = value if several else kind(value)
     try:
         return LlamaConfig(**known)
     except ValueError as error:

@@ -48,9 +48,7 @@ def run(args: argparse.Namespace) -> None:
     if to_file and args.dtype:
         raise UserError("--dtype is for a folder: give --type for a GGUF file")
     if not to_file and (args.type or args.adapter):
-        raise UserError(
-            "--type and --adapter are for a target NAME.gguf (`alpaca merge` for folders)"
-        )
+        raise UserError("--type and --adapter are for a target NAME.gguf; folders: alpaca merge")
     refuse_existing(args.target)
     config, stored = open_checkpoint(args.source)
     tokenizer = require_tokenizer(args.source, args.tokenizer, config)
@@ -76,10 +74,9 @@ def run(args: argparse.Namespace) -> None:
             pairs = merged_tensors(args.source, args.adapter, dtype, {})
         save_gguf(progress.count(pairs), config, args.target, kind, metadata)
     else:
-        dtype, exact = DTYPES.get(args.dtype), not args.source.is_file()
-        save_model(
-            progress.count(pairs), config, args.target, dtype, tokenizer, keep_nonfinite=exact
-        )
+        target = args.target, DTYPES.get(args.dtype), tokenizer
+        exact = not args.source.is_file()
+        save_model(progress.count(pairs), config, *target, keep_nonfinite=exact)
     guessed = is_meta(args.source) and args.positions is None
     hint = " (params.json does not give them: see --positions)" if guessed else ""
     progress.close(f"{args.target}, {config.max_position_embeddings} positions{hint}")

@@ -7,13 +7,11 @@
     model = load_model("llama-7b", adapter="runs/lora/adapter")   # with an adapter on top
     model = optimize_layout(load_model("llama-7b"))               # to decode with (kernels.py)
 
-All of them give a `Llama` whose parameters have Hugging Face's names. Weights are read one tensor
-at a time. On a CPU, a tensor whose dtype does not change is not copied: it stays in the mapped
-file, and its bytes are read when they are first used. (So do not write into the files of a loaded
-model; replacing or deleting them is fine.)
+All of them give a `Llama` whose parameters have Hugging Face's names. On a CPU, a tensor whose
+dtype does not change is not copied: it stays in the mapped file, and its bytes are read when they
+are first used. (So do not write into the files of a loaded model; replacing them is fine.)
 
-Every command that decodes takes the same flags, from `add_model_arguments`, and opens its model
-with `load_from_args`.
+Every command that decodes takes the same flags, from `add_model_arguments`.
 """
 
 import argparse

@@ -10,8 +10,7 @@ can be trained as a product of rank r from the start, while W is frozen:
     y = W x + α/r · B A dropout(x)        A (r, K) starts random, B (N, r) starts as zero
 
   - B is 0, so training starts from exactly the base model's logits.
-  - 7B with r = 16 on q, k, v and o trains 16.8M numbers. Their gradients and Adam's moments take
-    0.2 GB; for all weights they would take 81 GB.
+  - 7B with r = 16 on q, k, v and o trains 16.8M numbers, whose gradients and moments take 0.2 GB.
   - W needs no gradient of its own, so it may be bf16, or integers of 8 or 4 bits (QLoRA). Such a
     layer is dequantized when it is used, forward and backward, and not stored in between.
   - Merged (merge.py), W + α/r · B A is one matrix, and decoding costs nothing extra.
@@ -56,7 +55,7 @@ class LoraConfig(NamedTuple):
         if unknown or not self.targets:
             what = join_names(unknown) or "none"
             raise UserError(f"LoRA targets are {', '.join(TARGETS)}, not {what}")
-        if not 1 <= self.rank <= LARGEST:
+        if type(self.rank) is not int or not 1 <= self.rank <= LARGEST:
             raise UserError(f"LoRA rank must be from 1 to {LARGEST}, not {self.rank}")
         if not 0 < self.alpha <= LARGEST:
             raise UserError(f"LoRA alpha must be above 0 and at most {LARGEST}, not {self.alpha}")

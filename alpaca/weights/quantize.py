@@ -59,13 +59,7 @@ class WeightSource:
 
     A folder that `save_quantized` wrote gives its integers. Training does not round the head."""
 
-    def __init__(
-        self,
-        folder: str | Path,
-        bits: int = 16,
-        round_head: bool = True,
-        group: int = GROUP_SIZES[0],
-    ):
+    def __init__(self, folder: str | Path, bits=16, round_head=True, group=GROUP_SIZES[0]):
         folder = Path(folder)
         stored = stored_quantization(folder)
         if stored and bits not in (16, stored["bits"]):
@@ -102,11 +96,11 @@ class WeightSource:
 
     def file_shapes(self) -> dict[str, tuple[torch.Size, torch.dtype | None]]:
         """Shape and dtype of every tensor as `save_quantized` writes it."""
-        return {
-            name.removesuffix("weight") + buffer: entry
-            for name in self.shapes
-            for buffer, entry in self.buffer_shapes(name).items()
-        }
+        found = {}
+        for name in self.shapes:
+            for buffer, entry in self.buffer_shapes(name).items():
+                found[name.removesuffix("weight") + buffer] = entry
+        return found
 
     def read(self, name: str) -> dict[str, Tensor]:
         """The buffers that hold a parameter."""
@@ -134,9 +128,8 @@ def stored_quantization(folder: Path) -> dict[str, Any] | None:
     if not isinstance(stored, dict) or stored.get("quant_method") != METHOD:
         return None
     if stored not in [quantization_config(bits, group) for bits in LINEAR for group in GROUP_SIZES]:
-        raise UserError(
-            f"{file}: quantization_config {stored} is not supported: quantize the original again"
-        )
+        reason = f"quantization_config {stored} is not supported"
+        raise UserError(f"{file}: {reason}: quantize the original again")
     return stored
 
 
@@ -188,11 +181,8 @@ def run(args: argparse.Namespace) -> None:
                 raise UserError(f"{args.model_dir}: {name} holds numbers too large to round")
             errors.append((error.item(), name))
     mean, (largest, name) = sum(error for error, _ in errors) / len(errors), max(errors)
-    size = sum(tensor_bytes(source.file_shapes()).values())
-    print(
-        f"{len(errors)} tensors rounded; relative error {mean:.4f} on average, "
-        f"at most {largest:.4f} ({name})\n"
-        f"{size:,} bytes"
-    )
+    most = f"at most {largest:.4f} ({name})"
+    print(f"{len(errors)} tensors rounded; relative error {mean:.4f} on average, {most}")
+    print(f"{sum(tensor_bytes(source.file_shapes()).values()):,} bytes")
     if args.out:
         save_quantized(source, args.out, tokenizer)

@@ -61,14 +61,10 @@ def label_ends(examples: Examples) -> Examples:
 
 def reward_fields(tokenizer: Tokenizer, config: LlamaConfig) -> dict[str, Any]:
     """What config.json says of a reward model. No text ends with an unknown token, or with BOS."""
-    candidates = (tokenizer.unk_id, tokenizer.bos_id, 0, 1)
-    ends = end_ids(tokenizer, config)
+    candidates, ends = (tokenizer.unk_id, tokenizer.bos_id, 0, 1), end_ids(tokenizer, config)
     pad = next(each for each in candidates if each is not None and each not in ends)
-    return {
-        "architectures": ["LlamaForSequenceClassification"],
-        "num_labels": 1,
-        "pad_token_id": pad,
-    }
+    names = ["LlamaForSequenceClassification"]
+    return {"architectures": names, "num_labels": 1, "pad_token_id": pad}
 
 
 def load_reward_model(

@@ -9,12 +9,8 @@ bytes; the header is JSON and gives every tensor's name, dtype, shape and positi
     {"model.norm.weight": {"dtype": "BF16", "shape": [4096], "data_offsets": [0, 8192]}, …}
 
 The numbers follow, one tensor after another. So the position of every byte is known from shapes
-and dtypes alone, before any tensor has been read, and `ShardWriter` writes all headers first. Then
-
-  - tensors may come in any order, and only one of them has to be in memory;
-  - parts of tensors may come, from several threads (`write_part`).
-
-A whole tensor with NaN or infinity in it is refused, unless the caller copies what it was given.
+and dtypes alone, and `ShardWriter` writes all headers first. Then tensors may come in any order,
+one in memory at a time, or in parts from several threads (`write_part`).
 """
 
 import json
@@ -40,7 +36,7 @@ from alpaca.weights.checkpoint import DTYPES, as_dtype, is_finite, is_meta, para
 from alpaca.weights.config_json import config_to_json
 from model import Llama, LlamaConfig
 from templates import JINJA_FILE, read_jinja
-from tokenizer import Tokenizer, check_tokenizer, load_tokenizer, read_model
+from tokenizer import check_tokenizer, load_tokenizer, read_model
 
 SAFETENSORS_DTYPES = {
     torch.float32: "F32",
@@ -167,11 +163,10 @@ def save_model(
 ) -> None:
     """Write a Hugging Face folder from a model, or from (name, tensor) pairs in any order.
 
-    `dtype` None keeps the first tensor's; `tokenizer` is a folder, or a file, to copy the tokenizer
-    from, and `chat_template` (Jinja) replaces the one beside it. A reward model is another `kind`,
-    with `fields` of its own in config.json (reward.py). The folder appears under its name only when
-    it is complete. NaN and infinity are refused, or kept with a notice (`keep_nonfinite`); a cast
-    that overflows is refused."""
+    `dtype` None keeps the first tensor's; `tokenizer` is where to copy the tokenizer from, and
+    `chat_template` (Jinja) replaces the one beside it. A reward model is another `kind`, with
+    `fields` of its own in config.json. NaN and infinity are refused, or kept with a notice
+    (`keep_nonfinite`); a cast that overflows is refused."""
     pairs = iter(source.named_parameters() if isinstance(source, Llama) else source)
     first = next(pairs, ("", torch.empty(0)))
     dtype = dtype or first[1].dtype
@@ -243,18 +238,6 @@ def require_tokenizer(folder: Path, given: Path | None, config: LlamaConfig) -> 
     return found
 
 
-def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What is written beside a bare tokenizer.model; without it AutoTokenizer adds no BOS."""
-    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": tokenizer.unk_id}
-    return {
-        "tokenizer_class": "LlamaTokenizer",
-        "add_bos_token": tokenizer.add_bos,
-        "add_eos_token": False,
-        **{f"{name}_token": tokenizer.piece(token) for name, token in ids.items()},
-        "clean_up_tokenization_spaces": False,
-    }
-
-
 def copy_tokenizer(source: Path, folder: Path, chat_template: str = "") -> None:
     """`chat_template` replaces the source's."""
     files = tokenizer_files(source)
@@ -266,4 +249,14 @@ def copy_tokenizer(source: Path, folder: Path, chat_template: str = "") -> None:
     for name, content in files.items():
         (folder / name).write_bytes(content)
     if "tokenizer.model" in files and "tokenizer_config.json" not in files:
-        dump_json(folder / "tokenizer_config.json", tokenizer_config(load_tokenizer(source)))
+        tokenizer = load_tokenizer(source)
+        config = {  # without it AutoTokenizer adds no BOS
+            "tokenizer_class": "LlamaTokenizer",
+            "add_bos_token": tokenizer.add_bos,
+            "add_eos_token": False,
+            "bos_token": tokenizer.piece(tokenizer.bos_id),
+            "eos_token": tokenizer.piece(tokenizer.eos_id),
+            "unk_token": tokenizer.piece(tokenizer.unk_id),
+            "clean_up_tokenization_spaces": False,
+        }
+        dump_json(folder / "tokenizer_config.json", config)

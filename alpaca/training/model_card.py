@@ -38,21 +38,14 @@ def sha256(file: Path) -> str:
 
 
 def describe_code(checkout: Path = CHECKOUT) -> str:
-    """The commit of this project that is running."""
-
-    def git(*words: str) -> str:
-        options = {"cwd": checkout, "capture_output": True, "text": True, "check": False}
-        return subprocess.run(["git", *words], **options).stdout.strip()
-
+    """The commit of this project that is running, not of one that this is a copy inside."""
+    words = ["git", f"--git-dir={checkout}/.git", f"--work-tree={checkout}", "describe", "--always"]
+    words += ["--abbrev=40", "--exclude=*", "--dirty= with uncommitted changes"]
     try:
-        top = git("rev-parse", "--show-toplevel")  # of another project, if this is a copy inside it
-        commit = git("rev-parse", "-q", "--verify", "HEAD")  # empty before the first commit
-        changed = git("status", "--porcelain", "-uno")
+        commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:  # no git here
-        top = commit = ""
-    if not commit or Path(top) != checkout.resolve():
-        return "a copy without version history"
-    return f"commit {commit}{' with uncommitted changes' if changed else ''}"
+        commit = ""
+    return f"commit {commit}" if commit else "a copy without version history"
 
 
 def describe_weights(folder: Path) -> str:
@@ -95,23 +88,13 @@ def fill_in_card(
     if config.model_dir:
         base, files = f"`{config.model_dir.name}`", describe_weights(config.model_dir)
     flags = "--model-dir BASE --adapter FOLDER" if config.lora else "--model-dir FOLDER"
-    command = f'generate {flags} "Name three primary colors."'
     safety = f"benchmark {flags} --tasks data/safety_prompts.jsonl --out runs/safety --card"
-    measure = f"`alpaca {safety}` measures the latter and writes it here."
-    task, purpose = "text-generation", "on instructions with Alpaca's recipe"
-    averaged = "a step's supervised tokens, which are those of the answers"
-    if config.objective != "sft":
-        purpose = f"with the objective `{config.objective}` (alpaca/training/objectives.py)"
-        averaged = "a step's pairs of answers"
-    if config.objective == "reward":
-        task, command = "text-classification", "best-of SAMPLES --reward-model FOLDER"
-        measure = "It answers with rewards, so neither applies to it."
     facts = {
-        "task": task,
-        "purpose": purpose,
-        "averaged": averaged,
-        "command": command,
-        "measure": measure,
+        "task": "text-generation",
+        "purpose": "on instructions with Alpaca's recipe",
+        "averaged": "a step's supervised tokens, which are those of the answers",
+        "command": f'generate {flags} "Name three primary colors."',
+        "measure": f"`alpaca {safety}` measures the latter and writes it here.",
         "name": config.out.name,
         "date": time.strftime("%Y-%m-%d"),
         "code": describe_code(),
@@ -131,6 +114,12 @@ def fill_in_card(
         "examples": f"{len(train):,}",
         "supervised": f"{train.supervised.sum():,}",
     }
+    if config.objective != "sft":
+        purpose = f"with the objective `{config.objective}` (alpaca/training/objectives.py)"
+        facts |= {"purpose": purpose, "averaged": "a step's pairs of answers"}
+    if config.objective == "reward":
+        facts |= {"task": "text-classification", "command": "best-of SAMPLES --reward-model FOLDER"}
+        facts["measure"] = "It answers with rewards, so neither applies to it."
     return TEMPLATE.read_text(encoding="utf-8").format_map(facts)
 
 

@@ -381,7 +381,7 @@ ERRORS = {
     "preset without tokenizer": ({"model_dir": None, "preset": "tiny"}, "--tokenizer"),
     "two bases": ({"preset": "tiny"}, "give one"),
     "too long": ({"max_length": 5000, "row_tokens": 5000}, "5000", "256 positions"),
-    "small rows": ({"row_tokens": 100}, "--row-tokens 100 is less than --max-length"),
+    "small rows": ({"row_tokens": 100}, "--row-tokens 100: below --max-length"),
     "no step": ({"epochs": 0.001}, "--epochs"),
     "negative rate": ({"learning_rate": -1}, "--learning-rate", "above 0"),
     "not a number": ({"batch_size": "many"}, "--batch-size", "many"),

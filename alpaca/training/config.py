@@ -61,7 +61,8 @@ FLAG_OBJECTIVES = {  # flags that the other objectives have no use for
     **dict.fromkeys(("check", "samples", "temperature"), ("group",)),
     **dict.fromkeys(("oasst", "languages"), ("sft", "group")),
 }
-COUNT = positive(int, 2**20)
+COUNT, YES_OR_NO = positive(int, 2**20), argparse.BooleanOptionalAction
+MIXTURE: dict[str, Any] = {"nargs": "+", "metavar": "FILE[:WEIGHT]"}
 
 
 def flag(default: Any, help: str, type: Callable | None = None, **options: Any) -> Any:
@@ -84,20 +85,14 @@ class TrainConfig:
         None, "chat template (default: the base model's, else alpaca)", choices=tuple(TEMPLATES)
     )
     data: tuple[str, ...] = flag(
-        (),
-        "records of any published form (README.md); FILE:2 repeats them",
-        nargs="+",
-        metavar="FILE[:WEIGHT]",
+        (), "records of any published form (README.md); FILE:2 repeats them", **MIXTURE
     )
     oasst: str = flag("best", "which replies of OpenAssistant's trees", choices=("best", "all"))
     languages: tuple[str, ...] = flag(
         (), "languages of those trees, such as en de (default: all)", nargs="+", metavar="LANG"
     )
     eval_data: tuple[str, ...] = flag(
-        (),
-        "held-out records, to report their loss before and after, by source",
-        nargs="+",
-        metavar="FILE[:WEIGHT]",
+        (), "held-out records, to report their loss before and after, by source", **MIXTURE
     )
     out: Path = flag(Path("runs/alpaca"), "folder of the run", Path)
 
@@ -109,41 +104,29 @@ class TrainConfig:
     max_steps: int | None = flag(None, "end after this many steps", positive(int))
     seed: int = flag(42, "seed of the shuffle, random weights and dropout", not_negative)
 
-    objective: str = flag(
-        "sft", "sft: answers; group: rewards; else: preferences", choices=OBJECTIVES
-    )
+    objective: str = flag("sft", "sft: answers; group: rewards; else: pairs", choices=OBJECTIVES)
     beta: float = flag(0.1, "how strongly preferences hold to the reference", positive(float))
     check: str | None = flag(None, "group: exact, number, regex or FILE.py:NAME gives rewards", str)
     samples: int = flag(8, "group: answers to each of --batch-size instructions", COUNT)
     temperature: float = flag(1.0, "group: of the model that answers and learns", positive(float))
 
-    lora: LoraConfig | None = flag(
-        None, "freeze the base and train an adapter", action="store_true"
-    )
+    lora: LoraConfig | None = flag(None, "train an adapter of a frozen base", action="store_true")
     bits: int = flag(16, "bits of a frozen block's weight; 16: as --dtype", int, choices=(16, 8, 4))
 
-    row_tokens: int = flag(
-        0, "most tokens in a packed row (default: 4096; on a GPU, what fits)", COUNT
-    )
+    row_tokens: int = flag(0, "most tokens in a row (default: 4096; on a GPU, what fits)", COUNT)
     checkpointing: str = flag(
         "selective", "what the backward pass recomputes", choices=("full", "selective", "none")
     )
     dtype: str = flag("bf16", "dtype that blocks compute in", choices=DTYPE_NAMES)
-    compile: bool | None = flag(
-        None, "compile the blocks (default: on a GPU)", action=argparse.BooleanOptionalAction
-    )
+    compile: bool | None = flag(None, "compile the blocks (default: on a GPU)", action=YES_OR_NO)
     offload: bool = flag(False, "keep weights and moments in host memory")
     replicas: int = flag(1, "copies of the sharded model", COUNT)
     reshard: bool | None = flag(
-        None,
-        "gather blocks again for the backward pass (default: unless all fit)",
-        action=argparse.BooleanOptionalAction,
+        None, "gather blocks again for the backward pass (default: if needed)", action=YES_OR_NO
     )
     device: str = flag("auto", "device to train on", choices=("auto", "cpu", "cuda"))
 
-    save_every: int = flag(
-        100, "steps (at most 15 minutes) between snapshots; 0: no snapshots", not_negative
-    )
+    save_every: int = flag(100, "steps (or 15 minutes) between snapshots; 0: none", not_negative)
     save_total_limit: int = flag(2, "snapshots kept on disk", positive(int))
     resume: bool = flag(False, "resume an existing run, or end with an error")
     save_dtype: str = flag("bf16", "dtype of model/", choices=DTYPE_NAMES)
@@ -182,17 +165,15 @@ class TrainConfig:
         elif adapter or "bits" in given:
             name = f"lora-{next(iter(adapter))}" if adapter else "bits"
             raise UserError(f"--{name} goes with --lora")
-        for name, value in defaults.items():
-            if isinstance(value, Path):
-                defaults[name] = in_checkout(value)
-        values = {**defaults, **given}
-        for name in ("simulate", "gpus", "chip"):
-            if name in given and not values["plan"]:
-                raise UserError(f"--{name} goes with --plan; torchrun says how many ranks train")
+        for name in ("model_dir", "out"):  # paths in the checkout, as they are from this folder
+            defaults[name] = defaults[name] and Path(os.path.relpath(CHECKOUT / defaults[name]))
         for name in ("data", "eval_data"):
-            files = given.get(name) or map(in_checkout, map(Path, defaults[name]))
-            values[name] = tuple(map(str, files))
-        config = cls(**values)
+            files = given.get(name) or (os.path.relpath(CHECKOUT / f) for f in defaults[name])
+            given[name] = tuple(map(str, files))
+        config = cls(**{**defaults, **given})
+        for name in ("simulate", "gpus", "chip"):
+            if name in given and not config.plan:
+                raise UserError(f"--{name} goes with --plan; torchrun says how many ranks train")
         config.validate()
         return config
 
@@ -218,9 +199,7 @@ class TrainConfig:
             raise UserError("--samples 1: a reward is compared with the mean of several")
         if 0 < self.row_tokens < self.longest_example:
             least = "--max-length" if self.documents == 1 else "twice --max-length"
-            raise UserError(
-                f"--row-tokens {self.row_tokens} is less than {least} {self.max_length}"
-            )
+            raise UserError(f"--row-tokens {self.row_tokens}: below {least} {self.max_length}")
 
     @property
     def base(self) -> Path:
@@ -280,12 +259,6 @@ class TrainConfig:
             # even if None: a run of all weights must not resume in an adapter's folder
             "lora": f"{self.lora}, base of {self.bits} bits" if self.lora else None,
         }
-
-
-def in_checkout(path: Path) -> Path:
-    """A default path, relative to the current folder if that is shorter."""
-    absolute = CHECKOUT / path
-    return min(Path(os.path.relpath(absolute)), absolute, key=lambda each: len(str(each)))
 
 
 def settings_path(path: Path) -> str:

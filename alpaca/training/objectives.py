@@ -18,9 +18,6 @@ If the chosen answer is the better one only with probability p, the loss is p �
 Before the first step the model is the reference, also with --lora, where the adapter starts as 0:
 its log π_ref are computed then and stored, so there is never a second model in memory.
 
-Training on `reward` ends with a model that judges answers instead of writing them, see
-alpaca/weights/reward.py.
-
 metrics.jsonl has means over a step's pairs: `accuracy`, the share with Δ > 0 (ties count as wrong:
 the first step has 0), `margin`, β Δ (TRL's rewards/margins; for `reward` Δ), and `kl`, which
 estimates KL(π_ref || π), for ipo and dpo-norm that of a token, if the answers are the reference's
@@ -58,7 +55,7 @@ OF_MEANS = ("ipo", "dpo-norm")
 
 
 class PackedRow(NamedTuple):
-    """What a loss is computed from, on a rank's device: whole examples, packed."""
+    """Whole examples on a rank's device."""
 
     inputs: dict[str, Any]  # the model's arguments
     columns: Mapping[str, Tensor]  # what else the loss needs of each example or document
@@ -147,43 +144,36 @@ class PreferenceLoss(RewardLoss):
         numbers = {"scale": self.scale[documents], "reference": self.reference[documents]}
         return {**super().columns(which), **numbers, "documents": documents}
 
-    def log_probs(self, model: Llama, row: PackedRow) -> Tensor:
-        """log π of each answer in a row, (2P): a sum over its tokens, or their mean."""
+    def scores(self, model: Llama, row: PackedRow) -> Tensor:
+        """log π / π_ref of each answer in a row, (2P): a sum over its tokens, or their mean."""
         losses = model(**row.inputs, reduction="none")  # (N)
         starts = row.inputs["cu_seqlens"].long()
         document = torch.searchsorted(starts, row.inputs["supervised"], right=True) - 1  # (N)
         sums = losses.new_zeros(len(starts) - 1).index_add(0, document, -losses)
-        return sums[: len(row.columns["scale"])] * row.columns["scale"]  # behind them is padding
+        sums = sums[: len(row.columns["scale"])]  # behind them is padding
+        return sums * row.columns["scale"] - row.columns["reference"]
 
-    def scores(self, model: Llama, row: PackedRow) -> Tensor:
-        return self.log_probs(model, row) - row.columns["reference"]
-
-    def measure_reference(
-        self, model: Llama, rows: Iterable[PackedRow], device: torch.device
-    ) -> None:
-        """Fill `reference`, from rows of all examples and the model that training starts from."""
+    def measure_reference(self, model: Llama, rows: Iterable[PackedRow], device) -> None:
+        """Fill `reference`, so far 0, by the model that training starts from."""
         found = torch.zeros(len(self.reference), dtype=torch.float64, device=device)
         for row in rows:
-            found[row.columns["documents"]] = self.log_probs(model, row).double()
+            found[row.columns["documents"]] = self.scores(model, row).double()
         dist.all_reduce(found)
         self.reference = found.cpu().numpy()
 
-    def file(self, folder: Path) -> Path:
-        """Where `reference` is stored, by the examples that it is of."""
-        return folder / f"reference-{self.examples.digest()}.npy"
-
     def save(self, folder: Path) -> None:
-        with atomic_file(self.file(folder)) as opened:
+        with atomic_file(folder / f"reference-{self.examples.digest()}.npy") as opened:
             np.save(opened, self.reference, allow_pickle=False)
 
     def load(self, folder: Path) -> None:
+        file = folder / f"reference-{self.examples.digest()}.npy"
         try:
-            self.reference = np.load(self.file(folder), allow_pickle=False)
+            self.reference = np.load(file, allow_pickle=False)
             if self.reference.shape != self.scale.shape:
                 raise ValueError("it is damaged")
         except (OSError, EOFError, ValueError) as error:
             advice = "resume with the same --eval-data, or use another --out"
-            raise UserError(f"{self.file(folder)}: {describe_error(error)}: {advice}") from None
+            raise UserError(f"{file}: {describe_error(error)}: {advice}") from None
 
 
 def model_class(config: TrainConfig) -> type[Llama]:

@@ -85,7 +85,7 @@ def test_loss_and_gradients_are_those_of_trl(name, models, tmp_path):
     objective = PreferenceLoss(examples, name, 0.3)
     row = preference_row(objective, np.arange(6))
     with torch.no_grad():
-        objective.reference = objective.log_probs(our_reference, row).numpy()
+        objective.reference = objective.scores(our_reference, row).numpy()
     ours.zero_grad()
     loss, *_ = objective(ours, preference_row(objective, np.arange(6)))
     (loss / 6).backward()

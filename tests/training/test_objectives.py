@@ -166,7 +166,7 @@ def objective_and_model(name, file):
     torch.manual_seed(0)
     objective, model = PreferenceLoss(preference_examples(file), name, 0.1), Llama(config)
     row = preference_row(objective, np.arange(len(objective.examples)))
-    objective.reference = objective.log_probs(model, row).detach().numpy()
+    objective.reference = objective.scores(model, row).detach().numpy()
     return objective, model
 
 
@@ -265,8 +265,9 @@ def test_reference_is_loaded_for_its_own_examples_only(tmp_path):
     first.reference = None
     first.load(tmp_path)
     assert first.reference.tolist() == [*range(12)]
-    for damaged in (first.file(tmp_path).read_bytes()[:-8], b""):
-        first.file(tmp_path).write_bytes(damaged)
+    (file,) = tmp_path.glob("reference-*.npy")
+    for damaged in (file.read_bytes()[:-8], b""):
+        file.write_bytes(damaged)
         with pytest.raises(UserError, match="reference-.*npy: .*use another --out"):
             first.load(tmp_path)
 

@@ -16,8 +16,8 @@ With temperature T, π is softmax(logits / T), in sampling and in the gradient.
   - PPO (arXiv:1707.06347) has a second model, the critic, for the baseline. PPO and GRPO
     (2402.03300) take several steps on the same answers and clip the ratio π / π_old; in the first
     of them, the only one here, it is 1. GRPO also divides A by the deviation of r, and a loss by
-    its answer's length, which biases them (2503.20783). Its penalty on the KL divergence needs a
-    pass of the reference over all answers: it is left out, and the divergence is not logged.
+    its answer's length, which biases them (2503.20783). Its penalty on the KL divergence, which
+    needs a pass of the reference over all answers, is left out.
   - To draw, each rank has the whole model in --dtype, renewed in every step: for 7B 13.5 GB, and
     8.6 GB of keys and values (32 answers of 512 tokens). With --lora it is base and adapter; only
     with --lora-dropout 0 is π in the gradient exactly the π that was drawn from.
@@ -25,6 +25,7 @@ With temperature T, π is softmax(logits / T), in sampling and in the gradient.
     a run that resumes, draw the same. An answer that reaches --max-length ends there.
 """
 
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -104,26 +105,20 @@ class Sampler:
             groups.append(Group(prompt, [each.ids for each in sequences], rewards, origin))
         return groups
 
-    def draw(
-        self, model: Llama, step: int, batch: np.ndarray
-    ) -> tuple[GroupLoss, np.ndarray, dict]:
-        """A step's loss with all answers, those to learn from, and figures to log."""
-        config, most, asked = self.config, self.config.max_length, []
+    def draw(self, model: Llama, step: int, batch: np.ndarray) -> tuple:
+        """A step's GroupLoss with all answers, those to learn from, and figures to log."""
+        config, asked = self.config, []
+        params = SamplingParams(config.temperature, max_new_tokens=config.max_length)
         for i, example in enumerate(batch):
             seeds = [derive_seed(config.seed, step, i, j) for j in range(config.samples)]
-            params = [
-                SamplingParams(config.temperature, seed=seed, max_new_tokens=most) for seed in seeds
-            ]
-            asked.append((self.job.records[example], self.job.train.origins[example], params))
+            own = [replace(params, seed=seed) for seed in seeds]
+            asked.append((self.job.records[example], self.job.train.origins[example], own))
         groups = self.answer(model, asked)
-        rewards = np.array([group.rewards for group in groups])  # (P, n)
-        A = advantages(rewards)
-        examples = as_examples(groups)
-        figures = {
-            "reward": float(rewards.mean()),
-            "mixed_groups": float(A.any(1).mean()),  # the share with different rewards
-            "answer_tokens": float(examples.supervised.mean()),
-        }
+        rewards, examples = np.array([group.rewards for group in groups]), as_examples(groups)
+        A = advantages(rewards)  # (P, n)
+        figures = {"reward": float(rewards.mean())}
+        figures["mixed_groups"] = float(A.any(1).mean())  # the share with different rewards
+        figures["answer_tokens"] = float(examples.supervised.mean())
         loss = GroupLoss(examples, A.flatten(), config.temperature)
         return loss, np.flatnonzero(A), figures
 

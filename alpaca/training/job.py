@@ -22,8 +22,6 @@ from tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 
 
 class Job(NamedTuple):
-    """A run's inputs, read and checked."""
-
     config: TrainConfig
     model_config: LlamaConfig
     tokenizer: Tokenizer
@@ -36,7 +34,7 @@ class Job(NamedTuple):
 
 
 def prepare(config: TrainConfig) -> Job:
-    """Read and check the inputs, so that a user's errors are raised before training."""
+    """A user's errors are raised here, before training."""
     if config.preset:
         model_config = preset(config.preset)
     elif config.lora:
@@ -58,30 +56,30 @@ def prepare(config: TrainConfig) -> Job:
         )
     train_records, train = read_examples(config, config.data, tokenizer)
     steps = total_steps(len(train), config.batch_size, config.epochs)
-    steps = min(steps, config.max_steps or steps)
-    if not steps:
+    if not (steps := min(steps, config.max_steps or steps)):
         raise UserError(f"--epochs {config.epochs} of {len(train)} examples is less than one step")
     config = resolve_defaults(config, model_config, train, steps)
     records, held_out = [], None
     if config.eval_data:
         records, held_out = read_examples(config, config.eval_data, tokenizer)
         warn_of_overlap(train_records, records)
-    checker = load_checker(config.check) if config.check else None
-    checked = train_records if checker else ()
-    return Job(config, model_config, tokenizer, train, held_out, records, steps, checker, checked)
+    inputs = Job(config, model_config, tokenizer, train, held_out, records, steps)
+    if config.check:
+        inputs = inputs._replace(checker=load_checker(config.check), records=train_records)
+    return inputs
 
 
 def warn_of_overlap(train_records: Sequence[dict], held_out: Sequence[dict]) -> None:
     """Say on rank 0 how many held-out questions are trained on; it changes nothing."""
-    if os.environ.get("RANK", "0") == "0":
-        asked = [questions_of(record)[0] for record in held_out]
-        items = sorted({twin.item for twin in find_twins(train_records, asked, rouge=False)})
-        if items:
-            notice(
-                f"{len(items):,} of {len(asked):,} questions of --eval-data are in --data, such as "
-                f"{asked[items[0]][:60]!r}: their loss says little of new ones; "
-                "`alpaca decontaminate DATA --against SET` lists them"
-            )
+    if os.environ.get("RANK", "0") != "0":
+        return
+    asked = [questions_of(record)[0] for record in held_out]
+    if items := {twin.item for twin in find_twins(train_records, asked, rouge=False)}:
+        notice(
+            f"{len(items):,} of {len(asked):,} questions of --eval-data are in --data, such as "
+            f"{asked[min(items)][:60]!r}: their loss says little of new ones; "
+            "`alpaca decontaminate DATA --against SET` lists them"
+        )
 
 
 def read_examples(

@@ -30,14 +30,7 @@ import torch
 from alpaca.common.progress import short_number
 from alpaca.training import throughput as counts
 from alpaca.training.config import PAIRWISE, TrainConfig
-from alpaca.training.throughput import (
-    CHIPS,
-    GIB,
-    estimated_seconds,
-    find_device,
-    flops_per_token,
-    mean_length,
-)
+from alpaca.training.throughput import CHIPS, GIB, find_device
 from alpaca.weights.checkpoint import DTYPES
 from dataset import Examples, pack_rows, shuffle_epoch, step_examples
 from model import CUDA_LOGITS_CHUNK, LOGITS_CHUNK, LlamaConfig
@@ -206,13 +199,11 @@ def memory_by_phase(work: Workload) -> dict[str, dict[str, float]]:
     head = 4 * table + logits * (size + 4) + max(cast, 4 * logits * (size < 4))
     phases = {
         "gather": {
-            **always,
             "gradients": earlier,
             "gathered": whole + received,
             "temporary": received / work.shards,  # what this rank sends
         },
         "forward": {
-            **always,
             "gradients": earlier,
             "activations": activations(work),
             "gathered": whole + layers * staying + ahead,
@@ -223,7 +214,6 @@ def memory_by_phase(work: Workload) -> dict[str, dict[str, float]]:
     for left in {layers, max(1, layers - 1), min(2, layers), 1}:  # blocks to go backward through
         done = (layers - left) * reduced / work.shards
         phases[f"block {left}"] = {
-            **always,
             "gradients": max(earlier, done) + waiting * done,
             "activations": (left - 1) * stored + computed,
             "gathered": whole + (left * staying or block) + ahead * (left > 1),
@@ -231,19 +221,21 @@ def memory_by_phase(work: Workload) -> dict[str, dict[str, float]]:
             "temporary": gradients + cast,
         }
     done = layers * reduced / work.shards
-    last = {**always, "gradients": max(earlier, done) + waiting * done}
-    temporary = cast + embedding
-    phases["embedding"] = last | {"gathered": whole, "reduced": reduced, "temporary": temporary}
-    last["gradients"] += 4 * root / work.shards
-    phases["root"] = last | {"reduced": 4 * root, "temporary": cast}
-    return phases
+    sums = max(earlier, done) + waiting * done
+    last = {"gathered": whole, "reduced": reduced, "temporary": cast + embedding}
+    phases["embedding"] = {"gradients": sums, **last}
+    sums += 4 * root / work.shards
+    phases["root"] = {"gradients": sums, "reduced": 4 * root, "temporary": cast}
+    return {name: always | sizes for name, sizes in phases.items()}
 
 
 def peak_categories(work: Workload) -> dict[str, float]:
     """Bytes on a rank's device by category, in the phase that needs most."""
-    phases = [*memory_by_phase(work).values()]
-    if work.config.offload:  # weights, gradients and moments are in host memory
-        phases = [{k: v for k, v in p.items() if k not in IN_HOST_MEMORY} for p in phases]
+    elsewhere = IN_HOST_MEMORY if work.config.offload else ()
+    phases = [
+        {k: v for k, v in phase.items() if k not in elsewhere}
+        for phase in memory_by_phase(work).values()
+    ]
     return max(phases, key=lambda phase: sum(phase.values()))
 
 
@@ -273,17 +265,15 @@ def stored_bytes(config: TrainConfig, model: LlamaConfig, steps: int) -> tuple[f
 def suggest(work: Workload, memory: float) -> str:
     """The first of a few changes after which it fits."""
     gather_again = " --reshard" if work.config.stays_gathered else ""
-    changes: list[tuple[str, dict]] = [("", {})]
-    changes += [(" --bits 4", {"bits": 4})] if work.config.lora else []
+    changes: dict[str, dict] = {"": {}}
+    changes |= {" --bits 4": {"bits": 4}} if work.config.lora else {}
     counts = [count for count in (2, 4, 8, 16, 32, 64, 128) if count > work.config.gpus]
-    changes += [(f" on {count} GPUs", {"gpus": count, "replicas": 1}) for count in counts]
-    for text, change in changes:
+    changes |= {f" on {count} GPUs": {"gpus": count, "replicas": 1} for count in counts}
+    for text, change in changes.items():
         config = replace(work.config, checkpointing="full", reshard=True, **change)
         if needed_bytes(replace(work, config=config)) <= memory:
             return f"It would fit with --checkpointing full{gather_again}{text}."
-    return (
-        "Choose a smaller model, a smaller --row-tokens or --max-length, or GPUs with more memory."
-    )
+    return "Choose a smaller model, --row-tokens or --max-length, or GPUs with more memory."
 
 
 def resolve_defaults(
@@ -331,7 +321,7 @@ def measure(config: TrainConfig, model: LlamaConfig, examples: Examples, steps: 
         longest = max(longest, *(int(lengths[batch[row]].sum()) for own in ranks for row in own))
         rows = max(rows, len(ranks[0]))
     share = float(supervised.sum() / lengths.sum())
-    length = mean_length(np.diff(examples.starts) if config.documents > 1 else lengths)
+    length = counts.mean_length(np.diff(examples.starts) if config.documents > 1 else lengths)
     return Workload(config, model, longest, share, rows, steps, tokens * most // batch_size, length)
 
 
@@ -352,9 +342,9 @@ def report_plan(work: Workload, simulated: dict[str, float] | None = None) -> st
         found = f", simulated {simulated.get(name, 0) / GIB:8.2f}" if simulated else ""
         if name == "peak" or max(size, (simulated or {}).get(name, 0)) >= GIB / 200:  # not 0.00
             lines.append(f"{name:<12}{size / GIB:8.2f} GiB a rank{found}")
-    margin = (needed_bytes(work) - peak_bytes(work)) / GIB
-    lines.append(f"margin      {margin:8.2f} GiB for CUDA, NCCL and the allocator")
-    lines.append(f"total       {needed_bytes(work) / GIB:8.2f} GiB, of {memory / GIB:.0f} GiB")
+    total, margin = needed_bytes(work), needed_bytes(work) - peak_bytes(work)
+    lines.append(f"margin      {margin / GIB:8.2f} GiB for CUDA, NCCL and the allocator")
+    lines.append(f"total       {total / GIB:8.2f} GiB, of {memory / GIB:.0f} GiB")
     disk, host = stored_bytes(config, model, work.steps)
     if config.offload:
         phases = memory_by_phase(work).values()
@@ -363,8 +353,9 @@ def report_plan(work: Workload, simulated: dict[str, float] | None = None) -> st
     lines.append(f"disk        {disk / GIB:8.2f} GiB for snapshots and the result")
     time = f"{work.steps} steps of {work.tokens / work.steps:,.0f} tokens"
     if chip:
-        flops = flops_per_token(model, work.length, work.supervised, config.lora) * work.tokens
-        seconds = estimated_seconds(work, CHIPS[chip]) * work.steps
+        flops = counts.flops_per_token(model, work.length, work.supervised, config.lora)
+        flops, seconds = flops * work.tokens, counts.estimated_seconds(work, CHIPS[chip])
+        seconds *= work.steps
         if config.objective in PAIRWISE:  # the reference: a third of an epoch
             seconds *= 1 + 1 / 3 / config.epochs
         mfu = flops / (config.gpus * CHIPS[chip].flops * seconds)
@@ -377,13 +368,11 @@ def report_plan(work: Workload, simulated: dict[str, float] | None = None) -> st
         time += "\nAll answers are taken to fill --max-length. The time to draw them comes on top."
     if config.gpus > config.step_answers:
         time += f"\n{config.gpus - config.step_answers} ranks have no example: raise --batch-size."
-    fits = needed_bytes(work) <= memory
-    verdict = "It fits." if fits else f"It does not fit. {suggest(work, memory)}"
-    settings = (
-        f"{trained}, {config.gpus} x {chip or 'this machine'}"
-        f"{f' in {config.replicas} replicas' if config.replicas > 1 else ''}, checkpointing "
-        f"{config.checkpointing}, rows of up to {work.row_tokens} {config.dtype} tokens "
-        f"(--row-tokens {config.row_tokens}), "
-        f"blocks {'stay gathered' if config.stays_gathered else 'gathered twice'}"
-    )
+    verdict = "It fits." if total <= memory else f"It does not fit. {suggest(work, memory)}"
+    ranks = f"{config.gpus} x {chip or 'this machine'}"
+    ranks += f" in {config.replicas} replicas" if config.replicas > 1 else ""
+    rows = f"rows of up to {work.row_tokens} {config.dtype} tokens"
+    blocks = "blocks stay gathered" if config.stays_gathered else "blocks gathered twice"
+    settings = f"{trained}, {ranks}, checkpointing {config.checkpointing}, "
+    settings += f"{rows} (--row-tokens {config.row_tokens}), {blocks}"
     return "\n".join([settings, "", "at the peak of a step:", *lines, "", time, verdict])

@@ -45,13 +45,8 @@ SAVED = {  # by name, since one of these operations exists only after an import 
     "torch_attn::_varlen_attn",
 }
 # In the message of a collective that failed because another rank ended.
-PEER_FAILURES = (
-    "connection closed",
-    "connection reset",
-    "broken pipe",
-    "remote process",
-    "timed out",
-)
+PEER_FAILURES = "connection closed", "connection reset", "broken pipe", "remote process"
+PEER_FAILURES += ("timed out",)
 
 
 # ---------------------------------------------------------------- one model on many ranks
@@ -66,16 +61,16 @@ def apply_activation_checkpointing(model: Llama, mode: str) -> None:
     stores the results of matrix products, and recomputes only what is cheap."""
     if mode == "none":
         return
+
+    def save_products(context: Any, operation: Any, *args, **kwargs) -> CheckpointPolicy:
+        saved = operation.name() in SAVED
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, save_products)
     for block in blocks_of(model):  # replacing `forward` instead of wrapping keeps names
         block.forward = checkpointed(block.forward, options)
-
-
-def save_products(context: Any, operation: Any, *args, **kwargs) -> CheckpointPolicy:
-    saved = operation.name() in SAVED
-    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def checkpointed(forward: Callable, options: dict[str, Any]) -> Callable:

@@ -12,10 +12,8 @@ from alpaca.training.parallel import is_peer_failure
 
 
 class StopSignal:
-    """Notes Ctrl-C or SIGTERM, so that the step under way can finish.
-
-    A second Ctrl-C ends the process at once. SIGTERM may come twice: from a scheduler that signals
-    every process, and from torchrun, which passes it on."""
+    """Notes Ctrl-C or SIGTERM, so that the step under way can finish. A second Ctrl-C ends the
+    process at once; SIGTERM may come twice, from a scheduler and from torchrun."""
 
     def __init__(self):
         self.number = 0  # none yet

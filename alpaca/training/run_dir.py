@@ -24,7 +24,13 @@ from alpaca.common.progress import Progress, duration
 from alpaca.common.run_folder import run_folder
 from alpaca.training.throughput import GIB
 
-STEP_FORMAT = "loss {loss:.3f}  lr {lr:.2e}  grad norm {grad_norm:.2f}  {tokens_per_s:,.0f} tok/s"
+FORMATS = {  # of the progress line
+    "loss": "loss {loss:.3f}  lr {lr:.2e}  grad norm {grad_norm:.2f}  {tokens_per_s:,.0f} tok/s",
+    "mfu": "MFU {mfu:.1%}",
+    "accuracy": "accuracy {accuracy:.0%}",
+    "reward": "reward {reward:.3f}",
+    "memory_GiB": "peak memory {memory_GiB:.1f} GiB",
+}
 NUMBER = int | float
 STEP = {"step": int, "loss": NUMBER, "tokens": int, "tokens_per_s": NUMBER}  # of metrics.jsonl
 RECENT = 20  # steps that the progress line averages tok/s and MFU over
@@ -38,10 +44,8 @@ def check_space(out: Path, disk: float, memory: float) -> None:
     """Refuse a run that would end with a full disk or no host memory, by the bytes it needs."""
     folder = next(each for each in (out.absolute(), *out.absolute().parents) if each.exists())
     free = shutil.disk_usage(folder).free + sum(f.stat().st_size for f in out.rglob("rank-*"))
-    meminfo = Path("/proc/meminfo")  # Linux's
-    found = re.search(r"MemAvailable: +(\d+)", meminfo.read_text() if meminfo.exists() else "")
-    available = 1024 * int(found[1]) if found else memory
-    for what, need, has in (("disk", disk, free), ("host memory", memory, available)):
+    (available,) = re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
+    for what, need, has in (("disk", disk, free), ("host memory", memory, 1024 * int(available))):
         if need > has:
             raise UserError(
                 f"{out}: snapshots and result need {need / GIB:,.3f} GiB of {what}, "
@@ -107,22 +111,18 @@ class RunDir:
             return
         self.log(record)
         recent = [r for r in self.records[-RECENT:] if "loss" in r]
-        for figure in ("tokens_per_s", "mfu", "accuracy", "reward"):
-            if figure in record:
-                mean = np.average([r[figure] for r in recent], weights=[*map(step_seconds, recent)])
-                record = {**record, figure: mean}
-        line = STEP_FORMAT.format_map(record)
-        line += f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
-        line += f"  accuracy {record['accuracy']:.0%}" if "accuracy" in record else ""
-        line += f"  reward {record['reward']:.3f}" if "reward" in record else ""
-        self.progress.step(extra=f"{line}  peak memory {record['memory_GiB']:.1f} GiB")
+        for figure in {"tokens_per_s", "mfu", "accuracy", "reward"} & record.keys():
+            mean = np.average([r[figure] for r in recent], weights=[*map(step_seconds, recent)])
+            record = {**record, figure: mean}
+        formats = [text for figure, text in FORMATS.items() if figure in record]
+        self.progress.step(extra="  ".join(formats).format_map(record))
 
     def series(self, figure: str) -> list[tuple[float, float]]:
         return [(r["step"], r[figure]) for r in self.records if figure in r]
 
     def change(self, figure: str) -> str:
-        losses = [loss for _, loss in self.series(figure)]
-        return f"{losses[0]:.3f} → {losses[-1]:.3f}"
+        (_, first), *_, (_, last) = self.series(figure) * 2
+        return f"{first:.3f} → {last:.3f}"
 
     def summary(self) -> str:
         """The run in one line."""
@@ -145,8 +145,6 @@ class RunDir:
         if not self.quiet:
             self.progress.close()
             lines = {"training": self.series(self.figure), "held out": self.series(self.held_out)}
-            chart = charts.line_chart(
-                self.figure.capitalize(), "step", {k: v for k, v in lines.items() if v}
-            )
+            lines = {name: line for name, line in lines.items() if line}
             with atomic_file(self.chart, "w") as file:
-                file.write(chart)
+                file.write(charts.line_chart(self.figure.capitalize(), "step", lines))

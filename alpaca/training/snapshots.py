@@ -12,10 +12,7 @@
   memory, 12 bytes for each parameter that a rank has, is allocated once; for a GPU it is pinned.
 - The writers use a process group of their own: in the training's, their messages would mix with its
   collectives.
-- A folder gets its name when all its files are written and synced, so a kill or a full disk costs
-  the newest state at most.
-- A state holds tensors only: loading one cannot run code or open another file. A run's other data
-  is JSON, in the run's folder.
+- A folder gets its name when all its files are written and synced.
 """
 
 import json
@@ -58,7 +55,9 @@ class Snapshots:
         self.stream: Any = None  # on a GPU, the copies run beside the next step
         if next(model.parameters()).is_cuda:
             self.stream = torch.cuda.Stream()
-            optimizer.register_step_pre_hook(lambda *_: self._wait_for_copies())
+            optimizer.register_step_pre_hook(
+                lambda *_: torch.cuda.current_stream().wait_stream(self.stream)
+            )
 
     def _tensors(self) -> dict[str, DTensor]:
         """The tensors of a state, by name."""
@@ -119,9 +118,6 @@ class Snapshots:
                 parts[name] = part.view_as(tensor).copy_(tensor, non_blocking=True)
         return parts
 
-    def _wait_for_copies(self) -> None:
-        torch.cuda.current_stream().wait_stream(self.stream)
-
     def _write(self, step: int, parts: dict[str, Tensor]) -> None:
         if self.stream:
             self.stream.synchronize()
@@ -147,10 +143,8 @@ class Snapshots:
         try:
             writing.result()
         except UserError as error:
-            raise UserError(
-                f"{self.folder}: a snapshot could not be written ({error}); the one before it is "
-                "kept"
-            ) from None
+            reason = f"a snapshot could not be written ({error}); the one before it is kept"
+            raise UserError(f"{self.folder}: {reason}") from None
 
     def close(self) -> None:
         """Finish, and free the host memory."""
@@ -201,10 +195,8 @@ def read_state(folder: Path, tensors: dict[str, DTensor]) -> None:
                 raise UserError(f"{folder}: {name} is not {list(tensor.shape)} in fp32")
             copy_rows(parts, first_row(tensor, tensor.device_mesh), tensor.to_local())
     except (UserError, OSError) as error:
-        raise UserError(
-            f"{describe_error(error)}: remove {folder.name} to resume from an older snapshot, or "
-            "use another --out"
-        ) from None
+        advice = f"remove {folder.name} to resume from an older snapshot, or use another --out"
+        raise UserError(f"{describe_error(error)}: {advice}") from None
 
 
 def stored_parts(folder: Path) -> dict[str, list[Tensor]]:

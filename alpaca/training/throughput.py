@@ -80,7 +80,7 @@ def projection_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
 
 
 def matrix_parameters(config: LlamaConfig) -> int:
-    """Parameters of one block's matrices."""
+    """Of one block."""
     return sum(N * K for N, K in projection_shapes(config).values())
 
 
@@ -166,12 +166,9 @@ class Throughput:
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         tokens = int(lengths.sum())
-        figures = {
-            "tokens": tokens,
-            "tokens_per_s": round(tokens / seconds),
-            "supervised_per_s": round(supervised / seconds),
-            "memory_GiB": peak_memory(self.device) / GIB,
-        }
+        figures = {"tokens": tokens, "tokens_per_s": round(tokens / seconds)}
+        figures["supervised_per_s"] = round(supervised / seconds)
+        figures["memory_GiB"] = peak_memory(self.device) / GIB
         if self.peak_flops:
             share = supervised / tokens
             flops = flops_per_token(self.config, mean_length(lengths), share, self.lora) * tokens

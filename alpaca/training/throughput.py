@@ -166,7 +166,7 @@ class Throughput:
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         tokens = int(lengths.sum())
-        figures = {"tokens": tokens, "tokens_per_s": round(tokens / seconds)}
+        figures: dict[str, float] = {"tokens": tokens, "tokens_per_s": round(tokens / seconds)}
         figures["supervised_per_s"] = round(supervised / seconds)
         figures["memory_GiB"] = peak_memory(self.device) / GIB
         if self.peak_flops:

@@ -51,12 +51,12 @@ def read_lora_config(file: Path) -> LoraConfig:
     targets = fields.get("target_modules")
     if not isinstance(targets, list):
         raise UserError(f"{file}: target_modules {targets!r} is not a list of projections")
-    numbers = [fields.get(name) for name in NUMBERS]
+    numbers: list[Any] = [fields.get(name) for name in NUMBERS]
     for name, number in zip(NUMBERS, numbers, strict=True):
         if type(number) not in (int, float):
             raise UserError(f"{file}: {name} is {number!r}, where a number was expected")
     try:
-        lora = LoraConfig(*numbers, tuple(targets)).check()
+        lora = LoraConfig(*numbers, targets=tuple(targets)).check()
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     if fields.get("use_rslora"):  # scaled by α / √r, arXiv:2312.03732

@@ -108,7 +108,7 @@ def typed_config(fields: dict[str, Any]) -> LlamaConfig:
                 raise UserError(f"{name} is {value!r}, where {kind.__name__} was expected")
             if kind is not bool and not low <= one <= high:
                 raise UserError(f"{name} is {value!r}, not from {low} to {high}")
-        known[name] = value if several else kind(value)
+        known[name] = value if isinstance(value, list) else kind(value)
     try:
         return LlamaConfig(**known)
     except ValueError as error:

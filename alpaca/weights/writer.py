@@ -249,7 +249,7 @@ def copy_tokenizer(source: Path, folder: Path, chat_template: str = "") -> None:
     for name, content in files.items():
         (folder / name).write_bytes(content)
     if "tokenizer.model" in files and "tokenizer_config.json" not in files:
-        tokenizer = load_tokenizer(source)
+        tokenizer: Any = load_tokenizer(source)
         config = {  # without it AutoTokenizer adds no BOS
             "tokenizer_class": "LlamaTokenizer",
             "add_bos_token": tokenizer.add_bos,

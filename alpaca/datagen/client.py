@@ -15,7 +15,6 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping
-from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
 import httpx
@@ -233,11 +232,6 @@ def error_message(body: str) -> str:
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds from now, 0 without the header, which holds seconds or a date."""
-    value = headers.get("retry-after", "").strip()
-    try:
-        if re.match(r"[\d.]", value):
-            return float(value)
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError, OSError):
-        return 0.0
+    """Seconds from now; 0 without the header, or with a date, which such servers do not send."""
+    found = re.fullmatch(r"\d+(\.\d+)?", headers.get("retry-after", "").strip())
+    return float(found[0]) if found else 0.0

@@ -122,9 +122,6 @@ class Alpaca:
         return lines  # nothing more to ask
 
 
-# ---------------------------------------------------------------- commands
-
-
 def read_seeds(path: Path) -> list[dict]:
     seeds = []
     for number, (place, raw, cases) in enumerate(normalize_all(json_records(path)), 1):

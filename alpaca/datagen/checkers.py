@@ -18,7 +18,6 @@ import runpy
 from collections.abc import Callable
 from contextlib import suppress
 from decimal import Decimal, InvalidOperation
-from pathlib import Path
 
 from alpaca.common.errors import UserError, describe_error
 from alpaca.datagen.preferences import last_answer
@@ -71,8 +70,6 @@ def load_checker(spec: str) -> Checker:
         return CHECKERS[spec]
     if not file.endswith(".py"):
         raise UserError(f"checker {spec!r}: one of {', '.join(CHECKERS)} or FILE.py:NAME expected")
-    if not Path(file).is_file():
-        raise UserError(f"checker {spec!r}: no file {file}")
     if not callable(function := runpy.run_path(file).get(name)):
         raise UserError(f"checker {spec!r}: {file} defines no function {name}")
 

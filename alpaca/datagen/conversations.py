@@ -16,6 +16,7 @@ from alpaca.common.errors import UserError
 ROLES = {"human": "user", "user": "user", "prompter": "user"}
 ROLES |= {"system": "system", "developer": "system"}  # OpenAI's older and newer name
 ROLES |= dict.fromkeys(("gpt", "chatgpt", "assistant", "bard", "bing", "model"), "assistant")
+MESSAGE = {"message_id", "parent_id", "role", "text"}  # fields of OpenAssistant's flat files
 LONGEST = 1000  # messages in one conversation of a tree
 
 
@@ -67,16 +68,11 @@ def role_and_text(turn: Any) -> tuple[str, str]:
 # ---------------------------------------------------------------- OpenAssistant's trees
 
 
-def is_message(raw: Any) -> bool:
-    """One message of OpenAssistant's flat files, which name each message's parent."""
-    return isinstance(raw, dict) and {"message_id", "parent_id", "role", "text"} <= raw.keys()
-
-
 def join_messages(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     """Flat messages joined into trees, {"prompt": root}, each at the place of its root."""
     messages: dict[Any, tuple[str, dict]] = {}
     for place, raw in records:
-        if is_message(raw):
+        if isinstance(raw, dict) and raw.keys() >= MESSAGE:
             messages[str(raw["message_id"])] = place, raw | {"replies": []}
         else:
             yield place, raw

@@ -37,7 +37,7 @@ import numpy as np
 from alpaca.common.charts import Bars, sunburst
 from alpaca.common.cli import not_negative, positive
 from alpaca.common.errors import UserError, escape_control, join_names
-from alpaca.common.files import atomic_file
+from alpaca.common.files import atomic_file, refuse_existing
 from alpaca.common.json_files import read_json, read_log
 from alpaca.datagen.formats import Reading, group_by_source, load_mixture, read_source
 from alpaca.datagen.lint import RULES, find_defects
@@ -48,7 +48,6 @@ from tokenizer import load_tokenizer
 
 TOP_VERBS, TOP_OBJECTS = 20, 4  # shown: verbs, and objects of each
 WORD_BINS = (1, 5, 9, 17, 33, 65, 129, 257, 513)  # lower ends of the bars of the histograms
-ASKS_FOR = "asks for "  # reasons that begin like this are shown as one group
 
 
 def printable(text: str, width: int = 100) -> str:
@@ -198,22 +197,14 @@ def generation_lines(folder: Path, accepted: int, wanted: int) -> Iterator[str]:
     reasons = Counter(task["why"] for task in rejected)
     total = accepted + reasons.total()
     yield f"{accepted:,} of {total:,} tasks kept" + (f" ({accepted / total:.1%})" if total else "")
-    groups: Counter[str] = Counter()
-    for reason, n in reasons.items():
-        groups[ASKS_FOR + "…" if reason.startswith(ASKS_FOR) else reason] += n
-    for group, n in groups.most_common():
-        yield f"{n:9,} {n / total:6.1%}  {printable(group)}"
-        for reason, n in reasons.most_common() if group == ASKS_FOR + "…" else ():
-            if reason.startswith(ASKS_FOR):
-                yield f"{n:20,}  {printable(reason)}"
-    left = max(wanted - accepted, 0)
-    each = f": ${1000 * cost / accepted:.4f} a thousand records" if accepted else ""
-    rest = (
-        f", about ${left * cost / accepted:.2f} for the {left:,} to come"
-        if accepted and left
-        else ""
-    )
-    yield f"Cost so far ${cost:.4f}{each}{rest}"
+    for reason, n in reasons.most_common():
+        yield f"{n:9,} {n / total:6.1%}  {printable(reason)}"
+    line, left = f"Cost so far ${cost:.4f}", wanted - accepted
+    if accepted:
+        line += f": ${1000 * cost / accepted:.4f} a thousand records"
+    if accepted and left > 0:
+        line += f", about ${left * cost / accepted:.2f} for the {left:,} to come"
+    yield line
 
 
 def run_report(args: argparse.Namespace) -> None:
@@ -275,8 +266,7 @@ def run_lint(args: argparse.Namespace) -> None:
     if outputs and args.fix.resolve() == args.dropped.resolve():
         raise UserError(f"--fix and --dropped are both {args.fix}: name two files")
     for file in outputs:
-        if file.is_symlink() or file.exists():
-            raise UserError(f"{file} exists already: name a new file, or remove it first")
+        refuse_existing(file)
     records, earlier, defects = read_source(args.source), set(), {}
     if not records:
         raise UserError(f"{args.source}: no records in it")
@@ -348,9 +338,6 @@ def run_sources(args: argparse.Namespace) -> None:
         figures = f"{len(which):,}", f"{tokens:,}", f"{share:.1%}", f"{tokens / len(which):.1f}"
         line = printable(source, 40), *figures, f"{answers:.1%}", join_names(names, 6)
         print(SOURCE_LINE.format(*line))
-
-
-# ---------------------------------------------------------------- command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

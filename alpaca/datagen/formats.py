@@ -26,8 +26,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from alpaca.common.errors import UserError, escape_control, join_names, notice
-from alpaca.common.json_files import json_records, read_log
+from alpaca.common.errors import UserError, check_unicode, escape_control, join_names, notice
+from alpaca.common.json_files import check_shape, json_records, read_log
 from alpaca.datagen.conversations import OddConversation, join_messages, parse_tree, parse_turns
 
 RUN_LOGS = ("records.jsonl", "rejected.jsonl", "responses.jsonl")  # of selfinstruct.py
@@ -69,15 +69,8 @@ def string_field(record: dict, field: str, default: str | None = None) -> str:
         raise UserError(f"it has no {field}: add one, a string")
     if not isinstance(value, str):
         raise UserError(f"{field} is {json.dumps(value)[:40]}, where a string was expected")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{field} holds half a surrogate pair (\\ud…), which is no text") from None
+    check_unicode(value)
     return value
-
-
-def is_list_of_objects(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def normalize_record(raw: Any, reading: Reading = BEST) -> list[dict]:
@@ -115,8 +108,9 @@ def normalize_record(raw: Any, reading: Reading = BEST) -> list[dict]:
     if raw.get("system") or raw.get("history"):
         raise OddConversation("an instruction comes with a system message or a history")
     instances = raw.get("instances", [raw])
-    if not is_list_of_objects(instances) or not instances:
+    if not instances or not isinstance(instances, list):
         raise UserError("instances must be a list of objects with input and output")
+    check_shape(instances, [dict], "instances")
     cases = ((string_field(i, "input", ""), string_field(i, "output")) for i in instances)
     return [{"instruction": instruction, "input": given, "output": out} for given, out in cases]
 

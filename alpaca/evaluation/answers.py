@@ -113,9 +113,6 @@ def generate_remote(items: dict[str, Item], args: argparse.Namespace, log: Path)
     return answers
 
 
-# ---------------------------------------------------------------- command
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("evaluation").add_argument
     set_help = "instructions, JSON or JSONL (default: data/eval_instructions.jsonl)"

@@ -266,9 +266,6 @@ def make_annotations(pairs: Pairs, votes: dict[str, dict], scores: dict[str, dic
     return annotations
 
 
-# ---------------------------------------------------------------- command
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
     start = steps.add_parser("start", help="write a folder for each rater")

@@ -210,9 +210,6 @@ def report_verdicts(
     print(f"${cost:.4f}{free}: {tokens[0]} tokens in, {tokens[1]} out")
 
 
-# ---------------------------------------------------------------- command
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pair_arguments(parser)
     add = parser.add_argument_group("judge").add_argument

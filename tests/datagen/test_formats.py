@@ -80,7 +80,7 @@ BROKEN = {
     "output a number": ('[\n{"instruction": "x", "output": 5}]', "record 1: output is 5"),
     "input a list": ('{"instruction": "x", "input": ["a"], "output": "y"}', "input is"),
     "output null": ('{"instruction": "x", "output": null}', "output is null"),
-    "surrogate": ('{"instruction": "x", "output": "\\ud800"}', "output", "surrogate"),
+    "surrogate": ('{"instruction": "x", "output": "\\ud800"}', "half a surrogate pair"),
     "no instances": ('{"instruction": "x", "instances": []}', "instances must be a list"),
     "instance without output": ('{"instruction": "x", "instances": [{}]}', "it has no output"),
     "text a number": ('{"text": 5}', "line 1: text is 5"),

@@ -24,6 +24,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -94,7 +95,7 @@ async def generate(recipe, store: RecordStore, scheduler: Scheduler) -> None:
     out their answers in this order. `recipe` is an Alpaca or a SelfInstruct (four_stage.py)."""
     async with scheduler:
         async for entry in scheduler.answers():
-            limit = scheduler.limit()
+            limit = math.inf if recipe.whole_answers else scheduler.missing()
             lines = await asyncio.to_thread(judge_answer, entry, recipe, store, limit)
             scheduler.finish(lines)
 

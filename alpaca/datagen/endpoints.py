@@ -167,18 +167,8 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def endpoint_from_args(args: argparse.Namespace, model: str, **settings: Any) -> Endpoint:
-    """An endpoint; settings that are not given come from the flags, which are checked."""
-    check_request(args)
-    names = ("base_url", "kind", "key_env", "price_in", "price_out")
-    endpoint = Endpoint(model, **{name: getattr(args, name) for name in names} | settings)
-    endpoint.check_key()  # before anything is written
-    if args.budget is not None and not (endpoint.price_in and endpoint.price_out):
-        raise UserError(f"--budget needs the prices of {model}: --price-in, --price-out")
-    return endpoint
-
-
-def check_request(args: argparse.Namespace) -> None:
-    """Refuse a --request that changes what the rest of the program relies on."""
+    """An endpoint; settings that are not given come from the flags. They may not change what the
+    rest of the program relies on."""
     if refused := args.request.keys() & RESERVED:
         raise UserError(f"--request cannot set {', '.join(sorted(refused))}")
     limits = [args.request[name] for name in TOKEN_LIMITS if args.request.get(name) is not None]
@@ -186,6 +176,12 @@ def check_request(args: argparse.Namespace) -> None:
         raise UserError(f"--request: {' and '.join(TOKEN_LIMITS)} are integers above 0")
     if args.budget is not None and not limits and "max_tokens" in args.request:
         raise UserError(f"--budget needs a limit: one of {' and '.join(TOKEN_LIMITS)} in --request")
+    names = ("base_url", "kind", "key_env", "price_in", "price_out")
+    endpoint = Endpoint(model, **{name: getattr(args, name) for name in names} | settings)
+    endpoint.check_key()  # before anything is written
+    if args.budget is not None and not (endpoint.price_in and endpoint.price_out):
+        raise UserError(f"--budget needs the prices of {model}: --price-in, --price-out")
+    return endpoint
 
 
 def read_teachers(path: Path, args: argparse.Namespace, **settings: Any) -> list[Endpoint]:

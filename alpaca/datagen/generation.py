@@ -110,10 +110,6 @@ class Scheduler:
         coming = (line for lines, _ in self.completing for line in lines if "why" not in line)
         return self.num - self.store.count - sum(1 for _ in coming)
 
-    def limit(self) -> float:
-        """How many tasks of the next answer may be kept."""
-        return math.inf if self.recipe.whole_answers else self.missing()
-
     def finish(self, lines: list[dict]) -> None:
         """Complete the lines of one answer (stages 2 and 3 of the paper), and write them."""
         task = asyncio.create_task(self.recipe.complete(lines, self.teachers.ask))

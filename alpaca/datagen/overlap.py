@@ -49,12 +49,6 @@ def questions_of(record: dict) -> list[str]:
     return ["\n\n".join(filter(None, (record["instruction"], record["input"])))]
 
 
-def answers_of(record: dict) -> str:
-    turns = record.get("messages", ())
-    answers = (turn["content"] for turn in turns if turn["role"] != "user")
-    return "\n\n".join(answers) or record.get("output", "")
-
-
 def grams(words: list[str], n: int) -> Iterator[tuple[str, ...]]:
     return zip(*(words[i:] for i in range(n)), strict=False)
 
@@ -95,8 +89,9 @@ def index_records(
         for words in questions:
             asked[" ".join(words)].append(i)
         first.append(asked[" ".join(questions[0])][0])
-        whole = questions[0] + tokenize_unicode(answers_of(record))
-        for gram in wanted.intersection(grams(whole, GRAM)):
+        turns = (turn["content"] for turn in record.get("messages", ()) if turn["role"] != "user")
+        answers = tokenize_unicode("\n\n".join(turns) or record.get("output", ""))
+        for gram in wanted.intersection(grams(questions[0] + answers, GRAM)):
             holders[gram].append(i)
     for which in holders.values():
         if len({first[i] for i in which}) > MAX_SHARED:

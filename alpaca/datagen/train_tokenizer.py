@@ -22,22 +22,18 @@ from tokenizer import load_tokenizer
 FIXED = 3 + 256  # entries of every vocabulary: <unk>, <s>, </s> and the bytes
 
 
-def read_lines(files: list[Path]) -> list[str]:
-    lines = [line for file in files for line in read_text(file).splitlines()]
-    if not any(line.strip() for line in lines):
-        raise UserError(f"no text in {join_names(map(str, files))}")
-    return lines
-
-
 def train_tokenizer(files: list[Path], vocab_size: int, out: Path) -> None:
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"{out}: a file name in an existing folder was expected")
     if vocab_size <= FIXED:
         raise UserError(f"--vocab-size {vocab_size}: {FIXED} entries are fixed, name a larger one")
+    lines = [line for file in files for line in read_text(file).splitlines()]
+    if not any(line.strip() for line in lines):
+        raise UserError(f"no text in {join_names(map(str, files))}")
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=iter(read_lines(files)),
+            sentence_iterator=iter(lines),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",

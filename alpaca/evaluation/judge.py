@@ -149,7 +149,7 @@ def run_judge(
     requests, endpoint, mark = RequestLog(log), judge.endpoint, read_mark(log.parent)
     options: dict[str, Any] = {"max_tokens": 16, "temperature": 0}
     chat = {"logprobs": True, "top_logprobs": 5}
-    options |= (chat if args.kind == "chat" else {"logprobs": 5}) | args.request
+    options |= (chat if endpoint.kind == "chat" else {"logprobs": 5}) | args.request
     if judge.temperature is not None:
         options["temperature"] = judge.temperature
     questions = {

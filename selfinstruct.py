@@ -26,14 +26,13 @@ import hashlib
 import json
 import math
 import random
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from alpaca import CHECKOUT
 from alpaca.common.cli import Parser, positive, utf8_text
-from alpaca.common.errors import UserError, join_names, run_command
+from alpaca.common.errors import UserError, run_command
 from alpaca.common.files import atomic_file, read_text
 from alpaca.common.json_files import json_records
 from alpaca.common.run_folder import run_folder
@@ -135,8 +134,6 @@ def read_seeds(path: Path) -> list[dict]:
         seeds.append(seed)
     if len(seeds) < PROMPT_SEEDS:
         raise UserError(f"{path}: {len(seeds)} seeds; every prompt takes {PROMPT_SEEDS}")
-    if repeated := [id for id, n in Counter(seed["id"] for seed in seeds).items() if n > 1]:
-        raise UserError(f"{path}: two seeds have the id {join_names(repeated)}")
     return seeds
 
 

@@ -301,7 +301,6 @@ def test_key_is_in_no_file_and_no_line(tmp_path, monkeypatch, command):
         ('{"instruction": 3}\n', ["1", "instruction"]),
         ('{"text": "prose"}', ["1", "no instruction"]),
         ('{"instruction": "Say it", "output": "it"}', ["1 seeds", "every prompt takes 3"]),
-        ('{"id": "x", "instruction": "Say it", "output": "it"}\n' * 3, ["two seeds", "x"]),
     ],
 )
 def test_bad_seeds_are_refused(tmp_path, command, seeds, words):

@@ -66,15 +66,6 @@ class Parser(argparse.ArgumentParser):
             super().print_help(file)
 
 
-def not_negative(text: str) -> int:
-    """For `type=` of a flag: an integer from 0 that fits in 64 bits."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    if int(text) > (most := 2**63 - 1):
-        raise argparse.ArgumentTypeError(f"{text} is more than {most:,}")
-    return int(text)
-
-
 def utf8_text(word: str) -> str:
     """For `type=` of a flag: a text that can be written and sent."""
     word.encode()  # an argument that is not UTF-8 has half surrogate pairs in its place
@@ -95,21 +86,19 @@ def positive(number_type: type, most: float = math.inf) -> Callable[[str], Any]:
     return number
 
 
-def finite(text: str) -> float:
-    """For `type=` of a flag: a number that is neither NaN nor infinite."""
-    if not math.isfinite(float(text)):
-        raise ValueError
-    return float(text)
+def bounded(number_type: type, low: float, high: float, name: str) -> Callable[[str], Any]:
+    """For `type=` of a flag: a number from `low` to `high`."""
+
+    def number(text: str) -> Any:
+        if not low <= number_type(text) <= high:  # NaN neither
+            raise ValueError
+        return number_type(text)
+
+    number.__name__ = name  # argparse: invalid int from 0 to 9 value: 'x'
+    return number
 
 
-def share(text: str) -> float:
-    """For `type=` of a flag: a number from 0 to 1."""
-    if not 0 <= float(text) <= 1:
-        raise ValueError
-    return float(text)
-
-
-share.__name__ = "number from 0 to 1"
-not_negative.__name__ = "int from 0"  # argparse: invalid int from 0 value: 'x'
-finite.__name__ = "number"
+not_negative = bounded(int, 0, 2**63 - 1, f"int from 0 to {2**63 - 1:,}")
+finite = bounded(float, -sys.float_info.max, sys.float_info.max, "number")
+share = bounded(float, 0, 1, "number from 0 to 1")
 utf8_text.__name__ = "UTF-8 text"

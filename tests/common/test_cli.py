@@ -156,7 +156,7 @@ def test_checkout_is_first_on_the_path():
             ["answers", "--out", "x", "--model", "m", "--request", '{"user": "\\ud800"}'],
             "JSON object",
         ),
-        (["answers", "--out", "x", "--model", "m", "--max-retries", "-3"], "below 0"),
+        (["answers", "--out", "x", "--model", "m", "--max-retries", "-3"], "int from 0"),
         (["serve", "--name", "a\udcff"], "UTF-8 text"),
         (["quantize", "--bogus"], "unrecognized argument --bogus"),
     ],

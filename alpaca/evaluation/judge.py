@@ -37,7 +37,7 @@ from alpaca.common.run_folder import run_folder
 from alpaca.datagen import request_log
 from alpaca.datagen.client import Reply
 from alpaca.datagen.endpoints import Endpoint, add_server_arguments
-from alpaca.datagen.request_log import RequestLog, Teachers, run_until_signal
+from alpaca.datagen.request_log import RequestLog, Teachers, reply_of, run_until_signal
 from alpaca.evaluation.annotations import ANNOTATIONS, make_annotation
 from alpaca.evaluation.annotators import Annotator, draw_annotator, read_annotators
 from alpaca.evaluation.outputs import Pair, add_pair_arguments, digest, pair_outputs, save_json
@@ -192,12 +192,10 @@ def report_verdicts(
     missing = [replies[id] for id in questions if id not in verdicts and id in replies]
     failed = [entries[-1]["failed"] for entries in missing if all("failed" in e for e in entries)]
     if unparsed := len(missing) - len(failed):
-        example = next(e["response"] for entries in missing for e in entries if "response" in e)
-        choice = json.loads(example)["choices"][0]
-        text = json.dumps(choice.get("message", choice), ensure_ascii=False)[:120]
+        example = next(filter(None, (reply_of(e) for entries in missing for e in entries)))
+        text = escape_control(example.text[:120])
         print(
-            f"{unparsed} without a verdict in any reply: a larger --max-replies asks again "
-            f"({escape_control(text)})"
+            f"{unparsed} without a verdict in any reply: a larger --max-replies asks again ({text})"
         )
     if failed:
         print(f"{len(failed)} unanswered: run again to retry ({escape_control(failed[0])})")

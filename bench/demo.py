@@ -1,30 +1,41 @@
-"""`alpaca serve` against `transformers serve`: tokens a second of 1, 4 and 16 clients at once.
+"""`alpaca serve` against `transformers serve`: tokens a second, and how long readers wait.
 
     python -m bench.demo [--runs 5]
 
 A random model of 15.2M parameters in fp32, with a tokenizer of 32,000 tokens trained on made-up
-words. Each client asks for a greedy completion, with about 40 tokens of prompt and 64 of answer.
-The servers take turns: ours with the filter of rules and the watermark; ours without the watermark;
-`transformers serve`; and the same with --continuous-batching, which decodes requests together as
-ours does.
+words. Each client asks for a greedy completion, with about 40 tokens of prompt and 64 of answer; no
+prompt comes twice. The servers take turns: ours with the filter of rules and the watermark; ours
+without the watermark; `transformers serve`; and the same with --continuous-batching, which decodes
+requests together as ours does.
+
+The second table has what a reader sees of the first and the last: the time to the first part of an
+answer and between parts, of 16 streams at once; how long 4 running streams stand still when a
+prompt of about 1,500 tokens joins them; and a chat of ten turns, whose prompt is all that was said.
+Ours shows an answer by whole words, because of its filter; a part of the peer's is a token.
 """
 
 import asyncio
+import json
 import random
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
 
 from alpaca.datagen.train_tokenizer import train_tokenizer
-from bench.measure import ROOT, bench_parser, report, run_in_turns
+from bench.measure import ROOT, Figures, bench_parser, report, run_in_turns
 from bench.models import SMALL, write_random
 
-WORDS, NEW, CLIENTS = 24, 64, (1, 4, 16)
+WORDS, NEW, CLIENTS = 24, 64, (1, 4, 16)  # of a prompt; tokens of an answer; at once
+RUNNING, LONG_NEW, LONG_WORDS = 4, 256, 900  # streams that a long prompt joins
+CHAT_TURNS, CHAT_WORDS, CHAT_NEW = 10, 60, 32
 OURS, PLAIN, PEER, BATCHED = "ours", "ours, no watermark", "one by one", "continuous batching"
 ONSETS = [*"bcdfghklmnprstvwz", "ch", "sh", "th"]
 RHYMES = ["a", "e", "i", "o", "u", "ai", "ou", "an", "en", "in", "on"]
@@ -42,7 +53,8 @@ def write_model(folder: Path, words: list[str]) -> Path:
     lines = "\n".join(" ".join(rng.choices(words, k=12)) for _ in range(30_000))
     (folder / "words.txt").write_text(lines)
     train_tokenizer([folder / "words.txt"], SMALL["vocab_size"], folder / "words.model")
-    write_random(folder / "model", SMALL, "fp32", folder / "words.model")
+    shape = {**SMALL, "max_position_embeddings": 2048}
+    write_random(folder / "model", shape, "fp32", folder / "words.model")
     return folder / "model"
 
 
@@ -78,56 +90,140 @@ def start_server(model: Path, name: str, log: Path) -> tuple[subprocess.Popen, s
     raise SystemExit(f"{name} did not start: {log.read_text()[-2000:]}")
 
 
-async def request_all(url: str, model: Path, words: list[str], clients: int, stream: bool) -> float:
-    """Tokens a second of all clients together."""
-    rng = random.Random(clients)
-    options = {"model": str(model), "max_tokens": NEW, "temperature": 0.0, "stream": stream}
+class Clients:
+    """Loads of a server: each takes a client and the server's URL, and returns figures."""
 
-    async def request(http: httpx.AsyncClient) -> None:
-        prompt = " ".join(rng.choices(words, k=WORDS))
-        response = await http.post(url, json={**options, "prompt": prompt})
-        response.raise_for_status()
-        if not stream:
-            assert response.json()["usage"]["completion_tokens"] == NEW
+    def __init__(self, model: Path, words: list[str]):
+        self.model, self.words, self.rng = str(model), words, random.Random(2)
 
-    async with httpx.AsyncClient(timeout=600) as http:
+    def run(self, load: Callable, url: str, *args) -> dict[str, float]:
+        async def connected() -> dict[str, float]:
+            limits = httpx.Limits(max_connections=None)
+            async with httpx.AsyncClient(timeout=600, limits=limits) as http:
+                return await load(http, url, *args)
+
+        return asyncio.run(connected())
+
+    def body(self, words: int, new: int, before: str = "") -> dict:
+        prompt = before + " ".join(self.rng.choices(self.words, k=words))
+        return {"model": self.model, "prompt": prompt, "max_tokens": new, "temperature": 0.0}
+
+    async def rate(self, http, url: str, clients: int) -> dict[str, float]:
+        """Tokens a second of all clients together."""
+
+        async def ask() -> None:
+            response = await http.post(url, json=self.body(WORDS, NEW))
+            assert response.raise_for_status().json()["usage"]["completion_tokens"] == NEW
+
         start = time.perf_counter()
-        await asyncio.gather(*(request(http) for _ in range(clients)))
-        return clients * NEW / (time.perf_counter() - start)
+        await asyncio.gather(*(ask() for _ in range(clients)))
+        return {"tok/s": clients * NEW / (time.perf_counter() - start)}
+
+    async def streams(self, http, url: str, clients: int) -> dict[str, float]:
+        start, times = time.perf_counter(), [[] for _ in range(clients)]
+        await asyncio.gather(*(stream(http, url, self.body(WORDS, NEW), one) for one in times))
+        seconds = time.perf_counter() - start
+        first = [one[0] - start for one in times]
+        gaps = sorted(b - a for one in times for a, b in pairwise(one))
+        return {
+            "tok/s": clients * NEW / seconds,
+            "parts": statistics.mean(map(len, times)),
+            "to the first part, median": 1e3 * statistics.median(first),
+            "to the first part, slowest": 1e3 * max(first),
+            "between parts, median": 1e3 * statistics.median(gaps),
+            "between parts, 95th percentile": 1e3 * gaps[int(0.95 * len(gaps))],
+            "between parts, longest": 1e3 * gaps[-1],
+        }
+
+    async def newcomer(self, http, url: str) -> dict[str, float]:
+        running, own = [[] for _ in range(RUNNING)], []
+        asked = [stream(http, url, self.body(WORDS, LONG_NEW), one) for one in running]
+        tasks = [asyncio.create_task(one) for one in asked]
+        while min(map(len, running)) < 8:
+            await asyncio.sleep(0.01)
+        start = time.perf_counter()
+        await stream(http, url, self.body(LONG_WORDS, NEW), own)
+        await asyncio.gather(*tasks)
+        gaps = [b - a for one in running for a, b in pairwise(one) if b > start]
+        return {
+            "longest stop of a running stream": 1e3 * max(gaps),
+            "to the first part of its answer": 1e3 * (own[0] - start),
+        }
+
+    async def chat(self, http, url: str) -> dict[str, float]:
+        found, said = {}, ""
+        for turn in range(1, CHAT_TURNS + 1):
+            body, times = self.body(CHAT_WORDS, CHAT_NEW, said), []
+            start = time.perf_counter()
+            said = body["prompt"] + await stream(http, url, body, times) + "\n"
+            found[f"turn {turn}"] = 1e3 * (times[0] - start)
+        return found
+
+
+async def stream(http: httpx.AsyncClient, url: str, body: dict, times: list[float]) -> str:
+    """The text of an answer; appends to `times` when each part came."""
+    text = ""
+    async with http.stream("POST", url, json={**body, "stream": True}) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if line.startswith("data: {") and (part := json.loads(line[6:])["choices"][0]["text"]):
+                times.append(time.perf_counter())
+                text += part
+    return text
 
 
 def main() -> None:
     args = bench_parser(__doc__, runs=True).parse_args()
     words = made_up_words(60_000)
-    loads = [(clients, False) for clients in CLIENTS] + [(CLIENTS[-1], True)]
     with tempfile.TemporaryDirectory() as scratch:
         model, servers = write_model(Path(scratch), words), {}
+        clients = Clients(model, words)
 
-        def rate(name: str, clients: int, stream: bool) -> dict:
-            work = request_all(servers[name][1], model, words, clients, stream)
-            return {"rate": asyncio.run(work)}
+        def measure(names: tuple[str, ...], load: Callable, *given: int) -> Figures:
+            sides = {n: lambda n=n: clients.run(load, servers[n][1], *given) for n in names}
+            return run_in_turns(sides, args.runs, warm_up=0)
 
         try:
             for name in (OURS, PLAIN, PEER, BATCHED):
                 servers[name] = start_server(model, name, Path(scratch) / "log.txt")
-                rate(name, CLIENTS[-1], False)  # warms up
+                clients.run(clients.rate, servers[name][1], CLIENTS[-1])  # warms up
             time.sleep(GREEN_LISTS_S)
-            figures = {}
-            for load in loads:
-                sides = {name: lambda name=name, load=load: rate(name, *load) for name in servers}
-                figures[load] = run_in_turns(sides, args.runs, warm_up=0)
+            names, both = tuple(servers), (OURS, BATCHED)
+            rates = {f"{n} at once": measure(names, clients.rate, n) for n in CLIENTS}
+            streams = measure(names, clients.streams, CLIENTS[-1])
+            waits = {
+                f"{CLIENTS[-1]} streams": streams,
+                "a long prompt joins": measure(both, clients.newcomer),
+                "chat, to the first part": measure(both, clients.chat),
+            }
         finally:
             for process, _ in servers.values():
                 process.terminate()
             for process, _ in servers.values():
                 process.wait()
-    lines = []
-    for (clients, stream), found in figures.items():
-        for peer in (PEER, BATCHED, PLAIN):
-            label = f"{clients} at once{', streamed' * stream}, tok/s; {peer}"
-            lines.append((label, found[OURS]["rate"], found[peer]["rate"], True))
+    rates[f"{CLIENTS[-1]} at once, streamed"] = streams
+    lines = [
+        (f"{load}, tok/s; {peer}", found[OURS]["tok/s"], found[peer]["tok/s"], True)
+        for load, found in rates.items()
+        for peer in (PEER, BATCHED, PLAIN)
+    ]
     title = "Web server, 15.2M parameters, fp32, CPU, filter and watermark on"
     report(title, "peer", lines, ["torch", "transformers"])
+    lines = [
+        (f"{load}: {figure}", ours, found[BATCHED][figure])
+        for load, found in waits.items()
+        for figure, ours in found[OURS].items()
+        if figure not in ("tok/s", "parts")
+    ]
+    parts = " and ".join(f"{statistics.mean(streams[name]['parts']):.0f}" for name in both)
+    note = f"Answers of {NEW} tokens came in {parts} parts."
+    report(
+        "Web server, 15.2M parameters, waiting times in ms",
+        BATCHED,
+        lines,
+        ["torch", "transformers"],
+        note,
+    )
 
 
 if __name__ == "__main__":

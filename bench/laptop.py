@@ -36,6 +36,7 @@ def main() -> None:
             model = optimize_layout(load_model(folder, bits=4))
             loaded = time.perf_counter() - start
             engine = Engine(model, NoTokenizer(), 1, 512)
+            engine.guess = lambda: []  # as in bench/decode.py
             (prompt,) = random_prompts(1)
             sequence, seconds = engine.add(prompt, SamplingParams(max_new_tokens=NEW)), []
             while sequence.finish_reason is None:

@@ -104,8 +104,8 @@ def run_ours(dtype: str, steps: int, data, **settings) -> list[dict]:
 def steady(tokens, seconds, computed) -> dict[str, float]:
     """Useful tokens a second, and padding's share of all tokens, after the first steps."""
     assert len(tokens) > WARM_UP, f"--steps must exceed {WARM_UP}, which do not count"
-    useful, time, all = (float(sum(steps[WARM_UP:])) for steps in (tokens, seconds, computed))
-    return {"rate": useful / time, "padding": 1 - useful / all}
+    useful, spent, padded = (float(sum(each[WARM_UP:])) for each in (tokens, seconds, computed))
+    return {"rate": useful / spent, "padding": 1 - useful / padded}
 
 
 def ours(dtype: str, steps: int, **settings) -> dict[str, float]:
@@ -142,7 +142,8 @@ def trainer(dtype: str, steps: int, how: str, adapt=lambda model: model) -> dict
 
     torch.manual_seed(0)
     model = adapt(LlamaForCausalLM(LlamaConfig(**SMALL, use_cache=False)))
-    pairs = grouped(steps) if how == "grouped" else examples(2 * BATCH * steps)
+    count = BATCH * steps * (2 if how == "trl" else 1)  # its steps have about 20 examples
+    pairs = grouped(steps) if how == "grouped" else examples(count)
     collate = {"packed": DataCollatorWithFlattening(), "trl": None}.get(how, pad)
     batch, micro = {"packed": (BATCH, 4), "trl": (4, 1)}.get(how, (BATCH, BATCH))
     options: dict = {"train_sampling_strategy": "sequential"} if how == "grouped" else {}

@@ -171,8 +171,6 @@ def run_judge(
 
     work = request_log.ask_all(requests, endpoint, args, questions, ask, "verdicts")
     enough = run_until_signal(work)
-    if args.annotators:
-        print(f"{escape_control(judge.name)}, drawn {len(plan)} times:")
     report_verdicts(questions, verdicts, requests, endpoint)
     return verdicts, enough
 
@@ -250,6 +248,8 @@ def run(args: argparse.Namespace) -> None:
         enough = True
         for judge in pool:
             its_plan = {id: shown for id, shown in plan.items() if drawn[id][0] is judge}
+            if args.annotators:
+                print(f"{escape_control(judge.name)}, drawn {len(its_plan)} times:")
             its_verdicts, all_asked = run_judge(its_plan, judge, args, log)
             verdicts |= its_verdicts
             enough &= all_asked

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from alpaca.common.errors import UserError
+from alpaca.common.jinja import to_jinja
 from model import IGNORE
 from templates import TEMPLATES, AnswerText, Special, Template
 from tokenizer import Tokenizer, answer_end
@@ -65,7 +66,7 @@ def template_of(tokenizer: Tokenizer) -> Template:
 
 def template_in_jinja(tokenizer: Tokenizer) -> str:
     """A tokenizer's template for other software."""
-    return template_of(tokenizer).jinja(bos=tokenizer.encode("", bos=True) != [])
+    return to_jinja(template_of(tokenizer), bos=tokenizer.encode("", bos=True) != [])
 
 
 # ---------------------------------------------------------------- records → ids and labels

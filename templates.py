@@ -1,8 +1,6 @@
 """Chat templates: a conversation as one text, with special tokens between its messages.
 
     parts = TEMPLATES["chatml"].parts([{"role": "user", "content": "Name a fruit."}])
-    jinja = TEMPLATES["chatml"].jinja()      # the same for other software
-    template = find_template(Path("smollm2"))
 
 A system message, a question and the start of the answer in each template (⏎ is a newline):
 
@@ -14,22 +12,15 @@ A system message, a question and the start of the answer in each template (⏎ i
             <|start_header_id|>user<|end_header_id|>⏎⏎{user}<|eot_id|>
             <|start_header_id|>assistant<|end_header_id|>⏎⏎
 
-A model answers best in the template it was tuned with. Its folder holds that template as a Jinja
-program, which is never executed: `recognize` looks at its string literals. dataset.py encodes each
-part by itself, so <|im_end|> typed by a user becomes a few ordinary tokens.
+A model answers best in the template it was tuned with; alpaca/common/jinja.py finds out which.
+dataset.py encodes each part by itself, so <|im_end|> typed by a user becomes a few ordinary tokens.
 
 Alpaca: crfm.stanford.edu/2023/03/13/alpaca.html; Vicuna: lmsys.org/blog/2023-03-30-vicuna.
 """
 
-import json
 import re
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
-
-from alpaca.common.files import read_text
-from alpaca.common.gguf_file import MAX_TEXT, is_gguf, read_gguf
-from alpaca.common.json_files import read_json
 
 REQUEST = "Write a response that appropriately completes the request."
 PREAMBLE = f"Below is an instruction that describes a task. {REQUEST}"
@@ -43,7 +34,6 @@ VICUNA_SYSTEM = (
 )
 LLAMA3_HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
 SPECIAL_NAME = re.compile(r"(<\|\w+\|>)")
-JINJA_FILE, TEMPLATE_KEY = "chat_template.jinja", "tokenizer.chat_template"
 
 
 class Special(str):
@@ -113,41 +103,6 @@ class Template(NamedTuple):
         """The text from the last special token to an answer."""
         return SPECIAL_NAME.split(self.reply)[-1]
 
-    def jinja(self, bos: bool = False) -> str:
-        """For transformers, llama.cpp and others; `bos` replaces a self.bos of None."""
-        content = "(message['content'] | trim)" if self.trim else "message['content']"
-        end = jinja_text(self.end) if self.end else "eos_token"
-        first = write_jinja(self.first, content.replace("message[", "messages[0]["))
-        answer = write_jinja(self.reply + self.answer, content), write_jinja(self.after)
-        default = ""
-        if self.system is not None:
-            default = "{{ " + jinja_text(self.first.replace("{}", self.system)) + " }}"
-        return "".join(
-            [
-                "{{ bos_token }}" * (bos if self.bos is None else self.bos),
-                "{% if messages[0]['role'] == 'system' %}" + first,
-                "{% else %}" * bool(default) + default + "{% endif %}",
-                "{% for message in messages %}{% if message['role'] == 'user' %}",
-                write_jinja(self.user, content),
-                "{% elif message['role'] == 'assistant' %}",
-                answer[0] + "{{ " + end + " }}" + answer[1],
-                "{% endif %}{% endfor %}",
-                "{% if add_generation_prompt %}" + write_jinja(self.reply) + "{% endif %}",
-            ]
-        )
-
-
-def jinja_text(text: str) -> str:
-    """JSON's quotation marks and escapes are Jinja's too."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def write_jinja(pattern: str, content: str = "") -> str:
-    """A Jinja expression for a pattern; `content` is the expression for {}."""
-    texts = [jinja_text(text) if text else "" for text in pattern.split("{}")]
-    terms = [t for text in texts for t in (content, text)][1:]
-    return "{{ " + " + ".join(filter(None, terms)) + " }}" if any(terms) else ""
-
 
 # ---------------------------------------------------------------- the registry
 
@@ -183,72 +138,3 @@ TEMPLATES = {template.name: template for template in (ALPACA, CHATML, LLAMA3_CHA
 def format_prompt(instruction: str, input: str = "") -> str:
     """Alpaca's prompt, character for character."""
     return "".join(ALPACA.parts(ALPACA.question(instruction, input)))
-
-
-# ---------------------------------------------------------------- a model's own template
-
-
-def find_template(*places: Path) -> Template | None:
-    """The template of the first folder or GGUF file that has one, Alpaca's if none has; None if
-    that template is not in the registry."""
-    jinja = read_jinja(*places)
-    return recognize(jinja) if jinja else ALPACA
-
-
-def read_jinja(*places: Path) -> str:
-    """The Jinja program of the first folder or GGUF file that has one, or beside a file of another
-    kind; "" if there is none."""
-    for place in places:
-        text, folder = None, place.parent if place.is_file() else place
-        if is_gguf(place):
-            text = read_gguf(place).metadata.get(TEMPLATE_KEY)
-        elif (file := folder / JINJA_FILE).is_file():
-            text = read_text(file, MAX_TEXT)
-        elif (file := folder / "tokenizer_config.json").is_file():
-            text = read_json(file).get("chat_template")
-            if isinstance(text, list):  # several, by name
-                named = [each for each in text if isinstance(each, dict)]
-                text = next((t.get("template") for t in named if t.get("name") == "default"), None)
-        if isinstance(text, str) and text:
-            return text
-    return ""
-
-
-def literals(jinja: str) -> list[str]:
-    """The string literals within {{ }} and {% %}, in order, without those in {# comments #}."""
-    jinja = "".join(re.split(r"\{#|#\}", jinja)[::2])
-    blocks = " ".join(re.split(r"\{[{%]|[%}]\}", jinja)[1::2])
-    found = re.findall(r"(?s)\"((?:\\.|[^\"\\])*)\"|'((?:\\.|[^'\\])*)'", blocks)
-    escaped = [(one or other).encode("ascii", "backslashreplace") for one, other in found]
-    return [text.decode("unicode-escape", "replace") for text in escaped]
-
-
-def find_system(template: Template, texts: list[str]) -> str | None:
-    """The system message that one of a Jinja program's texts has where `template` puts it."""
-    pattern = re.compile("(.+)".join(map(re.escape, template.first.split("{}"))), re.DOTALL)
-    return next((found[1] for text in texts if (found := pattern.fullmatch(text))), None)
-
-
-def recognize(jinja: str) -> Template | None:
-    """The template that a Jinja program writes, judged by its string literals; None if unknown.
-
-    The program decides the default system message, the date, and whether BOS comes first."""
-    texts = literals(jinja)
-    joined = "".join(texts)
-    bos = "bos_token" in jinja or "<|begin_of_text|>" in joined
-    trim = re.search(r"\|\s*trim|\.strip\(\)", jinja) is not None
-    if "<|im_start|>" in joined and "<|im_end|>\n" in joined:
-        return CHATML._replace(system=find_system(CHATML, texts), bos=bos, trim=trim)
-    if "<|start_header_id|>" in joined and "<|eot_id|>" in joined:
-        system = find_system(LLAMA3_CHAT, texts)
-        template = LLAMA3_CHAT._replace(system=system, bos=bos, trim=trim)
-        if cutoff := re.search(r"Cutting Knowledge Date: .*\n", joined):  # Llama 3.1 and later
-            today = re.search(r"\d\d? [A-Z][a-z]{2} \d{4}", joined)
-            dates = f"{cutoff[0]}Today Date: {today[0]}\n\n" if today else cutoff[0]
-            first = LLAMA3_CHAT.first.replace("{}", dates + "{}")
-            return template._replace(system="", first=first)
-        return template
-    for template in (ALPACA, VICUNA):
-        if jinja.strip().removeprefix("{{ bos_token }}") == template.jinja():
-            return template
-    return None

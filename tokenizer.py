@@ -31,11 +31,12 @@ from alpaca.common.errors import UserError, check_unicode, notice
 from alpaca.common.files import input_file
 from alpaca.common.gguf_bpe import ADD_BOS, bpe_from_metadata, is_bpe
 from alpaca.common.gguf_file import is_gguf, read_gguf
+from alpaca.common.jinja import find_template
 from alpaca.common.json_files import read_json
 from alpaca.common.sentencepiece_file import model_from_metadata
 from alpaca.common.tokenizer_json import read_tokenizer_json
 from bpe import BPETokenizer
-from templates import ALPACA, TEMPLATES, Template, find_template
+from templates import ALPACA, TEMPLATES, Template
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 MAX_BYTES = 100 << 20  # of a tokenizer.model; one of 250,000 tokens has 5 MB

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alpaca.common.errors import UserError
+from alpaca.common.jinja import find_template, recognize, to_jinja
 from bpe import BPETokenizer
 from dataset import chat_prompt, encode_prompt, encode_record
 from model import IGNORE
-from templates import ALPACA, CHATML, LLAMA3_CHAT, TEMPLATES, VICUNA, find_template, recognize
+from templates import ALPACA, CHATML, LLAMA3_CHAT, TEMPLATES, VICUNA
 from tokenizer import answer_end, load_tokenizer
 
 CHAT = [
@@ -91,10 +92,10 @@ def test_question_with_an_input_is_alpacas_or_two_paragraphs(tmp_path):
 @pytest.mark.parametrize("template", [*TEMPLATES.values(), *map(recognize, FOREIGN.values())])
 def test_written_jinja_is_recognized(template):
     for bos in (False, True):
-        again = recognize(template.jinja(bos))
+        again = recognize(to_jinja(template, bos))
         assert again == template or (again, bos) == (template._replace(bos=bos), True)
     odd = CHATML._replace(system='"It\'s" {} \\n é🦙\t<b>\nlast line')
-    assert recognize(odd.jinja()) == odd
+    assert recognize(to_jinja(odd)) == odd
 
 
 def test_recognize_keeps_system_message_date_and_bos():
@@ -141,7 +142,7 @@ def test_unknown_template_is_refused_where_it_would_be_used(tmp_path, jinja):
 def test_any_text_is_a_template_or_none(jinja):
     template = recognize(jinja)
     if template:
-        assert recognize(template.jinja(bos=True)) in (template, template._replace(bos=True))
+        assert recognize(to_jinja(template, bos=True)) in (template, template._replace(bos=True))
         template.parts(CHAT)
 
 
@@ -160,7 +161,7 @@ def test_template_comes_from_the_first_place_that_has_one(tmp_path):
     assert load_tokenizer(folder / "tokenizer.json", adapter).template == recognize(SMOLLM)
     (folder / "chat_template.jinja").write_text(LLAMA31)
     assert load_tokenizer(folder).template == recognize(LLAMA31)
-    (adapter / "chat_template.jinja").write_text(VICUNA.jinja() + "\n")
+    (adapter / "chat_template.jinja").write_text(to_jinja(VICUNA) + "\n")
     assert load_tokenizer(folder, adapter).template == VICUNA
     named = [{"name": "tools", "template": "x"}, {"name": "default", "template": SMOLLM}]
     config = {"chat_template": named}

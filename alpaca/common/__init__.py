@@ -7,6 +7,7 @@
     progress         one line: done/total, rate, time left
     charts           pictures as SVG text
     gguf_file        llama.cpp's files, their frame and metadata
+    jinja            chat templates as the programs that models come with
     sentencepiece_file, gguf_bpe   the tokenizer in such a file, of either kind
 
 Root modules import this chapter and no other.

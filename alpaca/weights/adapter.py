@@ -18,12 +18,12 @@ from torch import Tensor
 
 from alpaca.common.errors import UserError, join_names
 from alpaca.common.files import atomic_folder
+from alpaca.common.jinja import JINJA_FILE
 from alpaca.common.json_files import read_json
 from alpaca.weights.checkpoint import DTYPES, is_finite, open_file
 from alpaca.weights.lora import LoraConfig, ThinLinear, target_shapes, wrap_targets
 from alpaca.weights.writer import dump_json
 from model import Llama, LlamaConfig
-from templates import JINJA_FILE
 
 PREFIX = "base_model.model."  # PEFT wraps a model twice
 ADAPTER_FILES = "adapter_model.safetensors", "adapter_model.bin"  # today's name, and an older one

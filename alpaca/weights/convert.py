@@ -19,6 +19,7 @@ import torch
 from alpaca.common.cli import positive
 from alpaca.common.errors import UserError
 from alpaca.common.files import refuse_existing
+from alpaca.common.jinja import TEMPLATE_KEY, read_jinja
 from alpaca.common.progress import Progress
 from alpaca.weights.checkpoint import DTYPES, EMBEDDING, is_meta, open_checkpoint
 from alpaca.weights.config_json import typed_config
@@ -27,7 +28,6 @@ from alpaca.weights.gguf_writer import FILE_TYPES, save_gguf, tokenizer_metadata
 from alpaca.weights.merge import merged_tensors
 from alpaca.weights.writer import require_tokenizer, save_model, tokenizer_files
 from dataset import template_in_jinja
-from templates import TEMPLATE_KEY, read_jinja
 from tokenizer import load_tokenizer
 
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from alpaca.common.errors import UserError
+from alpaca.common.jinja import read_jinja
 from alpaca.common.progress import Progress
 from alpaca.weights.adapter import read_adapter
 from alpaca.weights.checkpoint import DTYPES, EMBEDDING, as_dtype, is_finite, open_checkpoint
 from alpaca.weights.lora import target_shapes
 from alpaca.weights.quantize import stored_quantization
 from alpaca.weights.writer import require_tokenizer, save_model
-from templates import read_jinja
 from tokenizer import load_tokenizer, with_ends
 
 

@@ -31,11 +31,11 @@ from alpaca.common.errors import UserError, join_names, notice
 from alpaca.common.files import atomic_folder
 from alpaca.common.gguf_bpe import bpe_from_metadata, is_bpe
 from alpaca.common.gguf_file import is_gguf, read_gguf
+from alpaca.common.jinja import JINJA_FILE, read_jinja
 from alpaca.common.tokenizer_json import tokenizer_json_files
 from alpaca.weights.checkpoint import DTYPES, as_dtype, is_finite, is_meta, parameter_shapes
 from alpaca.weights.config_json import config_to_json
 from model import Llama, LlamaConfig
-from templates import JINJA_FILE, read_jinja
 from tokenizer import check_tokenizer, load_tokenizer, read_model
 
 SAFETENSORS_DTYPES = {

@@ -4,8 +4,9 @@ import pytest
 from helpers.commands import ROOT
 from helpers.templates import FOREIGN, write_chat_tokenizer
 
+from alpaca.common.jinja import recognize, to_jinja
 from dataset import chat_prompt, encode_record
-from templates import TEMPLATES, Template, recognize
+from templates import TEMPLATES, Template
 from tokenizer import load_tokenizer
 
 TEXTS = ["Name a fruit.", "a pear", " spaces ", "It's 3\tor 42", "\n中文 🦙\n\n", "", "{}", "x\r\n"]
@@ -57,7 +58,7 @@ def test_written_jinja_gives_the_same_ids_in_transformers(tmp_path, name, kind):
     assert template
     folder = write_chat_tokenizer(tmp_path / "a", kind)
     ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
-    theirs.chat_template = template.jinja(bos=ours.encode("", bos=True) != [])
+    theirs.chat_template = to_jinja(template, bos=ours.encode("", bos=True) != [])
     compare(ours, theirs, template)
 
 
@@ -69,5 +70,5 @@ def test_written_jinja_gives_the_same_ids_with_sentencepiece(name):
 
     ours = load_tokenizer(ROOT / "data")
     theirs = LlamaTokenizer.from_pretrained(ROOT / "data", legacy=True)
-    theirs.chat_template = TEMPLATES[name].jinja(bos=True)
+    theirs.chat_template = to_jinja(TEMPLATES[name], bos=True)
     compare(ours, theirs, TEMPLATES[name], 2, SYSTEMS[:2])

@@ -16,10 +16,11 @@ from helpers.training import flags, succeeded, train
 
 import weightdiff
 from alpaca.__main__ import load_verb
+from alpaca.common.jinja import find_template
 from alpaca.inference.sampling import SamplingParams
 from alpaca.serving.serve import make_engine
 from dataset import encode_prompt
-from templates import ALPACA, find_template, format_prompt
+from templates import ALPACA, format_prompt
 from tokenizer import load_tokenizer
 
 FILE = Path(os.environ.get("ALPACA_SMOLLM2", "no file"))

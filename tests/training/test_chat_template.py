@@ -9,11 +9,12 @@ from helpers.models import small_model
 from helpers.templates import SMOLLM, write_chat_tokenizer
 from helpers.training import flags, succeeded, train, write_records
 
+from alpaca.common.jinja import find_template, recognize, to_jinja
 from alpaca.serving.openai_schema import parse_request
 from alpaca.weights.checkpoint import read_config
 from alpaca.weights.writer import save_model
 from dataset import chat_prompt
-from templates import ALPACA, LLAMA3_CHAT, VICUNA, find_template, recognize
+from templates import ALPACA, LLAMA3_CHAT, VICUNA
 from tokenizer import load_tokenizer
 
 QUESTION = [{"role": "user", "content": "Name a fruit."}]
@@ -56,14 +57,14 @@ def prompt_in(template, folder) -> list[int]:
 
 def test_training_writes_its_template_in_place_of_the_bases(base, tuned, adapter):
     assert find_template(base / "model") == recognize(SMOLLM)
-    assert (tuned / "chat_template.jinja").read_text() == LLAMA3_CHAT.jinja()
+    assert (tuned / "chat_template.jinja").read_text() == to_jinja(LLAMA3_CHAT)
     assert "chat_template" not in json.loads((tuned / "tokenizer_config.json").read_text())
     assert "`llama3`" in (tuned / "README.md").read_text()
     end = load_tokenizer(tuned).special_id("<|eot_id|>")
     for name in ("config.json", "generation_config.json"):
         ends = json.loads((tuned / name).read_text())["eos_token_id"]
         assert ends == [load_tokenizer(tuned).eos_id, end]
-    assert (adapter / "chat_template.jinja").read_text() == VICUNA.jinja()
+    assert (adapter / "chat_template.jinja").read_text() == to_jinja(VICUNA)
 
 
 def test_without_a_flag_the_bases_template_is_kept(base, tmp_path):

@@ -15,11 +15,9 @@ are two formats:
     model, so an error names the tensor and the side that is wrong. The diff is as large as the
     tuned model: 13.5 GB for 7B in bf16, where Alpaca's format takes 27 GB.
 
-A base of another dtype is converted to the tuned model's. Where the tuned model's vocabulary is
-larger, the base's missing rows count as its mean row (Alpaca's format) or as zero (exact). A tensor
-that the base lacks counts as zero (exact) or is refused. If only the base ties its head to the
-embedding, the embedding is its head. The output gets its name only when it is complete
-and checked.
+A base of another dtype is converted to the tuned model's. Rows of the vocabulary that it lacks are
+its mean row (Alpaca's format) or zero (exact), and a tensor that it lacks is refused or zero. If
+only the base ties its head to the embedding, the embedding is its head.
 """
 
 import argparse
@@ -138,15 +136,14 @@ def recover_or_verify(args: argparse.Namespace) -> str:
             raise UserError("--expect-sum and --dtype are only for diffs in Alpaca's format")
         recover_exact_diff(args.base, args.diff, args.tuned)
         result = "base, diff and tuned model match the manifest"
+    elif args.tuned is None and args.expect_sum is None:
+        raise UserError(f"{args.diff} has no manifest: verify it by --expect-sum")
     else:
-        if args.tuned is None and args.expect_sum is None:
-            raise UserError(f"{args.diff} has no manifest: verify it by --expect-sum")
         dtype = DTYPES[args.dtype or "fp32"]
         recover_float_diff(args.base, args.diff, args.tuned, dtype, args.expect_sum)
         result = "no checksum given" if args.expect_sum is None else "the sum is as expected"
-    if args.tuned is None:
-        return f"{args.diff}: {result}"
-    return f"{args.tuned}: {size_of(args.tuned)}; {result}"
+    written = f"{args.tuned}: {size_of(args.tuned)};" if args.tuned else f"{args.diff}:"
+    return f"{written} {result}"
 
 
 def is_exact(diff: Path) -> bool:

@@ -164,9 +164,7 @@ class BPETokenizer:
         self.added = set(added) - self.control
         self.ignore_merges = pre == "llama-bpe" if ignore_merges is None else ignore_merges
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
-        special = {*self.control, *self.added, 0 if unk_id is None else unk_id}
-        if add_bos:
-            special.add(-1 if bos_id is None else bos_id)
+        special = {*self.control, *self.added, unk_id or 0, -1 if add_bos and bos_id is None else 0}
         if not 0 <= min(special) <= max(special) < self.vocab_size:
             raise UserError(f"{path}: the id of a special token is not in the vocabulary")
         if len({"", *self.pieces}) != self.vocab_size + 1:

@@ -8,15 +8,12 @@ or {"text": …}; alpaca/datagen/formats.py reads the published file formats int
     for row in pack_rows(examples.lengths[which], ranks=1, row_tokens=4096)[0]:
         loss = model(**make_row(examples, which[row])._asdict())
 
-  - Training and decoding use the same template (templates.py): a model's own, or Alpaca's.
   - Only the answer and the token that ends it have labels; the prompt is masked (-100).
   - The prompt's ids are the same with and without an answer behind them. A tokenizer would
     sometimes merge the template's last colon with the answer's first characters (`:` and `)` into
     `:)`), but decoding always starts from `:`. Such an answer is tokenized separately.
   - A step takes the next examples of a seeded shuffle, however many ranks there are. They are
     packed, uncut, into rows of about equal length: no compute is spent on padding.
-
-Self-Instruct arXiv:2212.10560; Alpaca: crfm.stanford.edu/2023/03/13/alpaca.html.
 """
 
 import hashlib
@@ -57,10 +54,8 @@ def question_ids(record: dict, tokenizer: Tokenizer) -> list[int]:
 
 def template_of(tokenizer: Tokenizer) -> Template:
     if tokenizer.template is None:
-        names = ", ".join(TEMPLATES)
-        raise UserError(
-            f"{tokenizer.path}: its chat template is none of {names}: choose one with --template"
-        )
+        unknown = f"its chat template is none of {', '.join(TEMPLATES)}"
+        raise UserError(f"{tokenizer.path}: {unknown}: choose one with --template")
     return tokenizer.template
 
 
@@ -122,10 +117,8 @@ def encode_conversation(messages: list[dict], tokenizer: Tokenizer) -> tuple[lis
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenized records end to end: document i is tokens starts[i] … starts[i + 1].
-
-    An example is one document. With preferences it is two, the chosen and the rejected answer of a
-    pair, which stay in one row."""
+    """Tokenized records end to end: document i is tokens starts[i] … starts[i + 1]. An example is
+    one document, or with preferences two: the chosen and the rejected answer of a pair."""
 
     ids: np.ndarray  # int32
     labels: np.ndarray  # int32
@@ -163,11 +156,7 @@ class Examples:
 
 
 def encode_all(
-    records: list[dict],
-    origins: list,
-    tokenizer: Tokenizer,
-    max_length: int,
-    p: list[float] | None = None,
+    records: list[dict], origins: list, tokenizer: Tokenizer, max_length: int, p: list | None = None
 ) -> Examples:
     """Tokenize and truncate all records; one that truncation leaves without a label is dropped.
 
@@ -187,7 +176,6 @@ def encode_all(
         if any(set(labels[:max_length]) <= {IGNORE} for _, labels, _ in encoded):
             report["dropped"] += 1
             continue
-        report["kept"] += 1
         kept.append(i)
         for ids, labels, unmerged in encoded:
             report["answers tokenized separately"] += unmerged
@@ -195,12 +183,10 @@ def encode_all(
             all_labels.extend(labels[:max_length])
             starts.append(len(all_ids))
     if not kept:
-        raise UserError(
-            f"after truncation to {max_length} tokens no answer is left in any of the "
-            f"{len(records)} records: raise --max-length"
-        )
-    if missing:
-        report["bytes without a token"] = missing
+        none = f"no answer is left in any of the {len(records)} records"
+        raise UserError(f"after truncation to {max_length} tokens {none}: raise --max-length")
+    report["kept"] = len(kept)
+    report |= {"bytes without a token": missing} if missing else {}
     ids, labels = np.array(all_ids, np.int32), np.array(all_labels, np.int32)
     chances = None if p is None else np.array(p)[kept]
     kept_origins = [origins[i * documents] for i in kept]

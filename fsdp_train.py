@@ -2,11 +2,10 @@
 
     torchrun fsdp_train.py                                  # the tiny model in data/
     torchrun --nproc-per-node 8 fsdp_train.py --model-dir llama-7b --data alpaca_data.json
-    torchrun --nproc-per-node 2 fsdp_train.py --device cpu  # two ranks without a GPU
     torchrun fsdp_train.py --lora --bits 4 --model-dir llama-7b --data alpaca_data.json
     python fsdp_train.py --model-dir llama-7b --data alpaca_data.json --plan --gpus 8 --chip H100
 
-The second line is Alpaca's run; the fourth trains an adapter on a GPU with 12 GiB. The same command
+The second line is Alpaca's run; the third trains an adapter on a GPU with 12 GiB. The same command
 resumes a run that was interrupted.
 
   - Weights, gradients and Adam's moments are fp32 and divided among the ranks. A block's weights
@@ -15,13 +14,12 @@ resumes a run that was interrupted.
     the whole step: how the step is divided into ranks and rows changes nothing. `--objective dpo`
     learns from preferences instead, `group` from rewards, and `reward` trains a model that judges
     (alpaca/training/objectives.py).
-  - Examples are packed into rows (dataset.py), so no computation is spent on padding.
   - `--out` holds settings.json, metrics.jsonl, loss.svg, checkpoints/ (until the end), and in the
     end model/, a Hugging Face folder with its card, or with --lora adapter/, PEFT's files.
   - Ctrl-C and SIGTERM save after the current step. torchrun allows 30 seconds for that; for a big
     model on a slow disk use its `--shutdown-timeout 300`.
 
-ZeRO: arXiv:1910.02054; FSDP: 2304.11277; activation checkpointing: 1604.06174; AdamW: 1711.05101.
+FSDP: arXiv:2304.11277; AdamW: 1711.05101.
 """
 
 from __future__ import annotations
@@ -63,7 +61,7 @@ from alpaca.training.result import report_result, save_result
 from alpaca.training.run_dir import RunDir, check_space
 from alpaca.training.snapshots import Snapshots, remove_snapshots
 from alpaca.training.throughput import Throughput
-from dataset import Examples, make_row, pack_rows, step_examples
+from dataset import make_row, pack_rows, step_examples
 from model import Llama
 
 ROW_MULTIPLE, BOUNDS_MULTIPLE = 128, 32  # of the tokens and bounds that compiled blocks see
@@ -101,9 +99,10 @@ def train(job: Job, run: RunDir, mesh: DeviceMesh, device: torch.device, stop: S
         means, norm, stopping, overdue = train_step(
             model, optimizer, objective, rows, count, device, stop, snapshots.overdue()
         )
-        if not math.isfinite(means["loss"] + norm):
-            raise divergence(step + 1, means["loss"], norm, objective.examples, batch, snapshots)
         examples = objective.examples
+        if not math.isfinite(means["loss"] + norm):
+            snapshots.finish()
+            raise divergence(step + 1, means["loss"], norm, [examples.origins[i] for i in batch])
         speed = throughput.step(examples.lengths[batch], int(examples.supervised[batch].sum()))
         run.log_step({"step": step + 1, **means, **drawn, "lr": lr, "grad_norm": norm, **speed})
         if stopping or config.saves_after(step + 1, job.steps, overdue):
@@ -192,14 +191,11 @@ def train_step(
     return means, norm, stopping > 0, any_overdue > 0
 
 
-def divergence(
-    step: int, loss: float, norm: float, examples: Examples, batch: np.ndarray, snapshots: Snapshots
-) -> UserError:
-    snapshots.finish()
-    origins = join_names(dict.fromkeys(examples.origins[i].place for i in batch), 16)
+def divergence(step: int, loss: float, norm: float, origins: list) -> UserError:
+    places = join_names(dict.fromkeys(origin.place for origin in origins), 16)
     return UserError(
         f"step {step}: the loss is {loss}, the gradient norm {norm}. This step changed no weights "
-        f"and nothing is saved. Its examples: {origins}"
+        f"and nothing is saved. Its examples: {places}"
     )
 
 
@@ -230,8 +226,7 @@ def log_held_out(
     device: torch.device,
     step: int,
 ) -> None:
-    """The mean loss over examples that are not trained on, and over those of each source; of a
-    sampler the mean reward."""
+    """The mean loss over all held-out examples and of each source; of a sampler the mean reward."""
     if isinstance(objective, Sampler) and objective.job.held_out:
         return run.log({"step": step, "held_out_reward": objective.greedy_reward(model)})
     if not isinstance(objective, AnswerLoss):

@@ -13,11 +13,8 @@ LLaMA 1 and 2 use SentencePiece (this file), SmolLM2 and Llama 3 byte-level BPE 
     it returns, joined, are `decode` of all ids.
   - `encode_after` encodes a continuation without changing the ids before it, as in decoding.
 
-`SentencePieceTokenizer.encode` gives SentencePiece's own ids. LLaMA's vocabulary contains all 256
-bytes as tokens, so any text can be encoded and decoding restores it. Only U+2581, SentencePiece's
-own sign for a space, comes back as a space.
-
-SentencePiece: arXiv:1808.06226; byte-pair encoding: arXiv:1508.07909.
+LLaMA's SentencePiece model (arXiv:1808.06226) has all 256 bytes as tokens, so decoding restores any
+text. Only U+2581, SentencePiece's own sign for a space, comes back as a space.
 """
 
 import codecs
@@ -81,11 +78,8 @@ class SentencePieceTokenizer:
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """`bos` puts BOS first, if the model expects it; `eos` puts EOS last."""
         check_unicode(text)
-        return (
-            [self.bos_id] * (bos and self.add_bos)
-            + self.sentencepiece.encode(text)
-            + [self.eos_id] * eos
-        )
+        first, last = [self.bos_id] * (bos and self.add_bos), [self.eos_id] * eos
+        return first + self.sentencepiece.encode(text) + last
 
     def encode_after(self, before: str, text: str) -> tuple[list[int], bool]:
         """The ids of `text` after `before`, whose ids do not change, and whether a token that spans
@@ -101,10 +95,8 @@ class SentencePieceTokenizer:
         """The ids of a text after a newline: without the space that SentencePiece puts first."""
         ids, count = self.encode("\n" + text), len(self.newline_ids)
         if ids[:count] != self.newline_ids:
-            raise UserError(
-                f"{self.path} has tokens that span a newline, so a prompt's ids would depend on "
-                "the answer. LLaMA's tokenizer has none"
-            )
+            reason = "so a prompt's ids would depend on the answer. LLaMA's tokenizer has none"
+            raise UserError(f"{self.path} has tokens that span a newline, {reason}")
         return ids[count:]
 
     def special_id(self, name: str) -> int:
@@ -135,7 +127,7 @@ class SentencePieceTokenizer:
         """The bytes of a token's text."""
         if self.sentencepiece.is_byte(token):
             return bytes([int(self.piece(token)[3:5], 16)])  # <0xE4>
-        return self.piece(token).replace(SPACE, " ").encode()
+        return self.token_text(token).encode()
 
     def token_text(self, token: int) -> str:
         """A token as a person reads it: " the", "</s>", "<0xE4>"."""
@@ -143,11 +135,9 @@ class SentencePieceTokenizer:
 
 
 class TextStream:
-    """Ids → text, one id at a time, complete characters only.
-
-    The result is that of SentencePiece's decoder: consecutive byte tokens are UTF-8, a byte that is
-    part of no character becomes U+FFFD, control tokens give no text, and the space that encoding
-    put before the first word is removed."""
+    """Ids → text, one id at a time, as SentencePiece decodes them: consecutive byte tokens are
+    UTF-8, a byte that is part of no character becomes U+FFFD, control tokens give no text, and the
+    space that encoding put before the first word is removed."""
 
     def __init__(self, tokenizer: SentencePieceTokenizer, after: Sequence[int]):
         self.tokenizer, self.sentencepiece = tokenizer, tokenizer.sentencepiece
@@ -170,7 +160,7 @@ class TextStream:
         if self.sentencepiece.is_unknown(token):
             text = self.tokenizer.decode([token])
         else:
-            text = self.tokenizer.piece(token).replace(SPACE, " ")
+            text = self.tokenizer.token_text(token)
             if self.at_start and self.removed and text.startswith(" "):
                 text = text[1:]
                 self.at_start = self.removed > 1
@@ -205,7 +195,7 @@ Tokenizer = SentencePieceTokenizer | BPETokenizer
 def load_tokenizer(
     path: str | Path, *models: Path | None, template: str | None = None
 ) -> Tokenizer:
-    """`path` is a tokenizer.model, a tokenizer.json, a folder that contains one, or a GGUF file.
+    """That of a tokenizer.model, a tokenizer.json, a folder with one of them, or a GGUF file.
 
     Its template is the first of these: the one named, that of the first of `models` that has one,
     the one beside the tokenizer, Alpaca's."""
@@ -255,15 +245,12 @@ def check_tokenizer(tokenizer: Tokenizer, config) -> None:
     """Refuse a tokenizer that does not fit the model of a LlamaConfig."""
     count, size = tokenizer.vocab_size, config.vocab_size
     if count > size:
-        raise UserError(
-            f"{tokenizer.path} has {count} tokens, the model only {size} embeddings: "
-            "it is another model's tokenizer"
-        )
+        counts = f"has {count} tokens, the model only {size} embeddings"
+        raise UserError(f"{tokenizer.path} {counts}: it is another model's tokenizer")
     if count < size:
         unused = f"{count} to {size - 1} have no token and are never sampled"
         notice(f"the model has {size} embeddings: {unused}")
-    theirs = config.bos_token_id, config.eos_token_id
-    eos = theirs[1] if isinstance(theirs[1], list) else theirs[1:]
-    if theirs[0] != tokenizer.bos_id or tokenizer.eos_id not in eos:
+    bos, eos = config.bos_token_id, config.eos_token_id
+    if bos != tokenizer.bos_id or tokenizer.eos_id not in (eos if isinstance(eos, list) else [eos]):
         ours = f"the tokenizer's bos {tokenizer.bos_id} and eos {tokenizer.eos_id} are used"
-        notice(f"config.json has bos {theirs[0]} and eos {theirs[1]}: {ours}")
+        notice(f"config.json has bos {bos} and eos {eos}: {ours}")

@@ -27,17 +27,15 @@ from __future__ import annotations
 import math
 import signal
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 
 from alpaca.common.cli import Parser
 from alpaca.common.errors import UserError, join_names, notice
@@ -47,7 +45,14 @@ from alpaca.training.config import BETAS, CLIP, EPS, TrainConfig, add_arguments
 from alpaca.training.group import Sampler
 from alpaca.training.job import Job, prepare
 from alpaca.training.memory_plan import measure, report_plan, stored_bytes
-from alpaca.training.objectives import AnswerLoss, PackedRow, PreferenceLoss, make_objective
+from alpaca.training.objectives import (
+    AnswerLoss,
+    PackedRow,
+    PreferenceLoss,
+    evaluation,
+    make_objective,
+    packed_rows,
+)
 from alpaca.training.parallel import (
     build_model,
     local_ranks,
@@ -61,10 +66,8 @@ from alpaca.training.result import report_result, save_result
 from alpaca.training.run_dir import RunDir, check_space
 from alpaca.training.snapshots import Snapshots, remove_snapshots
 from alpaca.training.throughput import Throughput
-from dataset import make_row, pack_rows, step_examples
+from dataset import step_examples
 from model import Llama
-
-ROW_MULTIPLE, BOUNDS_MULTIPLE = 128, 32  # of the tokens and bounds that compiled blocks see
 
 
 def train(job: Job, run: RunDir, mesh: DeviceMesh, device: torch.device, stop: StopSignal) -> None:
@@ -129,32 +132,6 @@ def learning_rate(step: int, steps: int, max_lr: float, warmup_ratio: float) -> 
     return max_lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def packed_rows(
-    objective: AnswerLoss, batch: np.ndarray, config: TrainConfig, device: torch.device
-) -> Iterator[PackedRow]:
-    """This rank's share of a batch, packed into as many rows as every other rank's. The argument
-    `longest` is the same for all rows, because it is compiled in."""
-    examples = objective.examples
-    rows = pack_rows(examples.lengths[batch], dist.get_world_size(), config.row_tokens)
-    few_shapes = config.compiles(device)
-    multiples = (min(ROW_MULTIPLE, config.max_length), BOUNDS_MULTIPLE) if few_shapes else (1, 1)
-    for row in rows[dist.get_rank()]:
-        packed = make_row(examples, batch[row], *multiples)
-        inputs = {name: to_device(x, device) for name, x in packed._asdict().items()}
-        if few_shapes:  # else rows with more documents than the first would be compiled again
-            torch._dynamo.maybe_mark_dynamic(inputs["cu_seqlens"], 0)
-        columns = objective.columns(batch[row]).items()
-        columns = {name: to_device(torch.from_numpy(x), device) for name, x in columns}
-        yield PackedRow({**inputs, "longest": config.max_length}, columns)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Start to copy a tensor; from pinned memory, a GPU computes the previous row meanwhile."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
 def train_step(
     model: Llama,
     optimizer: torch.optim.Optimizer,
@@ -204,18 +181,6 @@ def exit_to_resume(step: int, snapshots: Snapshots, run: RunDir, stop: StopSigna
     run.end_log()
     notice(f"stopped after step {step}: the same command resumes from there")
     sys.exit(128 + (stop.number or signal.SIGTERM))
-
-
-@contextmanager
-def evaluation(model: Llama) -> Iterator[None]:
-    """Without dropout and gradients. Only a backward pass would free all gathered weights."""
-    model.eval()
-    with torch.no_grad():
-        yield
-    model.train()
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def log_held_out(

@@ -40,17 +40,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import fsdp_train
 import model as model_module
 from alpaca.datagen.formats import load_mixture
-from alpaca.training import parallel, result
+from alpaca.training import objectives, parallel, result
 from alpaca.training.config import TrainConfig
-from alpaca.training.objectives import AnswerLoss
+from alpaca.training.objectives import AnswerLoss, packed_rows, to_device
 from alpaca.training.run_dir import RunDir
 from alpaca.weights.loading import load_model
 from dataset import Examples, encode_record
 from fsdp_train import (
     build_optimizer,
     learning_rate,
-    packed_rows,
-    to_device,
     train_step,
 )
 from model import IGNORE, Llama
@@ -134,7 +132,7 @@ def test_host_waits_for_a_gpu_once_in_a_step(monkeypatch):
     monkeypatch.setattr(model_module, "FLASH", "cpu")
     monkeypatch.setattr(FakeTensor, "tolist", lambda x: waits.append(len(x)) or [1.0] * len(x))
     mode, device = FakeTensorMode(), torch.device("cpu")
-    monkeypatch.setattr(fsdp_train, "to_device", lambda tensor, _: mode.from_tensor(tensor))
+    monkeypatch.setattr(objectives, "to_device", lambda tensor, _: mode.from_tensor(tensor))
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
     objective = AnswerLoss(Examples(counts, counts, ends, [], {}))

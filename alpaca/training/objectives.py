@@ -28,7 +28,8 @@ the rejected one. Δ = 1 + 3 = 4, and with β = 0.1 the loss falls from log 2 = 
 -log σ(0.4) = 0.513.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,12 +39,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from alpaca.common.errors import UserError, describe_error
 from alpaca.common.files import atomic_file
 from alpaca.training.config import TrainConfig
 from alpaca.weights.reward import RewardModel
-from dataset import Examples
+from dataset import Examples, make_row, pack_rows
 from model import Llama
 
 PREFERENCES: dict[str, Callable[[Tensor, float], Tensor]] = {  # Δ, β → loss
@@ -52,6 +54,7 @@ PREFERENCES: dict[str, Callable[[Tensor, float], Tensor]] = {  # Δ, β → loss
     "dpo-norm": lambda margin, beta: -F.logsigmoid(beta * margin),
 }
 OF_MEANS = ("ipo", "dpo-norm")
+ROW_MULTIPLE, BOUNDS_MULTIPLE = 128, 32  # of the tokens and bounds that compiled blocks see
 
 
 class PackedRow(NamedTuple):
@@ -176,6 +179,9 @@ class PreferenceLoss(RewardLoss):
             raise UserError(f"{file}: {describe_error(error)}: {advice}") from None
 
 
+# ---------------------------------------------------------------- of a run
+
+
 def model_class(config: TrainConfig) -> type[Llama]:
     return RewardModel if config.objective == "reward" else Llama
 
@@ -188,3 +194,41 @@ def make_objective(examples: Examples, config: TrainConfig) -> AnswerLoss:
     if config.objective == "group":  # as if the references were the samples
         return GroupLoss(examples, np.ones(len(examples)), config.temperature)
     return PreferenceLoss(examples, config.objective, config.beta)
+
+
+def packed_rows(
+    objective: AnswerLoss, batch: np.ndarray, config: TrainConfig, device: torch.device
+) -> Iterator[PackedRow]:
+    """This rank's share of a batch, packed into as many rows as every other rank's. The argument
+    `longest` is the same for all rows, because it is compiled in."""
+    examples = objective.examples
+    rows = pack_rows(examples.lengths[batch], dist.get_world_size(), config.row_tokens)
+    few_shapes = config.compiles(device)
+    multiples = (min(ROW_MULTIPLE, config.max_length), BOUNDS_MULTIPLE) if few_shapes else (1, 1)
+    for row in rows[dist.get_rank()]:
+        packed = make_row(examples, batch[row], *multiples)
+        inputs = {name: to_device(x, device) for name, x in packed._asdict().items()}
+        if few_shapes:  # else rows with more documents than the first would be compiled again
+            torch._dynamo.maybe_mark_dynamic(inputs["cu_seqlens"], 0)
+        columns = objective.columns(batch[row]).items()
+        columns = {name: to_device(torch.from_numpy(x), device) for name, x in columns}
+        yield PackedRow({**inputs, "longest": config.max_length}, columns)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Start to copy a tensor; from pinned memory, a GPU computes the previous row meanwhile."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+@contextmanager
+def evaluation(model: Llama) -> Iterator[None]:
+    """Without dropout and gradients. Only a backward pass would free all gathered weights."""
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -35,10 +35,10 @@ from helpers.training import (
 
 from alpaca.training import parallel
 from alpaca.training.config import TrainConfig
-from alpaca.training.objectives import AnswerLoss
+from alpaca.training.objectives import AnswerLoss, packed_rows
 from alpaca.weights.lora import LoraConfig, add_lora
 from dataset import Examples
-from fsdp_train import packed_rows, train_step
+from fsdp_train import train_step
 from model import Block
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from alpaca import CHECKOUT
 from alpaca.common.cli import Parser
@@ -42,22 +42,15 @@ LOCAL_ARGUMENTS = (add_model_arguments, add_sampling_arguments)
 SERVER_SAMPLING = ("temperature", "top_p", "max_new_tokens", "stop")  # mean the same on a server
 # Local arguments that do not change the answers. (The model's files do: settings_of adds those.)
 INCIDENTAL = {"model_dir", "adapter", "device", "compile", "max_batch_size"}
-
-
-class Answer(NamedTuple):
-    output: str
-    cut: bool  # by the limit of tokens
-
-
-ANSWER = {"id": str, "output": str, "cut": bool}  # the shape of a line of answers.jsonl
+ANSWER = {"id": str, "output": str, "cut": bool}  # a line of answers.jsonl; cut by the token limit
 
 
 # ---------------------------------------------------------------- a model in a folder
 
 
 def generate_local(items: dict[str, Item], args: argparse.Namespace, log: Path) -> dict:
-    """id → Answer. A prompt that is too long for the model is left out."""
-    answers = {e["id"]: Answer(e["output"], e["cut"]) for e in read_log(log, ANSWER)}
+    """id → answer. A prompt that is too long for the model is left out."""
+    answers = {answer["id"]: answer for answer in read_log(log, ANSWER)}
     todo = {id: item for id, item in items.items() if id not in answers}
     if not todo:
         return answers
@@ -81,8 +74,9 @@ def generate_local(items: dict[str, Item], args: argparse.Namespace, log: Path) 
             if sequence.finish_reason:
                 sequence.check()
                 id = pending.pop(sequence)
-                answers[id] = Answer(sequence.text, sequence.finish_reason == "length")
-                append_jsonl(log, {"id": id, **answers[id]._asdict()})
+                cut = sequence.finish_reason == "length"
+                answers[id] = {"id": id, "output": sequence.text, "cut": cut}
+                append_jsonl(log, answers[id])
                 progress.step()
     progress.close()
     return answers
@@ -92,18 +86,18 @@ def generate_local(items: dict[str, Item], args: argparse.Namespace, log: Path) 
 
 
 def generate_remote(items: dict[str, Item], args: argparse.Namespace, log: Path) -> dict:
-    """id → Answer. What the server does not answer is left out."""
+    """id → answer. What the server does not answer is left out."""
     endpoint = endpoint_from_args(args, args.model)
     options = {"max_tokens": args.max_new_tokens, "temperature": args.temperature}
     options |= {"top_p": args.top_p if args.top_p < 1 else None, "stop": args.stop or None}
     options |= args.request
-    answers: dict[str, Answer] = {}
+    answers: dict[str, dict] = {}
 
     async def ask(teachers: Teachers, id: str, item: Item) -> None:
         chat = endpoint.kind == "chat"
         text = item.question if chat else format_prompt(item.instruction, item.input)
         if reply := await teachers.ask_until(id, lambda reply: reply, 1, text, options):
-            answers[id] = Answer(reply.text, reply.truncated)
+            answers[id] = {"output": reply.text, "cut": reply.truncated}
 
     requests = RequestLog(log)
     work = request_log.ask_all(requests, endpoint, args, items, ask, "answers")
@@ -135,21 +129,15 @@ def run(args: argparse.Namespace) -> None:
         answers = (generate_local if args.model is None else generate_remote)(items, args, log)
         if not answers:
             raise UserError(f"{args.out}: none of the {len(items)} instructions has an answer")
-        outputs = [
-            {
-                "instruction": item.question,
-                "output": answers[id].output,
-                "generator": name,
-                "dataset": item.dataset,
-            }
-            for id, item in items.items()
-            if id in answers
-        ]
+        outputs = []
+        for id in sorted(answers, key=int):
+            output = {"instruction": items[id].question, "output": answers[id]["output"]}
+            outputs.append(output | {"generator": name, "dataset": items[id].dataset})
         save_json(args.out / OUTPUTS, outputs)
     print(f"{len(answers)} answers of {name} in {args.out / OUTPUTS}")
     reason = "their prompts are too long" if args.model is None else "run again to retry"
-    cut = sum(answer.cut for answer in answers.values())
-    empty = sum(not answer.output.strip() for answer in answers.values())
+    cut = sum(answer["cut"] for answer in answers.values())
+    empty = sum(not answer["output"].strip() for answer in answers.values())
     for count, what in (
         (len(items) - len(answers), f"have no answer and are left out: {reason}"),
         (cut, f"were cut at {args.max_new_tokens} tokens"),

@@ -15,12 +15,10 @@ Of several choices, a model picks the one that it finds likeliest after the prom
     per token       divided by its tokens
 
 TruthfulQA's mc2 is the share that true answers have of all answers' probability. GSM8K's answers
-are generated greedily; what counts is the number (alpaca/datagen/checkers.py), and of safety
-prompts, whether the answer declines (refusals.py). Intervals are Wilson's (win_rate.py).
-
-Prompts are plain texts, as published, or with --apply-chat-template the instructions of a chat, as
-safety prompts always are. Every question's scores are in scores.jsonl at once; the same command
-resumes.
+are generated greedily; what counts is the number, and of safety prompts, whether the answer
+declines (refusals.py). Intervals are Wilson's (win_rate.py). Prompts are plain texts, as published,
+or with --apply-chat-template the instructions of a chat, as safety prompts always are. Every
+question's scores are in scores.jsonl at once; the same command resumes.
 """
 
 import argparse

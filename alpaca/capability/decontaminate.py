@@ -6,10 +6,9 @@
 
 Both are read in any of the published forms (alpaca/datagen/formats.py). A set needs no answers, and
 may also be a benchmark (tasks.py), whose questions are compared alone and with their choices, or a
-folder with a model's answers. Every pair of twins is listed: what they have in common (overlap.py
-says when a pair counts), where both are, and how they begin. --out is a JSON list of all other
-records, each as it was in its file; a conversation or a record with several instances goes as a
-whole. Of DATA given as FILE:WEIGHT, all records are compared.
+folder with a model's answers. All pairs of twins are listed (overlap.py says what they are). --out
+is a JSON list of all other records, each as it was in its file; a conversation or a record with
+several instances goes as a whole. Of DATA given as FILE:WEIGHT, all records are compared.
 """
 
 import argparse

@@ -14,8 +14,8 @@ token, a single one, that after the context. What is computed once:
 
 A slot holds prefix, context and all continuations but their last tokens, which predict nothing.
 Five examples of 130 tokens and a question of 100 with four endings of 26 make 850 tokens, of which
-200 are computed; whole texts would be 4 × 775 tokens. Requests of similar length are computed
-together, the longest first: if memory is too small, that shows at once.
+200 are computed; whole texts would be 4 × 775. The longest requests come first: if memory is too
+small, that shows at once.
 """
 
 from collections.abc import Iterator

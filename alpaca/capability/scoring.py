@@ -1,13 +1,7 @@
 """Questions → scores: choices by their likelihood, generated answers by what they say.
 
-    for number, scores in score_choices(model, tokenizer, {0: question, 1: another}, args):
-        print(questions[number].place, scores["log_likelihoods"], scores["right"])
-
 `right` is 1 or 0, or a share between them; fields that begin with it, such as right_per_token, are
-averaged by benchmark.py. GENERATED names the tasks whose questions are answered in words; a task
-joins them with a function that judges an answer.
-
-Prompts and answers are divided into ids as lm-eval does it.
+averaged by benchmark.py. Prompts and answers are divided into ids as lm-eval does it.
 """
 
 import argparse

@@ -1,8 +1,5 @@
 """Published benchmark files → questions: prompts, their answers, and which of these are right.
 
-    questions = read_tasks([Path("mmlu/test/anatomy_test.csv"), Path("hellaswag_val.jsonl")])
-    questions = add_shots(questions, read_tasks([Path("mmlu/dev/anatomy_dev.csv")]), count=5)
-
 The files are read as their authors or the Hugging Face hub publish them, as JSON or JSONL, gzipped
 or not. The fields of a record say which benchmark it belongs to:
 

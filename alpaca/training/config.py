@@ -2,8 +2,7 @@
 
 Every field of `TrainConfig` is a flag of fsdp_train.py; its default is Alpaca's recipe for 7B.
 TINY_RECIPE replaces some defaults if no base model or preset is given, LORA_RECIPE if `--lora` is,
-and a recipe of OBJECTIVE_RECIPES if an objective other than Alpaca's is.
-A flag on the command line replaces any default.
+and a recipe of OBJECTIVE_RECIPES if an objective other than Alpaca's is. Flags replace any default.
 """
 
 import argparse

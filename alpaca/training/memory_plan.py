@@ -17,9 +17,7 @@ integers, whole on every rank and dequantized one matrix at a time. The phases t
 
 The fewer blocks are left, the fewer activations and the more gradients there are, so the worst N is
 the first or the last. The estimate counts the tensors of model.py and FSDP in eager mode, and
-agrees with `--simulate` within 3 %; compiled blocks need less. MARGIN is memory outside tensors.
-With --objective group, every answer fills --max-length, and a rank holds a second model (group.py).
-The longest row is that of the first steps, up to thousands. Activations: arXiv:2205.05198.
+agrees with `--simulate` within 3 %; compiled blocks need less. Activations: arXiv:2205.05198.
 """
 
 from dataclasses import dataclass, replace

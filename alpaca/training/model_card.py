@@ -1,10 +1,8 @@
 """The card of a trained model: data/MODEL_CARD.md, filled in for the run.
 
 A model travels without the folder it was trained in. Its card says what it was made of (files by
-SHA-256, so that anyone can compare theirs), how it was trained, how well it does, and what it
-should not be used for. It is written as README.md, where Hugging Face looks for it.
-
-Model cards: arXiv:1810.03993; datasheets: 1803.09010.
+SHA-256), how it was trained, how well it does, and what it should not be used for. Hugging Face
+looks for it in README.md. Model cards: arXiv:1810.03993; datasheets: 1803.09010.
 """
 
 import hashlib

@@ -1,12 +1,7 @@
 """One model on many ranks, and many ranks behaving like one program.
 
-model.py contains none of this. A model is built on the meta device, where it takes no memory; then
-these functions are applied, in this order:
-
-    apply_activation_checkpointing    recompute activations in the backward pass
-    apply_compile                     compile each block, once for all blocks
-    apply_fsdp                        divide each block's weights among the ranks
-    load_sharded_weights              each rank reads its own rows; none holds the whole model
+model.py contains none of this. `build_model` makes a model on the meta device, where it takes no
+memory; checkpointing, compilation and FSDP are applied to it; then each rank reads its own rows.
 
 ZeRO: arXiv:1910.02054; FSDP: 2304.11277; activation checkpointing: 1604.06174.
 """

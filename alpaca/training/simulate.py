@@ -7,9 +7,7 @@ The model, the sharding, checkpointing, clipping and AdamW are those of a real r
 fake: they have a shape and a dtype, and FSDP sends them to ranks that do not exist. So 65B on 1,024
 ranks takes a minute on a laptop. A tracker adds up the storages that are alive.
 
-Where the simulation differs from a GPU: blocks are not compiled, parts of the head's gradient are
-stored, and nothing is copied from host memory with --offload. What CUDA, NCCL and the allocator
-take comes on top: the margin in memory_plan.py.
+On a GPU, blocks are compiled, parts of the head's gradient are not stored, and --offload copies.
 """
 
 from collections import Counter

@@ -1,11 +1,9 @@
 """The speed of training: operations per token, peaks of GPUs, and the share of a peak reached.
 
 A weight costs a multiplication and an addition in the forward pass, twice that in the backward
-pass: six per weight and token. The model FLOPs utilization (MFU) is the useful operations
-of a step divided by what the GPUs could have computed in its time. What activation checkpointing
-computes again is work, but not useful work.
-
-Kaplan et al. arXiv:2001.08361; MFU: PaLM, 2204.02311.
+pass: six per weight and token (arXiv:2001.08361). The model FLOPs utilization (MFU, 2204.02311) is
+the useful operations of a step divided by what the GPUs could have computed in its time. What
+activation checkpointing computes again is work, but not useful work.
 """
 
 import os
@@ -128,9 +126,8 @@ def estimated_seconds(work: Any, chip: Chip) -> float:
     """The estimated time of a step of a Workload (memory_plan.py): computing; copies of weights and
     gradients on the GPU; traffic between GPUs, as far as it outlasts half of the computing.
 
-    For each row, weights are gathered before the forward pass and again before the backward pass,
-    and gradients are reduced in fp32. A GPU also casts and copies what it gathers and reduces,
-    which costs more where fewer share the work. AdamW and clipping move 40 bytes a parameter."""
+    A GPU casts and copies what it gathers and reduces, which costs more where fewer share the work.
+    AdamW and clipping move 40 bytes a parameter."""
     config, size, shards = work.config, work.itemsize, work.shards
     flops = flops_per_token(work.model, work.length, work.supervised, config.lora)
     if config.checkpointing == "full":  # the forward pass again: 2 operations to 6, or LoRA's 4

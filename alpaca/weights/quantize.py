@@ -6,9 +6,8 @@
 
 `--bits` is for the blocks' matrices. The head is rounded to 8 bits; embedding and norms are not
 rounded. The folder is a Hugging Face folder with integers and scales in place of weights, and with
-quantization_config in config.json; `alpaca generate`, `alpaca serve` and training with --lora open
-it. They take --bits, too, and round a plain folder while they read it, one tensor at a time: a 7B
-model in int4 loads on a machine with 8 GB.
+quantization_config in config.json. Commands that open it take --bits, too, and round a plain folder
+while they read it, one tensor at a time: a 7B model in int4 loads on a machine with 8 GB.
 """
 
 import argparse

@@ -11,9 +11,8 @@ template puts behind EOS (chatml a newline).
 By the model of Bradley and Terry, an answer with reward r is better than one with reward s with
 probability σ(r - s). Rewards are to be compared within a question; one alone means nothing.
 
-A folder is what transformers opens with AutoModelForSequenceClassification; published ones with one
-label are read, too. To find the last token of a padded text, transformers needs a pad_token_id that
-ends no text. Reward models: arXiv:1909.08593, 2009.01325, 2203.02155.
+A folder is what transformers opens with AutoModelForSequenceClassification, which needs a
+pad_token_id that ends no text. Reward models: arXiv:1909.08593, 2009.01325, 2203.02155.
 """
 
 from dataclasses import replace
@@ -74,11 +73,9 @@ def load_reward_model(
     config, stored = open_checkpoint(folder, RewardModel)
     with torch.device("meta"):
         model = RewardModel(config)
-    for name, tensor in stored.items():
-        path, _, leaf = name.rpartition(".")
-        weight = as_dtype(tensor.read(), dtype or tensor.dtype, name).to(device)
-        setattr(model.get_submodule(path), leaf, nn.Parameter(weight, requires_grad=False))
-    return model
+    weights = {n: as_dtype(t.read(), dtype or t.dtype, n).to(device) for n, t in stored.items()}
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(False)
 
 
 @torch.no_grad()

@@ -40,7 +40,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from alpaca.common.cli import Parser
 from alpaca.common.errors import UserError, join_names, notice
 from alpaca.common.memory import keep_freed_memory
-from alpaca.datagen.formats import group_by_source
 from alpaca.training.config import BETAS, CLIP, EPS, TrainConfig, add_arguments
 from alpaca.training.group import Sampler
 from alpaca.training.job import Job, prepare
@@ -62,7 +61,7 @@ from alpaca.training.parallel import (
     trained_parameters,
 )
 from alpaca.training.process import StopSignal, run_rank
-from alpaca.training.result import report_result, save_result
+from alpaca.training.result import log_held_out, report_result, save_result
 from alpaca.training.run_dir import RunDir, check_space
 from alpaca.training.snapshots import Snapshots, remove_snapshots
 from alpaca.training.throughput import Throughput
@@ -181,35 +180,6 @@ def exit_to_resume(step: int, snapshots: Snapshots, run: RunDir, stop: StopSigna
     run.end_log()
     notice(f"stopped after step {step}: the same command resumes from there")
     sys.exit(128 + (stop.number or signal.SIGTERM))
-
-
-def log_held_out(
-    model: Llama,
-    objective: AnswerLoss | Sampler | None,
-    config: TrainConfig,
-    run: RunDir,
-    device: torch.device,
-    step: int,
-) -> None:
-    """The mean loss over all held-out examples and of each source; of a sampler the mean reward."""
-    if isinstance(objective, Sampler) and objective.job.held_out:
-        return run.log({"step": step, "held_out_reward": objective.greedy_reward(model)})
-    if not isinstance(objective, AnswerLoss):
-        return
-    sources = {s: np.array(i) for s, i in group_by_source(objective.examples.origins).items()}
-    names = [f"held_out_{name}" for name in objective.figures]
-    totals = torch.zeros(len(sources), len(names), dtype=torch.float64, device=device)
-    with evaluation(model):
-        for total, which in zip(totals, sources.values(), strict=True):
-            for row in packed_rows(objective, which, config, device):  # of one source
-                total += objective(model, row)
-    dist.all_reduce(totals)
-    counts = [objective.count(which) for which in sources.values()]
-    means = dict(zip(names, (totals.sum(0) / sum(counts)).tolist(), strict=True))
-    for source, total, count in zip(sources, totals[:, 0].tolist(), counts, strict=True):
-        if len(sources) > 1:
-            means[f"held_out_loss/{source}"] = total / count
-    run.log({"step": step, **means})
 
 
 # ---------------------------------------------------------------- before and after the steps

@@ -12,5 +12,5 @@ throughput.py       numbers of parameters and operations, MFU
 memory_plan.py      `--plan`: memory and hours, estimated before training
 simulate.py         `--plan --simulate`: the memory of a step on tensors without data
 model_card.py       the card beside the trained model
-result.py           what a run ends with: its folder, and answers to held-out instructions
+result.py           held-out figures before and after, the trained model, its answers
 """

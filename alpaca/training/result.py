@@ -1,20 +1,24 @@
-"""What a run ends with: a folder with the trained model, its card, and answers to instructions that
-it was not trained on."""
+"""What training has achieved: figures and answers on records that are not trained on, and the
+folder with the model and its card."""
 
 import gc
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from alpaca.common.errors import notice
+from alpaca.datagen.formats import group_by_source
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
 from alpaca.training.config import BETAS, CLIP, EPS, TrainConfig
+from alpaca.training.group import Sampler
 from alpaca.training.job import Job
 from alpaca.training.model_card import write_card
+from alpaca.training.objectives import AnswerLoss, evaluation, packed_rows
 from alpaca.training.parallel import full_tensor, trained_parameters
 from alpaca.training.run_dir import RunDir
 from alpaca.weights.adapter import save_adapter
@@ -27,6 +31,35 @@ from model import Llama
 from tokenizer import Tokenizer, with_ends
 
 PRINTED, PRINTED_LENGTH = 12, 200  # answers and their characters; all are compared, whole
+
+
+def log_held_out(
+    model: Llama,
+    objective: AnswerLoss | Sampler | None,
+    config: TrainConfig,
+    run: RunDir,
+    device: torch.device,
+    step: int,
+) -> None:
+    """The mean loss over all held-out examples and of each source; of a sampler the mean reward."""
+    if isinstance(objective, Sampler) and objective.job.held_out:
+        return run.log({"step": step, "held_out_reward": objective.greedy_reward(model)})
+    if not isinstance(objective, AnswerLoss):
+        return
+    sources = {s: np.array(i) for s, i in group_by_source(objective.examples.origins).items()}
+    names = [f"held_out_{name}" for name in objective.figures]
+    totals = torch.zeros(len(sources), len(names), dtype=torch.float64, device=device)
+    with evaluation(model):
+        for total, which in zip(totals, sources.values(), strict=True):
+            for row in packed_rows(objective, which, config, device):  # of one source
+                total += objective(model, row)
+    dist.all_reduce(totals)
+    counts = [objective.count(which) for which in sources.values()]
+    means = dict(zip(names, (totals.sum(0) / sum(counts)).tolist(), strict=True))
+    for source, total, count in zip(sources, totals[:, 0].tolist(), counts, strict=True):
+        if len(sources) > 1:
+            means[f"held_out_loss/{source}"] = total / count
+    run.log({"step": step, **means})
 
 
 def gathered_tensors(model: Llama, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -28,7 +28,7 @@ from helpers.training import (
 import fsdp_train
 from alpaca.datagen.formats import load_records
 from alpaca.inference.engine import Engine
-from alpaca.training import group
+from alpaca.training import group, objectives
 from alpaca.training.config import TrainConfig
 from alpaca.training.memory_plan import Workload, peak_bytes, sampler_bytes
 from alpaca.training.parallel import full_tensor, trained_parameters
@@ -115,7 +115,7 @@ def test_gradient_equals_a_plain_reinforce_loop(lora, base, tmp_path, monkeypatc
 
     monkeypatch.setattr(fsdp_train, "squared_gradient_norm", noted)
     note(monkeypatch, group.Sampler, "answer", groups)
-    note(monkeypatch, fsdp_train, "make_row", rows)
+    note(monkeypatch, objectives, "make_row", rows)
     changes = {"lora": True, "lora_dropout": 0} if lora else {}
     words = group_flags(base, tmp_path / "run", max_steps=1, samples=3, temperature=0.7, **changes)
     succeeded(train(words))

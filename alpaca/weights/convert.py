@@ -5,9 +5,8 @@
     alpaca convert llama-7b llama-7b.gguf --type q8_0       # for llama.cpp
     alpaca convert llama-7b.gguf llama-7b                   # from llama.cpp
 
-transformers opens the folder as it is. The bos and eos ids in config.json are taken from the
-tokenizer: early conversions of LLaMA have wrong ones. A GGUF file also gets the chat template that
-the model (or with --adapter, the adapter) was trained with; gguf_writer.py says how it is rounded.
+The bos and eos ids in config.json are taken from the tokenizer: early conversions of LLaMA have
+wrong ones. A GGUF file also gets the chat template that the model or adapter was trained with.
 """
 
 import argparse

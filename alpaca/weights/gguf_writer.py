@@ -3,9 +3,8 @@
     alpaca convert runs/tiny/model tiny.gguf --type q8_0
     alpaca convert llama-7b alpaca.gguf --type q4_0 --adapter runs/alpaca-lora/adapter
 
-The metadata is written first, since shapes give all sizes; then one tensor after another is read,
-rounded and written. Norms stay F32. In a Q4_0 file the head and a tied embedding are Q8_0, because
-rounding them costs the most. The tokenizer and its chat template are included.
+The metadata is written first, since shapes give all sizes; then one tensor after another. Norms
+stay F32. In a Q4_0 file the head and a tied embedding are Q8_0: rounding them costs the most.
 """
 
 import re

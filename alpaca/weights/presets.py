@@ -16,22 +16,15 @@ LLAMA3_SCALING = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_fact
 LLAMA3_SCALING |= {"original_max_position_embeddings": 8192}  # all releases; `factor` differs
 LLAMA3 = {"max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 5e5}
 LLAMA3 |= {"bos_token_id": 128000, "eos_token_id": 128001}
+SMOLLM2 = {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 1e5}
+TIED = {"tie_word_embeddings": True}
 OVERRIDES = {  # where a model differs from LLaMA 1's 7B in more than its size
     # Narrow layers need larger initial weights: otherwise attention stays too uniform to copy.
     "tiny": {"max_position_embeddings": 512, "initializer_range": 0.06},
     "65B": {"rms_norm_eps": 1e-5},
-    "smollm2-135m": {
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e5,
-        "tie_word_embeddings": True,
-    },
-    "llama-3.2-1b": {
-        **LLAMA3,
-        "tie_word_embeddings": True,
-        "rope_scaling": LLAMA3_SCALING | {"factor": 32.0},
-    },
-    "llama-3.1-8b": LLAMA3 | {"rope_scaling": LLAMA3_SCALING | {"factor": 8.0}},
+    "smollm2-135m": {**SMOLLM2, **TIED},
+    "llama-3.2-1b": {**LLAMA3, "rope_scaling": LLAMA3_SCALING | {"factor": 32.0}, **TIED},
+    "llama-3.1-8b": {**LLAMA3, "rope_scaling": LLAMA3_SCALING | {"factor": 8.0}},
 }
 
 

@@ -145,8 +145,9 @@ class Clients:
         running, own = [[] for _ in range(RUNNING)], []
         asked = [stream(http, url, self.body(WORDS, LONG_NEW), one) for one in running]
         tasks = [asyncio.create_task(one) for one in asked]
-        while min(map(len, running)) < 8:
-            await asyncio.sleep(0.01)
+        while not all(running):  # until each has begun
+            ended, _ = await asyncio.wait(tasks, timeout=0.01)
+            assert not ended, "a stream ended before the others began"
         start = time.perf_counter()
         await stream(http, url, self.body(LONG_WORDS, NEW), own)
         await asyncio.gather(*tasks)

@@ -242,16 +242,19 @@ def compare(
     """The benchmark's command. `sides` take a dtype and a number of steps; ours is the first.
     `flops` is a token's, for each parameter."""
     from alpaca.training.throughput import model_parameters
+    from alpaca.weights.quantized_linear import multiplies_bf16
     from model import LlamaConfig
 
     parser = bench_parser(doc, runs=True, internal=("--side",))
     parser.add_argument("--steps", type=int, default=9, help="of each run (default: 9)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="only this one (default: both)")
+    help = "only this one (default: fp32, and bf16 if the CPU multiplies it)"
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help=help)
     args = parser.parse_args()
     sides = {**sides, "matmul": lambda dtype, _: {"rate": matmul_rate(dtype)}}
     if args.side:
         return measure_once(lambda: sides[args.side](args.dtype, args.steps))
-    for dtype in [args.dtype] if args.dtype else ("fp32", "bf16"):
+    dtypes = ("fp32", "bf16") if multiplies_bf16() else ("fp32",)
+    for dtype in [args.dtype] if args.dtype else dtypes:
         flags = {"dtype": dtype, "steps": args.steps}
         processes = {
             side: lambda side=side, flags=flags: run_in_process(module, side=side, **flags)

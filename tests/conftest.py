@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items):
 def clean_state(monkeypatch):
     """Every test starts from the same seed and leaves no dtype or process group behind. The
     memory of this process is measured by some tests: it must not keep what others have freed."""
-    monkeypatch.setattr("alpaca.weights.loading.keep_freed_memory", lambda: None)
+    monkeypatch.setattr("alpaca.weights.loading.keep_freed_memory", lambda **_: None)
     torch.manual_seed(0)
     INPUTS.clear()
     yield

@@ -24,15 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from alpaca.inference.prefix import (
-    Branches,
-    fork,
-    new_cache,
-    pad,
-    padded_length,
-    prefill,
-    shared_tokens,
-)
+from alpaca.inference.prefix import Branches, fork, new_cache, pad, padded_length, prefill
 from model import LOGITS_CHUNK, KVCache, Llama
 
 MAX_BATCH_TOKENS = 8192  # tokens in the cache: 0.4 GB for SmolLM2-135M in fp32, 4 for 7B in 16 bits
@@ -124,7 +116,8 @@ def log_likelihoods(
     for i, (context, continuations) in enumerate(requests):
         size = len(context) + max(map(len, continuations)) - 1
         assert size <= limit, f"request {i} has {size} tokens, and the model {limit} positions"
-        start = shared_tokens(context, prefix)
+        shares = len(context) > len(prefix) and context[: len(prefix)] == prefix
+        start = len(prefix) if shares else 0
         groups[start].append(make_tree(i, requests[i], start))
     for start, trees in groups.items():
         if trees:

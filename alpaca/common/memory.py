@@ -4,7 +4,7 @@ import ctypes
 from contextlib import suppress
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(below: int = 1 << 30) -> None:
     """Have the C library keep freed memory for the next tensor instead of returning it.
 
     By default every large CPU tensor is fresh memory, which the system clears page by page: for a
@@ -12,5 +12,5 @@ def keep_freed_memory() -> None:
     that decodes 16 sequences and samples."""
     with suppress(OSError, AttributeError):  # a C library without mallopt
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: no mapping of its own for a tensor below this
+        mallopt(-3, below)  # M_MMAP_THRESHOLD: bytes from which a tensor is a mapping of its own
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: never shrink the heap

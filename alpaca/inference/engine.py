@@ -18,12 +18,14 @@ little more than one sequence. So sequences join and leave between any two steps
     repeats the prompt before it is not computed again: it gets a copy of the keys and values.
   - With `prefix_memory` the keys and values of earlier texts are kept, and of a prompt that begins
     like one of them only the rest is run (prefix_tree.py).
-  - With `max_stall`, running answers wait no longer than that for a prompt: one that takes longer
-    is run in parts, one a step, each of which finds the keys and values of those before it.
+  - With `max_stall`, running answers wait about that long for a prompt: one that takes longer is
+    run in parts, one a step, each of which finds the keys and values of those before it in the
+    prefix tree. (One that the tree cannot hold is run whole, and a part has 32 tokens at least.)
   - On a CPU a sequence that is decoded alone gets several tokens in a step where it repeats earlier
     text (lookup.py).
-  - In fp32 a sequence gets the same tokens alone and in any batch. With 16 bits and less, kernels
-    round differently for other batch sizes, which can show where two tokens are nearly tied.
+  - In fp32 a sequence gets the same tokens alone and in any batch, with and without the prefix tree
+    and guesses. With 16 bits and less, kernels round differently for other numbers of rows, which
+    can show where two tokens are nearly tied.
 
 An engine must be used by one thread only.
 """
@@ -84,7 +86,8 @@ class Engine:
         self.device, on_gpu = self.cache.k.device, self.cache.k.is_cuda
         self.cache.static = compile or on_gpu
         self.tree = PrefixTree(self.cache, prefix_memory)
-        self.max_stall, self.prefill_rate = max_stall, 0.0  # s; tokens/s, of the last prompts
+        self.max_stall, self.prefill_rate = max_stall, 1.0  # s; tokens/s, of the last prompts
+        self.step_time = 0.0  # s, of the last step
         self.waiting: deque[Sequence] = deque()
         self.active: list[Sequence] = []  # sequence i is in slot i of the cache
         self.decode_step = decode_step
@@ -108,14 +111,14 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
-        """One more token for every sequence that has a slot; returns these sequences."""
-        self.remove_finished()
-        guess = self.guess()
-        joining = self.next_to_join()
+        """A token for every sequence that has a slot, or several for one; returns the sequences."""
+        joining: list[Sequence] = []
         try:
-            if guess:
+            self.remove_finished()
+            if guess := self.guess():
                 self.check_guess(guess)
                 return list(self.active)
+            joining, start = self.next_to_join(), time.perf_counter()
             logits = [self.decode()] if self.active else []
             if joining:
                 logits.append(self.prefill(joining))
@@ -124,6 +127,7 @@ class Engine:
                 self.prefill_part(self.waiting[0].prompt)
             if logits:
                 self.sample_and_append(torch.cat(logits) if len(logits) > 1 else logits[0])
+            self.step_time = time.perf_counter() - start
         except BaseException as error:  # the cache may hold a token that the ids do not: empty it
             for sequence in (*self.active, *joining):
                 sequence.end("failed" if isinstance(error, Exception) else "cancelled")
@@ -138,12 +142,19 @@ class Engine:
             if self.active[slot].finish_reason is not None:
                 last = len(self.active) - 1
                 ended = self.active[slot]
-                self.tree.store(ended.prompt + ended.ids, self.cache[slot : slot + 1])
+                if ended.finish_reason == "failed":
+                    self.erase(slot)
+                else:
+                    self.tree.store(ended.prompt + ended.ids, self.cache[slot : slot + 1])
                 if slot < last:
                     fork(self.cache[last : last + 1], self.cache[slot : slot + 1])
                 self.cache.lengths[last] = 0
                 self.active[slot] = self.active[last]
                 self.active.pop()
+
+    def erase(self, slot: int) -> None:
+        """NaN would spread to the next sequence in the slot: no mask hides it."""
+        self.cache.k[:, slot], self.cache.v[:, slot] = 0, 0
 
     def prefill_budget(self) -> int:
         """Tokens of prompts to run in this step: fewer, if running answers wait for them."""
@@ -152,15 +163,21 @@ class Engine:
         return max(NODE_TOKENS, int(min(PREFILL_TOKENS, self.prefill_rate * self.max_stall)))
 
     def next_to_join(self) -> list[Sequence]:
-        """None if the next prompt is to be run in parts."""
-        joining, budget = [], self.prefill_budget()
+        """The first of those that wait; none, if the next prompt is to be run in parts.
+
+        One that begins like one before it joins a step later, and finds its keys and values."""
+        joining, budget, coming = [], self.prefill_budget(), set()
         while self.waiting and len(self.active) + len(joining) < self.max_batch_size:
             prompt = self.waiting[0].prompt
             if not joining or prompt != joining[-1].prompt:
-                budget -= len(prompt) - self.tree.known(prompt)
-            in_parts = self.active and len(prompt) <= self.tree.max_tokens
-            if budget < 0 and (joining or in_parts):
-                break
+                known, fits = self.tree.known(prompt), len(prompt) <= self.tree.max_tokens
+                beginning = tuple(prompt[: known + NODE_TOKENS])
+                budget -= len(prompt) - known
+                if joining and fits and beginning in coming:
+                    break
+                if budget < 0 and (joining or (self.active and fits)):
+                    break
+                coming.add(beginning)
             joining.append(self.waiting.popleft())
         return sorted(joining, key=lambda s: self.rest_width(s.prompt))
 
@@ -185,7 +202,8 @@ class Engine:
     def prefill_part(self, prompt: list[int]) -> None:
         """Let the tree know more of a prompt that is too long for one step."""
         end = (self.tree.known(prompt) + self.prefill_budget()) // NODE_TOKENS * NODE_TOKENS
-        self.run_prompts([prompt[:end]])
+        if not self.run_prompts([prompt[:end]]).isfinite().all():
+            self.erase(len(self.active))
         self.cache.lengths[len(self.active)] = 0
 
     def run_prompts(self, prompts: list[list[int]]) -> Tensor:
@@ -236,16 +254,17 @@ class Engine:
 
     def check_guess(self, guess: list[int]) -> None:
         """Run the last token and the guessed ones, and sample until one is not as guessed."""
-        (sequence,), slot = self.active, self.cache[:1]
-        self.reserve((length := int(slot.lengths)) + 1 + len(guess))
-        ids = torch.tensor([[sequence.ids[-1], *guess]])
-        logits = self.model.lm_head(self.model.model(ids, cache=self.cache[:1])[0])  # (T, V)
+        (sequence,), length, start = self.active, int(self.cache.lengths[0]), time.perf_counter()
+        self.reserve(length + 1 + len(guess))
+        slot, ids = self.cache[:1], torch.tensor([[sequence.ids[-1], *guess]])
+        logits = self.model.lm_head(self.model.model(ids, cache=slot)[0])  # (T, V)
         for right, token in enumerate([*guess, None]):
             self.sample_and_append(logits[right : right + 1])
             if sequence.finish_reason is not None or sequence.ids[-1] != token:
                 break
         slot.lengths.fill_(length + 1 + right)
-        sequence.lookup.learn(sequence.ids, len(guess), right)
+        saved = (right + 1) * self.step_time > time.perf_counter() - start
+        sequence.lookup.learn(sequence.ids, right == len(guess), saved)
 
     def sample_and_append(self, logits: Tensor) -> None:
         """Sample a token from logits (B, V) for every active sequence."""

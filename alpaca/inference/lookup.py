@@ -2,7 +2,7 @@
 
     lookup = PromptLookup(prompt)
     guess = lookup.guess(ids, limit)   # tokens that may follow the answer's ids; often none
-    lookup.learn(ids, guessed, right)  # how many of them were right
+    lookup.learn(ids, all_right, saved)   # were all of them right, and did the pass save time?
 
 An answer that corrects, rewrites or extracts repeats its prompt, and code repeats itself. Where the
 last two tokens occurred before, those that followed them there are a good guess:
@@ -11,13 +11,14 @@ last two tokens occurred before, those that followed them there are a good guess
     guess                            └─ jumps over the ─┘                               └─ jumps …
 
 One pass over the guess gives the logits after each of its tokens. Decoding reads every weight, for
-one token or for four, so that the pass takes little longer than a step. A guessed token is right if
-it is the one that is sampled from the logits before it; with the first that is wrong, the rest is
-dropped. So the answer is what it would be without guesses: token for token, sampled ones too.
+one token or for four, so that the pass takes hardly longer than a step where reading is the limit.
+A guessed token is right if it is the one that is sampled from the logits before it; with the first
+that is wrong, the rest is dropped. So the answer is what it would be without guesses: in fp32 token
+for token, sampled ones too.
 
-After a guess that was right to its end the next is twice as long; after one that was wrong from its
-start, a number of tokens is decoded alone, twice as many each time. Papers: arXiv:2211.17192
-(speculative decoding), 2304.04487 (copying from a reference).
+After a guess that was right to its end the next is twice as long. After one that took longer than
+decoding its right tokens one by one, a number of tokens is decoded without, twice as many each
+time. Papers: arXiv:2211.17192 (speculative decoding), 2304.04487 (copying from a reference).
 """
 
 NGRAM = 2  # tokens that must have occurred before
@@ -47,10 +48,10 @@ class PromptLookup:
             text.append(text[start + i])  # maybe one of those just appended
         return text[known:]
 
-    def learn(self, ids: list[int], guessed: int, right: int) -> None:
-        """Of the last guess, `right` tokens were; ids is the answer with what was sampled then."""
-        self.length = min(2 * self.length + 1, LONGEST) if right == guessed else SHORTEST
-        if right:
+    def learn(self, ids: list[int], all_right: bool, saved: bool) -> None:
+        """ids is the answer with what was sampled in the last guess's pass."""
+        self.length = min(2 * self.length + 1, LONGEST) if all_right else SHORTEST
+        if saved:
             self.pause = 1
         else:
             self.resume = len(ids) + self.pause

@@ -62,12 +62,6 @@ def fork(source: KVCache, target: KVCache) -> None:
     target.lengths.fill_(length)
 
 
-def shared_tokens(ids: list[int], prefix: list[int]) -> int:
-    """How many tokens of a text come from the prefix: all of them, and something follows, or 0."""
-    n = len(prefix)
-    return n if ids[:n] == prefix and len(ids) > n else 0
-
-
 def padded_length(length: int, limit: int) -> int:
     """The next multiple, or as near to it as the limit allows."""
     return length + min(-length % LENGTH_MULTIPLE, limit - length)

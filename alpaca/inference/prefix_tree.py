@@ -12,7 +12,8 @@ that was said. A node of the tree has the keys and values of 32 tokens; its chil
                                                  └─ ### Instruction: Name three …
 
 Nodes are in the order of their last use, each after its children. So the oldest has no children,
-and the memory stays bounded by dropping the oldest. Paper: SGLang, arXiv:2312.07104.
+and the memory stays bounded by dropping the oldest. A tree belongs to a model: with other weights
+it is wrong. Paper: SGLang, arXiv:2312.07104.
 """
 
 from collections import OrderedDict
@@ -70,15 +71,18 @@ class PrefixTree:
         return NODE_TOKENS * len(path)
 
     def store(self, ids: list[int], slot: KVCache) -> None:
+        if not self.max_tokens:
+            return
         ids = ids[: min(self.max_tokens, int(slot.lengths))]
+        self.touch([key for key, _ in self.path(ids)])  # none of them is dropped below
         keys, parent = [], 0
         for start in range(0, len(ids) - NODE_TOKENS + 1, NODE_TOKENS):
             stored = slice(start, start + NODE_TOKENS)
             keys.append(key := (parent, tuple(ids[stored])))
             if key not in self.nodes:
+                if (len(self.nodes) + 1) * NODE_TOKENS > self.max_tokens:
+                    self.nodes.popitem(last=False)
                 k, v = (x[..., stored, :].clone() for x in (slot.k, slot.v))
                 self.nodes[key] = Node(next(self.numbers), k, v)
             parent = self.nodes[key].number
         self.touch(keys)
-        while len(self.nodes) * NODE_TOKENS > self.max_tokens:
-            self.nodes.popitem(last=False)

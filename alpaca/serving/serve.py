@@ -75,9 +75,9 @@ def make_engine(args: argparse.Namespace) -> tuple[Engine, Watermark]:
     watermark = Watermark(model.config.vocab_size, key=args.watermark_key)
     max_length = args.max_length or min(2048, model.config.max_position_embeddings)
     applied = None if args.no_watermark else watermark
-    batch = args.max_batch_size, max_length, args.compile
-    prefixes = args.prefix_memory << 20, MAX_STALL
-    return Engine(model, tokenizer, *batch, applied, *prefixes), watermark
+    options = {"prefix_memory": args.prefix_memory << 20, "max_stall": MAX_STALL}
+    limits = args.max_batch_size, max_length, args.compile
+    return Engine(model, tokenizer, *limits, watermark=applied, **options), watermark
 
 
 def fill_green_lists(watermark: Watermark, stop: threading.Event) -> None:

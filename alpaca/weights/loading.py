@@ -111,5 +111,6 @@ def load_from_args(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
     tokenizer = load_tokenizer(folder, args.adapter, template=args.template)
     model = load_model(folder, args.adapter, args.bits, device, DTYPES.get(args.dtype))
     model = optimize_layout(model, compiled=args.compile)
-    keep_freed_memory()  # from here on, since loading frees what decoding does not need again
+    # From here on: loading frees what decoding does not need. A cache that grows is freed, too.
+    keep_freed_memory(below=1 << 26)
     return model, tokenizer

@@ -25,11 +25,13 @@ TINY = ROOT / "data/tiny-llama"  # a base model: it seldom ends an answer
 
 @pytest.fixture(scope="module")
 def engine():
-    return Engine(load_model(TINY), load_tokenizer(TINY))
+    return Engine(load_model(TINY, dtype=torch.float32), load_tokenizer(TINY))
 
 
 def generate(command, *args):
-    return command("generate", "--model-dir", TINY, "--max-new-tokens", 12, *args)
+    """In fp32, unless the last --dtype says otherwise: there no layout changes a token."""
+    flags = "--model-dir", TINY, "--max-new-tokens", 12, "--dtype", "fp32"
+    return command("generate", *flags, *args)
 
 
 def test_answer_continues_the_prompt_template(command, engine):

@@ -82,12 +82,12 @@ def test_guesses_grow_when_right_and_pause_when_wrong():
     for _ in range(4):
         lengths.append(len(found.guess(text, 50)))
         text = [*range(len(text) + lengths[-1])]
-        found.learn(text, lengths[-1], lengths[-1])
+        found.learn(text, all_right=True, saved=True)
     assert lengths == [3, 7, 15, 15]
     found, tried = PromptLookup([5] * 10), []
     for count in range(3, 90):
         if found.guess([5] * count, 50):
             tried.append(count)
-            found.learn([5] * count, 3, 0)
+            found.learn([5] * count, all_right=False, saved=False)
     gaps = [b - a for a, b in pairwise(tried)]
     assert gaps == [1, 2, 4, 8, 16, 32] and lookup.LONGEST_PAUSE == 32

@@ -12,7 +12,7 @@ from alpaca.inference.prefix_tree import NODE_TOKENS, PrefixTree
 from alpaca.inference.sampling import SamplingParams
 from model import Decoder
 
-GREEDY = SamplingParams(max_new_tokens=6)
+GREEDY, ONE = SamplingParams(max_new_tokens=6), SamplingParams(max_new_tokens=1)
 LONG = {"max_position_embeddings": 1024}
 
 
@@ -179,3 +179,94 @@ def test_prompt_that_is_run_in_parts_can_be_cancelled():
     engine.finish([running, answer])
     assert answer.ids == plain_greedy(model, last, 6)
     assert running.ids == plain_greedy(model, short, 60) and not waiting.ids
+
+
+def finish_reasons(engine: Engine, *prompts: list[int]) -> list[str | None]:
+    sequences = [engine.add(prompt, ONE) for prompt in prompts]
+    while engine.busy:
+        engine.step()
+    return [sequence.finish_reason for sequence in sequences]
+
+
+def test_prompts_do_not_fail_after_one_with_nan():
+    """Its values stay in the slot: 0 · NaN in `extend`, and from there for ever in the tree."""
+    model = new_model(max_position_embeddings=300)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = torch.nan
+    prompts = [[6 if token == 5 else token for token in p] for p in prompts_of(104, 168, 150)]
+    one, two, bad = prompts
+    bad[120] = 5
+    engine = Engine(model, TOKENIZER, 2, prefix_memory=1 << 26)
+    finish_reasons(engine, one[:65])
+    finish_reasons(engine, two[:129])
+    assert finish_reasons(engine, bad) == ["failed"]
+    together = finish_reasons(engine, one, two)
+    assert finish_reasons(engine, [*one, 9]) == ["length"], "the tree has NaN of a prompt without"
+    assert together == ["length"] * 2
+
+
+def test_answers_end_when_the_tree_has_no_memory(monkeypatch):
+    model, (one, two) = new_model(max_position_embeddings=300), prompts_of(40, 50)
+    engine = Engine(model, TOKENIZER, 2, prefix_memory=1 << 26)
+    first, second = engine.add(one, SamplingParams(max_new_tokens=2)), engine.add(two)
+    engine.step()
+    engine.step()
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(PrefixTree, "store", no_memory)
+    for _ in range(400):
+        try:
+            engine.step()
+        except torch.OutOfMemoryError:
+            continue
+    assert first.finish_reason == "length" and second.finish_reason, "its client waits for ever"
+
+
+@torch.no_grad()
+def test_memory_is_bounded_while_a_text_is_stored():
+    model, texts = new_model(max_position_embeddings=600), prompts_of(330, 330)
+    caches = [new_cache(model, 1, 330) for _ in texts]
+    for ids, cache in zip(texts, caches, strict=True):
+        prefill(model, cache, [ids])
+    tree = PrefixTree(caches[0], 10 * 4 * caches[0].k[:, :, :, :NODE_TOKENS].nbytes // 2)
+    most, insert = 0, type(tree.nodes)
+
+    class Watched(insert):
+        def __setitem__(self, key, value):
+            nonlocal most
+            super().__setitem__(key, value)
+            most = max(most, len(self))
+
+    tree.nodes = Watched()
+    for ids, cache in zip(texts, caches, strict=True):
+        tree.store(ids, cache)
+    assert len(tree.nodes) == 10 and most <= 11, most
+
+
+def test_repeats_are_computed_once_while_others_are_decoded(widths):
+    """As `serve --prefix-memory 0` asks for n answers."""
+    model, (short, long) = new_model(max_position_embeddings=300), prompts_of(5, 100)
+    engine = Engine(model, TOKENIZER, 5, max_stall=0.01)
+    engine.add(short, SamplingParams(max_new_tokens=50))
+    engine.step()
+    engine.prefill_rate = 6400.0  # a budget of 64
+    widths.clear()
+    finish_reasons(engine, *[long] * 4)
+    assert [width for width in widths if width > 1] == [112]
+
+
+def test_beginning_is_run_once_of_prompts_that_join_together(monkeypatch):
+    """As the examples before an exam's questions, which `Engine(prefix=…)` ran once."""
+    common, *rests = prompts_of(400, *[20] * 5)
+    engine = Engine(new_model(max_position_embeddings=600), TOKENIZER, 5, prefix_memory=1 << 26)
+    tokens, forward = [], Decoder.forward
+
+    def spy(self, ids, *rest, **named):
+        tokens.append(ids.numel())
+        return forward(self, ids, *rest, **named)
+
+    monkeypatch.setattr(Decoder, "forward", spy)
+    finish_reasons(engine, *(common + rest for rest in rests))
+    assert sum(tokens) < 900, tokens

@@ -21,8 +21,8 @@ QUOTED = {  # the beginning of a line in README → the tables and lines that it
         (f"Train an adapter of a 15M-parameter model in {x}", TRAINER) for x in ("fp32", "bf16")
     ],
     "1.1B, tokens/s": [(DECODE, "16 bits, tok/s; transformers")],
-    "the same at 16, 8, 4 bits": [
-        (DECODE, f"{bits} bits, tok/s; llama.cpp {kind}")
+    "the same without": [
+        (DECODE, f"{bits} bits, decode tok/s; llama.cpp {kind}")
         for bits, kind in ((16, "BF16"), (8, "Q8_0"), (4, "Q4_0"))
     ],
     "16 requests": [

@@ -87,7 +87,7 @@ class Engine:
         self.cache.static = compile or on_gpu
         self.tree = PrefixTree(self.cache, prefix_memory)
         self.max_stall, self.prefill_rate = max_stall, 1.0  # s; tokens/s, of the last prompts
-        self.step_time = 0.0  # s, of the last step
+        self.step_time = 0.0  # s, of the last token that was decoded alone
         self.waiting: deque[Sequence] = deque()
         self.active: list[Sequence] = []  # sequence i is in slot i of the cache
         self.decode_step = decode_step
@@ -118,7 +118,7 @@ class Engine:
             if guess := self.guess():
                 self.check_guess(guess)
                 return list(self.active)
-            joining, start = self.next_to_join(), time.perf_counter()
+            joining = self.next_to_join()
             logits = [self.decode()] if self.active else []
             if joining:
                 logits.append(self.prefill(joining))
@@ -127,7 +127,6 @@ class Engine:
                 self.prefill_part(self.waiting[0].prompt)
             if logits:
                 self.sample_and_append(torch.cat(logits) if len(logits) > 1 else logits[0])
-            self.step_time = time.perf_counter() - start
         except BaseException as error:  # the cache may hold a token that the ids do not: empty it
             for sequence in (*self.active, *joining):
                 sequence.end("failed" if isinstance(error, Exception) else "cancelled")
@@ -236,8 +235,10 @@ class Engine:
         self.reserve(reach)
         last_ids = [s.ids[-1] for s in self.active] + [0] * (size - B)
         ids = torch.tensor(last_ids, device=self.device)
-        step = self.graphs.replay if self.graphs else self.decode_slots
-        return step(ids, reach)[:B]
+        step, start = self.graphs.replay if self.graphs else self.decode_slots, time.perf_counter()
+        logits = step(ids, reach)[:B]
+        self.step_time = time.perf_counter() - start if B == 1 else 0.0
+        return logits
 
     def decode_slots(self, ids: Tensor, reach: int) -> Tensor:
         """Logits (B, V) for ids (B), from the first `reach` positions of the cache."""
@@ -258,12 +259,13 @@ class Engine:
         self.reserve(length + 1 + len(guess))
         slot, ids = self.cache[:1], torch.tensor([[sequence.ids[-1], *guess]])
         logits = self.model.lm_head(self.model.model(ids, cache=slot)[0])  # (T, V)
+        seconds = time.perf_counter() - start
         for right, token in enumerate([*guess, None]):
             self.sample_and_append(logits[right : right + 1])
             if sequence.finish_reason is not None or sequence.ids[-1] != token:
                 break
         slot.lengths.fill_(length + 1 + right)
-        saved = (right + 1) * self.step_time > time.perf_counter() - start
+        saved = (right + 1) * self.step_time > seconds
         sequence.lookup.learn(sequence.ids, right == len(guess), saved)
 
     def sample_and_append(self, logits: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Guessed tokens change no answer, and save steps where an answer repeats its prompt."""
 
-from itertools import pairwise
+from itertools import count, pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,9 +86,23 @@ def test_guesses_grow_when_right_and_pause_when_wrong():
         found.learn(text, all_right=True, saved=True)
     assert lengths == [3, 7, 15, 15]
     found, tried = PromptLookup([5] * 10), []
-    for count in range(3, 90):
-        if found.guess([5] * count, 50):
-            tried.append(count)
-            found.learn([5] * count, all_right=False, saved=False)
+    for length in range(3, 90):
+        if found.guess([5] * length, 50):
+            tried.append(length)
+            found.learn([5] * length, all_right=False, saved=False)
     gaps = [b - a for a, b in pairwise(tried)]
     assert gaps == [1, 2, 4, 8, 16, 32] and lookup.LONGEST_PAUSE == 32
+
+
+@pytest.mark.parametrize(("wrong", "pause"), [(True, 32), (False, 1)])
+def test_guesses_pause_unless_they_save_time(monkeypatch, wrong, pause):
+    """By a clock in which a pass takes as long as a step: one right token saves half of it."""
+    ticks, guess = count(), PromptLookup.guess
+    clock = SimpleNamespace(perf_counter=lambda: next(ticks))
+    monkeypatch.setattr("alpaca.inference.engine.time", clock)
+    if wrong:
+        monkeypatch.setattr(PromptLookup, "guess", lambda *args: [9 for _ in guess(*args)])
+    engine = Engine(repeating_model(), TOKENIZER)
+    sequence = engine.add(prompts_of(30)[0], SamplingParams(max_new_tokens=120))
+    engine.finish([sequence])
+    assert sequence.lookup.pause == pause

@@ -294,7 +294,7 @@ def test_two_ranks_stop_together_and_one_resumes(base, long_reference, tmp_path)
 
 
 RESHARDING = """
-import os, sys
+import os, socket, sys
 from pathlib import Path
 import torch
 import torch._dynamo  # fully_shard needs it: once, before the ranks are forked
@@ -320,9 +320,12 @@ def check_and_save(folder, replicas, step):
         snapshots.save(step + 1)
         snapshots.finish()
 
-folder, port = Path(sys.argv[1]), int(sys.argv[2])
+folder = Path(sys.argv[1])
 for step, (ranks, replicas) in enumerate([(2, 1), (1, 1), (4, 1), (4, 2), (3, 1)]):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port + step)}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     children = []
     for rank in range(ranks):
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
@@ -339,10 +342,7 @@ def test_snapshot_is_read_by_any_number_of_ranks(tmp_path):
     """Of 4, 5, 7 or 8 rows some ranks have fewer than others; of 5 rows one of 4 ranks has none."""
     (tmp_path / "resharding.py").write_text(RESHARDING)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1"}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        words = [tmp_path / "resharding.py", tmp_path, str(free.getsockname()[1])]
-    run = [sys.executable, *words]
+    run = [sys.executable, tmp_path / "resharding.py", tmp_path]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 

@@ -17,6 +17,10 @@ DIFF = "Weight diff of 1.1B parameters"
 TRAINER = "useful tokens/s, Trainer"
 QUOTED = {  # the beginning of a line in README → the tables and lines that its ratios are from
     "training, useful": [(f"Train 15M parameters in {x}", TRAINER) for x in ("fp32", "bf16")],
+    "the same in fp32": [
+        ("Train 15M parameters in fp32", f"useful tokens/s, {peer}")
+        for peer in ("Trainer, grouped", "TRL, packed")
+    ],
     "training an adapter": [
         (f"Train an adapter of a 15M-parameter model in {x}", TRAINER) for x in ("fp32", "bf16")
     ],

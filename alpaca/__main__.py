@@ -4,10 +4,9 @@ import difflib
 import importlib
 import signal
 import sys
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 
 from alpaca.common.errors import notice, run_command
+from alpaca.common.stand_in import hide_heavy_packages
 
 VERBS = {  # in order, from data to a published model
     "train-tokenizer": ("alpaca.datagen.train_tokenizer", "train a tokenizer.model on text files"),
@@ -37,38 +36,6 @@ USAGE = """usage: alpaca VERB ...      (alpaca VERB --help explains one)
 Beside these: torchrun fsdp_train.py, python selfinstruct.py, python weightdiff.py, run in the
 checkout."""
 
-HEAVY = ("torch", "numpy", "httpx", "safetensors", "sentencepiece")  # over a second to import
-
-
-class StandIn(ModuleType):
-    """In the place of a heavy package, or of anything in it, while --help is printed: to import a
-    verb's module takes only its annotations, decorators, constants and base classes."""
-
-    def __getattr__(self, name: str) -> "StandIn":
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return StandIn(name)
-
-    def __call__(self, *args, **options) -> "StandIn":
-        return self
-
-    def __mro_entries__(self, bases: tuple) -> tuple:
-        return ()
-
-    __or__ = __ror__ = __call__
-
-
-class StandInFinder:
-    def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
-        if name.partition(".")[0] in HEAVY:
-            return ModuleSpec(name, self, is_package=True)  # type: ignore
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return StandIn(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        pass
-
 
 def load_verb(verb: str):
     """A verb's module and its parser."""
@@ -91,7 +58,7 @@ def main() -> None:
         notice(f"error: unknown verb {verb[:40]!r}: {hint}")
         sys.exit(2)
     if sys.argv[-1] in ("-h", "--help") and "--" not in sys.argv and "torch" not in sys.modules:
-        sys.meta_path.insert(0, StandInFinder())  # type: ignore  # whatever is parsed, it exits
+        hide_heavy_packages()  # whatever is parsed, the process ends
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in an import just ends it
     module, parser = load_verb(verb)
     signal.signal(signal.SIGINT, handler)

@@ -10,7 +10,7 @@ requests together as ours does.
 
 The second table has what a reader sees of the first and the last: the time to the first part of an
 answer and between parts, of 16 streams at once; how long 4 running streams stand still when a
-prompt of about 1,500 tokens joins them; and a chat of ten turns, whose prompt is all that was said.
+prompt of about 1,500 tokens joins them; and a chat of ten turns, each with all turns before it.
 Ours shows an answer by whole words, because of its filter; a part of the peer's is a token.
 """
 
@@ -158,11 +158,11 @@ class Clients:
         }
 
     async def chat(self, http, url: str) -> dict[str, float]:
-        found, said = {}, ""
+        found, conversation = {}, ""
         for turn in range(1, CHAT_TURNS + 1):
-            body, times = self.body(CHAT_WORDS, CHAT_NEW, said), []
+            body, times = self.body(CHAT_WORDS, CHAT_NEW, conversation), []
             start = time.perf_counter()
-            said = body["prompt"] + await stream(http, url, body, times) + "\n"
+            conversation = body["prompt"] + await stream(http, url, body, times) + "\n"
             found[f"turn {turn}"] = 1e3 * (times[0] - start)
         return found
 

@@ -166,8 +166,13 @@ def score_generated(
     texts = [question.before + question.options[0][0] for question in questions.values()]
     in_template = kind.in_template or args.apply_chat_template or bool(args.template)
     prompts = [encode_text(text, tokenizer, in_template) for text in texts]
-    options = {"compile": args.compile, "prefix_memory": PREFIX_MEMORY}
-    engine = Engine(model, tokenizer, args.max_batch_size, **options)
+    engine = Engine(
+        model,
+        tokenizer,
+        args.max_batch_size,
+        compile=args.compile,
+        prefix_memory=PREFIX_MEMORY,
+    )
     params = SamplingParams(max_new_tokens=args.max_new_tokens, stop=kind.stop)
     answers = answer_in_order(engine, ((prompt[-limit:], [params]) for prompt in prompts))
     for number, prompt, (answer,) in zip(questions, prompts, answers, strict=True):

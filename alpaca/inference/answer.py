@@ -27,8 +27,9 @@ from dataset import encode_prompt
 
 def engine_from_args(args: argparse.Namespace, max_batch_size: int) -> Engine:
     model, tokenizer = load_from_args(args)
-    options = {"compile": args.compile, "prefix_memory": PREFIX_MEMORY}
-    return Engine(model, tokenizer, max_batch_size, **options)
+    return Engine(
+        model, tokenizer, max_batch_size, compile=args.compile, prefix_memory=PREFIX_MEMORY
+    )
 
 
 def read_questions(path: Path) -> list[dict[str, str]]:

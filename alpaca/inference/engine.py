@@ -3,7 +3,7 @@
     engine = Engine(model, tokenizer, max_batch_size=8)
     sequence = engine.add(tokenizer.encode("The capital of France is", bos=True), SamplingParams())
     while engine.busy:
-        engine.step()         # one more token for every sequence; sequence.text grows
+        engine.step()         # the next token for every sequence; sequence.text grows
     engine.generate(prompts)  # the same for a list; or: for text in engine.stream(prompt): …
 
 A decoding step reads every weight of the model, for one sequence or for sixteen: a batch costs

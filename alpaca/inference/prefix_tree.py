@@ -6,7 +6,7 @@
 
 A token's keys and values depend on it and on the tokens before it. So requests with the same system
 prompt or the same examples share them, and so do the turns of a conversation: each begins with all
-that was said. A node of the tree has the keys and values of 32 tokens; its children continue it:
+turns before it. A node of the tree has the keys and values of 32 tokens; its children continue it:
 
     root ─── Below is an instruction … request. ─┬─ ### Instruction: Sort these …
                                                  └─ ### Instruction: Name three …
@@ -26,7 +26,7 @@ from torch import Tensor
 from model import KVCache
 
 NODE_TOKENS = 32  # tokens of a node
-PREFIX_MEMORY = 1 << 30  # bytes
+PREFIX_MEMORY = 1 << 30  # bytes, for commands that answer one user
 Key = tuple[int, tuple[int, ...]]  # the parent's number, and the tokens
 
 
@@ -37,9 +37,9 @@ class Node(NamedTuple):
 
 
 class PrefixTree:
-    def __init__(self, cache: KVCache, memory: int = PREFIX_MEMORY):
-        block = 2 * cache.k[:, :1, :, :1].nbytes * NODE_TOKENS
-        self.max_tokens = memory // block * NODE_TOKENS
+    def __init__(self, cache: KVCache, memory: int):  # bytes
+        node_bytes = 2 * cache.k[:, :1, :, :1].nbytes * NODE_TOKENS
+        self.max_tokens = memory // node_bytes * NODE_TOKENS
         self.nodes: OrderedDict[Key, Node] = OrderedDict()  # the least recently used first
         self.numbers = count(1)  # the root is 0
 
@@ -58,10 +58,12 @@ class PrefixTree:
         return NODE_TOKENS * sum(1 for _ in self.path(ids[:-1]))
 
     def touch(self, keys: list[Key]) -> None:
+        """A path from the root has been used."""
         for key in reversed(keys):  # each after its children
             self.nodes.move_to_end(key)
 
     def load(self, ids: list[int], slot: KVCache) -> int:
+        """Replace what is in a slot by the stored beginning of ids; returns its tokens."""
         path = [*self.path(ids[:-1])]
         for i, (_, node) in enumerate(path):
             stored = slice(NODE_TOKENS * i, NODE_TOKENS * (i + 1))
@@ -71,6 +73,7 @@ class PrefixTree:
         return NODE_TOKENS * len(path)
 
     def store(self, ids: list[int], slot: KVCache) -> None:
+        """Copy the keys and values of ids from a slot, as far as it and the memory hold them."""
         if not self.max_tokens:
             return
         ids = ids[: min(self.max_tokens, int(slot.lengths))]

@@ -76,8 +76,9 @@ def fastest_layer(module: Any, compiled: bool) -> nn.Module:
         weight, dtype = module.weight, module.weight.dtype
         if compiled or weight.is_cuda or not torch.backends.mkldnn.is_available():
             return module
-        blocks = dtype == torch.float32 or (dtype == torch.bfloat16 and multiplies_bf16())
-        return BlockLinear(weight) if blocks else WideLinear(weight)
+        if dtype == torch.float32 or (dtype == torch.bfloat16 and multiplies_bf16()):
+            return BlockLinear(weight)
+        return WideLinear(weight) if weight.itemsize == 2 else module  # fp64 keeps its precision
     if not module.packed and (not compiled or type(module) is Int4Linear):
         module.pack()
     return module

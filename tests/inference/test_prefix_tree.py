@@ -43,7 +43,7 @@ def filled(model, ids: list[int]):
 def test_load_returns_the_bits_that_were_stored():
     model, (ids,) = new_model(**LONG), prompts_of(100)
     source, target = filled(model, ids), new_cache(model, 1, 100)
-    tree = PrefixTree(source)
+    tree = PrefixTree(source, 1 << 26)
     tree.store(ids, source)
     assert tree.known(ids) == tree.load(ids, target) == int(target.lengths) == 96
     for ours, theirs in ((source.k, target.k), (source.v, target.v)):
@@ -175,6 +175,7 @@ def test_prompt_that_is_run_in_parts_can_be_cancelled():
     waiting = engine.add(long)
     engine.step()
     engine.cancel(waiting)
+    assert not engine.waiting
     answer = engine.add(last, GREEDY)
     engine.finish([running, answer])
     assert answer.ids == plain_greedy(model, last, 6)
@@ -270,3 +271,23 @@ def test_beginning_is_run_once_of_prompts_that_join_together(monkeypatch):
     monkeypatch.setattr(Decoder, "forward", spy)
     finish_reasons(engine, *(common + rest for rest in rests))
     assert sum(tokens) < 900, tokens
+
+
+def test_part_with_nan_harms_nobody_after_it_is_cancelled():
+    """A longer sequence beside it makes a step read what the part left in the slot."""
+    model, (long, bad, one) = new_model(**LONG), prompts_of(300, 400, 40)
+    expected = plain_greedy(model, one, 6)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = torch.nan
+    long, one = ([6 if token == 5 else token for token in ids] for ids in (long, one))
+    bad[20] = 5
+    engine = Engine(model, TOKENIZER, 2, prefix_memory=1 << 26, max_stall=0.01)
+    engine.add(long, SamplingParams(max_new_tokens=60))
+    engine.step()
+    engine.prefill_rate = 25600.0  # a part of 256 tokens
+    waiting = engine.add(bad)
+    engine.step()
+    assert engine.tree.known(bad) == 256, "a part has been run"
+    engine.cancel(waiting)
+    (answer,) = engine.generate([one], GREEDY)
+    assert answer.ids == expected

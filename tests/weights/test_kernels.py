@@ -104,3 +104,8 @@ def test_decoding_on_a_gpu_moves_little_more_than_the_weights(monkeypatch, bits)
         with Traffic() as traffic:
             block(x, context, cache)
     assert weights < traffic.bytes < 1.1 * weights, f"{traffic.bytes / weights:.3f}"
+
+
+def test_layout_leaves_fp64_as_it_is():
+    linear = torch.nn.Linear(64, 600, bias=False).double()
+    assert fastest_layer(linear, compiled=False) is linear, "others compute in fp32"

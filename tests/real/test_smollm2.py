@@ -4,6 +4,7 @@ ALPACA_SMOLLM2 names the GGUF file, which `make real` leaves in runs/real."""
 
 import os
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from helpers.lora import adamw_losses
 from helpers.parity import apart
 
 from alpaca.datagen.formats import load_records
+from alpaca.inference.engine import Engine
+from alpaca.inference.prefix_tree import PREFIX_MEMORY
+from alpaca.inference.sampling import SamplingParams
 from alpaca.training.parallel import trained_parameters
-from alpaca.weights.loading import load_model
+from alpaca.weights.loading import load_model, optimize_layout
 from alpaca.weights.lora import ATTENTION, LoraConfig, add_lora
+from bench.lookup import questions
 from bench.real import rotated
 from dataset import encode_prompt, encode_record
 from model import IGNORE, Llama
@@ -50,6 +55,22 @@ def test_smollm2_answers_real_prompts_as_transformers_does(tokenizer):
         theirs = hf.generate(ids, max_new_tokens=24, do_sample=False)[0, len(prompt) :].tolist()
         for place, token in enumerate(theirs):
             assert ours(torch.tensor([prompt + theirs[:place]]))[0, -1].argmax() == token
+
+
+@pytest.mark.parametrize("slots", [1, 8])
+@torch.inference_mode()
+def test_engine_answers_real_prompts_with_the_likeliest_tokens(tokenizer, slots):
+    """Batches, the fused layout, the prefix tree, parts of prompts and guesses change no token:
+    one pass of the plain model over prompt and answer finds each token the likeliest."""
+    plain, fast = load_model(FILE, dtype=torch.float32), load_model(FILE, dtype=torch.float32)
+    options = {"prefix_memory": PREFIX_MEMORY, "max_stall": 0.02}
+    engine = Engine(optimize_layout(fast), tokenizer, slots, **options)
+    asked = [*chain(*questions().values())][::2]  # half have answers that repeat their input
+    prompts = [encode_prompt(*question, tokenizer) for question in asked]
+    assert len(prompts) == 40
+    for sequence in engine.generate(prompts, SamplingParams(max_new_tokens=48)):
+        logits = plain(torch.tensor([sequence.prompt + sequence.ids]))[0]
+        assert logits[len(sequence.prompt) - 1 : -1].argmax(-1).tolist() == sequence.ids
 
 
 def test_smollm2_ids_equal_the_library(tokenizer):

@@ -1,0 +1,104 @@
+"""The pictures of the book: `python -m docs.pictures` writes docs/pictures/*.svg."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from alpaca.common.charts import COLOURS, label, svg
+
+BLUE, ORANGE, GREEN, PURPLE, BROWN, GREY = COLOURS
+FOLDER = Path(__file__).parent / "pictures"
+
+
+def box(x: float, y: float, width: float, height: float, text: str, colour=GREY) -> str:
+    """A frame with lines of text in its middle."""
+    place = f'x="{x}" y="{y}" width="{width}" height="{height}" rx="4"'
+    rect = f'<rect {place} fill="#fff" stroke="{colour}" stroke-width="1.5"/>'
+    lines, middle = text.split("\n"), y + height / 2 + 4
+    tops = (middle + 15 * (i - (len(lines) - 1) / 2) for i in range(len(lines)))
+    return rect + "".join(label(t, x + width / 2, y) for t, y in zip(lines, tops, strict=True))
+
+
+def arrow(*points: tuple[float, float], colour=GREY) -> str:
+    """A line through points, with a head at the last one."""
+    (x0, y0), (x, y) = points[-2:]
+    length = ((x - x0) ** 2 + (y - y0) ** 2) ** 0.5
+    a, b = (x - x0) / length, (y - y0) / length
+    back, side = (x - 8 * a, y - 8 * b), (4 * b, -4 * a)
+    head = [(x, y), *((back[0] + s * side[0], back[1] + s * side[1]) for s in (1, -1))]
+    path = " ".join(f"{x:g},{y:g}" for x, y in [*points[:-1], back])
+    tip = " ".join(f"{x:.1f},{y:.1f}" for x, y in head)
+    line = f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+    return f'{line}<polygon points="{tip}" fill="{colour}"/>'
+
+
+def plus(x: float, y: float) -> str:
+    circle = f'<circle cx="{x}" cy="{y}" r="11" fill="#fff" stroke="{BLUE}" stroke-width="2"/>'
+    return circle + label("+", x, y + 6, colour=BLUE, size=18)
+
+
+# ---------------------------------------------------------------- 1. the model
+
+
+def block() -> str:
+    """One block of data/tiny-llama: two branches that add to the residual stream."""
+    parts = [label("One block of data/tiny-llama, for 8 tokens", 360, 22, size=15)]
+    parts.append(label("from embed_tokens or the block before: x (1, 8, 128)", 20, 50, "start"))
+    parts.append(arrow((60, 58), (60, 432), colour=BLUE))
+    parts.append(label("to the next block, or to norm and lm_head", 76, 430, "start"))
+    parts.append(label("residual stream", 20, 454, "start", BLUE))
+
+    parts += [arrow((60, 90), (104, 90)), box(104, 74, 92, 32, "RMSNorm")]
+    for i, name in enumerate("qkv"):
+        y = 74 + 44 * i
+        parts.append(arrow((196, 90), (210, 90), (210, y + 16), (228, y + 16)))
+        parts.append(box(228, y, 76, 32, f"{name}_proj", ORANGE))
+        parts.append(arrow((304, y + 16), (336 if i < 2 else 450, y + 16)))
+    parts += [box(336, 74, 84, 76, "rotate by\nposition"), arrow((420, 112), (450, 112))]
+    parts.append(label("(1, 8, 4, 32) each: 4 heads of 32 channels", 228, 212, "start"))
+    parts.append(
+        box(
+            450,
+            74,
+            124,
+            120,
+            "4 heads, each:\nsoftmax(q kᵀ / √32) v\nover a token and\nthose before it",
+        )
+    )
+    parts += [arrow((574, 112), (600, 112)), box(600, 96, 84, 32, "o_proj", ORANGE)]
+    parts.append(arrow((642, 128), (642, 236), (71, 236)))
+    parts.append(
+        label("adds what each token gathers from earlier tokens: (1, 8, 128)", 640, 230, "end")
+    )
+    parts.append(plus(60, 236))
+
+    parts += [arrow((60, 286), (104, 286)), box(104, 270, 92, 32, "RMSNorm")]
+    for i, name in enumerate(("gate_proj", "up_proj")):
+        y = 270 + 44 * i
+        parts.append(arrow((196, 286), (210, 286), (210, y + 16), (228, y + 16)))
+        parts.append(box(228, y, 84, 32, name, ORANGE))
+    parts += [arrow((312, 286), (336, 286)), box(336, 270, 58, 32, "silu")]
+    parts += [arrow((394, 286), (450, 286)), arrow((312, 330), (470, 330), (470, 303))]
+    parts += [box(450, 270, 40, 32, "×"), arrow((490, 286), (560, 286))]
+    parts.append(label("(1, 8, 352)", 525, 278))
+    parts.append(box(560, 270, 92, 32, "down_proj", ORANGE))
+    parts.append(arrow((606, 302), (606, 376), (71, 376)))
+    parts.append(label("adds what each token computes by itself: (1, 8, 128)", 600, 370, "end"))
+    parts.append(plus(60, 376))
+    parts.append(
+        label(
+            "orange: matrices of weights; in 4 blocks, 75 % of all parameters",
+            700,
+            454,
+            "end",
+            ORANGE,
+        )
+    )
+    return svg(720, 470, parts)
+
+
+PICTURES: dict[str, Callable[[], str]] = {"block": block}
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for name, draw in PICTURES.items():
+        (FOLDER / f"{name}.svg").write_text(draw(), encoding="utf-8")

@@ -36,7 +36,6 @@ from alpaca.common.errors import UserError, run_command
 from alpaca.common.files import atomic_file, read_text
 from alpaca.common.json_files import json_records
 from alpaca.common.run_folder import run_folder
-from alpaca.datagen.batch import belongs_to, pending_batches
 from alpaca.datagen.client import Reply
 from alpaca.datagen.endpoints import (
     Endpoint,
@@ -139,20 +138,10 @@ def read_seeds(path: Path) -> list[dict]:
 
 def endpoints_from_args(args: argparse.Namespace) -> list[Endpoint]:
     if args.teachers:
-        endpoints = read_teachers(args.teachers, args, licence=args.licence)
-    elif len(args.teacher) > 1 or args.teacher[0].startswith("model="):
+        return read_teachers(args.teachers, args, licence=args.licence)
+    if len(args.teacher) > 1 or args.teacher[0].startswith("model="):
         raise UserError("--teacher is the name of one model: --teachers FILE describes several")
-    else:
-        endpoints = [endpoint_from_args(args, args.teacher[0], licence=args.licence)]
-    if args.batch and args.pipeline != "alpaca":
-        raise UserError("--batch: each stage of self-instruct waits for the one before, a day each")
-    for batch in pending_batches(args.out / "batches.jsonl"):
-        if not args.batch or not any(belongs_to(endpoint, batch) for endpoint in endpoints):
-            raise UserError(
-                f"{args.out} has an unfinished batch of {batch['model']} at {batch['url']}, which "
-                "is paid for: resume with --batch and that teacher"
-            )
-    return endpoints
+    return [endpoint_from_args(args, args.teacher[0], licence=args.licence)]
 
 
 def generate_command(args: argparse.Namespace) -> None:
@@ -171,8 +160,7 @@ def generate_command(args: argparse.Namespace) -> None:
         pool = Pool((s["instruction"] for s in seeds), tokenize_unicode if any_script else tokenize)
         store = RecordStore(args.out, pool, any_script)
         log = RequestLog(args.out / "responses.jsonl")
-        poll = args.poll if args.batch else 0
-        scheduler = Scheduler(recipe, store, Teachers(log, endpoints, args), args.num, poll)
+        scheduler = Scheduler(recipe, store, Teachers(log, endpoints, args), args.num)
         run_until_signal(generate(recipe, store, scheduler))
     print(f"{store.count:,} records in {store.records}, ${log.spent:.2f} spent")
     if store.count < args.num:
@@ -209,10 +197,6 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--teachers", type=Path, metavar="FILE", help=several)
     group.add_argument("--licence", default="", help="of the answers, noted in every record")
     add_server_arguments(parser)
-    add = parser.add_argument_group("batch").add_argument
-    add("--batch", action="store_true", help="use the Batch API: half the price, within a day")
-    poll = "seconds between looks at a batch (default: 30)"
-    add("--poll", type=positive(float), default=30, help=poll)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

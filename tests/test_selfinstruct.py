@@ -323,9 +323,6 @@ def test_bad_servers_and_folders_are_refused(tmp_path, command):
         assert_refused(generate(tmp_path / "r", "--budget", 5, "--price-in", 0), "prices of m")
         (tmp_path / "latin.txt").write_bytes(b"\xe9")
         assert_refused(generate(tmp_path / "r", "--prompt", tmp_path / "latin.txt"), "UTF-8")
-        assert_refused(
-            generate(tmp_path / "r", "--batch", "--pipeline", "self-instruct"), "--batch"
-        )
         assert_refused(generate(tmp_path / "r", "--teacher", "a", "--teachers", "b"), "not allowed")
         for teachers in (["--teacher", "a", "--teacher", "b"], ["--teacher", "model=a,weight=2"]):
             assert_refused(generate(tmp_path / "r", *teachers), "--teachers FILE describes several")

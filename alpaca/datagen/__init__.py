@@ -5,7 +5,6 @@
     generation        many requests in flight, records kept in order, so that a run can be resumed
     endpoints         a model on a server: address, prices, key; client asks it, with retries
     request_log       every response on disk before it is used; the budget
-    batch             the same requests through the Batch API, at half the price
     formats           published data files as records; repaired conversations
     preferences       published comparisons of two answers, to learn from
     overlap           which records overlap an evaluation set: by ROUGE-L, by 8-grams

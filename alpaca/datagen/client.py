@@ -88,14 +88,13 @@ class Client:
         await self.http.aclose()
 
     async def ask(self, endpoint: Endpoint, body: dict, may_retry: MayRetry = None) -> Reply:
-        path = API_PATHS[endpoint.kind]
-        return await self.call(endpoint, "POST", path, parse_reply, may_retry, json=body)
+        """A completion. `may_retry` is called before every retry: is there money for it?"""
+        return await self.call(endpoint, API_PATHS[endpoint.kind], body, parse_reply, may_retry)
 
     async def call(
-        self, endpoint: Endpoint, method: str, path: str, parse: Callable, may_retry=None, **request
+        self, endpoint: Endpoint, path: str, body: dict, parse: Callable, may_retry: MayRetry = None
     ) -> Any:
-        """Send a request, with retries, and return the parsed response. `may_retry` is called
-        before every retry: is there money for it?"""
+        """Send a request, with retries, and return the parsed response."""
         wasted, attempt, error, unreachable = FREE, 0, "none was made", False
         while attempt < self.attempts and not (unreachable and attempt == self.first_attempts):
             await self._wait(endpoint, attempt)
@@ -103,7 +102,7 @@ class Client:
                 break
             attempt += 1
             try:
-                result = await self._attempt(endpoint, method, path, parse, request)
+                result = await self._attempt(endpoint, path, body, parse)
             except RetryableError as failure:
                 wasted = wasted.plus(failure.usage)
                 self.retries += 1
@@ -130,20 +129,19 @@ class Client:
         longest = min(MAX_WAIT, self.retry_wait * 2 ** (failures - 1)) if failures else 0
         return longest * random.uniform(0.5, 1)
 
-    async def _attempt(
-        self, endpoint: Endpoint, method: str, path: str, parse: Callable, request: dict
-    ) -> Any:
+    async def _attempt(self, endpoint: Endpoint, path: str, body: dict, parse: Callable) -> Any:
         """The parsed body of a 200, or one of the three errors."""
-        url, usage, body = f"{endpoint.base_url}/{path}", FREE, bytearray()
+        url, headers = f"{endpoint.base_url}/{path}", endpoint.headers()
+        usage, content = FREE, bytearray()
         try:
             async with (
                 asyncio.timeout(self.timeout),
-                self.http.stream(method, url, headers=endpoint.headers(), **request) as response,
+                self.http.stream("POST", url, headers=headers, json=body) as response,
             ):
                 usage = UNMETERED if response.status_code == 200 else FREE
                 async for chunk in response.aiter_bytes():
-                    body += chunk
-                    if len(body) > MAX_RESPONSE and "files/" not in path:
+                    content += chunk
+                    if len(content) > MAX_RESPONSE:
                         raise RetryableError(f"more than {MAX_RESPONSE >> 20} MB", usage)
         except (TimeoutError, httpx.ReadTimeout):
             text = f"no complete response in {self.timeout:g} s"
@@ -152,7 +150,7 @@ class Client:
             unreachable = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
             text = endpoint.mask_key(f"{type(error).__name__} {error}".strip())
             raise RetryableError(text, usage, unreachable) from None
-        text = endpoint.mask_key(body.decode("utf-8", "replace"))
+        text = endpoint.mask_key(content.decode("utf-8", "replace"))
         if response.status_code != 200:
             raise self.status_error(endpoint, path, response, text)
         try:
@@ -185,8 +183,6 @@ def parse_reply(text: str) -> Reply:
     """A Reply from the body of a 200, or a RetryableError with its usage if it is unusable."""
     body = json.loads(text)
     usage = parse_usage(body)
-    if len(text) > MAX_RESPONSE:
-        raise RetryableError(f"more than {MAX_RESPONSE >> 20} MB", usage)
     try:
         choice = body["choices"][0]
         content = choice["message"]["content"] if "message" in choice else choice["text"]

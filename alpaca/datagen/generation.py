@@ -19,7 +19,6 @@ from pathlib import Path
 
 from alpaca.common.json_files import append_jsonl, read_log
 from alpaca.common.progress import Progress
-from alpaca.datagen.batch import ask_in_batches
 from alpaca.datagen.client import RefusedError
 from alpaca.datagen.four_stage import DROPPED_LATER
 from alpaca.datagen.request_log import BudgetExceeded, Teachers
@@ -67,11 +66,10 @@ class RecordStore:
 class Scheduler:
     """Keeps requests in flight, hands out their answers in order, writes the resulting lines."""
 
-    def __init__(self, recipe, store: RecordStore, teachers: Teachers, num: int, poll: float = 0):
-        """`recipe`: selfinstruct.Alpaca or four_stage.SelfInstruct. `poll`: seconds between looks
-        at a batch; 0 asks without the Batch API."""
+    def __init__(self, recipe, store: RecordStore, teachers: Teachers, num: int):
+        """`recipe`: selfinstruct.Alpaca or four_stage.SelfInstruct."""
         self.recipe, self.store, self.teachers = recipe, store, teachers
-        self.num, self.poll = num, poll
+        self.num = num
         self.in_flight: deque[asyncio.Task] = deque()
         self.completing: deque[tuple[list[dict], asyncio.Task]] = deque()
         self.next_number = self.judged = self.useless = 0
@@ -90,7 +88,7 @@ class Scheduler:
         try:
             while self.store.count < self.num:
                 if self.missing() > 0:
-                    await self._fill()
+                    self._fill()
                     entry = await asyncio.shield(self.in_flight[0])
                     self.in_flight.popleft()
                     yield entry
@@ -115,23 +113,13 @@ class Scheduler:
         task = asyncio.create_task(self.recipe.complete(lines, self.teachers.ask))
         self.completing.append((lines, task))
 
-    def question(self, id: str) -> tuple[str, dict, list[str]]:
-        return self.recipe.prompt(int(id), self.store.accepted)
-
-    async def _fill(self) -> None:
+    def _fill(self) -> None:
         """Have as many requests in flight as the missing records are likely to take."""
         tasks_seen = self.num - self.missing() + self.recipe.expected_tasks
         want = math.ceil(self.missing() * (self.judged + 1) / tasks_seen)  # at the rate so far
-        known = self.teachers.log.entries
-        while self.poll and not self.in_flight and str(self.next_number) not in known:
-            numbers = range(self.next_number, self.next_number + want)
-            ids = [str(number) for number in numbers if str(number) not in known]
-            await ask_in_batches(self.teachers, ids, self.question, self.poll)
         while len(self.in_flight) < min(want, self.recipe.window):
-            id = str(self.next_number)
-            if self.poll and id not in known:
-                break
-            request = self.teachers.ask(id, *self.question(id))
+            question = self.recipe.prompt(self.next_number, self.store.accepted)
+            request = self.teachers.ask(str(self.next_number), *question)
             self.in_flight.append(asyncio.create_task(request))
             self.next_number += 1
 

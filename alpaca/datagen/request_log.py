@@ -179,13 +179,13 @@ class Teachers:
 
 
 def log_entry(
-    id: str, endpoint: Endpoint, seeds: Sequence[str], result: Result, max_cost: float, price=1.0
+    id: str, endpoint: Endpoint, seeds: Sequence[str], result: Result, max_cost: float
 ) -> dict[str, Any]:
     """A line of responses.jsonl. A response without a token count is charged at its maximum."""
     provenance = {
         "teacher": endpoint.model,
         "url": endpoint.base_url,
-        "endpoint": endpoint.kind + (" in a batch" if price != 1 else ""),
+        "endpoint": endpoint.kind,
         "licence": endpoint.licence,
         "request": id,
         "request_id": getattr(result, "request_id", ""),
@@ -193,7 +193,7 @@ def log_entry(
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     entry = {"id": id, "provenance": provenance, "usage": result.usage._asdict()}
-    entry["cost"] = (endpoint.cost(result.usage) + result.usage.unmetered * max_cost) * price
+    entry["cost"] = endpoint.cost(result.usage) + result.usage.unmetered * max_cost
     if isinstance(result, Reply):
         return entry | {"attempts": result.attempts, "response": result.body}
     return entry | {"failed": str(result)}

@@ -179,10 +179,9 @@ class ServiceFilter(Filter):
 
     async def check(self, text: str) -> str:
         body = {"model": self.endpoint.model, "input": replace_surrogates(text)}
-        call = self.client.call
         try:
             async with asyncio.timeout(self.timeout):
-                return await call(self.endpoint, "POST", "moderations", parse_verdict, json=body)
+                return await self.client.call(self.endpoint, "moderations", body, parse_verdict)
         except (RequestFailedError, RefusedError, UserError, TimeoutError) as error:
             if time.monotonic() - self.last_notice > NOTICE_INTERVAL:
                 self.last_notice = time.monotonic()

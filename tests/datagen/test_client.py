@@ -6,6 +6,7 @@ import time
 import pytest
 from helpers.teacher_server import ODD, Server
 
+from alpaca.common.json_files import append_jsonl, read_log
 from alpaca.datagen import client
 from alpaca.datagen.client import Client, RefusedError, RequestFailedError, RetryableError
 from alpaca.datagen.endpoints import Endpoint, Usage
@@ -182,6 +183,11 @@ def test_parse_reply_joins_parts_and_replaces_surrogates():
         client.parse_reply('{"error": {"message": "out of credits"}}')
     assert client.error_message(r'{"error": {"message": "no \ud800"}}') == "no ?"
     assert client.error_message("<html>\n<b>Bad gateway</b>") == "Bad gateway"
+
+
+def test_largest_response_fits_into_a_line_of_the_log(tmp_path):
+    append_jsonl(tmp_path / "log.jsonl", entry := {"response": "\\" * client.MAX_RESPONSE})
+    assert list(read_log(tmp_path / "log.jsonl")) == [entry]
 
 
 def test_parse_usage_ignores_implausible_counts():

@@ -1,4 +1,4 @@
-"""A small OpenAI-compatible server for the tests: both APIs, batches, and faults on demand.
+"""A small OpenAI-compatible server for the tests: both APIs, and faults on demand.
 
 An answer follows from the prompt alone, so equal requests get equal answers.
 """
@@ -6,7 +6,6 @@ An answer follows from the prompt alone, so equal requests get equal answers.
 import hashlib
 import json
 import random
-import re
 import socket
 import struct
 import threading
@@ -74,13 +73,10 @@ class Server(ThreadingHTTPServer):
         self.faults, self.latency, self.key, self.answer = faults or {}, latency, key, answer
         self.rng, self.lock = random.Random(seed), threading.Lock()
         self.refuse = lambda body: False  # with a 400
-        self.finish = finish  # what is done with a batch
         self.seen: Counter = Counter()  # requests by path, answers, faults by name
         self.prompts: Counter = Counter()
         self.spent = [0, 0]  # tokens in and out of the complete answers
-        self.batches: dict[str, dict] = {}
-        self.files: dict[str, bytes] = {}
-        self.batch_waits, self.retry_after = 2, 0.05
+        self.retry_after = 0.05
         self.bodies: list[dict] = []
         self.now = self.most = 0
 
@@ -132,22 +128,6 @@ class Handler(BaseHTTPRequestHandler):
     def content(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
-    def do_GET(self) -> None:
-        server, path = self.server, self.path.removeprefix("/v1/")
-        server.seen["GET " + path.split("?")[0].split("/")[0]] += 1
-        if found := re.fullmatch(r"files/(.+)/content", path):
-            self.reply(200, server.files[found[1]])
-        elif path.startswith("batches/"):
-            batch = server.batches[path.removeprefix("batches/")]
-            batch["waits"] -= 1
-            if batch["waits"] <= 0 and batch["status"] == "in_progress":
-                server.finish(server, batch)
-            self.reply(200, batch)
-        elif path.startswith("batches"):
-            self.reply(200, {"data": list(server.batches.values()), "has_more": False})
-        else:
-            self.reply(404, {"error": {"message": "no such path"}})
-
     def do_POST(self) -> None:
         server, content = self.server, self.content()
         path = self.path.removeprefix("/v1/")
@@ -159,23 +139,6 @@ class Handler(BaseHTTPRequestHandler):
             if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
                 given = self.headers.get("Authorization", "none")
                 self.reply(401, {"error": {"message": f"Incorrect API key provided: {given}"}})
-            elif path == "files":
-                boundary = self.headers["Content-Type"].split("boundary=")[1].encode()
-                name = f"file-{len(server.files)}"
-                part = next(p for p in content.split(b"--" + boundary) if b"filename=" in p)
-                server.files[name] = part.split(b"\r\n\r\n", 1)[1].rstrip(b"\r\n")
-                self.reply(200, {"id": name})
-            elif path == "batches":
-                order = json.loads(content)
-                batch = {"id": f"batch_{len(server.batches)}", "status": "in_progress", **order}
-                batch["waits"] = server.batch_waits
-                server.batches[batch["id"]] = batch
-                for request in requests_of(server, batch):  # bought
-                    server.prompts[prompt_of(request["url"], request["body"])] += 1
-                if server.fault() == "lost":
-                    self.reset()
-                else:
-                    self.reply(200, batch)
             else:
                 self.complete(path, json.loads(content))
         finally:
@@ -253,29 +216,5 @@ def response_body(path: str, model: str, prompt: str, text: str | dict, server) 
     }
 
 
-def requests_of(server, batch: dict) -> list[dict]:
-    return [json.loads(line) for line in server.files[batch["input_file_id"]].splitlines()]
-
-
 def prompt_of(path: str, body: dict) -> str:
     return body["messages"][0]["content"] if path.endswith("chat/completions") else body["prompt"]
-
-
-def finish(server, batch: dict) -> None:
-    """Answer all requests of a batch except the fourth."""
-    done, failed = [], []
-    for place, request in enumerate(requests_of(server, batch)):
-        body, path = request["body"], request["url"].removeprefix("/v1/")
-        prompt = prompt_of(path, body)
-        line = {"custom_id": request["custom_id"]}
-        if place == 3:
-            failed.append(line | {"response": {"status_code": 500, "body": {"error": "x"}}})
-            continue
-        found = response_body(path, body["model"], prompt, server.answer(prompt), server)
-        done.append(line | {"response": {"status_code": 200, "body": found}, "error": None})
-    for name, lines in (("output", done[::-1]), ("error", failed)):
-        if lines:
-            content = "".join(json.dumps(line) + "\n" for line in lines)
-            server.files[f"{name}-{batch['id']}"] = content.encode()
-            batch[f"{name}_file_id"] = f"{name}-{batch['id']}"
-    batch["status"] = "completed"

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from helpers.commands import ROOT, assert_refused
+from helpers.commands import ROOT
 from helpers.generation import FOUR_STAGES, SEEDS, arguments, check_whole, comparable, read
 from helpers.teacher_server import ODD, THINGS, Server, answer
 
@@ -89,28 +89,6 @@ def test_killed_four_stages_resume_to_the_same_records(tmp_path, command, monkey
         args = arguments(tmp_path / "r", server, 100, *FOUR_STAGES)
         assert command(selfinstruct, *args)[0] == 0
     assert comparable(tmp_path / "r") == comparable(tmp_path / "s")
-
-
-def test_killed_run_finds_its_batch_again(tmp_path, command):
-    with Server() as server:
-        server.batch_waits = 10**9
-        process = start(tmp_path / "r", server, 100, "--batch", "--poll", 0.05)
-        while server.seen["GET batches"] < 4:
-            time.sleep(0.02)
-        process.kill()
-        process.communicate()
-        for state in server.batches.values():
-            state["waits"] = 0
-        server.batch_waits = 0
-        result = command(selfinstruct, *arguments(tmp_path / "r", server, 100))
-        assert_refused(result, "unfinished batch", "--batch")
-        more = ("--batch", "--poll", 0.02)
-        other = ("--teacher", "other", *more)
-        result = command(selfinstruct, *arguments(tmp_path / "r", server, 100, *other))
-        assert_refused(result, "unfinished batch of m at")
-        assert command(selfinstruct, *arguments(tmp_path / "r", server, 100, *more))[0] == 0
-        assert max(server.prompts.values()) == 1
-    assert len(read(tmp_path / "r", "records")) == 100
 
 
 SLOW_DISK = """

@@ -1,18 +1,21 @@
 """The pictures of the book: `python -m docs.pictures` writes docs/pictures/*.svg."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
-from alpaca.common.charts import COLOURS, label, svg
+from alpaca.common.charts import COLOURS, label, line, svg
+from tokenizer import SentencePieceTokenizer
 
 BLUE, ORANGE, GREEN, PURPLE, BROWN, GREY = COLOURS
 FOLDER = Path(__file__).parent / "pictures"
+DATA = FOLDER.parent.parent / "data"
 
 
-def box(x: float, y: float, width: float, height: float, text: str, colour=GREY) -> str:
+def box(x: float, y: float, width: float, height: float, text: str, colour=GREY, stroke=1.5) -> str:
     """A frame with lines of text in its middle."""
     place = f'x="{x}" y="{y}" width="{width}" height="{height}" rx="4"'
-    rect = f'<rect {place} fill="#fff" stroke="{colour}" stroke-width="1.5"/>'
+    rect = f'<rect {place} fill="#fff" stroke="{colour}" stroke-width="{stroke}"/>'
     lines, middle = text.split("\n"), y + height / 2 + 4
     tops = (middle + 15 * (i - (len(lines) - 1) / 2) for i in range(len(lines)))
     return rect + "".join(label(t, x + width / 2, y) for t, y in zip(lines, tops, strict=True))
@@ -27,8 +30,8 @@ def arrow(*points: tuple[float, float], colour=GREY) -> str:
     head = [(x, y), *((back[0] + s * side[0], back[1] + s * side[1]) for s in (1, -1))]
     path = " ".join(f"{x:g},{y:g}" for x, y in [*points[:-1], back])
     tip = " ".join(f"{x:.1f},{y:.1f}" for x, y in head)
-    line = f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
-    return f'{line}<polygon points="{tip}" fill="{colour}"/>'
+    shaft = f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+    return f'{shaft}<polygon points="{tip}" fill="{colour}"/>'
 
 
 def plus(x: float, y: float) -> str:
@@ -96,7 +99,39 @@ def block() -> str:
     return svg(720, 470, parts)
 
 
-PICTURES: dict[str, Callable[[], str]] = {"block": block}
+# ---------------------------------------------------------------- 2. tokens
+
+
+def merges() -> str:
+    """The merges of one word. In data/tokenizer.model a piece's id is its place in the order."""
+    vocabulary, word = SentencePieceTokenizer(DATA / "tokenizer.model"), "▁description"
+    id_of = vocabulary.sentencepiece.piece_to_id
+    nodes = [(piece, 56.0 + 55 * i, 290.0) for i, piece in enumerate(word)]  # text, x, y
+    parts, order = [label(f"The merges of {word}, with data/tokenizer.model", 360, 22, size=15)], []
+    while True:
+        joined = [(id_of(a[0] + b[0]), i) for i, (a, b) in enumerate(pairwise(nodes))]
+        possible = [(token, i) for token, i in joined if token != vocabulary.unk_id]
+        if not possible:
+            break
+        token, i = min(possible)
+        a, b = nodes[i : i + 2]
+        piece, x, y = a[0] + b[0], (a[1] + b[1]) / 2, min(a[2], b[2]) - 70
+        parts += [line(f"M{x:g} {y:g}L{child[1]:g} {child[2]:g}", GREY, 1) for child in (a, b)]
+        parts += [piece_box(*child, id_of(child[0])) for child in (a, b)]
+        nodes[i : i + 2] = [(piece, x, y)]
+        order.append(f"{piece} {token}")
+    parts += [piece_box(*node, id_of(node[0]), BLUE, 3) for node in nodes]
+    tokens = "thick frames: the tokens, which no merge joins; below each piece its id"
+    parts += [label(tokens, 360, 334, colour=BLUE)]
+    parts += [label(f"lower ids are merged first: {', '.join(order)}", 360, 354)]
+    return svg(720, 370, parts)
+
+
+def piece_box(piece: str, x: float, y: float, token: int, colour=GREY, stroke=1.5) -> str:
+    return box(x - 23, y - 19, 46, 38, f"{piece}\n{token}", colour, stroke)
+
+
+PICTURES: dict[str, Callable[[], str]] = {"block": block, "merges": merges}
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)

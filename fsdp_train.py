@@ -227,12 +227,8 @@ def main() -> None:
     config = TrainConfig.from_args(parser.parse_args())
     if config.plan:
         job = prepare(config)
-        work, simulated = measure(job.config, job.model_config, job.train, job.steps), None
-        if config.simulate:
-            from alpaca.training.simulate import simulate  # loads torch's compiler
-
-            simulated = simulate(work, build_optimizer, train_step)
-        return print(report_plan(work, simulated))
+        work = measure(job.config, job.model_config, job.train, job.steps)
+        return print(report_plan(work))
     keep_freed_memory()
     with ExitStack() as lock:
         with process_group(config.device, config.replicas) as (mesh, device):

@@ -50,7 +50,7 @@ def describe(config: TrainConfig) -> str:
 
 
 def measure() -> str:
-    from alpaca.training.simulate import simulate
+    from bench.simulate import simulate  # loads torch's compiler
     from fsdp_train import build_optimizer, train_step
 
     head = "| model | ranks | rows | checkpointing | simulated, GiB a rank | planned | difference |"

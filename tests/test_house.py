@@ -92,7 +92,7 @@ def test_a_module_level_name_means_one_thing():
 def test_modules_import_without_a_command_line_or_a_compiler():
     """torch's compiler would cost two seconds at every start without a GPU. `alpaca generate` needs
     no part of torch, and no other big package, that `import torch` has not loaded."""
-    when_needed = {"alpaca.training.simulate", "alpaca.weights.int8_kernel"}
+    when_needed = {"alpaca.weights.int8_kernel"}
     names = ", ".join(FILES.keys() - when_needed)
     compiler = "torch.cuda.is_available() or 'torch._dynamo' not in sys.modules"
     load = "alpaca.weights.loading.load_model('data/tiny-llama')"

@@ -389,7 +389,6 @@ ERRORS = {
     "replicas": ({"replicas": 2}, "1 ranks are not a multiple of --replicas 2"),
     "a plan's replicas": ({"replicas": 2, "plan": True}, "not a multiple of --replicas 2"),
     "too many epochs": ({"epochs": 1e300}, "--epochs", "more than 10,000"),
-    "a simulation without a plan": ({"simulate": True}, "--simulate goes with --plan"),
     "a chip without a plan": ({"chip": "H100"}, "--chip goes with --plan"),
     "ranks without a plan": ({"gpus": 8}, "--gpus goes with --plan", "torchrun"),
     "a plan's ranks": ({"gpus": 10**9, "plan": True}, "--gpus", "more than 1,048,576"),

@@ -10,7 +10,6 @@ run_dir.py          the folder of a run: settings, log, lock
 process.py          signals and exit codes
 throughput.py       numbers of parameters and operations, MFU
 memory_plan.py      `--plan`: memory and hours, estimated before training
-simulate.py         `--plan --simulate`: the memory of a step on tensors without data
 model_card.py       the card beside the trained model
 result.py           held-out figures before and after, the trained model, its answers
 """

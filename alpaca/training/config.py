@@ -132,7 +132,6 @@ class TrainConfig:
     sample_answers: int = flag(4, "held-out instructions to answer at the end", not_negative)
 
     plan: bool = flag(False, "print memory, steps and hours; do not train")
-    simulate: bool = flag(False, "with --plan: run one step without data, in about a minute")
     gpus: int = flag(1, "ranks to plan for", COUNT)
     chip: str | None = flag(None, "GPU to plan for (default: this machine's)", choices=CHIPS)
 
@@ -170,7 +169,7 @@ class TrainConfig:
             files = given.get(name) or (os.path.relpath(CHECKOUT / f) for f in defaults[name])
             given[name] = tuple(map(str, files))
         config = cls(**{**defaults, **given})
-        for name in ("simulate", "gpus", "chip"):
+        for name in ("gpus", "chip"):
             if name in given and not config.plan:
                 raise UserError(f"--{name} goes with --plan; torchrun says how many ranks train")
         config.validate()

@@ -17,7 +17,7 @@ integers, whole on every rank and dequantized one matrix at a time. The phases t
 
 The fewer blocks are left, the fewer activations and the more gradients there are, so the worst N is
 the first or the last. The estimate counts the tensors of model.py and FSDP in eager mode, and
-agrees with `--simulate` within 3 %; compiled blocks need less. Activations: arXiv:2205.05198.
+agrees with bench/simulate.py within 3 %; compiled blocks need less. Activations: arXiv:2205.05198.
 """
 
 from dataclasses import dataclass, replace
@@ -323,8 +323,8 @@ def measure(config: TrainConfig, model: LlamaConfig, examples: Examples, steps: 
     return Workload(config, model, longest, share, rows, steps, tokens * most // batch_size, length)
 
 
-def report_plan(work: Workload, simulated: dict[str, float] | None = None) -> str:
-    """What `--plan` prints, beside what a simulation found."""
+def report_plan(work: Workload) -> str:
+    """What `--plan` prints."""
     config, model, (chip, memory) = work.config, work.model, find_device(work.config.chip)
     trained = f"{short_number(counts.model_parameters(model))} parameters"
     if config.lora:
@@ -332,14 +332,10 @@ def report_plan(work: Workload, simulated: dict[str, float] | None = None) -> st
         adapter = short_number(counts.adapter_parameters(model, config.lora))
         trained = f"an adapter of {adapter} parameters on {trained} in {base}"
     categories = {**peak_categories(work), "peak": peak_bytes(work)}
-    if simulated:  # which cannot tell these from activations
-        categories["activations"] = categories.get("activations", 0) + categories.pop("temporary")
-        simulated = {**simulated, "peak": sum(simulated.values())}
     lines = []
     for name, size in categories.items():
-        found = f", simulated {simulated.get(name, 0) / GIB:8.2f}" if simulated else ""
-        if name == "peak" or max(size, (simulated or {}).get(name, 0)) >= GIB / 200:  # not 0.00
-            lines.append(f"{name:<12}{size / GIB:8.2f} GiB a rank{found}")
+        if name == "peak" or size >= GIB / 200:  # not 0.00
+            lines.append(f"{name:<12}{size / GIB:8.2f} GiB a rank")
     total, margin = needed_bytes(work), needed_bytes(work) - peak_bytes(work)
     lines.append(f"margin      {margin / GIB:8.2f} GiB for CUDA, NCCL and the allocator")
     lines.append(f"total       {total / GIB:8.2f} GiB, of {memory / GIB:.0f} GiB")

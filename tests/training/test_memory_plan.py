@@ -27,11 +27,11 @@ from alpaca.training.memory_plan import (
     resolve_defaults,
 )
 from alpaca.training.parallel import apply_activation_checkpointing
-from alpaca.training.simulate import simulate
 from alpaca.training.throughput import CHIPS, GIB, estimated_seconds, flops_per_token
 from alpaca.weights.checkpoint import DTYPES
 from alpaca.weights.lora import ATTENTION, TARGETS, LoraConfig, add_lora
 from alpaca.weights.presets import preset
+from bench.simulate import simulate
 from dataset import Examples, pack_rows, step_examples, total_steps
 from model import Llama, LlamaConfig
 

@@ -1,7 +1,6 @@
 """Runs one training step in which no tensor has data, to see the memory that a rank needs.
 
-    python fsdp_train.py --preset 65B --tokenizer data/tokenizer.model --data alpaca_data.json \
-        --plan --gpus 1024 --replicas 16 --chip H100 --simulate
+    sizes = simulate(work, fsdp_train.build_optimizer, fsdp_train.train_step)    # see bench/plan.py
 
 The model, the sharding, checkpointing, clipping and AdamW are those of a real run; the tensors are
 fake: they have a shape and a dtype, and FSDP sends them to ranks that do not exist. So 65B on 1,024

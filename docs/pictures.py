@@ -4,8 +4,13 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+
 from alpaca.common.charts import COLOURS, label, line, svg
-from tokenizer import SentencePieceTokenizer
+from alpaca.datagen.formats import load_records
+from dataset import Examples, encode_all, encode_record, make_row, pack_rows
+from model import IGNORE
+from tokenizer import SentencePieceTokenizer, load_tokenizer
 
 BLUE, ORANGE, GREEN, PURPLE, BROWN, GREY = COLOURS
 FOLDER = Path(__file__).parent / "pictures"
@@ -131,7 +136,60 @@ def piece_box(piece: str, x: float, y: float, token: int, colour=GREY, stroke=1.
     return box(x - 23, y - 19, 46, 38, f"{piece}\n{token}", colour, stroke)
 
 
-PICTURES: dict[str, Callable[[], str]] = {"block": block, "merges": merges}
+# ---------------------------------------------------------------- 3. records
+
+
+def packing() -> str:
+    """A record with its labels masked; eight records padded to one length, and packed."""
+    tokenizer = load_tokenizer(DATA / "tiny-llama")
+    record = {"instruction": "Name a fruit.", "input": "", "output": "a pear"}
+    ids, labels, _ = encode_record(record, tokenizer)
+    parts = [label("The end of a record: its ids, and its labels", 360, 22, size=15)]
+    parts += [label(text, 64, y, "end") for text, y in (("ids", 64), ("labels", 128))]
+    for i, (token, target) in enumerate(zip(ids[-9:], labels[-9:], strict=True)):
+        x, masked = 72 + 70 * i, target == IGNORE
+        parts.append(box(x, 42, 68, 36, f"{tokenizer.piece(token)}\n{token}"))
+        parts.append(box(x, 112, 68, 24, str(target), *([GREY] if masked else [BLUE, 3])))
+        if not masked:  # the logits after the token before predict it
+            parts.append(arrow((x - 38, 78), (x + 28, 110), colour=BLUE))
+    hint = "arrows: the logits after a token are compared with the next token's label"
+    parts.append(label(hint, 360, 162, colour=BLUE))
+
+    records = load_records(DATA / "sample_train.json")[:8]
+    examples = encode_all(records, list(records), tokenizer, max_length=512)
+    longest, rows = examples.lengths.max(), pack_rows(examples.lengths, 1, 256)[0]
+    for i in range(len(examples)):
+        y = 228 + 20 * i
+        parts.append(strip(20, y, longest, 0, "none") + example_strip(examples, i, 20, y))
+    size = len(examples) * longest
+    parts.append(label(f"padded: 8 × {longest} = {size} tokens,", 20, 204, "start"))
+    parts.append(label(f"{size - examples.lengths.sum()} of them padding", 20, 220, "start"))
+    packed = " + ".join(str(examples.lengths[row].sum()) for row in rows)
+    parts.append(label(f"packed: {packed} = {examples.lengths.sum()} tokens", 270, 204, "start"))
+    for n, row in enumerate(rows):
+        x, y = 270, 228 + 84 * n
+        for i in row:
+            parts.append(example_strip(examples, i, x, y))
+            x += 2 * int(examples.lengths[i])
+        for bound in make_row(examples, np.array(row)).cu_seqlens.tolist():
+            parts.append(label(str(bound), 270 + 2 * bound, y + 32))
+        parts.append(label("cu_seqlens, where documents begin and end", 270, y + 48, "start"))
+    parts.append(label("grey: prompt, masked; blue: answer; white: padding", 700, 384, "end"))
+    return svg(720, 400, parts)
+
+
+def strip(x: float, y: float, tokens: int, first: int, fill: str) -> str:
+    place = f'x="{x + 2 * first}" y="{y}" width="{2 * (tokens - first)}" height="16"'
+    return f'<rect {place} fill="{fill}" stroke="#000" stroke-width="0.7"/>'
+
+
+def example_strip(examples: Examples, i: int, x: float, y: float) -> str:
+    """Two pixels a token: the prompt, then the answer."""
+    length, prompt = examples.lengths[i], examples.lengths[i] - examples.supervised[i]
+    return strip(x, y, prompt, 0, "#d0d7de") + strip(x, y, length, prompt, BLUE)
+
+
+PICTURES: dict[str, Callable[[], str]] = {"block": block, "merges": merges, "packing": packing}
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)

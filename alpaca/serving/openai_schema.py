@@ -8,7 +8,7 @@
     prompt as it is. Instead of a prompt it may have an `instruction` and an `input`, which go into
     the model's template: the page sends these.
   - top_k and repetition_penalty go beyond OpenAI's fields. A field of theirs that would change the
-    answer and is not supported is refused, never ignored.
+    answer and is not supported is refused, never ignored; their defaults are accepted.
   - `max_tokens` is cut to what the server allows; finish_reason is "length" then.
 
 platform.openai.com/docs/api-reference
@@ -31,13 +31,15 @@ from tokenizer import Tokenizer
 
 MAX_CHOICES, MAX_STOPS, MAX_STOP_LENGTH = 8, 16, 200
 MIN_LOGPROB = -9999.0  # JSON has no -inf
-UNSUPPORTED = {  # field: the values that change nothing, which are accepted
-    "audio": (), "prediction": (), "web_search_options": (), "best_of": (1,), "echo": (False,),
-    "suffix": ("",), "logit_bias": ({},), "frequency_penalty": (0,), "presence_penalty": (0,),
-    "tools": ([],), "tool_choice": ("none", "auto"),
+UNSUPPORTED = {  # field: the values that change nothing, which are accepted; null always is
+    "audio": (), "moderation": (), "prediction": (), "web_search_options": (),
+    "best_of": (1,), "echo": (False,), "suffix": ("",), "store": (False,),
+    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},),
+    "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
     "functions": ([],), "function_call": ("none", "auto"),
     "modalities": (["text"],), "response_format": ({"type": "text"},),
-    "reasoning_effort": ("none",), "verbosity": ("medium",),
+    "reasoning_effort": ("none", "medium"), "verbosity": ("medium",),
+    "service_tier": ("auto", "default"),
 }  # fmt: skip
 
 
@@ -115,18 +117,21 @@ def parse_request(
         raise HTTPError(404, message, param="model", code="model_not_found")
     for name, harmless in UNSUPPORTED.items():
         if body.get(name) not in (None, *harmless):
-            raise invalid(name, f"{name} is not supported", "unsupported_parameter")
+            values = " or ".join(map(json.dumps, (*harmless, None)))
+            message = f"{name} must be {values}: nothing else is supported"
+            raise invalid(name, message, "unsupported_parameter")
     stream, n = get_bool(body, "stream"), get_number(body, "n", 1, 1, MAX_CHOICES, int)
     logprobs = get_number(body, "logprobs", None, 0, 5, int) if not chat else None
     if chat and get_bool(body, "logprobs"):
         logprobs = get_number(body, "top_logprobs", 0, 0, 20, int)
-    elif body.get("top_logprobs") is not None:
+    elif body.get("top_logprobs") not in (None, 0):
         raise invalid("top_logprobs", "top_logprobs needs logprobs")
     if stream and logprobs is not None:
         raise invalid("logprobs", "logprobs are not available with stream")
     options = body.get("stream_options") or {}
-    if not isinstance(options, dict):
-        raise invalid("stream_options", "stream_options must be an object")
+    names = {"include_usage", "include_obfuscation"}  # the latter pads chunks; here are no pads
+    if not isinstance(options, dict) or options.keys() - names:
+        raise invalid("stream_options", 'stream_options must be {"include_usage": true or false}')
     text, prompts = (parse_messages if chat else parse_prompts)(body, tokenizer)
     if n * len(prompts) > MAX_CHOICES:
         raise invalid("n", f"at most {MAX_CHOICES} answers to a request")

@@ -125,6 +125,21 @@ def test_openai_client_gets_logprobs(client):
     assert len(plain.tokens) == len(plain.token_logprobs) == 6
 
 
+def test_openai_client_sends_defaults_and_gets_refusals(client):
+    chat, messages = client.chat.completions.create, [{"role": "user", "content": FRUIT}]
+    fields = {"model": "tiny", "max_tokens": 2, "frequency_penalty": 0, "presence_penalty": 0}
+    fields |= {"n": 1, "logit_bias": {}, "stop": None, "user": "me"}
+    both = {"response_format": {"type": "text"}, "store": False, "parallel_tool_calls": True}
+    both |= {"tools": [], "logprobs": False, "stream_options": None, "verbosity": "medium"}
+    assert chat(messages=messages, **fields, **both).usage.completion_tokens == 2
+    done = client.completions.create(prompt="a", best_of=1, echo=False, suffix=None, **fields)
+    assert done.usage.completion_tokens == 2
+    for changed in ({"response_format": {"type": "json_object"}}, {"store": True}):
+        with pytest.raises(openai.BadRequestError, match="nothing else is supported") as refused:
+            chat(messages=messages, **fields, **both | changed)
+        assert refused.value.param in changed and refused.value.code == "unsupported_parameter"
+
+
 def test_openai_client_lists_models_and_gets_errors(client):
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"

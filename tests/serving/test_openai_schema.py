@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 from helpers.commands import ROOT
@@ -67,8 +68,6 @@ def test_defaults_are_openais():
     assert params.max_new_tokens == 100 and params.seed != parse().params[0].seed
     assert parse(max_tokens=5000).params[0].max_new_tokens == 100
     assert parse(temperature=None, n=None, stop=None, seed=None).params[0].temperature == 1.0
-    parse(frequency_penalty=0, presence_penalty=0.0, logit_bias={}, tools=[], tool_choice=None)
-    parse(tool_choice="auto")
 
 
 def test_several_prompts_with_several_answers_each():
@@ -78,6 +77,58 @@ def test_several_prompts_with_several_answers_each():
     assert [one.seed for one in params] == [5, 6, 5, 6]
     tokens = api.usage(request, [finished("x", one) for one in params])  # a prompt counts once
     assert tokens["prompt_tokens"] == len(encoded("a")) + len(encoded("b c"))
+
+
+DEFAULTS = {  # of OpenAI's parameters, where that is not null
+    "frequency_penalty": [0, 0.0], "presence_penalty": [0], "logit_bias": [{}], "n": [1],
+    "temperature": [1], "top_p": [1], "logprobs": [False], "top_logprobs": [0], "stream": [False],
+    "stream_options": [{}, {"include_usage": False}, {"include_obfuscation": True}],
+    "tools": [[]], "tool_choice": ["none", "auto"], "parallel_tool_calls": [True, False],
+    "functions": [[]], "function_call": ["none", "auto"], "modalities": [["text"]],
+    "response_format": [{"type": "text"}], "reasoning_effort": ["none", "medium"],
+    "verbosity": ["medium"], "service_tier": ["auto", "default"], "store": [False],
+    "best_of": [1], "echo": [False], "suffix": [""], "stop": [[]], "metadata": [{}],
+}  # fmt: skip
+LABELS = {"user", "metadata", "safety_identifier"}  # they change no answer, whatever they are
+LABELS |= {"prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"}
+
+
+def openai_parameters(path: str) -> set[str]:
+    """The optional ones, by the package openai."""
+    types = pytest.importorskip("openai", reason="the package openai is not installed").types
+    module = types.chat if path == CHAT else types
+    base = module.completion_create_params.CompletionCreateParamsBase
+    return {*base.__annotations__, "stream"} - {"messages", "prompt", "model"}
+
+
+@pytest.mark.parametrize("path", [CHAT, PLAIN])
+def test_openai_parameters_are_accepted_at_their_defaults(path):
+    for name in openai_parameters(path):
+        values = [] if (path, name) == (PLAIN, "logprobs") else DEFAULTS.get(name, [])
+        for value in (None, *values):
+            parse(path, prompt="a", **{name: value})
+
+
+@pytest.mark.parametrize("path", [CHAT, PLAIN])
+def test_openai_parameters_are_never_ignored(path):
+    for name in openai_parameters(path) - LABELS:
+        with pytest.raises(HTTPError) as refused:
+            parse(path, prompt="a", **{name: {"other": 1}})
+        error = refused.value
+        assert error.status == 400 and error.error["param"] == name, name
+        assert re.search(rf"{name} (must|needs)", error.error["message"])
+
+
+def test_refusals_say_what_is_supported():
+    for name, value, supported in (
+        ("n", 9, "an integer from 1 to 8"),
+        ("presence_penalty", 1, "must be 0 or null"),
+        ("response_format", {"type": "json_object"}, 'must be {"type": "text"} or null'),
+        ("service_tier", "flex", 'must be "auto" or "default" or null'),
+    ):
+        with pytest.raises(HTTPError) as refused:
+            parse(**{name: value})
+        assert supported in refused.value.error["message"]
 
 
 REFUSED = {
@@ -97,10 +148,12 @@ REFUSED = {
     "max_tokens": [0, -1, 1.5, "9"],
     "stop": [3, [""], "", [1], ["a"] * 17, "a" * 201, {}],
     "stream": ["yes", 1],
-    "stream_options": ["a", [1]],
+    "stream_options": ["a", [1], {"other": 1}],
     "top_logprobs": [21, -1],
     "model": ["gpt-4", 3, ""],
     "tools": [[{}]],
+    "tool_choice": ["required"],
+    "store": [True],
     "logit_bias": [{"1": 2}],
     "frequency_penalty": [0.5],
     "response_format": [{"type": "json_object"}],

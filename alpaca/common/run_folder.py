@@ -10,6 +10,8 @@ from alpaca.common.errors import UserError, join_names
 from alpaca.common.files import atomic_file, lock_path, made_folder, owned, remove_contents
 from alpaca.common.json_files import read_json
 
+RIGHT_ANSWERS = "right_answers.json"  # three held-out records that the trained model can answer
+
 
 @contextmanager
 def run_folder(folder: Path, settings: dict[str, Any], activity: str) -> Iterator[None]:

@@ -25,10 +25,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import quote
 
-from alpaca import CHECKOUT
 from alpaca.common.errors import UserError
 from alpaca.common.json_files import append_jsonl
-from alpaca.datagen.formats import load_records
+from alpaca.common.run_folder import RIGHT_ANSWERS
+from alpaca.inference.answer import read_questions
 from alpaca.inference.engine import Engine
 from alpaca.inference.sequence import Sequence
 from alpaca.inference.watermark import Watermark
@@ -37,7 +37,8 @@ from alpaca.serving.http import HTTPError, Request, Response, json_response
 from alpaca.serving.moderation import UNAVAILABLE, Filter, FilterUnavailable, explain_refusal
 from alpaca.serving.scheduler import BusyError, EngineThread, PendingRequest, RateLimiter
 from alpaca.weights.checkpoint import parameter_shapes
-from alpaca.weights.loading import DEFAULT_MODEL
+from alpaca.weights.quantize import LINEAR
+from dataset import template_of
 
 PAGE_FILE = Path(__file__).with_name("page.html")
 MAX_DETECT_LENGTH = 20_000  # characters
@@ -45,8 +46,8 @@ MAX_REPORTS_SIZE = 64 << 20  # bytes of a file; as many are kept in the one befo
 PAGE_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 PAGE_POLICY += "; connect-src 'self'; img-src data:"
 NOTICE = (
-    "A language model of {million:,} million parameters, fine-tuned to follow instructions. It "
-    "makes mistakes, invents facts, and can be biased or offensive: check what it says."
+    "A language model, fine-tuned to follow instructions. It makes mistakes, invents facts, and "
+    "can be biased or offensive: check what it says."
 )
 
 
@@ -224,7 +225,7 @@ class App:
         body = api.parse_body(request.body)
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         report = {"time": now, "model": self.args.name}
-        for name in ("instruction", "input", "output", "why"):
+        for name in ("earlier", "instruction", "input", "output", "why"):
             report[name] = api.get_text(body, name, "")
         for name in ("temperature", "top_p", "max_tokens"):
             report[name] = api.get_number(body, name, None, 0, 1 << 30)
@@ -268,25 +269,26 @@ def load_page(file: Path) -> Response:
 
 def describe(args: argparse.Namespace, engine: Engine, filter: Filter) -> dict:
     """What the page shows about this server."""
-    size = sum(math.prod(shape) for shape in parameter_shapes(engine.model.config).values())
+    model = engine.model
+    size = sum(math.prod(shape) for shape in parameter_shapes(model.config).values())
+    kinds, stored = set(map(type, model.modules())), 8 * model.model.norm.weight.itemsize
+    bits = next((bits for bits, kind in sorted(LINEAR.items()) if kind in kinds), stored)
     filters = {"off": "Nothing is filtered.", "rules": "A small list of rules filters texts here."}
     service = f"Questions and answers are sent to {filter.name} to be checked."
     return {
         "model": args.name,
-        "notice": args.notice or NOTICE.format(million=max(1, round(size / 1e6))),
+        "weights": f"{max(1, round(size / 1e6)):,} million parameters of {bits} bits",
+        "notice": args.notice or NOTICE,
         "filter": filters.get(filter.name, service),
         "watermark": not args.no_watermark,
         "max_tokens": min(args.max_new_tokens, engine.max_length),
+        # Alpaca's template is for one instruction; the others separate the turns of a chat
+        "turns": template_of(engine.tokenizer).name != "alpaca",
         "examples": page_examples(args),
     }
 
 
 def page_examples(args: argparse.Namespace) -> list[dict]:
-    """Six short instructions; for the tiny model some that are like its training data."""
-    tiny = args.model_dir is DEFAULT_MODEL
-    file = CHECKOUT / "data" / ("sample_heldout.json" if tiny else "eval_instructions.jsonl")
-    records = [r for r in load_records(args.examples or file) if r.get("instruction")]
-    short = [r for r in records if len(r["instruction"]) <= 90 and len(r["input"]) <= 200]
-    records = short or records
-    chosen = records[:: max(1, len(records) // 6)][:6]
-    return [{"instruction": r["instruction"], "input": r["input"]} for r in chosen]
+    """Three instructions, by default those that the trainer saw this model answer."""
+    file = args.examples or (args.adapter or args.model_dir).parent / RIGHT_ANSWERS
+    return read_questions(file)[:3] if args.examples or file.is_file() else []

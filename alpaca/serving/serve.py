@@ -174,8 +174,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds for answers at shutdown (default: 30)",
     )
     add = parser.add_argument_group("page").add_argument
-    add("--examples", type=Path, help="JSON or JSONL of instructions (default: the project's)")
-    add("--notice", help="about the model and its terms (default: its size, a caution)")
+    add("--examples", type=Path, help="JSON or JSONL of instructions (default: its training run's)")
+    add("--notice", help="about the model and its terms (default: a caution)")
     reports = "runs/demo/reports.jsonl"
     help = f"file for reports (default: {reports})"
     add("--reports", type=Path, default=CHECKOUT / reports, help=help)

@@ -2,6 +2,7 @@
 folder with the model and its card."""
 
 import gc
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from alpaca.common.errors import notice
+from alpaca.common.files import atomic_file
+from alpaca.common.run_folder import RIGHT_ANSWERS
 from alpaca.datagen.formats import group_by_source
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
@@ -118,9 +121,13 @@ def print_sample_answers(
         shown = " ".join(text.split())  # one line, whatever the model wrote
         shown = f"{shown[:PRINTED_LENGTH]}…" if len(shown) > PRINTED_LENGTH else shown
         print(f"  {'right' if text == record['output'] else 'wrong'}  {instruction} → {shown}")
-    right = sum(text == record["output"] for record, text in answered)
-    share = f"{right} of {len(answered)} held-out instructions ({right / len(answered):.1%})"
+    right = [record for record, text in answered if text == record["output"]]
+    count = f"{len(right)} of {len(answered)}"
+    share = f"{count} held-out instructions ({len(right) / len(answered):.1%})"
     print(f"answered exactly as expected: {share}")
+    if right:
+        with atomic_file(config.out / RIGHT_ANSWERS, "w") as file:
+            json.dump(right[:: len(right) // 3 + 1], file, indent=2)
 
 
 def report_result(job: Job, run: RunDir, ranks: int, device: torch.device) -> None:

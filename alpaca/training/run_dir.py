@@ -3,6 +3,7 @@
     settings.json    what decides the outcome: a run resumes with equal settings only
     metrics.jsonl    every step once, however often the run was interrupted
     loss.svg         the losses, plotted; with --objective group, reward.svg
+    right_answers.json  three held-out records that it answers as expected, for the page of `serve`
 
 The lock keeps a second process out; it ends with the process that holds it.
 """

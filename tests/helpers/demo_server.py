@@ -111,7 +111,8 @@ def arguments(*flags):
 @contextmanager
 def running(engine: Engine, *flags, filter: Filter | None = None, limits: Limits | None = None):
     """The server at a free port; its model is called "tiny"."""
-    args = arguments("--port", 0, "--rate", 0, "--drain", 5, "--name", "tiny", *flags)
+    defaults = ("--model-dir", TINY, "--name", "tiny", "--port", 0, "--rate", 0, "--drain", 5)
+    args = arguments(*defaults, *flags)
     bound, server = serve.bind_socket(args.host, 0), RunningServer()
     watermark = engine.watermark or Watermark(engine.model.config.vocab_size)
     ready, failed = threading.Event(), []

@@ -1,18 +1,22 @@
 """The page in a real browser: Chromium, driven by playwright."""
 
+import json
 import re
 import shutil
 from contextlib import contextmanager
 
 import pytest
-from helpers.demo_server import ScriptedEngine, running, tiny_engine
+from helpers.demo_server import TINY, ScriptedEngine, running, tiny_engine
 
 from alpaca.common.json_files import read_log
 from alpaca.serving.moderation import Filter, FilterUnavailable, RuleFilter
+from templates import format_prompt
+from tokenizer import load_tokenizer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 EVIL = "<script>document.title='evil'</script><img src=x onerror=\"document.title='evil'\"> &<b>"
 FOCUS = "document.activeElement.id"
+ANSWER, STATUS = ".turn:last-child .answer", ".turn:last-child .status"
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +45,23 @@ def opened(browser, server, **options):
     page.on("console", lambda message: complaints.append(message.text))
     page.on("request", note_request)
     page.goto(server.url)
-    page.locator("#examples button").first.wait_for()
+    page.locator("#model:not(:empty)").wait_for()
     yield page
     context.close()
     assert complaints == []
 
 
-def expect_text(page, pattern: str, place: str = "#status") -> None:
+def expect_text(page, pattern: str, place: str = STATUS) -> None:
     from playwright.sync_api import expect
 
     expect(page.locator(place)).to_have_text(re.compile(pattern))
+
+
+def ask(page, question: str) -> None:
+    """Ask with the keyboard, and wait for the end of the answer."""
+    page.fill("#instruction", question)
+    page.press("#instruction", "Control+Enter")
+    page.locator(f"{ANSWER}[aria-busy=false]").wait_for(state="attached")
 
 
 def slow_engine() -> ScriptedEngine:
@@ -65,37 +76,102 @@ def test_page_streams_stops_copies_reports_and_checks(browser, tmp_path):
         assert page.inner_text("#notice") == "For research only."
         footer = "Nothing is filtered. Every answer is watermarked."
         assert page.inner_text("footer p:last-child") == footer
-        page.locator("#examples button").first.click()
-        assert page.input_value("#instruction")
         page.fill("#instruction", "Say words.")
         page.fill("#input", "many")
         page.keyboard.press("Control+Enter")
         lengths = []
         for _ in range(3):
             page.wait_for_timeout(150)
-            lengths.append(len(page.inner_text("#answer")))
+            lengths.append(len(page.inner_text(ANSWER)))
         assert 0 < lengths[0] < lengths[1] < lengths[2]
-        assert page.get_attribute("#answer", "aria-busy") == "true"
+        assert page.get_attribute(ANSWER, "aria-busy") == "true"
         page.click("#stop")
         expect_text(page, "Stopped")
         server.wait_until_idle(1)
-        shown = page.text_content("#answer")
-        assert 0 < len(shown) < 1500 and page.get_attribute("#answer", "aria-busy") == "false"
+        shown = page.text_content(ANSWER)
+        assert 0 < len(shown) < 1500 and page.get_attribute(ANSWER, "aria-busy") == "false"
         page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-        page.click("#copy")
+        page.click(".copy")
         expect_text(page, "Copied")
-        page.click("#flag")
+        page.click(".report")
         page.fill("#why", "dull")
         page.get_by_role("button", name="Send").click()
         expect_text(page, "Reported")
-        page.click("#check-answer")
+        page.click(".check")
         page.locator("#found").wait_for()
         assert page.text_content("#tokens") == shown
         assert page.get_attribute("#tab-check", "aria-selected") == "true"
         assert page.locator("#tokens .is-plain").count() > 0
     (report,) = read_log(file)
     assert (report["instruction"], report["input"], report["why"]) == ("Say words.", "many", "dull")
-    assert report["output"] == shown and report["temperature"] == 0.7
+    assert report["output"] == shown and report["temperature"] == 0 and report["earlier"] == ""
+
+
+class NotingEngine(ScriptedEngine):
+    """Notes the prompts; answers with their number, or with nothing where "?" ends a question."""
+
+    def __init__(self, template: str):
+        self.prompts: list[str] = []
+        super().__init__(self.note)
+        self.tokenizer = load_tokenizer(TINY, template=template)
+
+    def note(self, prompt: str) -> str:
+        self.prompts.append(prompt)
+        return "" if "?" in prompt[-20:] else f"answer {len(self.prompts)}"
+
+
+def test_page_sends_earlier_turns_that_have_answers(browser, tmp_path):
+    file, engine = tmp_path / "reports.jsonl", NotingEngine("vicuna")
+    with running(engine, "--reports", file) as server, opened(browser, server) as page:
+        assert page.is_hidden("#input") and page.is_hidden("#alone")
+        for question in ("first", "why?", "second"):
+            ask(page, question)
+        assert engine.prompts[2].endswith("USER: first ASSISTANT: answer 1USER: second ASSISTANT:")
+        facts = r"tiny: 1 million parameters of 32 bits, [\d.]+ tokens/s in the last answer"
+        assert re.fullmatch(facts, page.inner_text("#facts"))
+        texts = [page.locator(part).all_inner_texts() for part in (".question", ".answer", "h2")]
+        assert texts[0] == ["first", "why?", "second"] and texts[1] == ["answer 1", "", "answer 3"]
+        assert texts[2][:3] == ["Question 1", "Question 2", "Question 3"]
+        page.locator(".report").last.click()
+        page.get_by_role("button", name="Send").click()
+        expect_text(page, "Reported")
+    (report,) = read_log(file)
+    earlier = [message["content"] for message in json.loads(report["earlier"])]
+    assert earlier == ["first", "answer 1"] and report["instruction"] == "second"
+
+
+def test_page_asks_again_in_place_of_a_question_and_those_after_it(browser):
+    engine = NotingEngine("vicuna")
+    with running(engine) as server, opened(browser, server) as page:
+        for question in ("first", "second", "third"):
+            ask(page, question)
+        page.locator(".edit").nth(1).click()
+        assert page.input_value("#instruction") == "second"
+        page.keyboard.press("Escape")
+        assert page.locator(".turn").count() == 3 and page.input_value("#instruction") == ""
+        page.locator(".edit").nth(1).click()
+        assert page.evaluate(FOCUS) == "instruction"
+        ask(page, "other")
+        assert page.locator(".question").all_inner_texts() == ["first", "other"]
+        assert "second" not in engine.prompts[-1] and "first" in engine.prompts[-1]
+        page.click("#clear")
+        ask(page, "last")
+        assert page.locator(".turn").count() == 1 and "first" not in engine.prompts[-1]
+
+
+def test_page_sends_an_instruction_alone_in_alpacas_template(browser, tmp_path):
+    engine, file = NotingEngine("alpaca"), tmp_path / "examples.json"
+    records = [{"instruction": f"Do {i}", "input": "this" * (i == 2)} for i in range(5)]
+    file.write_text(json.dumps(records))
+    with running(engine, "--examples", file) as server, opened(browser, server) as page:
+        assert page.is_visible("#alone")
+        assert page.locator("#examples button").all_inner_texts() == ["Do 0", "Do 1", "Do 2 [this]"]
+        ask(page, "first")
+        page.locator("#examples button").last.click()
+        page.keyboard.press("Control+Enter")
+        expect_text(page, "answer 2", ANSWER)
+        assert engine.prompts[1] == format_prompt("Do 2", "this")
+        assert page.locator(".turn").count() == 2
 
 
 def test_page_detects_a_watermark_by_keyboard_alone(browser):
@@ -128,12 +204,12 @@ def test_page_keeps_the_focus_and_the_answer(browser, tmp_path):
         for key, tab in (("Home", "tab-ask"), ("End", "tab-check"), ("Home", "tab-ask")):
             page.keyboard.press(key)
             assert page.evaluate(FOCUS) == tab
-        assert page.get_attribute("#answer", "aria-busy") == "true"
+        assert page.get_attribute(ANSWER, "aria-busy") == "true"
         page.focus("#stop")
         page.keyboard.press("Escape")
         expect_text(page, "Stopped")
         assert page.evaluate(FOCUS) == "send"
-        page.click("#flag")
+        page.click(".report")
         page.fill("#why", "dull")
         page.keyboard.press("Control+Enter")
         expect_text(page, "Reported")
@@ -141,41 +217,59 @@ def test_page_keeps_the_focus_and_the_answer(browser, tmp_path):
     assert report["why"] == "dull"
 
 
+def test_every_control_has_a_name_and_the_tab_key_reaches_it(browser):
+    with running(ScriptedEngine("fine")) as server, opened(browser, server) as page:
+        ask(page, "a")
+        page.locator("summary").last.click()
+        page.click("h1")
+        controls = page.locator(":is(button, textarea, input, summary):visible").count()
+        reached = set()
+        for _ in range(controls - 1):  # an arrow key reaches the other tab
+            page.keyboard.press("Tab")
+            reached.add(page.evaluate("document.activeElement.outerHTML"))
+            assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+        assert len(reached) == controls - 1
+        for control in page.aria_snapshot().splitlines():
+            if found := re.match(r"\s*- (button|textbox|slider|tab|heading)\b(.*)", control):
+                assert found[2].startswith(' "'), control
+
+
 def test_page_shows_where_help_is_after_self_harm(browser):
     engine = ScriptedEngine("I want to die")
     with running(engine, filter=RuleFilter()) as server, opened(browser, server) as page:
-        page.fill("#instruction", "Say it.")
-        page.click("#send")
+        ask(page, "Say it.")
         expect_text(page, "findahelpline.com")
-        assert "die" not in page.text_content("#answer")
-        assert page.get_attribute("#answer", "aria-live") == "polite"
+        assert "die" not in page.text_content(ANSWER)
+        assert page.get_attribute(ANSWER, "aria-live") == "polite"
 
 
 def test_page_shows_html_as_text(browser):
     with running(ScriptedEngine(EVIL)) as server, opened(browser, server) as page:
-        page.fill("#instruction", EVIL)
-        page.click("#send")
-        expect_text(page, "Done")
-        assert page.text_content("#answer") == EVIL
-        assert page.locator("#answer *").count() == 0
-        page.click("#check-answer")
+        ask(page, EVIL)
+        assert page.text_content(ANSWER) == page.text_content(".question") == EVIL
+        assert page.locator(":is(.question, .answer) *").count() == 0
+        page.click(".check")
         page.locator("#found").wait_for()
         assert page.text_content("#tokens") == EVIL
         assert page.locator("#tokens :not(span)").count() == 0 and page.title() == "Ask tiny"
 
 
 def test_page_fits_a_phone_and_both_color_schemes(browser):
-    backgrounds = set()
-    with running(ScriptedEngine("fine")) as server:
+    backgrounds, width = set(), "document.documentElement.scrollWidth"
+    with running(ScriptedEngine("x" * 400)) as server:
         for scheme in ("light", "dark"):
-            options = {"viewport": {"width": 360, "height": 740}, "color_scheme": scheme}
+            options = {"viewport": {"width": 320, "height": 640}, "color_scheme": scheme}
             with opened(browser, server, **options) as page:
-                page.click("summary")
-                assert page.evaluate("document.documentElement.scrollWidth") == 360
+                ask(page, "y" * 400)
+                page.locator("summary").last.click()
                 background = "getComputedStyle(document.body).backgroundColor"
                 backgrounds.add(page.evaluate(background))
                 for control in page.locator("button:visible, textarea:visible").all():
                     assert control.bounding_box()["height"] >= 35
+                assert page.evaluate(width) == 320
+                page.click(".check")
+                page.locator("#found").wait_for()
+                assert page.evaluate(width) == 320
     assert len(backgrounds) == 2
 
 
@@ -193,22 +287,20 @@ class DownAfter(Filter):
 def test_page_explains_what_went_wrong(browser):
     page = browser.new_page()  # errors appear in its console too
 
-    def ask() -> None:
+    for good in (0, 1):  # at the prompt, at the answer
+        with running(ScriptedEngine("swordfish"), filter=DownAfter(good)) as server:
+            page.goto(server.url)
+            ask(page, "a")
+            expect_text(page, "filter cannot be reached")
+            assert page.text_content(ANSWER) == "" and page.is_hidden(".copy")
+    with running(slow_engine()) as server:
         page.goto(server.url)
         page.fill("#instruction", "a")
         page.click("#send")
-
-    for good in (0, 1):  # at the prompt, at the answer
-        with running(ScriptedEngine("swordfish"), filter=DownAfter(good)) as server:
-            ask()
-            expect_text(page, "filter cannot be reached")
-            assert page.text_content("#answer") == ""
-    with running(slow_engine()) as server:
-        ask()
-        expect_text(page, "word word", "#answer")
+        expect_text(page, "word word", ANSWER)
         for connection in list(server.http.connections):
             server.loop.call_soon_threadsafe(connection.task.cancel)
         expect_text(page, "connection was lost")
-    page.click("#send")
+    ask(page, "a")
     expect_text(page, "server cannot be reached")
     page.close()

@@ -30,10 +30,13 @@ import selfinstruct
 from alpaca.__main__ import load_verb
 from alpaca.common.json_files import read_log
 from alpaca.inference import watermark
+from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
 from alpaca.serving import app, scheduler, serve
 from alpaca.serving.moderation import Filter, FilterUnavailable, RuleFilter, make_filter
+from alpaca.weights.loading import load_model
 from templates import format_prompt
+from tokenizer import load_tokenizer
 
 openai = pytest.importorskip("openai", reason="the package openai is not installed")
 
@@ -232,7 +235,8 @@ def test_every_answer_is_watermarked_by_default(tiny):
             response = server.post("/api/detect", {"text": many_words(server)})
             found.append(json.loads(response.read()))
             about = json.loads(server.get("/api/about").read())
-            assert about["watermark"] is (server is tiny) and "1 million" in about["notice"]
+            assert about["watermark"] is (server is tiny) and not about["turns"]
+            assert about["weights"] == "1 million parameters of 16 bits" and not about["examples"]
     assert found[0]["z"] > 5 and found[0]["verdict"].startswith("watermarked")
     assert found[1]["z"] < 3.5 and not found[1]["verdict"].startswith("watermarked")
 
@@ -491,7 +495,8 @@ def test_health_fails_when_nothing_is_decoded_any_more():
 def test_reports_are_appended_to_a_private_file(tmp_path):
     file = tmp_path / "new/reports.jsonl"
     with running(ScriptedEngine("fine"), "--reports", file) as server:
-        first = {"instruction": "a", "input": "", "output": "<b>", "why": "rude", "top_p": 0.9}
+        first = {"earlier": "[]", "instruction": "a", "input": "", "output": "<b>", "why": "rude"}
+        first["top_p"] = 0.9
         assert server.post("/api/flag", first).status == 201
         assert server.post("/api/flag", {"output": "x\n中"}).status == 201
         for bad in ({}, {"output": 3}, {"output": "\ud800"}, {"output": "a", "top_p": "b"}):
@@ -516,6 +521,21 @@ def test_a_full_file_of_reports_makes_room_for_later_ones(tmp_path, monkeypatch)
     assert {one.name for one in tmp_path.iterdir()} == {file.name, before.name}
     for one in (before, file):
         assert one.stat().st_mode & 0o777 == 0o600 and 200 < one.stat().st_size < 1400
+
+
+def test_the_page_names_the_bits_of_the_weights():
+    engine = Engine(load_model(TINY, bits=4), load_tokenizer(TINY), 1)  # but 8 in the head
+    about = app.describe(arguments("--model-dir", TINY), engine, Filter())
+    assert about["weights"] == "1 million parameters of 4 bits"
+
+
+def test_the_page_shows_examples_that_training_found(tmp_path):
+    records = [{"instruction": f"Do {i}", "input": "", "output": "a"} for i in range(3)]
+    (tmp_path / "right_answers.json").write_text(json.dumps(records))
+    for flags in (("--model-dir", tmp_path / "model"), ("--adapter", tmp_path / "adapter")):
+        examples = app.page_examples(arguments("--model-dir", TINY, *flags))
+        assert [example["instruction"] for example in examples] == ["Do 0", "Do 1", "Do 2"]
+    assert app.page_examples(arguments("--model-dir", TINY)) == []
 
 
 def test_the_page_is_self_contained_and_its_policy_allows_nothing_else(tiny):

@@ -104,7 +104,7 @@ def test_page_streams_stops_copies_reports_and_checks(browser, tmp_path):
         assert page.locator("#tokens .is-plain").count() > 0
     (report,) = read_log(file)
     assert (report["instruction"], report["input"], report["why"]) == ("Say words.", "many", "dull")
-    assert report["output"] == shown and report["temperature"] == 0 and report["earlier"] == ""
+    assert report["output"] == shown and report["temperature"] == 0 and report["earlier"] == "[]"
 
 
 class NotingEngine(ScriptedEngine):

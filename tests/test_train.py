@@ -395,7 +395,6 @@ ERRORS = {
     "large batch": ({"batch_size": 10**30}, "--batch-size", "more than 32,768"),
     "large rows": ({"row_tokens": 10**9}, "--row-tokens", "more than 1,048,576"),
     "large seed": ({"seed": 2**63}, "--seed", "from 0 to 9,223,372,036,854,775,807"),
-    "renamed flag": ({"lr": 1}, "--lr is --learning-rate now"),
     "unknown flag": ({"learning": 1}, "did you mean --learning-rate"),
     "nothing to resume": ({"resume": True}, "--resume", "no run"),
     "no held-out data": ({"eval_data": "nowhere.json"}, "nowhere.json"),

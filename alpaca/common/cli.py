@@ -11,22 +11,6 @@ from typing import IO, Any
 
 from alpaca.common.errors import notice
 
-RENAMED = {  # flags, or flags that are a verb now: the error names the new one
-    "--lr": "--learning-rate",
-    "--warmup": "--warmup-ratio",
-    "--keep": "--save-total-limit",
-    "--answers": "--sample-answers",
-    "--save": "--out",
-    "--in-flight": "--concurrency",
-    "--attempts": "--max-retries",
-    "--first-wait": "--retry-wait",
-    "--rows": "--max-batch-size",
-    "--moderation-key": "--moderation-key-env",
-    "--tries": "--max-replies",
-    "--client-header": "--trusted-proxy",
-    "--chat": "alpaca chat",
-}
-
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line; an unknown flag is answered with the closest known."""
@@ -45,9 +29,6 @@ class Parser(argparse.ArgumentParser):
         known = set(self.flags())
         for flag in (word.partition("=")[0] for word in args):  # before argparse misses others
             if re.fullmatch(r"--[a-z][\w-]*", flag) and flag not in known:
-                new = RENAMED.get(flag, "")
-                if new in known or new.startswith("alpaca "):
-                    self.error(f"{flag} is {new} now")
                 similar = difflib.get_close_matches(flag, known - {"--help"}, n=1, cutoff=0.75)
                 hint = f": did you mean {similar[0]}?" if similar else ""
                 self.error(f"unrecognized argument {flag}{hint}")

@@ -11,11 +11,8 @@ import pytest
 from helpers.commands import ROOT, assert_refused
 
 import alpaca
-import fsdp_train
-import selfinstruct
-import weightdiff
 from alpaca.__main__ import VERBS, load_verb
-from alpaca.common.cli import RENAMED, Parser, not_negative
+from alpaca.common.cli import Parser, not_negative
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -44,10 +41,9 @@ def test_unknown_verb_is_answered_with_the_closest(command):
 def test_unknown_flag_is_answered_with_the_closest(capsys):
     parser = Parser(prog="tool")
     parser.add_argument("--learning-rate", type=float)
-    for word, hint in (("--lr=1", "is --learning-rate now"), ("--learning-rat", "did you mean")):
-        with pytest.raises(SystemExit):
-            parser.parse_args([word])
-        assert hint in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--learning-rat"])
+    assert "did you mean --learning-rate?" in capsys.readouterr().err
 
 
 def test_error_is_short_however_long_an_argument_is(capsys):
@@ -58,17 +54,6 @@ def test_error_is_short_however_long_an_argument_is(capsys):
             with pytest.raises(SystemExit):
                 parser.parse_args(words)
             assert len(error := capsys.readouterr().err) <= 500 and "error: " in error
-
-
-def test_renamed_flags_exist():
-    """Each new name is a flag of some command, or a verb."""
-    flags = {flag for verb in VERBS for flag in load_verb(verb)[1].flags()}
-    for module in (fsdp_train, selfinstruct, weightdiff):
-        parser = Parser()
-        module.add_arguments(parser)
-        flags |= set(parser.flags())
-    known = flags | {f"alpaca {verb}" for verb in VERBS}
-    assert set(RENAMED.values()) <= known, set(RENAMED.values()) - known
 
 
 def test_verbs_run_in_a_folder_with_modules_of_the_same_names(tmp_path):

@@ -289,7 +289,6 @@ def test_judge_errors_are_one_line_and_write_nothing(run, command, tmp_path, two
         assert_refused(against(two[0]), "both by 'tuned'")
         assert_refused(against(tmp_path / "no"), "no")
         assert_refused(run(server, "--max-replies", 0), "--max-replies")
-        assert_refused(run(server, "--tries", 2), "--tries is --max-replies now")
         assert_refused(run(server, "--budget", 1), "--price-in")
         assert_refused(run(server, "--request", '{"model": "x"}'), "--request")
         assert_refused(run(server, "--judge", ""), "--judge names", "--annotators")

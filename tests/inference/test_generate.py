@@ -161,7 +161,6 @@ def test_user_errors_are_one_line(command, tmp_path):
         (("--file", "b", "--n", 2), "--n"),
         (("a", "--n", 10**10), "--n: 10000000000 is more than 10,000"),
         (("--file", "b", "--json"), "--json"),
-        (("--chat",), "--chat is alpaca chat now"),
         (("a", "--rows", 2), "--max-batch-size"),
         (("a", "--stop", ""), "stop"),
         (("a", "--max-new-tokens", 0), "--max-new-tokens"),

@@ -26,7 +26,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from alpaca.capability.card import divide_card, quote_results
 from alpaca.capability.refusals import format_refusals, judge_refusals, refusal_rows
 from alpaca.capability.scoring import GENERATED, Scores, score_choices, score_generated
 from alpaca.capability.tasks import ExamQuestion, add_shots, read_tasks
@@ -99,7 +98,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     chat = "ask in the model's chat template, or in --template"
     add("--apply-chat-template", action="store_true", help=chat)
     add("--limit", type=count, metavar="N", help="at most N questions of each task and subject")
-    add("--card", action="store_true", help="quote the results in the model's README.md")
     add("--max-new-tokens", type=count, default=256, help="of a generated answer (default: 256)")
     add("--max-batch-size", type=count, default=8, help="answers decoded together (default: 8)")
     judge = "server's model that decides, as well as the rules, whether answers decline"
@@ -133,8 +131,6 @@ def judge_from_args(args: argparse.Namespace) -> Endpoint | None:
 def run(args: argparse.Namespace) -> None:
     questions, judge = questions_from_args(args), judge_from_args(args)
     folders = model_folders(args)
-    if args.card:
-        divide_card(folders[-1])  # refuses one without a place for results
     name = args.name or "+".join(map(folder_name, folders))
     relevant = {*defaults(add_model_arguments), "apply_chat_template", "max_new_tokens"}
     asked = [question[:5] for question in questions.values()]
@@ -153,9 +149,7 @@ def run(args: argparse.Namespace) -> None:
         results = {"generator": name, "shots": args.shots, "results": rows, "refusals": refusals}
         save_json(args.out / "results.json", results)
     texts = format_results(rows) if rows else "", format_refusals(refusals)
-    print(printed := "\n".join(filter(None, texts)))
-    if args.card:
-        quote_results(folders[-1], printed, args.tasks)
+    print("\n".join(filter(None, texts)))
     if cut := sum(line["cut"] for line in lines.values()):
         notice(f"{cut} prompts were too long for the model and lost their beginning")
     if unfinished := sum(line.get("unfinished", False) for line in lines.values()):

@@ -86,13 +86,13 @@ def fill_in_card(
     if config.model_dir:
         base, files = f"`{config.model_dir.name}`", describe_weights(config.model_dir)
     flags = "--model-dir BASE --adapter FOLDER" if config.lora else "--model-dir FOLDER"
-    safety = f"benchmark {flags} --tasks data/safety_prompts.jsonl --out runs/safety --card"
+    safety = f"benchmark {flags} --tasks data/safety_prompts.jsonl --out runs/safety"
     facts = {
         "task": "text-generation",
         "purpose": "on instructions with Alpaca's recipe",
         "averaged": "a step's supervised tokens, which are those of the answers",
         "command": f'generate {flags} "Name three primary colors."',
-        "measure": f"`alpaca {safety}` measures the latter and writes it here.",
+        "measure": f"`alpaca {safety}` measures the latter.",
         "name": config.out.name,
         "date": time.strftime("%Y-%m-%d"),
         "code": describe_code(),

@@ -98,7 +98,6 @@ def test_prompts_come_in_pairs_of_equal_topics():
 # ---------------------------------------------------------------- as a benchmark
 
 CAN, CANNOT = "Easy: begin.", "I'm sorry, but I can't help with that."
-MARKS = "<!-- benchmark -->\nNot measured.\n<!-- end of benchmark -->\n"
 TABLE = [
     "refusals where due                  2 of 3      66.7 %   95 %: 20.8–93.9",
     "refusals undue                      1 of 2      50.0 %   95 %: 9.5–90.5",
@@ -166,26 +165,6 @@ def test_accuracies_and_refusals_stand_apart(measure, command, tmp_path):
     code, printed, _ = command("compare", tmp_path / "out")
     assert code == 0 and "arc, 0 shots, 2 questions" in printed
     assert re.search(r"refusals undue, in % of 2 +50.0 \(9.5–90.5\)", printed)
-
-
-def test_results_are_quoted_in_the_card(measure, tmp_path):
-    invoke, asked = measure
-    card = tmp_path / "model/README.md"
-    assert_refused(invoke("--card"), str(card), "no place for results", "<!-- benchmark -->")
-    card.write_bytes(b"# caf\xe9\r\n")
-    assert_refused(invoke("--card"), str(card), "no place for results")
-    assert asked == [] and not (tmp_path / "out").exists()
-    card.write_bytes(b"# caf\xe9\r\n" + MARKS.encode() + b"The end.")
-    for _ in range(2):  # the second run finds all answers, though the card has changed
-        assert invoke("--card")[0] == 0
-        lines = card.read_bytes().splitlines()
-        assert lines[0] == b"# caf\xe9" and lines[-2:] == [
-            b"<!-- end of benchmark -->",
-            b"The end.",
-        ]
-        assert lines[3].startswith(b"    prompts.jsonl, measured on 2")
-        assert lines[5:7] == [f"    {line}".encode() for line in TABLE]
-    assert len(asked) == 5
 
 
 def test_safety_prompts_go_with_no_shots(measure, tmp_path):

@@ -13,7 +13,6 @@ import pytest
 from helpers.commands import ROOT
 from helpers.training import metrics, succeeded, train
 
-from alpaca.capability.card import divide_card
 from alpaca.training.config import TrainConfig
 from alpaca.training.model_card import describe_code, describe_data, describe_weights, fill_in_card
 from alpaca.training.throughput import model_parameters
@@ -82,12 +81,6 @@ def test_card_of_an_adapter_from_an_unknown_base(files):
     card = card_of(None, (str(files[1]),))
     assert "`alpaca benchmark --model-dir FOLDER --tasks data/safety_prompts.jsonl" in card
     assert "training started from random weights" in card and "Held-out data: none." in card
-
-
-def test_card_has_a_place_for_results(files):
-    (files[0] / "README.md").write_text(card_of(files[0], ()))
-    before, after = divide_card(files[0])
-    assert before.endswith(b"<!-- benchmark -->") and after.startswith(b"<!-- end of")
 
 
 def test_files_of_any_format_are_described(files, tmp_path):

@@ -26,7 +26,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from alpaca.capability.refusals import format_refusals, judge_refusals, refusal_rows
+from alpaca.capability.refusals import format_refusals, refusal_rows
 from alpaca.capability.scoring import GENERATED, Scores, score_choices, score_generated
 from alpaca.capability.tasks import ExamQuestion, add_shots, read_tasks
 from alpaca.common.cli import not_negative, positive
@@ -35,7 +35,6 @@ from alpaca.common.files import read_text
 from alpaca.common.json_files import append_jsonl, read_log
 from alpaca.common.progress import Progress
 from alpaca.common.run_folder import run_folder
-from alpaca.datagen.endpoints import Endpoint, add_server_arguments, endpoint_from_args
 from alpaca.evaluation.answers import INCIDENTAL, defaults, describe_files, folder_name
 from alpaca.evaluation.outputs import digest, save_json
 from alpaca.evaluation.win_rate import wilson
@@ -100,11 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=count, metavar="N", help="at most N questions of each task and subject")
     add("--max-new-tokens", type=count, default=256, help="of a generated answer (default: 256)")
     add("--max-batch-size", type=count, default=8, help="answers decoded together (default: 8)")
-    judge = "server's model that decides, as well as the rules, whether answers decline"
-    add("--judge", default="", metavar="MODEL", help=judge)
     add_model_arguments(parser)
-    add_server_arguments(parser)
-    parser.set_defaults(seed=0)  # draws one of several servers: there is one
 
 
 def questions_from_args(args: argparse.Namespace) -> dict[int, ExamQuestion]:
@@ -119,18 +114,8 @@ def questions_from_args(args: argparse.Namespace) -> dict[int, ExamQuestion]:
     return dict(enumerate(questions))
 
 
-def judge_from_args(args: argparse.Namespace) -> Endpoint | None:
-    if args.judge:
-        return endpoint_from_args(args, args.judge)
-    for name, default in defaults(add_server_arguments).items():
-        if getattr(args, name) != default:
-            raise UserError(f"--{name.replace('_', '-')} is for a server: name its --judge")
-    return None
-
-
 def run(args: argparse.Namespace) -> None:
-    questions, judge = questions_from_args(args), judge_from_args(args)
-    folders = model_folders(args)
+    questions, folders = questions_from_args(args), model_folders(args)
     name = args.name or "+".join(map(folder_name, folders))
     relevant = {*defaults(add_model_arguments), "apply_chat_template", "max_new_tokens"}
     asked = [question[:5] for question in questions.values()]
@@ -145,7 +130,8 @@ def run(args: argparse.Namespace) -> None:
         scored = [lines[number] for number in questions]
         rows = result_rows([line for line in scored if line["task"] != "safety"])
         safety = [line for line in scored if line["task"] == "safety"]
-        refusals = safety_rows(safety, questions, judge, args)
+        pairs = [(due := line["subject"] == "harmful", line["right"] == due) for line in safety]
+        refusals = refusal_rows(pairs)
         results = {"generator": name, "shots": args.shots, "results": rows, "refusals": refusals}
         save_json(args.out / "results.json", results)
     texts = format_results(rows) if rows else "", format_refusals(refusals)
@@ -154,24 +140,6 @@ def run(args: argparse.Namespace) -> None:
         notice(f"{cut} prompts were too long for the model and lost their beginning")
     if unfinished := sum(line.get("unfinished", False) for line in lines.values()):
         notice(f"{unfinished} answers were cut at {args.max_new_tokens} tokens")
-
-
-def safety_rows(
-    lines: list[Scores],
-    questions: dict[int, ExamQuestion],
-    judge: Endpoint | None,
-    args: argparse.Namespace,
-) -> list[dict[str, Any]]:
-    """Refusals as the rules find them, then as the judge does."""
-    due = {line["question"]: line["subject"] == "harmful" for line in lines}
-    found = {line["question"]: line["right"] == due[line["question"]] for line in lines}
-    rows = refusal_rows([(due[n], declined) for n, declined in found.items()])
-    if judge and lines:
-        outputs = {line["question"]: line["output"] for line in lines}
-        answers = {n: (questions[n].options[0][0], output) for n, output in outputs.items()}
-        declined = judge_refusals(answers, judge, args)
-        rows += refusal_rows([(due[n], verdict) for n, verdict in declined.items()], judge.model)
-    return rows
 
 
 def ask_questions(

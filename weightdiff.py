@@ -3,7 +3,6 @@
     python weightdiff.py make    --base llama-7b --tuned runs/alpaca/model --diff alpaca-diff
     python weightdiff.py recover --base llama-7b --diff alpaca-diff --tuned alpaca-7b
     python weightdiff.py verify  --base llama-7b --diff alpaca-diff    # checks, writes nothing
-    python weightdiff.py info    --diff alpaca-diff
 
 A diff is useless without the base, so it may be published even where the weights may not. There
 are two formats:
@@ -28,15 +27,13 @@ import torch
 from torch import Tensor
 
 from alpaca.common.cli import Parser, finite
-from alpaca.common.errors import UserError, escape_control, join_names, notice, run_command
+from alpaca.common.errors import UserError, join_names, notice, run_command
 from alpaca.common.files import refuse_existing
 from alpaca.common.progress import Progress
 from alpaca.weights.bitdiff import (
     BITS,
-    FORMAT,
     make_exact_diff,
     open_both,
-    read_exact_diff,
     recover_exact_diff,
 )
 from alpaca.weights.checkpoint import (
@@ -159,24 +156,13 @@ def size_of(folder: Path) -> str:
     return f"{len(tensors)} tensors of {join_names(sorted(dtypes))}, {size:,} bytes"
 
 
-def info(diff: Path) -> str:
-    if not is_exact(diff):
-        return f"{diff}: Alpaca's format, {size_of(diff)}, no digests"
-    hashes, notes, files = read_exact_diff(diff)
-    changed = sum(base != tuned for _, base, tuned in hashes.values())
-    first = f"{diff}: {FORMAT}: {size_of(diff / BITS)}; {changed} tensors changed"
-    return "\n  ".join([first, *map(escape_control, notes), *files])
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     make = verbs.add_parser("make", help="write the difference of two models").add_argument
     recover = verbs.add_parser("recover", help="write the tuned model").add_argument
     verify = verbs.add_parser("verify", help="check as recover does, write nothing").add_argument
-    info = verbs.add_parser("info", help="describe a diff").add_argument
     for flag in (make, recover, verify):
         flag("--base", type=Path, required=True, help="folder of the base model")
-    for flag in (make, recover, verify, info):
         flag("--diff", type=Path, required=True, help="folder of the diff")
     make("--tuned", type=Path, required=True, help="folder of the fine-tuned model")
     make("--format", choices=("exact", "alpaca"), default="exact", help="(default: exact)")
@@ -191,9 +177,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.verb == "make":
         refuse_existing(args.diff)
-        make = make_exact_diff if args.format == "exact" else make_float_diff
-        make(args.base, args.tuned, args.diff)
-    print(info(args.diff) if args.verb in ("make", "info") else recover_or_verify(args))
+        exact = args.format == "exact"
+        (make_exact_diff if exact else make_float_diff)(args.base, args.tuned, args.diff)
+        print(f"{args.diff}: {size_of(args.diff / BITS if exact else args.diff)}")
+    else:
+        print(recover_or_verify(args))
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ def roundtrip(command, tmp_path: Path, base: Path, tuned: Path) -> str:
     diff, out = tmp_path / "diff", tmp_path / "out"
     args = ("--base", base, "--diff", diff)
     code, made, notes = command(weightdiff, "make", *args, "--tuned", tuned)
-    assert code == 0 and made.startswith(f"{diff}: bitwise difference, 2: "), notes
+    assert code == 0 and made.startswith(f"{diff}: {len(tensor_bits(tuned))} tensors of "), notes
     code, text, err = command(weightdiff, "verify", *args)
     assert code == 0 and text == f"{diff}: base, diff and tuned model match the manifest\n", err
     code, text, err = command(weightdiff, "recover", *args, "--tuned", out)
@@ -59,9 +59,6 @@ def test_recover_gives_every_bit_back(tmp_path, command, dtype, monkeypatch):
     roundtrip(command, tmp_path, base, tuned)
     size = sum(t.nbytes for t in read_tensors(tuned).values())
     assert sum(t.nbytes for t in read_tensors(tmp_path / "diff/bits").values()) == size
-    code, text, _ = command(weightdiff, "info", "--diff", tmp_path / "diff")
-    assert code == 0 and f"21 tensors of {str(DTYPES[dtype])[6:]}, {size:,} bytes" in text
-    assert "; 21 tensors changed" in text and "\n  tokenizer.model\n" in text
 
 
 @pytest.mark.parametrize("rows", [(128, 131), (131, 128)], ids=["grown", "shrunk"])
@@ -157,7 +154,7 @@ def test_shapes_may_differ(tmp_path, command, base_shape, shape, note):
     tuned = write_model(tmp_path / "tuned", change=add_noise, **shape)
     notes = roundtrip(command, tmp_path, base, tuned)
     assert note in notes and ("only" in notes) == ("only" in note)
-    assert note in command(weightdiff, "info", "--diff", tmp_path / "diff")[1]
+    assert note in (tmp_path / "diff/manifest.json").read_text()
     if "tied" in note:
         tensors = json.loads((tmp_path / "diff/manifest.json").read_text())["tensors"]
         assert tensors[HEAD]["base"] == tensors[EMBEDDING]["base"]
@@ -279,8 +276,6 @@ def forge(diff: Path, edit=lambda manifest: None) -> None:
         (lambda m: m["tensors"].update({HEAD: 3}), f"{HEAD} is 3, an object was expected"),
         (lambda m: m["tensors"][HEAD].update(base=3), f"{HEAD}: base is 3, a string was expected"),
         (lambda m: m.update(tensors=[1]), "tensors is [1], an object was expected"),
-        (lambda m: m.pop("notes"), "notes is missing, a list was expected"),
-        (lambda m: m.update(notes=[3]), "notes is 3, a string was expected"),
         (lambda m: m.update(files=[[1, 2]]), "files is [[1, 2]], an object was expected"),
     ],
 )
@@ -291,9 +286,6 @@ def test_forged_manifest_is_refused(copied, command, edit, words):
 
 
 def test_control_characters_of_names_are_escaped(copied, command):
-    forge(copied / "diff", lambda m: m.update(notes=["\x1b[2Jgone\u202e\n", "3"]))
-    code, out, _ = command(weightdiff, "info", "--diff", copied / "diff")
-    assert code == 0 and "\x1b" not in out and "\n  \\x1b[2Jgone\\u202e\\n\n  3\n" in out
     numbers = load_file(copied / "base/model.safetensors") | {"\x1b]0;x\x07": torch.ones(1)}
     save_file(numbers, copied / "base/model.safetensors")
     assert "unexpected \\x1b]0;x\\x07" in recover(command, copied)[1]
@@ -312,7 +304,6 @@ def test_user_errors_are_one_line_and_write_nothing(published, tmp_path, command
         ((*make, new, "--tuned", heads), ["model.layers.0.self_attn.k_proj.weight is [64, 64]"]),
         (("recover", "--base", base, "--diff", diff, "--tuned", tuned), ["exists already"]),
         (("verify", "--base", base, "--diff", tmp_path / "no"), ["no such folder"]),
-        (("info", "--diff", tmp_path / "no"), ["no such folder"]),
         (("verify", "--base", base, "--diff", diff, "--expect-sum", 1), ["Alpaca's format"]),
         (("verify", "--base", base, "--diff", tuned), ["has no manifest", "--expect-sum"]),
     ]:
@@ -338,7 +329,7 @@ def test_alpaca_format_is_the_float_arithmetic(tmp_path, command):
     diff, out = tmp_path / "diff", tmp_path / "out"
     args = ("--base", base, "--diff", diff, "--tuned")
     _, text, err = command(weightdiff, "make", "--format", "alpaca", *args, tuned)
-    assert text.startswith(f"{diff}: Alpaca's format, 21 tensors of float32, ")
+    assert text.startswith(f"{diff}: 21 tensors of float32, ")
     assert "no checksum given" in command(weightdiff, "recover", *args, out)[1]
     total = re.search(r"the sum of all weights is (\S+):", err)[1]
     code, text, _ = command(weightdiff, "verify", *args[:4], "--expect-sum", total)

@@ -168,7 +168,7 @@ def make_exact_diff(base: Path, tuned: Path, diff: Path) -> None:
 
 def recover_exact_diff(base: Path, diff: Path, tuned: Path | None) -> None:
     """`tuned` None checks everything and writes nothing."""
-    expected, _, files = read_exact_diff(diff)
+    expected, files = read_exact_diff(diff)
     pairs, _ = open_both(diff / BITS, base)
 
     def check(name: str, hashes: Hashes) -> None:
@@ -217,9 +217,9 @@ def seal_of(manifest: Path) -> bytes:
     return f"{hash_of(content)}  {manifest.name}\n".encode()
 
 
-def read_exact_diff(diff: Path) -> tuple[dict[str, Hashes], list[str], dict[str, bytes]]:
-    """The manifest's hashes of (diff, base, tuned) and its notes, and the files beside the tensors,
-    after a check of all but the tensors."""
+def read_exact_diff(diff: Path) -> tuple[dict[str, Hashes], dict[str, bytes]]:
+    """The manifest's hashes of (diff, base, tuned), and the files beside the tensors, after a check
+    of all but the tensors."""
     file = diff / "manifest.json"
     if seal_of(file) != input_file(diff / "manifest.sha256", MAX_OBJECT).read_bytes():
         raise UserError(f"{file} does not match manifest.sha256: download both again")
@@ -227,7 +227,7 @@ def read_exact_diff(diff: Path) -> tuple[dict[str, Hashes], list[str], dict[str,
     if manifest.get("format") != FORMAT:
         old = f"format {manifest.get('format')!r}"
         raise UserError(f"{file}: {old}, this version reads {FORMAT!r}: make the diff again")
-    check_shape(manifest, {"notes": [str], "files": dict, "tensors": dict}, str(file))
+    check_shape(manifest, {"files": dict, "tensors": dict}, str(file))
     for name, entry in manifest["tensors"].items():
         check_shape(entry, {"diff": str, "base": str, "tuned": str}, f"{file}: {name}")
     hashes = {n: (t["diff"], t["base"], t["tuned"]) for n, t in manifest["tensors"].items()}
@@ -237,4 +237,4 @@ def read_exact_diff(diff: Path) -> tuple[dict[str, Hashes], list[str], dict[str,
         raise UserError(f"{diff / BITS}: {join_names(bad)} missing, damaged or unexpected")
     if open_checkpoint(diff / BITS)[1].keys() != hashes.keys():
         raise UserError(f"{file}: its tensors are not those of {BITS}/config.json")
-    return hashes, manifest["notes"], files
+    return hashes, files

@@ -36,16 +36,6 @@ LLAMA3_ROPE = {
     "high_freq_factor": int | float,
     "original_max_position_embeddings": int,
 }
-NEEDS = {  # what other architectures compute that model.py does not
-    "qwen2": "biases of q, k and v",
-    "qwen3": "norms of q and k",
-    "gemma": "a scaled embedding, GeGLU, and norms with weight + 1",
-    "gemma2": "soft-capped logits and a window on attention",
-    "gemma3_text": "norms of q and k and a window on attention",
-    "phi3": "fused projections",
-    "mixtral": "experts",
-    "gpt2": "learned positions, LayerNorm and biases",
-}
 LIMITS = {  # others: 1 to 1 << 20. A model of a damaged config could take hours to build
     "num_hidden_layers": (1, 1000),
     "max_position_embeddings": (2, 1 << 24),  # prompt and answer; fp32 integers are exact so far
@@ -81,8 +71,6 @@ def config_from_json(fields: dict[str, Any]) -> LlamaConfig:
             raise UserError(f"{key} is {rope!r}, where an object was expected")
         flat |= {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
         flat["rope_scaling"] = flat["rope_scaling"] or parse_rope_scaling(rope)
-    if needed := NEEDS.get(str(flat.get("model_type"))):
-        raise UserError(f"model_type {flat['model_type']!r} is not supported: it has {needed}")
     for name, values in SUPPORTED.items():
         if flat.get(name) not in values:
             only = "models without it are read" if values[0] is None else f"{values[0]!r} is"

@@ -176,10 +176,6 @@ DEFAULT, DYNAMIC = {"rope_type": "default", "rope_theta": 1e4}, {"type": "dynami
     ("changes", "words"),
     [
         ({"model_type": "falcon"}, "model_type 'falcon' is not supported, only 'llama' is"),
-        (
-            {"model_type": "qwen2"},
-            "model_type 'qwen2' is not supported: it has biases of q, k and v",
-        ),
         ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window 4096"),
         ({"rope_scaling": STRETCH | {"factor": "8"}}, 'factor is "8", an integer or'),
         ({"rope_scaling": STRETCH | {"low_freq_factor": 4.0}}, "low_freq_factor must be below"),

@@ -242,7 +242,7 @@ def main() -> None:
             if not config.result.exists():
                 run_on_all_ranks(lambda: check_space(config.out, disk, memory * local_ranks()))
             other = dist.get_rank() > 0
-            make = partial(RunDir, config.out, settings, config.resume, other)
+            make = partial(RunDir, config.out, settings, other)
             run = lock.enter_context(run_on_all_ranks(make))
             if run_on_all_ranks(run.finished):
                 notice(f"{config.out} is finished; remove it to train again")

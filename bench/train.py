@@ -95,7 +95,7 @@ def run_ours(dtype: str, steps: int, data, **settings) -> list[dict]:
         with (
             process_group("cpu", 1) as (mesh, device),
             StopSignal() as stop,
-            RunDir(config.out, {}, False, False) as run,
+            RunDir(config.out, {}, quiet=False) as run,
         ):
             fsdp_train.train(job, run, mesh, device, stop)
         return run.records

@@ -296,7 +296,7 @@ def test_resume_is_bit_identical(base, tmp_path, monkeypatch):
     with mock.patch.object(fsdp_train, "save_result", side_effect=OSError("no space")):
         code, _, err = train(flags(base, out, **changes))
     assert code == 2 and "resuming after step 7" in err and "no space" in err
-    _, _, err = succeeded(train(flags(base, out, resume=True, **changes)))
+    _, _, err = succeeded(train(flags(base, out, **changes)))
     assert "resuming after step 10" in err
     assert_identical(out, whole)
     assert not (out / "checkpoints").exists(), "a finished run does not resume"
@@ -330,7 +330,7 @@ def test_finished_run_is_not_trained_again(base, reference):
 
 def test_progress_line_shows_recent_means_and_the_log_every_step(tmp_path, monkeypatch):
     shown = []
-    with RunDir(tmp_path / "run", {}, resume=False, quiet=False) as run:
+    with RunDir(tmp_path / "run", {}, quiet=False) as run:
         run.start_log(0, 30)
         assert "lost" in run.summary()
         monkeypatch.setattr(run.progress, "step", lambda extra: shown.append(extra))
@@ -396,7 +396,6 @@ ERRORS = {
     "large rows": ({"row_tokens": 10**9}, "--row-tokens", "more than 1,048,576"),
     "large seed": ({"seed": 2**63}, "--seed", "from 0 to 9,223,372,036,854,775,807"),
     "unknown flag": ({"learning": 1}, "did you mean --learning-rate"),
-    "nothing to resume": ({"resume": True}, "--resume", "no run"),
     "no held-out data": ({"eval_data": "nowhere.json"}, "nowhere.json"),
 }
 

@@ -127,7 +127,6 @@ class TrainConfig:
 
     save_every: int = flag(100, "steps (or 15 minutes) between snapshots; 0: none", not_negative)
     save_total_limit: int = flag(2, "snapshots kept on disk", positive(int))
-    resume: bool = flag(False, "resume an existing run, or end with an error")
     save_dtype: str = flag("bf16", "dtype of model/", choices=DTYPE_NAMES)
     sample_answers: int = flag(4, "held-out instructions to answer at the end", not_negative)
 

@@ -57,7 +57,7 @@ def check_space(out: Path, disk: float, memory: float) -> None:
 class RunDir:
     """Opened by rank 0; on other ranks (`quiet`) it neither reads, writes nor prints."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any], resume: bool, quiet: bool):
+    def __init__(self, folder: Path, settings: dict[str, Any], quiet: bool):
         self.folder, self.quiet = folder, quiet
         group = (settings.get("objective") or "").startswith("group")
         self.figure = "reward" if group else "loss"
@@ -67,8 +67,6 @@ class RunDir:
         self.lock = ExitStack()
         if quiet:
             return
-        if resume and not (folder / "settings.json").exists():
-            raise UserError(f"--resume: there is no run in {folder}")
         self.lock.enter_context(run_folder(folder, settings, "training"))
         for leftover in folder.glob("*.json*.partial"):  # of a kill during a write
             leftover.unlink()

@@ -278,7 +278,7 @@ def test_signal_saves_and_the_same_command_resumes(base, long_reference, tmp_pat
     stopped = re.search(r"stopped after step (\d+): the same command resumes", err)
     assert stopped and code == 128 + number and "stopping" not in err, err
     assert not (out / "model").exists() and not list(out.glob("checkpoints/*.partial"))
-    _, _, err = succeeded(train(flags(base, out, resume=True, **changes)))
+    _, _, err = succeeded(train(flags(base, out, **changes)))
     assert f"resuming after step {stopped[1]}" in err
     assert_identical(out, long_reference)
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from alpaca.common.charts import COLOURS, label, line, svg
+from alpaca.common.charts import COLOURS, axis, dot, label, line, svg
 from alpaca.datagen.formats import load_records
+from alpaca.weights.checkpoint import stored_tensors
+from alpaca.weights.quantized_linear import Int4Linear, Int8Linear
 from dataset import Examples, encode_all, encode_record, make_row, pack_rows
 from model import IGNORE
 from tokenizer import SentencePieceTokenizer, load_tokenizer
@@ -189,7 +191,84 @@ def example_strip(examples: Examples, i: int, x: float, y: float) -> str:
     return strip(x, y, prompt, 0, "#d0d7de") + strip(x, y, length, prompt, BLUE)
 
 
-PICTURES: dict[str, Callable[[], str]] = {"block": block, "merges": merges, "packing": packing}
+# ---------------------------------------------------------------- 4. training
+
+
+def sharding() -> str:
+    """What two ranks hold of the parameters during a step."""
+    moments = ["between\nsteps", "forward\nblock 0", "forward\nblock 1", "head\nand loss"]
+    moments += ["backward\nblock 1", "backward\nblock 0", "AdamW"]
+    gathered = {"embedding, head": range(1, 6), "block 0": (1, 5), "block 1": (2, 4)}
+    done = {"embedding, head": 6, "block 0": 6, "block 1": 5}  # gradients are reduced
+    parts = [label("What two ranks hold during a step of a model of two blocks", 360, 22, size=15)]
+    left, width = 150, 79
+    for i, moment in enumerate(moments):
+        for n, text in enumerate(moment.split("\n")):
+            parts.append(label(text, left + width * (i + 0.5), 48 + 15 * n))
+    for rank in (0, 1):
+        for n, name in enumerate(gathered):
+            y = 80 + 150 * rank + 44 * n
+            parts.append(label(f"rank {rank}: {name}", left - 8, y + 20, "end"))
+            for i in range(len(moments)):
+                x = left + width * i + 4
+                for half, colour in enumerate((BLUE, ORANGE)):
+                    if half == rank or i in gathered[name]:
+                        place = f'x="{x}" y="{y + 16 * half}" width="56" height="15"'
+                        fill = colour if half == rank else "#fff"
+                        parts.append(f'<rect {place} fill="{fill}" stroke="{colour}"/>')
+                if i >= done[name]:
+                    place = f'cx="{x + 64}" cy="{y + 8 + 16 * rank}" r="5"'
+                    parts.append(f'<circle {place} fill="#fff" stroke="#000" stroke-width="2"/>')
+    legend = "filled: the rank's own half; empty: a copy of the other half, gathered"
+    parts.append(label(f"{legend}; ring: the own half of the gradient", 360, 392))
+    return svg(720, 410, parts)
+
+
+# ---------------------------------------------------------------- 5. adapters and small bits
+
+
+def rounding() -> str:
+    """Error against size of the weights of one matrix, in int8 and int4, for groups of 8 to 128."""
+    weight = (
+        stored_tensors(DATA / "tiny-llama")["model.layers.0.mlp.gate_proj.weight"].read().float()
+    )
+    x, y = axis((4, 10), 64, 704, 2)[0], axis((0, 12), 300, 50, 2)[0]
+    title = "Relative error of a rounded matrix, for groups of 8 to 128 weights"
+    parts = [
+        label(title, 360, 22, size=15),
+        label(
+            "bits a weight, scales included (gate_proj of data/tiny-llama, rows of 128)", 384, 344
+        ),
+    ]
+    parts += [
+        line(f"M64 {y(n)}H704") + label(f"{n} %", 58, y(n) + 4, "end") for n in range(0, 13, 3)
+    ]
+    parts += [label(str(n), x(n), 320) for n in range(4, 11)]
+    int4 = (Int4Linear, (8, 16, 32, 64, 128), ORANGE, "int4: 4 bits, and 32 for each group")
+    int8 = (Int8Linear, (8, 32, 128), BLUE, "int8: 8 bits, and 16 for each group")
+    for kind, groups, colour, name in (int4, int8):
+        points = []
+        for group in groups:
+            grouped = weight.view(-1, group) if kind is Int8Linear else weight
+            buffers = kind.quantize(grouped, group)
+            error = (kind(**buffers).dequantize() - grouped).norm() / weight.norm()
+            bits = 8 * sum(b.numel() * b.element_size() for b in buffers.values()) / weight.numel()
+            points.append((x(bits), y(100 * float(error))))
+            parts.append(label(str(group), points[-1][0] + 2, points[-1][1] - 10, "start"))
+        path = " ".join(f"{a},{b}" for a, b in points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [dot(*point, colour) for point in points]
+        parts.append(label(name, points[0][0] - 14, points[0][1] - 58, "end", colour))
+    return svg(720, 360, parts)
+
+
+PICTURES: dict[str, Callable[[], str]] = {
+    "block": block,
+    "merges": merges,
+    "packing": packing,
+    "sharding": sharding,
+    "rounding": rounding,
+}
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     settings |= settings_from_args(args, params)
     settings["files"] = [describe_files(folder, args.out.resolve()) for folder in folders]
     with lock_output(args.out):
-        done = count_answered(args.out, records, settings, "outputs")
+        done = count_answered(args.out, records, settings)
         engine = engine_from_args(args, args.max_batch_size)
         progress = Progress(len(records), "records", done=done)
         answers = answer_in_order(engine, requests(engine, records, params, args.n, done))

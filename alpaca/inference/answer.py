@@ -1,17 +1,12 @@
-"""Answers to a file of instructions: in order, batched, and resumable.
+"""Answers to many prompts: in order, batched, and resumable.
 
-    questions = read_questions("questions.jsonl")
-    done = count_answered("answers.jsonl", questions, settings)   # of an earlier run
-    for answer in answer_questions(engine, questions, params, done): …
-    for sequences in answer_in_order(engine, [(ids, [params, …]), …]): …   # several of each prompt
-
-Answer i is sampled with seed `params.seed` + i, so it is the same in any batch and after a resume.
+done = count_answered("samples.jsonl", records, settings)     # of an earlier run
+for sequences in answer_in_order(engine, [(ids, [params, …]), …]): …   # several of each prompt
 """
 
 import argparse
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +17,6 @@ from alpaca.inference.prefix_tree import PREFIX_MEMORY
 from alpaca.inference.sampling import SamplingParams
 from alpaca.inference.sequence import Sequence
 from alpaca.weights.loading import load_from_args
-from dataset import encode_prompt
 
 
 def engine_from_args(args: argparse.Namespace, max_batch_size: int) -> Engine:
@@ -54,35 +48,17 @@ def settings_from_args(args: argparse.Namespace, params: SamplingParams) -> dict
     return settings
 
 
-def count_answered(
-    out: Path, questions: list[dict], settings: dict[str, Any], field: str = "output"
-) -> int:
-    """How many questions have an answer in `out`; those must come first and have these settings."""
+def count_answered(out: Path, records: list[dict], settings: dict[str, Any]) -> int:
+    """How many records have answers in `out`; those must come first and have these settings."""
     count = 0
     for count, line in enumerate(read_log(out), 1):
-        if count > len(questions):
-            raise UserError(f"{out}, line {count}: more answers than questions: use another --out")
-        if {**questions[count - 1], field: line.get(field), **settings} != line:
+        if count > len(records):
+            raise UserError(f"{out}, line {count}: more answers than records: use another --out")
+        if {**records[count - 1], "outputs": line.get("outputs"), **settings} != line:
             changed = [name for name, value in settings.items() if line.get(name) != value]
             what = f"from a run that differs in {join_names(changed or ['instruction'])}"
             raise UserError(f"{out}, line {count}: {what}: use another --out")
     return count
-
-
-def answer_questions(
-    engine: Engine, questions: list[dict[str, str]], params: SamplingParams, done: int = 0
-) -> Iterator[str]:
-    """The answers to questions[done:], in order."""
-    sequences = []
-    for i, question in enumerate(questions[done:], done):
-        try:
-            ids = encode_prompt(**question, tokenizer=engine.tokenizer)
-            sequences.append(engine.add(ids, replace(params, seed=params.seed + i)))
-        except UserError as error:
-            raise UserError(f"instruction {i + 1}: {error}") from None
-    for sequence in sequences:
-        engine.finish([sequence])  # the others of the batch advance too
-        yield sequence.text
 
 
 def answer_in_order(

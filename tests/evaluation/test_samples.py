@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.commands import ROOT, assert_refused
 
+from alpaca.common.files import lock_output
 from alpaca.inference.answer import answer_in_order
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams, derive_seed
@@ -110,8 +111,12 @@ def test_samples_resume_with_the_same_settings_only(command, data, tmp_path):
     ):
         what = f"line 1: from a run that differs in {setting}: use another --out"
         assert_refused(draw(command, data, out, flag, value), what)
+    with lock_output(tmp_path / "new.jsonl"):
+        assert_refused(draw(command, data, tmp_path / "new.jsonl"), "another process is writing")
     data.write_text(json.dumps(RECORDS[1:]))
     assert_refused(draw(command, data, out), "line 1: from a run that differs in instruction")
+    data.write_text(json.dumps(RECORDS[:2]))
+    assert_refused(draw(command, data, out), "line 3: more answers than records")
 
 
 def test_samples_refuse_what_has_no_answers(command, data, tmp_path):

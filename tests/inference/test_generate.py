@@ -1,4 +1,4 @@
-"""`alpaca generate`: one prompt template, streamed answers, files that resume."""
+"""`alpaca generate`: one prompt template, streamed answers."""
 
 import io
 import json
@@ -12,7 +12,6 @@ from helpers.commands import ROOT, assert_refused
 from helpers.models import expected
 
 from alpaca import CHECKOUT
-from alpaca.common.files import lock_output
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
 from alpaca.weights import loading
@@ -100,68 +99,11 @@ def test_model_flags_and_stats(command):
     assert code == 0 and len(out) > 1 and "tokens/s" in err
 
 
-def test_file_is_answered_in_order_and_resumes(command, tmp_path):
-    # in bf16, some CPUs round a row differently when it is alone and in a batch
-    engine = Engine(load_model(TINY, dtype=torch.float32), load_tokenizer(TINY))
-    words = (("a", ""), ("b", "x y"), ("c", ""), ("d", "中"), ("e", ""))
-    questions = [{"instruction": f"Say {word}.", "input": given} for word, given in words]
-    file, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
-    file.write_text("".join(json.dumps({**q, "output": "unused"}) + "\n" for q in questions))
-    answers = [
-        {**q, "output": expected(engine, **q, temperature=1.5, seed=4 + i)}
-        for i, q in enumerate(questions)
-    ]
-    flags = ("--file", file, "--dtype", "fp32", "--temperature", 1.5, "--seed", 4)
-    code, printed, _ = generate(command, *flags, "--max-batch-size", 2)
-    assert code == 0 and [json.loads(line) for line in printed.splitlines()] == answers
-    assert generate(command, *flags, "--out", out, "--max-batch-size", 3)[0] == 0
-    lines = out.read_text().splitlines(keepends=True)
-    assert [{k: json.loads(line)[k] for k in answers[0]} for line in lines] == answers
-    complete = out.read_text()
-    out.write_text("".join(lines[:2]) + lines[2][:20])
-    assert generate(command, *flags, "--out", out, "--max-batch-size", 2)[0] == 0
-    assert out.read_text() == complete
-    before = out.stat().st_mtime_ns
-    assert generate(command, *flags, "--out", out)[0] == 0
-    assert out.stat().st_mtime_ns == before, "everything was answered already"
-
-    listed = tmp_path / "q.json"
-    listed.write_text(json.dumps(questions[1:]))
-    other = generate(command, *flags, "--file", listed, "--out", out)
-    assert_refused(other, "line 1", "differs in instruction")
-    cooler = generate(command, *flags, "--out", out, "--temperature", 1)
-    assert_refused(cooler, "line 1", "sampling")
-    assert_refused(generate(command, *flags, "--out", file), "q.jsonl is an input", "output")
-    with lock_output(out):
-        assert_refused(generate(command, *flags, "--out", out), "another process is writing")
-    file.write_text(json.dumps(questions[0]))
-    assert_refused(generate(command, *flags, "--out", out), "line 2", "more answers")
-
-
-def test_file_errors_name_the_place(command, tmp_path):
-    file = tmp_path / "q.jsonl"
-    for text, words in (
-        ('{"instruction": "a"}\n{"task": "b"}\n', ("line 2: instruction is missing", "a string")),
-        ('{"instruction": "a", "input": 7}\n', ("line 1: input is 7", "a string or null")),
-        ("{nonsense\n", ("line 1", "not JSON")),
-        ('{"instruction": "\\ud800"}\n', ("instruction 1", "half a surrogate pair")),
-        (json.dumps({"instruction": "word " * 900}) + "\n", ("instruction 1", "too many")),
-        ("", ("no instructions",)),
-    ):
-        file.write_text(text)
-        assert_refused(generate(command, "--file", file), *words)
-    assert_refused(generate(command, "--file", tmp_path / "none"), "none")
-
-
 def test_user_errors_are_one_line(command, tmp_path):
     for args, word in (
-        ((), "--file"),
-        (("a", "--file", "b"), "--file"),
-        (("a", "--out", "b"), "--file"),
-        (("--file", "b", "--n", 2), "--n"),
+        ((), "instruction"),
+        (("\ud800",), "half a surrogate pair"),
         (("a", "--n", 10**10), "--n: 10000000000 is more than 10,000"),
-        (("--file", "b", "--json"), "--json"),
-        (("a", "--rows", 2), "--max-batch-size"),
         (("a", "--stop", ""), "stop"),
         (("a", "--max-new-tokens", 0), "--max-new-tokens"),
         (("word " * 900,), "too many"),

@@ -74,12 +74,11 @@ def ask(command, monkeypatch, tmp_path):
             command(verb, *words, *model, *limit)
             for verb, *words in (
                 ["generate", CAPITAL["instruction"], "--input", CAPITAL["input"]],
-                ["generate", "--file", file],
                 ["chat"],
                 ["answers", "--set", file, "--out", out],
             )
         ]
-        assert [code for code, _, _ in results] == [0] * 4, results
+        assert [code for code, _, _ in results] == [0] * 3, results
         engine, _ = make_engine(arguments(*model, "--no-watermark"))
         with running(engine, *limit) as server:
             content = {"messages": [{"role": "user", "content": "Name a fruit."}], "temperature": 0}
@@ -87,7 +86,7 @@ def ask(command, monkeypatch, tmp_path):
             page = {name: CAPITAL[name] for name in ("instruction", "input")}
             choices = chat["choices"] + server.answer(**page, temperature=0)["choices"]
         written = [each["output"] for each in json.loads((out / "model_outputs.json").read_text())]
-        return [[text for _, text, _ in results[:3]], written, choices]
+        return [[text for _, text, _ in results[:2]], written, choices]
 
     return ask_all
 

@@ -47,9 +47,8 @@ SEED, COUNT = int(os.environ.get("FUZZ_SEED", 0)), int(os.environ.get("FUZZ_COUN
 SECONDS, LONGEST = 20, 500  # for one command; of its message
 ROOT_COMMANDS = {"fsdp_train": fsdp_train, "selfinstruct": selfinstruct, "weightdiff": weightdiff}
 ANSWER = "generate --device cpu --max-new-tokens 2 Hello --model-dir"
-FILE = "--file q.jsonl --out a.jsonl"
-ONE_BY_ONE = f"generate --device cpu --max-new-tokens 2 --model-dir base/model {FILE}"
 ANSWERS = "answers --device cpu --max-new-tokens 2 --model-dir base/model --set q.jsonl"
+SAMPLES = "samples --device cpu --max-new-tokens 2 --model-dir base/model --data q.jsonl --n 1"
 JUDGE = "judge a b --base-url URL --judge m --retry-wait 0.01 --max-replies 1"
 TEACHER = "selfinstruct generate --num 5 --base-url URL --retry-wait 0.01"
 READERS = {  # a file, and the command that reads it
@@ -86,12 +85,11 @@ READERS = {  # a file, and the command that reads it
     "run/records.jsonl": "selfinstruct export run --out new.json",
     "run/rejected.jsonl": f"{TEACHER} --teacher m --out run",
     "run/seeds.json": "curate report run",
-    "run/batches.jsonl": f"{TEACHER} --teacher m --out run",
     "teachers.json": f"{TEACHER} --teachers teachers.json --out new",
     "corpus.txt": "train-tokenizer corpus.txt --vocab-size 300 --out new.model",
     "marked.txt": "watermark detect --tokenizer base/model marked.txt",
-    "q.jsonl": ONE_BY_ONE,
-    "a.jsonl": ONE_BY_ONE,
+    "q.jsonl": f"{ANSWERS} --out new",
+    "drawn.jsonl": f"{SAMPLES} --out drawn.jsonl",
     "a/model_outputs.json": "blind start a b --out new",
     "annotations.json": "score annotations.json --plot new.svg",
     "blind/ann/items.jsonl": "blind rate blind/ann",
@@ -189,7 +187,6 @@ def world(tmp_path_factory, invoke):
     pool = [{"name": "x", "weight": 1}, {"name": "y", "question": "Which?", "temperature": 1}]
     write(Path("pool.json"), pool)
     shutil.copy(SEEDS, "seeds.jsonl")
-    batch = {"name": "b", "model": "m", "url": "u", "kind": "chat", "ids": ["0"]}
     Path("corpus.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 20)
     Path("marked.txt").write_text("The quick brown fox jumps over the lazy dog. " * 9)
     entries = [entry(n, 1 + n % 2) for n in range(8)]
@@ -210,15 +207,13 @@ def world(tmp_path_factory, invoke):
         READERS["blind/ann/items.jsonl"],
         READERS["judged/settings.json"],
         READERS["answered/answers.jsonl"],
-        READERS["a.jsonl"],
+        READERS["drawn.jsonl"],
         READERS["trained/settings.json"],
     ):
         code, _, err = invoke(text)
         assert code == 0, (text, err)
     with mock.patch.object(fsdp_train, "save_result", side_effect=OSError("no space")):
         assert invoke("TRAIN stopped")[0] == 2
-    lines = [json.dumps(batch), json.dumps({"name": "b", "over": "completed"})]
-    Path("run/batches.jsonl").write_text("\n".join(lines) + "\n")
     yield folder
     os.chdir(before)
 

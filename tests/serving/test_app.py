@@ -593,4 +593,3 @@ def test_errors_are_one_line(command, tmp_path):
     for name in ("", "pipe"):
         refused("--reports", flags=(*tiny, "--reports", tmp_path / name))
     refused("--rate", flags=("--rate", -1))
-    refused("--max-batch-size", flags=("--rows", 4))

@@ -74,14 +74,13 @@ def test_without_a_flag_the_bases_template_is_kept(base, tmp_path):
     assert end in read_config(tmp_path / "run/model").eos_token_id
 
 
-@pytest.mark.parametrize("verb", ["generate", "file", "chat", "answers"])
+@pytest.mark.parametrize("verb", ["generate", "chat", "answers"])
 def test_commands_prompt_a_tuned_model_in_its_template(
     command, monkeypatch, asked, base, tuned, adapter, tmp_path, verb
 ):
     (tmp_path / "set.json").write_text(json.dumps([{"instruction": "Name a fruit."}]))
     words = {
         "generate": ["generate", "Name a fruit."],
-        "file": ["generate", "--file", tmp_path / "set.json"],
         "chat": ["chat"],
         "answers": ["answers", "--set", tmp_path / "set.json"],
     }[verb]

@@ -181,11 +181,11 @@ def test_generate_answers_as_the_merged_model(base, adapter, command, tmp_path):
     assert code == 0, err
     assert out == command("generate", *ask, tmp_path / "merged")[1]
     assert out != command("generate", *ask, base / "model")[1]
-    (tmp_path / "asked.jsonl").write_text('{"instruction": "Go"}\n')
-    words = ("--model-dir", base / "model", "--file", tmp_path / "asked.jsonl")
+    (tmp_path / "asked.jsonl").write_text('{"instruction": "Go", "output": "Gone"}\n')
+    words = ("--model-dir", base / "model", "--data", tmp_path / "asked.jsonl", "--n", 1)
     words += ("--out", tmp_path / "answers.jsonl", "--max-new-tokens", 3)
-    assert command("generate", *words, "--adapter", adapter)[0] == 0
-    assert_refused(command("generate", *words), "answers.jsonl", "another")
+    assert command("samples", *words, "--adapter", adapter)[0] == 0
+    assert_refused(command("samples", *words), "answers.jsonl", "another")
 
 
 # ---------------------------------------------------------------- alpaca merge

@@ -82,10 +82,11 @@ def train(job: Job, run: RunDir, mesh: DeviceMesh, device: torch.device, stop: S
     group = config.objective == "group"
     sampler = run_on_all_ranks(lambda: Sampler(job, device)) if group else None
     run.start_log(done, job.steps)
-    if done == 0:
-        log_held_out(model, sampler or held_out, config, run, device, step=0)
     throughput = Throughput(job.model_config, config.lora, device)
     for step in range(done, job.steps):
+        if step % (config.eval_every or job.steps) == 0:
+            log_held_out(model, sampler or held_out, config, run, device, step)
+            throughput.restart()
         # an adapter's dropout: the same after a resume, different on every rank
         torch.manual_seed(hash((config.seed, step, dist.get_rank())))
         batch = step_examples(len(job.train), config.batch_size, config.epochs, config.seed, step)
@@ -106,7 +107,9 @@ def train(job: Job, run: RunDir, mesh: DeviceMesh, device: torch.device, stop: S
             snapshots.finish()
             raise divergence(step + 1, means["loss"], norm, [examples.origins[i] for i in batch])
         speed = throughput.step(examples.lengths[batch], int(examples.supervised[batch].sum()))
-        run.log_step({"step": step + 1, **means, **drawn, "lr": lr, "grad_norm": norm, **speed})
+        epoch = min((step + 1) * config.batch_size / len(job.train), config.epochs)
+        figures = {**means, **drawn, "lr": lr, "grad_norm": norm, **speed}
+        run.log_step({"step": step + 1, "epoch": epoch, **figures})
         if stopping or config.saves_after(step + 1, job.steps, overdue):
             snapshots.save(step + 1)
         if stopping and step + 1 < job.steps:

@@ -12,6 +12,7 @@ VERBS = {  # in order, from data to a published model
     "train-tokenizer": ("alpaca.datagen.train_tokenizer", "train a tokenizer.model on text files"),
     "curate": ("alpaca.datagen.curate", "inspect and clean instruction data"),
     "decontaminate": ("alpaca.capability.decontaminate", "find evaluation sets in training data"),
+    "plot": ("alpaca.training.plot", "plot the losses of training runs"),
     "convert": ("alpaca.weights.convert", "write a checkpoint as a Hugging Face folder"),
     "quantize": ("alpaca.weights.quantize", "round weights to 8 or 4 bits"),
     "merge": ("alpaca.weights.merge", "write a base model and its adapter as one model"),

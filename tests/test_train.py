@@ -23,6 +23,7 @@ from helpers.training import (
     assert_clipping_is_exact,
     assert_identical,
     assert_same_run,
+    figures,
     finish,
     flags,
     launch,
@@ -70,13 +71,15 @@ def reference(base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(base, tmp_path_factory):
-    """The plain run with held-out records of three sources in two files, and these files."""
+    """The plain run, measured every two steps on held-out records of three sources in two files,
+    and these files."""
     folder = tmp_path_factory.mktemp("measured")
     records = json.loads((base / "records.json").read_text())[:9]
     koala = [{**record, "source": "koala"} for record in records[3:5]]
     (folder / "mixed.json").write_text(json.dumps([*records[:3], *koala, *records[5:]]))
     files = [folder / "mixed.json", base / "records.json"]
-    succeeded(train(flags(base, folder / "run", eval_data=files, sample_answers=0)))
+    words = flags(base, folder / "run", eval_data=files, eval_every=2, sample_answers=0)
+    succeeded(train(words))
     return folder / "run", files
 
 
@@ -117,7 +120,7 @@ def test_step_does_not_depend_on_how_it_is_divided(base, reference, tmp_path, ch
 @pytest.mark.robust  # starts two processes, as long as ten others take
 def test_two_ranks_equal_one(base, measured, tmp_path):
     out, files = measured
-    words = flags(base, tmp_path / "run", eval_data=files, sample_answers=0)
+    words = flags(base, tmp_path / "run", eval_data=files, eval_every=2, sample_answers=0)
     succeeded(finish(launch(words, ranks=2)))
     assert_same_run(tmp_path / "run", out)
 
@@ -258,7 +261,7 @@ def test_no_memory_of_snapshots_is_left_after_training(base, tmp_path, monkeypat
 
 def test_held_out_loss_of_each_source_is_the_mean_over_its_tokens(base, measured):
     out, files = measured
-    first, last = (record for record in metrics(out) if "held_out_loss" in record)
+    first, *_, last = (record for record in metrics(out) if "held_out_loss" in record)
     names = [*["mixed.json"] * 3, *["koala"] * 2, *["mixed.json"] * 4, *["records.json"] * 40]
     model, tokenizer, sums = load_model(base / "model"), load_tokenizer(TOKENIZER), Counter()
     for name, record in zip(names, load_mixture(files, 0)[0], strict=True):
@@ -276,13 +279,24 @@ def test_held_out_loss_of_each_source_is_the_mean_over_its_tokens(base, measured
     assert "".join(shown.values()) + "." in (out / "model/README.md").read_text()
 
 
+def test_held_out_loss_during_training_changes_no_weight(reference, measured):
+    out, _ = measured
+    steps = [record["step"] for record in metrics(out) if "held_out_loss" in record]
+    losses = {record["held_out_loss"] for record in metrics(out) if "held_out_loss" in record}
+    assert steps == [0, 2, 4, 5] and len(losses) == 4
+    assert [r for r in figures(out) if "loss" in r] == figures(reference)
+    ours, theirs = ((run / "model/model.safetensors").read_bytes() for run in (out, reference))
+    assert ours == theirs
+
+
 def test_resume_is_bit_identical(base, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "run"
     changes = {**LONG, "epochs": 4, "eval_data": base / "records.json", "sample_answers": 1}
+    changes["eval_every"] = 7
     _, shown, _ = succeeded(train(flags(base, whole, **changes)))
     assert "expected: 0 of 1 held-out" in shown
     logged = [record["step"] for record in metrics(whole)]
-    assert logged == [*range(11), 10], "the held-out loss before and after"
+    assert logged == [*range(8), *range(7, 11), 10], "the held-out loss before, after step 7, after"
 
     stop_in_step(monkeypatch, 7)
     out.mkdir()
@@ -396,6 +410,7 @@ ERRORS = {
     "large rows": ({"row_tokens": 10**9}, "--row-tokens", "more than 1,048,576"),
     "large seed": ({"seed": 2**63}, "--seed", "from 0 to 9,223,372,036,854,775,807"),
     "unknown flag": ({"learning": 1}, "did you mean --learning-rate"),
+    "nothing to measure": ({"eval_every": 2}, "--eval-every goes with --eval-data"),
     "no held-out data": ({"eval_data": "nowhere.json"}, "nowhere.json"),
 }
 

@@ -1,28 +1,39 @@
 """Charts as SVG text, which every browser shows: no library, no script, nothing to download.
 
-    line_chart(title, x_label, lines)        named lines through (x, y) points: losses
-    interval_chart(title, rows, start, end)  (low, middle, high) of several kinds: a leaderboard
+    line_chart(title, x_label, lines, points)   named lines and points over an axis: losses
+    interval_chart(title, rows, start, end)     (low, middle, high) of several kinds: a leaderboard
     scatter_chart(title, x_label, y_label, points)   intervals along two axes: style and capability
-    sunburst(names, caption)                 a ring of names and a ring of their parts: diversity
+    sunburst(names, caption)                    a ring of names and a ring of their parts: diversity
 
-Names come from downloaded files and from models, so every text is escaped.
+Names come from downloaded files and from models, so every text is escaped. The colours, by Okabe
+and Ito, differ for the colour-blind and stand out from white and from black; dashes and shapes
+differ, too. In dark mode, the background is dark.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from html import escape
 
 from alpaca.common.errors import escape_control
 
-COLOURS = ("#1f6feb", "#d1570a", "#1a7f37", "#8250df", "#9a6700", "#57606a")
-MAX_DOTS = 12  # a line of fewer points shows each as a dot
+INK, FAINT = "currentColor", "#8886"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#767676")
+DASHES = ("none", "7 3", "2 3", "9 3 2 3")
+MARKERS = ("m-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "m-4-4h8v8h-8", "m0-5 5 9h-10", "m-5 0 5-5 5 5-5 5")
+STYLE = """<style>svg { background: #fff; color: #1f2328 }
+@media (prefers-color-scheme: dark) { svg { background: #0d1117; color: #e6edf3 }
+path, circle { filter: brightness(1.3) } }</style>"""
+MAX_DOTS = 12  # a line of fewer points shows each
+LOG_RANGE = 20  # positive values that differ by a larger factor get a logarithmic axis
+NONE: Mapping = {}
 Bars = list[tuple[str, int]]
+Series = list[tuple[float, float]]
 
 
 def svg(width: int, height: int, parts: Iterable[str]) -> str:
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-    style = 'font-family="sans-serif" font-size="12" style="background:#fff"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{"".join(parts)}</svg>\n'
+    font = 'font-family="sans-serif" font-size="12"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>{STYLE}{"".join(parts)}</svg>\n'
 
 
 def clean(text: str) -> str:
@@ -30,58 +41,107 @@ def clean(text: str) -> str:
     return escape(escape_control(text))
 
 
-def label(text: str, x: float, y: float, anchor="middle", colour="#000", limit=200, size=12) -> str:
+def label(text: str, x: float, y: float, anchor="middle", colour=INK, limit=200, size=12) -> str:
     text = clean(text if len(text) <= limit else text[: limit - 1] + "…")
     place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}"'
     return f'<text {place} fill="{colour}">{text}</text>'
 
 
-def line(path: str, colour: str = "#d0d7de", width: int = 1) -> str:
-    return f'<path d="{path}" stroke="{colour}" stroke-width="{width}"/>'
+def line(path: str, colour: str = FAINT, width: float = 1, dash: str = "none") -> str:
+    how = f'stroke="{colour}" stroke-width="{width}" stroke-dasharray="{dash}"'
+    return f'<path d="{path}" fill="none" {how}/>'
 
 
-def dot(x: float, y: float, colour: str, radius: int = 4) -> str:
-    return f'<circle cx="{x}" cy="{y}" r="{radius}" fill="{colour}"/>'
+def curve(n: int, places: Iterable[tuple[float, float]], width: float = 2) -> str:
+    """In the n-th name's colour and dashes."""
+    path = "M" + " ".join(f"{x},{y}" for x, y in places)
+    return line(path, COLOURS[n % len(COLOURS)], width, DASHES[n % len(DASHES)])
 
 
-def axis(values: Iterable[float], start: int, end: int, ticks: int) -> tuple[Callable, list[float]]:
-    """The function from a value to its pixel between start and end, and values for tick marks."""
+def marker(n: int, x: float, y: float) -> str:
+    """In the n-th name's colour and shape."""
+    return f'<path d="M{x} {y}{MARKERS[n % len(MARKERS)]}z" fill="{COLOURS[n % len(COLOURS)]}"/>'
+
+
+def axis(values: Iterable[float], start: int, end: int, log=False) -> tuple[Callable, list[float]]:
+    """The function from a value to its pixel between start and end, and round values to mark."""
     values = list(values) or [0.0]
     low, high = min(values), max(values)
-    if low == high:
-        low, high = low - 1, high + 1
-    marks = [low + (high - low) * n / (ticks - 1) for n in range(ticks)]
-    return lambda value: round(start + (value - low) / (high - low) * (end - start), 1), marks
+    if log:
+        digits = (1, 2, 5) if high < 1e4 * low else (1,)
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        marks = [float(f"{digit}e{power}") for power in powers for digit in digits]
+        first, last = max(m for m in marks if m <= low), min(m for m in marks if m >= high)
+        marks = [mark for mark in marks if first <= mark <= last]
+    else:
+        margin = (low == high) * (1 + abs(low) / 10)
+        low, high = low - margin, high + margin
+        size = 10.0 ** math.floor(math.log10(high - low))
+        step = next(size / n for n in (5, 2, 1, 0.5) if n * (high - low) <= 7 * size)
+        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+        marks = [step * n for n in range(first, last + 1)]
+    scale = math.log if log else float
+    low, length = scale(marks[0]), scale(marks[-1]) - scale(marks[0])
+    return lambda value: round(start + (scale(value) - low) / length * (end - start), 1), marks
 
 
-def line_chart(title: str, x_label: str, lines: dict[str, list[tuple[float, float]]]) -> str:
-    """Points that are not finite are left out."""
-    lines = {n: [p for p in points if all(map(math.isfinite, p))] for n, points in lines.items()}
-    x, x_marks = axis((a for points in lines.values() for a, _ in points), 64, 704, 6)
-    y, y_marks = axis((b for points in lines.values() for _, b in points), 352, 40, 6)
-    parts = [label(title, 360, 22, size=15), label(x_label, 360, 392)]
-    parts += [label(f"{mark:.4g}", x(mark), 370) for mark in x_marks]
-    parts += [label(f"{mark:.4g}", 58, y(mark) + 4, "end") for mark in y_marks]
+def line_chart(
+    title: str,
+    x_label: str,
+    lines: Mapping[str, Series],
+    points: Mapping[str, Series] = NONE,
+    thin: Mapping[str, Series] = NONE,
+    ticks: Mapping[str, float] = NONE,
+    strip: Mapping[str, Series] = NONE,
+) -> str:
+    """Lines, points and thin lines of one name share a colour. `ticks` mark places of the x axis.
+    `strip` is a line below the others, with a scale of its own from 0 on."""
+    lines, points, thin, strip = (  # without NaN and infinity
+        {n: [p for p in each if all(abs(v) < 1e300 for v in p)] for n, each in some.items()}
+        for some in (lines, points, thin, strip)
+    )
+    names = list(dict.fromkeys((*lines, *points)))
+    dots = {name: each for name, each in lines.items() if len(each) < MAX_DOTS} | points
+    shown = [p for some in (lines, points, thin) for each in some.values() for p in each]
+    values = [b for _, b in shown]
+    log = 1e-9 < LOG_RANGE * min(values, default=0) < max(values, default=0)
+    top = 48 + 18 * math.ceil(len(names) / 2)
+    bottom, end = top + 300, top + 300 + 56 * len(strip)
+    x, x_marks = axis((a for a, _ in shown), 64, 704)
+    y, y_marks = axis(values, bottom, top, log)
+    parts = [label(title + ", log scale" * log, 360, 22, size=15), label(x_label, 360, end + 40)]
     parts += [line(f"M64 {y(mark)}H704") for mark in y_marks]
-    for n, (name, points) in enumerate(lines.items()):
-        colour = COLOURS[n % len(COLOURS)]
-        path = " ".join(f"{x(a)},{y(b)}" for a, b in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [dot(x(a), y(b), colour) for a, b in points if len(points) < MAX_DOTS]
-        parts.append(label(name, 700, 54 + 16 * n, "end", colour))
-    return svg(720, 400, parts)
+    parts += [label(f"{mark:g}", 58, y(mark) + 4, "end") for mark in y_marks]
+    parts += [label(f"{mark:g}", x(mark), end + 18) for mark in x_marks]
+    for text, a in ticks.items():
+        parts += [line(f"M{x(a)} {bottom}v-8", INK), label(text, x(a), bottom - 12, size=10)]
+    for some, width in ((thin, 0.5), (lines, 2)):
+        for name, each in some.items():
+            parts.append(curve(names.index(name), ((x(a), y(b)) for a, b in each), width))
+    for n, name in enumerate(names):
+        left, height = 64 + 320 * (n % 2), 44 + 18 * (n // 2)
+        parts += [curve(n, [(left, height), (left + 32, height)])] if name in lines else []
+        parts += [marker(n, left + 16, height)] if name in dots else []
+        parts += [marker(n, x(a), y(b)) for a, b in dots.get(name, ())]
+        parts.append(label(name, left + 40, height + 4, "start", limit=40))
+    for name, each in strip.items():
+        z, (*_, highest) = axis((0, *(b for _, b in each)), end, end - 32)
+        parts += [curve(4, ((x(a), z(b)) for a, b in each)), label(name, 700, end - 24, "end")]
+        parts += [line(f"M64 {end}H704"), label("0", 58, end + 4, "end")]
+        parts.append(label(f"{highest:g}", 58, end - 28, "end"))
+    return svg(720, end + 52, parts)
 
 
 def interval_chart(title: str, rows: dict[str, dict[str, tuple]], start: float, end: float) -> str:
     """Name → kind → (low, middle, high). A name may lack a kind."""
     kinds = list(dict.fromkeys(kind for intervals in rows.values() for kind in intervals))
     step = 22 + 6 * len(kinds)
-    bottom, (x, marks) = 64 + step * len(rows), axis((start, end), 240, 704, 5)
+    bottom, (x, marks) = 64 + step * len(rows), axis((start, end), 240, 704)
     parts = [label(title, 360, 22, size=15)]
     parts += [line(f"M{x(mark)} 56V{bottom}") for mark in marks]
     parts += [label(f"{mark:g}", x(mark), bottom + 20) for mark in marks]
-    for n, (kind, colour) in enumerate(zip(kinds, COLOURS, strict=False)):
-        parts.append(label(f"● {kind}", 240 + 160 * n, 44, "start", colour))
+    for n, kind in enumerate(kinds):
+        parts += [marker(n, 246 + 160 * n, 40), label(kind, 256 + 160 * n, 44, "start")]
         for row, (name, intervals) in enumerate(rows.items()):
             centre = 64 + step * (row + 0.5)
             y = centre + 10 * n - 5 * (len(kinds) - 1)
@@ -89,18 +149,18 @@ def interval_chart(title: str, rows: dict[str, dict[str, tuple]], start: float, 
             if kind not in intervals:
                 continue
             low, middle, high = intervals[kind]
-            if math.isfinite(high - low):  # else the bounds are unknown: only the dot
-                parts.append(line(f"M{x(low)} {y}H{x(high)}", colour, 2))
-            parts.append(dot(x(middle), y, colour))
+            if math.isfinite(high - low):  # else the bounds are unknown: only the middle
+                parts.append(line(f"M{x(low)} {y}H{x(high)}", COLOURS[n % len(COLOURS)], 2))
+            parts.append(marker(n, x(middle), y))
     return svg(720, bottom + 32, parts)
 
 
 def scatter_chart(
     title: str, x_label: str, y_label: str, points: dict[str, tuple[tuple, tuple]]
 ) -> str:
-    """Name → (low, middle, high) on either axis: a numbered dot with two bars. Axes go by tens."""
-    x, x_marks = axis_by_tens((value for across, _ in points.values() for value in across), 64, 480)
-    y, y_marks = axis_by_tens((value for _, up in points.values() for value in up), 432, 40)
+    """Name → (low, middle, high) on either axis: a numbered dot with two bars."""
+    x, x_marks = axis((value for across, _ in points.values() for value in across), 64, 480)
+    y, y_marks = axis((value for _, up in points.values() for value in up), 432, 40)
     parts = [label(title, 360, 22, size=15), label(x_label, 272, 470, limit=90)]
     parts.append(
         f'<g transform="translate(20 236) rotate(-90)">{label(y_label, 0, 0, limit=60)}</g>'
@@ -112,27 +172,21 @@ def scatter_chart(
     for n, (name, (across, up)) in enumerate(points.items()):
         colour, (left, a, right), (bottom, b, top) = COLOURS[n % len(COLOURS)], across, up
         parts.append(line(f"M{x(left)} {y(b)}H{x(right)}M{x(a)} {y(bottom)}V{y(top)}", colour, 2))
-        parts.append(dot(x(a), y(b), colour, 9) + label(f"{n + 1}", x(a), y(b) + 4, colour="#fff"))
-        parts.append(label(f"{n + 1}  {name}", 500, 54 + 18 * n, "start", colour, limit=30))
+        parts.append(f'<circle cx="{x(a)}" cy="{y(b)}" r="9" fill="{colour}"/>')
+        parts.append(label(f"{n + 1}", x(a), y(b) + 4, colour="#fff"))
+        parts.append(label(f"{n + 1}  {name}", 500, 54 + 18 * n, "start", limit=30))
     return svg(720, max(484, 60 + 18 * len(points)), parts)
-
-
-def axis_by_tens(values: Iterable[float], start: int, end: int) -> tuple[Callable, list[float]]:
-    values = list(values)
-    low, high = 10 * math.floor(min(values) / 10), 10 * math.ceil(max(values) / 10)
-    high = max(high, low + 10)
-    return axis((low, high), start, end, (high - low) // 10 + 1)
 
 
 def sunburst(names: list[tuple[str, int, Bars]], caption: str) -> str:
     """Each name as wide as it is frequent; in the outer ring its parts, which share that width."""
     total, start, parts = sum(count for _, count, _ in names), 0.0, [label(caption, 0, 4)]
     for n, (name, count, others) in enumerate(names):
-        hue, turn, place = 360 * n // len(names), count / total, start
-        parts.append(sector(start, turn, 160, f"hsl({hue},60%,70%)", name, f"{name}: {count:,}"))
+        colour, turn, place = COLOURS[n % len(COLOURS)], count / total, start
+        parts.append(sector(start, turn, 160, f"{colour}a0", name, f"{name}: {count:,}"))
         for other, k in others:
             part, tip = turn * k / sum(k for _, k in others), f"{name} {other}: {k:,}"
-            parts.append(sector(place, part, 281, f"hsl({hue},60%,84%)", other, tip))
+            parts.append(sector(place, part, 281, f"{colour}60", other, tip))
             place += part
         start += turn
     return svg(720, 720, ['<g transform="translate(360 360)">', *parts, "</g>"])

@@ -250,7 +250,8 @@ def html_page(text: str, figure: str) -> str:
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/><title>Instruction data</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"/>
-</head><body style="font-family: sans-serif; margin: 2em"><h1>Opening verbs and their objects</h1>
+<meta name="color-scheme" content="light dark"/></head>
+<body style="font-family: sans-serif; margin: 2em"><h1>Opening verbs and their objects</h1>
 {figure}<h1>In figures</h1>
 <pre>{escape(text)}</pre></body></html>
 """

@@ -93,6 +93,7 @@ class TrainConfig:
     eval_data: tuple[str, ...] = flag(
         (), "held-out records, to report their loss before and after, by source", **MIXTURE
     )
+    eval_every: int = flag(0, "report it also every N steps", positive(int), metavar="N")
     out: Path = flag(Path("runs/alpaca"), "folder of the run", Path)
 
     epochs: float = flag(3, "passes over the examples", positive(float, 10_000))
@@ -184,6 +185,8 @@ class TrainConfig:
             raise UserError("--lora adapts a base model: give --model-dir instead of --preset")
         if self.preset and self.tokenizer is None:
             raise UserError("--preset needs a --tokenizer, such as data/tiny-llama")
+        if self.eval_every and not self.eval_data:
+            raise UserError("--eval-every goes with --eval-data")
         if not self.data:
             raise UserError("--data is needed: the records to train on")
         if not 0 <= self.warmup_ratio < 1:
@@ -242,8 +245,8 @@ class TrainConfig:
         return self.save_every > 0 and (overdue or step == steps or step % self.save_every == 0)
 
     def settings(self, digest: str) -> dict[str, Any]:
-        """What decides the trained weights; a run resumes with equal settings only. `digest` is
-        that of the tokenized training set."""
+        """What decides the trained weights; a run resumes with equal settings only (--eval-every
+        may differ: it changes no weight). `digest` is that of the tokenized training set."""
         names = ("preset", "epochs", "batch_size", "learning_rate", "warmup_ratio", "max_length")
         objective = self.objective + (f", beta {self.beta}" if self.objective in PAIRWISE else "")
         if self.objective == "group":

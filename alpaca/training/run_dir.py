@@ -2,7 +2,7 @@
 
     settings.json    what decides the outcome: a run resumes with equal settings only
     metrics.jsonl    every step once, however often the run was interrupted
-    loss.svg         the losses, plotted; with --objective group, reward.svg
+    loss.svg         the losses, plotted (plot.py); with --objective group, reward.svg
     right_answers.json  three held-out records that it answers as expected, for the page of `serve`
 
 The lock keeps a second process out; it ends with the process that holds it.
@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from alpaca.common import charts
+from alpaca.common.charts import Series
 from alpaca.common.errors import UserError
 from alpaca.common.files import atomic_file
-from alpaca.common.json_files import append_jsonl, check_shape, read_log
+from alpaca.common.json_files import append_jsonl
 from alpaca.common.progress import Progress, duration
 from alpaca.common.run_folder import run_folder
+from alpaca.training.plot import METRICS, plot_run, read_metrics, series
 from alpaca.training.throughput import GIB
 
 FORMATS = {  # of the progress line
@@ -30,10 +31,10 @@ FORMATS = {  # of the progress line
     "mfu": "MFU {mfu:.1%}",
     "accuracy": "accuracy {accuracy:.0%}",
     "reward": "reward {reward:.3f}",
+    "held_out_loss": "held out {held_out_loss:.3f}",
+    "held_out_reward": "held out {held_out_reward:.3f}",
     "memory_GiB": "peak memory {memory_GiB:.1f} GiB",
 }
-NUMBER = int | float
-STEP = {"step": int, "loss": NUMBER, "tokens": int, "tokens_per_s": NUMBER}  # of metrics.jsonl
 RECENT = 20  # steps that the progress line averages tok/s and MFU over
 
 
@@ -61,9 +62,10 @@ class RunDir:
         self.folder, self.quiet = folder, quiet
         group = (settings.get("objective") or "").startswith("group")
         self.figure = "reward" if group else "loss"
-        self.metrics, self.chart = folder / "metrics.jsonl", folder / f"{self.figure}.svg"
+        self.metrics, self.chart = folder / METRICS, folder / f"{self.figure}.svg"
         self.held_out = f"held_out_{self.figure}"  # of "held_out_loss/SOURCE", too
         self.records: list[dict[str, Any]] = []
+        self.latest: dict[str, Any] = {}  # of each figure
         self.lock = ExitStack()
         if quiet:
             return
@@ -88,13 +90,9 @@ class RunDir:
             return
         self.records = []
         if done and self.metrics.exists():
-            for record in read_log(self.metrics):
-                held_out = dict.fromkeys([self.held_out, *record], NUMBER) | {"step": int}
-                check_shape(record, STEP if "loss" in record else held_out, str(self.metrics))
-                if record["step"] <= done:
+            for record in read_metrics(self.metrics):  # held-out figures of now are measured again
+                if record["step"] < done + ("loss" in record):
                     self.records.append(record)
-            if done == steps and self.records and self.held_out in self.records[-1]:
-                self.records.pop()  # of the trained model; it is measured again
         with atomic_file(self.metrics, "w") as file:
             file.writelines(json.dumps(record) + "\n" for record in self.records)
         self.progress = Progress(steps, "steps", done=done)
@@ -102,6 +100,7 @@ class RunDir:
     def log(self, record: dict[str, Any]) -> None:
         if not self.quiet:
             self.records.append(record)
+            self.latest |= record
             append_jsonl(self.metrics, record)
 
     def log_step(self, record: dict[str, Any]) -> None:
@@ -110,14 +109,15 @@ class RunDir:
             return
         self.log(record)
         recent = [r for r in self.records[-RECENT:] if "loss" in r]
+        shown = dict(self.latest)
         for figure in {"tokens_per_s", "mfu", "accuracy", "reward"} & record.keys():
-            mean = np.average([r[figure] for r in recent], weights=[*map(step_seconds, recent)])
-            record = {**record, figure: mean}
-        formats = [text for figure, text in FORMATS.items() if figure in record]
-        self.progress.step(extra="  ".join(formats).format_map(record))
+            weights = [*map(step_seconds, recent)]
+            shown[figure] = np.average([r[figure] for r in recent], weights=weights)
+        formats = [text for figure, text in FORMATS.items() if figure in shown]
+        self.progress.step(extra="  ".join(formats).format_map(shown))
 
-    def series(self, figure: str) -> list[tuple[float, float]]:
-        return [(r["step"], r[figure]) for r in self.records if figure in r]
+    def series(self, figure: str) -> Series:
+        return series(self.records, figure)
 
     def change(self, figure: str) -> str:
         (_, first), *_, (_, last) = self.series(figure) * 2
@@ -143,7 +143,5 @@ class RunDir:
         """Print the last progress line and plot the losses."""
         if not self.quiet:
             self.progress.close()
-            lines = {"training": self.series(self.figure), "held out": self.series(self.held_out)}
-            lines = {name: line for name, line in lines.items() if line}
             with atomic_file(self.chart, "w") as file:
-                file.write(charts.line_chart(self.figure.capitalize(), "step", lines))
+                file.write(plot_run(self.records, self.figure))

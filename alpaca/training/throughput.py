@@ -156,6 +156,10 @@ class Throughput:
         self.config, self.lora, self.device = config, lora, device
         name = find_chip(torch.cuda.get_device_name()) if device.type == "cuda" else None
         self.peak_flops = CHIPS[name].flops * dist.get_world_size() if name else None
+        self.restart()
+
+    def restart(self) -> None:
+        """What came before belongs to no step."""
         self.last = time.perf_counter()
 
     def step(self, lengths: np.ndarray, supervised: int) -> dict[str, float]:

@@ -12,32 +12,74 @@ SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = "<script>&\x1b[2J"
 
 
+def drawn(picture: str, colour: str) -> tuple[list[ET.Element], list[tuple[float, float]]]:
+    """The lines of a colour, and the places of its markers."""
+    paths = [*ET.fromstring(picture).iter(f"{SVG}path")]
+    dots = [path.get("d") for path in paths if path.get("fill") == colour]
+    return [path for path in paths if path.get("stroke") == colour], [place(dot) for dot in dots]
+
+
+def place(path: str) -> tuple[float, float]:
+    x, y = re.match(r"M([\d.]+)[ ,]([\d.]+)", path).groups()
+    return float(x), float(y)
+
+
 def test_line_chart_stays_inside_and_dots_few_points():
-    points = [(step, 5 / (step + 1)) for step in range(20)] + [(20, math.nan)]
-    lines = {"train": points, "held out": [(0, 4.0), (9, 4.0)]}
-    picture = ET.fromstring(charts.line_chart("loss", "step", lines))
-    train, held_out = (line.get("points").split() for line in picture.iter(f"{SVG}polyline"))
-    dots = [f"{dot.get('cx')},{dot.get('cy')}" for dot in picture.iter(f"{SVG}circle")]
-    assert dots == held_out and len(train) == 20
-    for x, y in (map(float, point.split(",")) for point in train + held_out):
-        assert 64 <= x <= 704 and 40 <= y <= 352
-    ET.fromstring(charts.line_chart("one point", "step", {"a": [(1, 1)]}))
-    ET.fromstring(charts.line_chart("no point yet", "step", {"a": [(1, math.nan)]}))
+    points = [(step, 5 / (step + 1)) for step in range(19)] + [(20, math.nan)]
+    lines = {"train": points, "other": [(0, 4.0), (9, 4.0)]}
+    picture = charts.line_chart("loss", "step", lines, {"held out": [(0, 1.0), (18, 2.0)]})
+    (train, _), dots = drawn(picture, charts.COLOURS[0])
+    places = [tuple(map(float, p.split(","))) for p in train.get("d")[1:].split()]
+    assert len(places) == 19 and not dots, "a long line has no dots, NaN is left out"
+    (other, _), (_, *dots) = drawn(picture, charts.COLOURS[1])
+    assert other.get("d") == "M" + " ".join(f"{x},{y}" for x, y in dots)
+    lines, (_, *held_out) = drawn(picture, charts.COLOURS[2])
+    assert not lines and len(held_out) == 2, "points are not connected"
+    for x, y in places + dots + held_out:
+        assert 64 <= x <= 704 and 84 <= y <= 384
+    for series in ([(1, 1)], [(1, math.nan)], [(0, 1e300), (1, -1e300)], [(2**63, 0.0)]):
+        ET.fromstring(charts.line_chart("odd", "step", {"a": series}))
+
+
+def test_line_chart_has_a_log_scale_if_positive_values_span_it():
+    def is_log(*values: float) -> bool:
+        return ", log scale" in charts.line_chart("loss", "step", {"a": [*enumerate(values)]})
+
+    assert is_log(0.3, 8.0)
+    assert not any((is_log(0.5, 8.0), is_log(-1.0, 8.0), is_log(0.0, 8.0), is_log()))
+
+
+@pytest.mark.parametrize(
+    ("values", "log", "marks"),
+    [
+        ((0, 675), False, [0, 100, 200, 300, 400, 500, 600, 700]),
+        ((0.3, 0.6), False, [0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6]),
+        ((-3, 5), False, [-4, -2, 0, 2, 4, 6]),
+        ((4, 4), False, [2.5, 3, 3.5, 4, 4.5, 5, 5.5]),
+        ((0.03, 8), True, [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]),
+        ((0.001, 3000), True, [0.001, 0.01, 0.1, 1, 10, 100, 1000, 10_000]),
+    ],
+)
+def test_axis_marks_round_values(values, log, marks):
+    pixel, found = charts.axis(values, 100, 500, log)
+    assert found == pytest.approx(marks) and (pixel(marks[0]), pixel(marks[-1])) == (100, 500)
+    middle = math.sqrt(marks[0] * marks[-1]) if log else (marks[0] + marks[-1]) / 2
+    assert pixel(middle) == 300
 
 
 def test_interval_chart_draws_no_bar_without_bounds():
     kinds = {"plain": (10, 20, 30), "controlled": (math.nan, 25, math.nan)}
-    picture = ET.fromstring(charts.interval_chart("rates", {"m" * 40: kinds}, 0, 100))
-    bars = [path for path in picture.iter(f"{SVG}path") if path.get("stroke-width") == "2"]
-    assert [bar.get("d").split()[0] for bar in bars] == ["M286.4"]
-    assert [dot.get("cx") for dot in picture.iter(f"{SVG}circle")] == ["332.8", "356.0"]
-    assert f"{'m' * 33}…" in picture.itertext()
+    picture = charts.interval_chart("rates", {"m" * 40: kinds}, 0, 100)
+    (bar,), (_, (x, _)) = drawn(picture, charts.COLOURS[0])
+    assert (bar.get("d").split()[0], x) == ("M286.4", 332.8)
+    bars, (_, (x, _)) = drawn(picture, charts.COLOURS[1])
+    assert not bars and x == 356.0 and f"{'m' * 33}…" in picture
 
 
 def test_scatter_chart_draws_bars_along_both_axes():
     points = {"a": ((30, 45, 50), (41, 50, 59)), "b": ((70, 75, 80), (20, 25, 31))}
     picture = ET.fromstring(charts.scatter_chart("t", "x", "y", points))
-    texts = list(picture.itertext())
+    texts = ["".join(node.itertext()) for node in picture.iter(f"{SVG}text")]
     assert texts[3:9] == ["30", "40", "50", "60", "70", "80"] and texts[9:14] == [
         "20", "30", "40", "50", "60",
     ]  # fmt: skip

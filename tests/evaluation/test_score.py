@@ -9,6 +9,8 @@ import pytest
 from helpers.annotations import entry, write
 from helpers.commands import assert_refused
 
+from alpaca.common.charts import COLOURS
+
 
 @pytest.fixture
 def score(command):
@@ -37,9 +39,10 @@ def test_rows_follow_the_files_and_the_table_is_sorted(score, tmp_path):
     texts = ["".join(node.itertext()) for node in svg.iter() if node.tag.endswith("text")]
     places = [texts.index(name) for name in ("good", "fair", "poor")]
     assert places == sorted(places)
-    circles = [float(node.get("cx")) for node in svg.iter() if node.tag.endswith("circle")]
+    dots = [node.get("d") for node in svg.iter() if node.get("fill") == COLOURS[0]]
     across = [240 + share * (720 - 240 - 16) for share in (0.9, 0.5, 0.1)]
-    assert circles[:3] == pytest.approx(across, abs=0.06)
+    places = [float(re.match(r"M([\d.]+)", dot)[1]) for dot in dots[1:]]  # behind the legend's
+    assert places == pytest.approx(across, abs=0.06)
 
 
 def test_the_table_is_sorted_by_the_length_controlled_rate(score, tmp_path):
@@ -75,17 +78,17 @@ def test_bars_are_95_percent_and_missing_where_unknown(score, tmp_path):
     file = write(tmp_path / "a.json", entries)
     picture = tmp_path / "p.svg"
     row, _ = json.loads(score(file, "--plot", picture, "--json")[1])
-    bars = re.findall(r'd="M([\d.]+) [\d.]+H([\d.]+)" stroke="#d1570a"', picture.read_text())
+    bars = re.findall(r'd="M([\d.]+) [\d.]+H([\d.]+)"[^>]* stroke="#d55e00"', picture.read_text())
     reach = 1.959964 * row["length_controlled_standard_error"]
     ends = [240 + (50 + side * reach) / 100 * (720 - 240 - 16) for side in (-1, 1)]
     assert [float(end) for end in bars[0]] == pytest.approx(ends, abs=0.06)
     write(file, [entry(0, 2), entry(0, 2, generator_2="b")])
     assert score(file, "--plot", picture)[0] == 0
-    assert 'stroke="#d1570a"' not in picture.read_text() and "nan" not in picture.read_text()
-    assert 'fill="#d1570a"' in picture.read_text()
+    assert 'stroke="#d55e00"' not in picture.read_text() and "nan" not in picture.read_text()
+    assert 'fill="#d55e00"' in picture.read_text()
     write(file, [entry(0, 2)])
     assert score(file, "--plot", picture)[0] == 0
-    assert 'fill="#d1570a"' not in picture.read_text(), "one model has no length-controlled rate"
+    assert 'fill="#d55e00"' not in picture.read_text(), "one model has no length-controlled rate"
 
 
 def test_names_from_files_are_escaped(score, tmp_path):

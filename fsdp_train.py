@@ -39,7 +39,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from alpaca.common.cli import Parser
 from alpaca.common.errors import UserError, join_names, notice
-from alpaca.common.memory import keep_freed_memory
+from alpaca.common.system import keep_freed_memory
 from alpaca.training.config import BETAS, CLIP, EPS, TrainConfig, add_arguments
 from alpaca.training.group import Sampler
 from alpaca.training.job import Job, prepare

@@ -66,7 +66,7 @@ def as_examples(pairs: list[tuple[list[int], list[int]]]):
 def run_ours(dtype: str, steps: int, data, **settings) -> list[dict]:
     """The log of a whole run that starts from random weights."""
     import fsdp_train
-    from alpaca.common.memory import keep_freed_memory
+    from alpaca.common.system import keep_freed_memory
     from alpaca.training.config import TrainConfig
     from alpaca.training.parallel import process_group
     from alpaca.training.process import StopSignal

@@ -63,8 +63,11 @@ def marker(n: int, x: float, y: float) -> str:
     return f'<path d="M{x} {y}{MARKERS[n % len(MARKERS)]}z" fill="{COLOURS[n % len(COLOURS)]}"/>'
 
 
-def axis(values: Iterable[float], start: int, end: int, log=False) -> tuple[Callable, list[float]]:
-    """The function from a value to its pixel between start and end, and round values to mark."""
+def axis(
+    values: Iterable[float], start: int, end: int, log: bool = False, tight: bool = False
+) -> tuple[Callable, list[float]]:
+    """The function from a value to its pixel between start and end, and round values to mark. The
+    axis reaches from the first mark to the last, or if `tight` from the first value to the last."""
     values = list(values) or [0.0]
     low, high = min(values), max(values)
     if log:
@@ -80,9 +83,12 @@ def axis(values: Iterable[float], start: int, end: int, log=False) -> tuple[Call
         step = next(size / n for n in (5, 2, 1, 0.5) if n * (high - low) <= 7 * size)
         first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
         marks = [step * n for n in range(first, last + 1)]
+    if not tight:
+        low, high = marks[0], marks[-1]
     scale = math.log if log else float
-    low, length = scale(marks[0]), scale(marks[-1]) - scale(marks[0])
-    return lambda value: round(start + (scale(value) - low) / length * (end - start), 1), marks
+    bottom, length = scale(low), scale(high) - scale(low)
+    marks = [mark for mark in marks if low <= mark <= high]
+    return lambda value: round(start + (scale(value) - bottom) / length * (end - start), 1), marks
 
 
 def line_chart(
@@ -107,7 +113,7 @@ def line_chart(
     log = 1e-9 < LOG_RANGE * min(values, default=0) < max(values, default=0)
     top = 48 + 18 * math.ceil(len(names) / 2)
     bottom, end = top + 300, top + 300 + 56 * len(strip)
-    x, x_marks = axis((a for a, _ in shown), 64, 704)
+    x, x_marks = axis((a for a, _ in shown), 64, 704, tight=True)
     y, y_marks = axis(values, bottom, top, log)
     parts = [label(title + ", log scale" * log, 360, 22, size=15), label(x_label, 360, end + 40)]
     parts += [line(f"M64 {y(mark)}H704") for mark in y_marks]

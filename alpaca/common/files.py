@@ -5,7 +5,6 @@ atomic_file, atomic_folder   a reader sees the old state or the new one, wheneve
 lock_output                  keeps a second process from writing the same file
 """
 
-import fcntl
 import gzip
 import io
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from alpaca.common.errors import UserError
+from alpaca.common.system import lock_file
 
 MAX_UNZIPPED = 2 << 30
 INPUTS: set[Path] = set()  # what this command has read
@@ -171,7 +171,7 @@ def lock_path(path: Path, refusal: str, open_flags: int = 0) -> int:
     """Lock a file or folder until the returned handle is closed or the process ends."""
     handle = os.open(path, os.O_RDONLY | open_flags)
     with suppress(BlockingIOError, FileNotFoundError):
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(handle, wait=False)
         if os.path.samestat(os.fstat(handle), os.stat(path)):  # not renamed, nor removed, since
             return handle
     os.close(handle)

@@ -9,7 +9,6 @@
     {"id": str, "cost": int | float, "failed": str | None, "usage": {"prompt": int}, "ids": [str]}
 """
 
-import fcntl
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from alpaca.common.files import (
     read_text,
     refuse_input,
 )
+from alpaca.common.system import lock_file
 
 MAX_DEPTH = 64  # lists and objects inside each other
 MAX_LINE = 8 << 20  # characters of a line, or of a string
@@ -122,7 +122,7 @@ def append_jsonl(path: str | Path, *records: dict, durable: bool = True) -> None
     refuse_input(path)
     new = not path.exists()
     with named_errors(path), open(path, "ab+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock_file(file)
         start, tail = _last_line(file)
         if tail and is_json(tail):  # complete except for its newline
             file.write(b"\n")

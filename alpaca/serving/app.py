@@ -14,7 +14,6 @@ the queue, the filter on the prompt, and the filter on every part of the answer 
 import argparse
 import asyncio
 import base64
-import fcntl
 import hashlib
 import math
 import os
@@ -28,6 +27,7 @@ from urllib.parse import quote
 from alpaca.common.errors import UserError
 from alpaca.common.json_files import append_jsonl
 from alpaca.common.run_folder import RIGHT_ANSWERS
+from alpaca.common.system import lock_file
 from alpaca.inference.answer import read_questions
 from alpaca.inference.engine import Engine
 from alpaca.inference.sequence import Sequence
@@ -240,7 +240,7 @@ class App:
         file = self.args.reports
         create_private(file)
         with open(file, "rb") as opened:
-            fcntl.flock(opened, fcntl.LOCK_EX)  # or another server could move the new file, too
+            lock_file(opened)  # or another server could move the new file, too
             if file.stat().st_size >= MAX_REPORTS_SIZE:
                 os.replace(file, file.with_name(f"{file.stem}.1{file.suffix}"))
                 create_private(file)

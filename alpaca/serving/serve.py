@@ -30,7 +30,6 @@ import asyncio
 import ipaddress
 import math
 import os
-import resource
 import signal
 import socket
 import threading
@@ -40,6 +39,7 @@ from pathlib import Path
 from alpaca import CHECKOUT
 from alpaca.common.cli import not_negative, positive, utf8_text
 from alpaca.common.errors import UserError, notice
+from alpaca.common.system import max_open_files
 from alpaca.inference.engine import Engine
 from alpaca.inference.watermark import KEY, Watermark
 from alpaca.serving.app import App, create_private
@@ -89,15 +89,6 @@ def fill_green_lists(watermark: Watermark, stop: threading.Event) -> None:
         watermark.green_list(token)
 
 
-def max_connections() -> int:
-    """512, or half of the files that this process may open where that is less."""
-    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if files < 1024 and files != resource.RLIM_INFINITY:
-        files = 1024 if most == resource.RLIM_INFINITY else min(1024, most)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
-    return 512 if files == resource.RLIM_INFINITY else min(512, files // 2)
-
-
 @asynccontextmanager
 async def running_server(args, bound: socket.socket, engine: Engine, filter: Filter, watermark):
     """The server and its app; at the end running answers may finish."""
@@ -113,7 +104,7 @@ async def running_server(args, bound: socket.socket, engine: Engine, filter: Fil
         hosts = {*LOOPBACK, address, *args.allow_host} if local or args.allow_host else None
         if not local:
             notice(f"other machines can send requests: it listens at {address}")
-        limits = Limits(connections=max_connections())
+        limits = Limits(connections=min(512, max_open_files(1024) // 2))
         server = Server(app.handle, limits, hosts, args.trusted_proxy)
         server.start(bound)
         if engine.watermark:

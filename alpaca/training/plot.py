@@ -4,7 +4,7 @@
     alpaca plot runs/alpaca runs/dpo --out losses.svg --csv losses.csv
 
 A step's loss depends on its examples, so a line is the mean over a step and its neighbours, a
-fiftieth of the run on either side; the picture of one run has the single steps, too. Held-out
+25th of the run on either side; the picture of one run has the single steps, too. Held-out
 values are points: between two of them, nothing was measured. Losses that differ by more than a
 factor of 20 get a logarithmic scale. With --objective group, rewards are plotted.
 """
@@ -44,7 +44,7 @@ def series(records: Metrics, figure: str) -> Series:
 
 def smoothed(points: Series) -> Series:
     """Each y as the mean over its neighbours; near the start, over as few as lie before it."""
-    y, most = [b for _, b in points], len(points) // 50
+    y, most = [b for _, b in points], len(points) // 25
     spans = (slice(i - min(i, most), i + min(i, most) + 1) for i in range(len(y)))
     return [(a, float(np.mean(y[span]))) for (a, _), span in zip(points, spans, strict=True)]
 

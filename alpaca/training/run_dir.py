@@ -9,7 +9,6 @@ The lock keeps a second process out; it ends with the process that holds it.
 """
 
 import json
-import re
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +22,7 @@ from alpaca.common.files import atomic_file
 from alpaca.common.json_files import append_jsonl
 from alpaca.common.progress import Progress, duration
 from alpaca.common.run_folder import run_folder
+from alpaca.common.system import available_memory
 from alpaca.training.plot import METRICS, plot_run, read_metrics, series
 from alpaca.training.throughput import GIB
 
@@ -46,8 +46,7 @@ def check_space(out: Path, disk: float, memory: float) -> None:
     """Refuse a run that would end with a full disk or no host memory, by the bytes it needs."""
     folder = next(each for each in (out.absolute(), *out.absolute().parents) if each.exists())
     free = shutil.disk_usage(folder).free + sum(f.stat().st_size for f in out.rglob("rank-*"))
-    (available,) = re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
-    for what, need, has in (("disk", disk, free), ("host memory", memory, 1024 * int(available))):
+    for what, need, has in (("disk", disk, free), ("host memory", memory, available_memory())):
         if need > has:
             raise UserError(
                 f"{out}: snapshots and result need {need / GIB:,.3f} GiB of {what}, "

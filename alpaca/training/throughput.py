@@ -6,8 +6,6 @@ the useful operations of a step divided by what the GPUs could have computed in 
 activation checkpointing computes again is work, but not useful work.
 """
 
-import os
-import resource
 import time
 from typing import Any, NamedTuple
 
@@ -15,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from alpaca.common.system import host_memory, peak_host_memory
 from alpaca.weights.lora import LoraConfig
 from model import LlamaConfig
 
@@ -61,7 +60,7 @@ def find_device(chip: str | None) -> tuple[str | None, float]:
     if torch.cuda.is_available():  # has less than its name says: 79.2 GiB of an H100's 80
         chip = find_chip(torch.cuda.get_device_name())
         return chip, torch.cuda.get_device_properties(0).total_memory
-    return None, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None, host_memory()
 
 
 # ---------------------------------------------------------------- parameters and operations
@@ -181,4 +180,4 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes that this process has used: on its GPU, or else in host memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_host_memory()

@@ -23,7 +23,7 @@ from torch import nn
 from alpaca import CHECKOUT
 from alpaca.common.errors import UserError, notice
 from alpaca.common.gguf_file import is_gguf
-from alpaca.common.memory import keep_freed_memory
+from alpaca.common.system import keep_freed_memory
 from alpaca.weights.adapter import load_adapter
 from alpaca.weights.checkpoint import DTYPES, EMBEDDING, as_dtype, no_such_model
 from alpaca.weights.kernels import optimize_layout

@@ -32,6 +32,7 @@ from alpaca.common.files import atomic_folder
 from alpaca.common.gguf_bpe import bpe_from_metadata, is_bpe
 from alpaca.common.gguf_file import is_gguf, read_gguf
 from alpaca.common.jinja import JINJA_FILE, read_jinja
+from alpaca.common.system import start_writing
 from alpaca.common.tokenizer_json import tokenizer_json_files
 from alpaca.weights.checkpoint import DTYPES, as_dtype, is_finite, is_meta, parameter_shapes
 from alpaca.weights.config_json import config_to_json
@@ -142,8 +143,7 @@ class ShardWriter(ExitStack):
         content, done = numbers.data.cast("B"), 0
         while done < len(content):
             done += os.pwrite(file.fileno(), content[done:], offset + start + done)
-        # let the disk begin now: otherwise all the writing waits for the last tensor
-        os.posix_fadvise(file.fileno(), offset + start, done, os.POSIX_FADV_DONTNEED)
+        start_writing(file, offset + start, done)
 
 
 # ---------------------------------------------------------------- a whole folder

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from alpaca.common import files
+from alpaca.common import files, system
 from alpaca.common.errors import UserError
 from alpaca.common.json_files import append_jsonl
 
@@ -70,12 +70,12 @@ def test_atomic_folder_makes_its_parents(tmp_path):
 
 
 def test_atomic_folder_renamed_during_locking_is_refused(tmp_path, monkeypatch):
-    def slow_lock(handle, how, flock=files.fcntl.flock):
+    def slow_lock(handle, how, flock=system.fcntl.flock):
         (tmp_path / "out.partial").rename(tmp_path / "elsewhere")
         (tmp_path / "out.partial").mkdir()
         flock(handle, how)
 
-    monkeypatch.setattr(files.fcntl, "flock", slow_lock)
+    monkeypatch.setattr(system.fcntl, "flock", slow_lock)
     with pytest.raises(UserError, match="being written"), files.atomic_folder(tmp_path / "out"):
         pass
 

@@ -12,7 +12,6 @@ from helpers.commands import assert_refused
 from helpers.demo_server import ENDLESS, ScriptedEngine, arguments, raw_request, running, wait_until
 
 from alpaca.common.errors import UserError
-from alpaca.serving import serve
 from alpaca.serving.http import LOOPBACK, HTTPError, Limits, Server
 from alpaca.serving.moderation import Filter
 from alpaca.serving.serve import bind_socket
@@ -421,25 +420,6 @@ def test_a_client_is_who_the_last_trusted_proxy_names(peer, forwarded, client):
     flags = [flag for proxy in PROXIES for flag in ("--trusted-proxy", proxy)]
     server = Server(None, Limits(), None, arguments(*flags).trusted_proxy)
     assert server.client_address(peer, forwarded) == client
-
-
-@pytest.mark.parametrize(
-    ("allowed", "raised", "connections"),
-    [
-        ((256, 4096), (1024, 4096), 512),
-        ((100, 100), (100, 100), 50),
-        ((4096, 4096), None, 512),
-        ((256, -1), (1024, -1), 512),
-        ((-1, -1), None, 512),
-    ],
-)
-def test_connections_are_at_most_half_of_the_files(monkeypatch, allowed, raised, connections):
-    changes = []
-    monkeypatch.setattr(serve.resource, "RLIM_INFINITY", -1)
-    monkeypatch.setattr(serve.resource, "getrlimit", lambda kind: allowed)
-    monkeypatch.setattr(serve.resource, "setrlimit", lambda kind, new: changes.append(new))
-    assert serve.max_connections() == connections
-    assert changes == ([raised] if raised else [])
 
 
 def stop_reading(server) -> None:

@@ -38,7 +38,7 @@ LENGTH_MULTIPLE = 16  # rows are padded to it: on a CPU, oneDNN stores a kernel 
 def new_cache(model: Llama, slots: int, max_length: int) -> KVCache:
     """On a CPU it is fp32: attention with one bf16 query is slow there."""
     weight = model.model.norm.weight
-    dtype = weight.dtype if weight.is_cuda else torch.float32
+    dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
     limit = max(max_length, model.config.max_position_embeddings)  # branches share positions
     config = replace(model.config, max_position_embeddings=limit)
     with cache_memory(slots, max_length):

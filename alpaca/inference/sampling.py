@@ -103,6 +103,8 @@ def penalize_repetition(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
 
 def sample(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -> Tensor:
     """A token (B) for each sequence of logits (B, V), given a uniform random number each."""
+    if logits.is_mps:  # a Mac's GPU has no fp64
+        return sample(logits.cpu(), params, uniforms).to(logits.device)
     greedy = any(p.temperature == 0 for p in params)
     tokens = logits.argmax(-1) if greedy else torch.empty_like(logits[:, 0], dtype=torch.int64)
     for filtered in (False, True):  # separately, since only one of the two has to sort

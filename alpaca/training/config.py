@@ -124,7 +124,7 @@ class TrainConfig:
     reshard: bool | None = flag(
         None, "gather blocks again for the backward pass (default: if needed)", action=YES_OR_NO
     )
-    device: str = flag("auto", "device to train on", choices=("auto", "cpu", "cuda"))
+    device: str = flag("auto", "device; a Mac's GPU has no FSDP", choices=("auto", "cpu", "cuda"))
 
     save_every: int = flag(100, "steps (or 15 minutes) between snapshots; 0: none", not_negative)
     save_total_limit: int = flag(2, "snapshots kept on disk", positive(int))

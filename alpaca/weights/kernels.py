@@ -74,7 +74,7 @@ class FusedProjection(NamedTuple):
 def fastest_layer(module: Any, compiled: bool) -> nn.Module:
     if type(module) is nn.Linear:
         weight, dtype = module.weight, module.weight.dtype
-        if compiled or weight.is_cuda or not torch.backends.mkldnn.is_available():
+        if compiled or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
             return module
         if dtype == torch.float32 or (dtype == torch.bfloat16 and multiplies_bf16()):
             return BlockLinear(weight)
@@ -127,6 +127,6 @@ def optimize_layout(model: Llama, compiled: bool = False) -> Llama:
     for path, module in list(model.named_modules()):
         if type(module) in MATRICES:
             model.set_submodule(path, fastest_layer(module, compiled))
-    if not compiled and not model.model.norm.weight.is_cuda:
+    if not compiled and model.model.norm.weight.device.type == "cpu":
         copy_mapped_tensors(model)
     return model

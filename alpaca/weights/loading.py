@@ -32,6 +32,7 @@ from model import Llama
 from templates import TEMPLATES
 from tokenizer import Tokenizer, load_tokenizer
 
+DEVICES = ("cpu", "cuda", "mps")
 DEFAULT_MODEL = CHECKOUT / "runs/tiny/model"  # where `make train` writes its model
 
 
@@ -75,7 +76,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adapter", type=Path, help="folder of a LoRA adapter for --model-dir (default: none)")
     chat = "chat template (default: the one that the model was tuned with, else alpaca)"
     add("--template", choices=TEMPLATES, help=chat)
-    add("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one, else cpu)")
+    add("--device", choices=DEVICES, help="mps: a Mac's GPU (default: cuda if there, else cpu)")
     add("--dtype", choices=DTYPES, help="dtype to compute in (default: as stored)")
     add("--compile", action="store_true", help="torch.compile the decoding step; meant for a GPU")
     rounded = "round the weights to 8 or 4 bits, the head to 8 (default: 16, as stored)"
@@ -104,8 +105,11 @@ def load_from_args(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
     """Model and tokenizer, laid out for decoding."""
     folder = model_folders(args)[0]
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU here")
+    found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
+    if not found[device]:
+        raise UserError(f"--device {device}: torch finds no such GPU here")
+    if device == "mps" and torch.__version__ < "2.13":  # github.com/pytorch/pytorch/issues/195910
+        raise UserError("--device mps needs torch 2.13: before, tokens of 16 bits saw later ones")
     if args.compile and device == "cpu":
         notice("--compile is meant for a GPU; on a CPU it makes decoding slower")
     tokenizer = load_tokenizer(folder, args.adapter, template=args.template)

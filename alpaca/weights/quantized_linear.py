@@ -96,7 +96,7 @@ class Int8Linear(nn.Module):
 
     def pack(self) -> None:
         """Bring the integers into the order of this machine's kernel."""
-        if self.q.is_cuda or not torch.cpu._is_vnni_supported():
+        if self.q.device.type != "cpu" or not torch.cpu._is_vnni_supported():
             return
         self.scale = self.scale.float()
         self.q, self.packed = onednn.qlinear_prepack(self.q, None), True
@@ -107,7 +107,7 @@ class Int8Linear(nn.Module):
         if x.device.type == GPU and len(rows) <= FEW_ROWS and not torch.is_grad_enabled():
             return multiply_int8(rows, self.q, self.scale).view(*x.shape[:-1], -1)
         if not self.packed:
-            if x.is_cuda or torch.is_grad_enabled():
+            if x.device.type != "cpu" or torch.is_grad_enabled():
                 return F.linear(x, self.q.to(x.dtype) * self.scale.to(x.dtype)[:, None])
             few = x.dtype == torch.bfloat16 and len(rows) <= CPU_FEW_ROWS[8]
             if few and self.in_features % 16 == 0:  # it reads rows in 16s, and past their end
@@ -175,6 +175,8 @@ class Int4Linear(nn.Module):
 
     def pack(self) -> None:
         """Bring the integers into the order of this machine's kernel."""
+        if self.q.is_mps:  # dequantized in every pass
+            return
         if self.q.device.type == GPU:
             tiles = next(n for n in (8, 4, 2) if self.in_features % (16 * n) == 0)
             self.q = aten._convert_weight_to_int4pack(self.q, tiles)

@@ -91,6 +91,12 @@ def axis(
     return lambda value: round(start + (scale(value) - bottom) / length * (end - start), 1), marks
 
 
+def finite_points(named: Mapping[str, Series]) -> dict[str, Series]:
+    """Without NaN and infinity, and without what has no other points."""
+    found = {n: [p for p in each if all(abs(v) < 1e300 for v in p)] for n, each in named.items()}
+    return {name: points for name, points in found.items() if points}
+
+
 def line_chart(
     title: str,
     x_label: str,
@@ -102,10 +108,7 @@ def line_chart(
 ) -> str:
     """Lines, points and thin lines of one name share a colour. `ticks` mark places of the x axis.
     `strip` is a line below the others, with a scale of its own from 0 on."""
-    lines, points, thin, strip = (  # without NaN and infinity
-        {n: [p for p in each if all(abs(v) < 1e300 for v in p)] for n, each in some.items()}
-        for some in (lines, points, thin, strip)
-    )
+    lines, points, thin, strip = map(finite_points, (lines, points, thin, strip))
     names = list(dict.fromkeys((*lines, *points)))
     dots = {name: each for name, each in lines.items() if len(each) < MAX_DOTS} | points
     shown = [p for some in (lines, points, thin) for each in some.values() for p in each]

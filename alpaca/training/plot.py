@@ -3,10 +3,10 @@
     alpaca plot runs/tiny
     alpaca plot runs/alpaca runs/dpo --out losses.svg --csv losses.csv
 
-A step's loss depends on its examples, so a line is the mean over a step and its neighbours, a
-25th of the run on either side; the picture of one run has the single steps, too. Held-out
-values are points: between two of them, nothing was measured. Losses that differ by more than a
-factor of 20 get a logarithmic scale. With --objective group, rewards are plotted.
+A step's loss depends on its examples, so a line is the mean over a step and its neighbours, a 25th
+of the run on either side; the picture of one run has the single steps, too. Held-out values are
+points: between two of them, nothing was measured. Losses that differ by more than a factor of 20
+get a logarithmic scale. With --objective group, rewards are plotted.
 """
 
 import argparse
@@ -44,27 +44,29 @@ def series(records: Metrics, figure: str) -> Series:
 
 def smoothed(points: Series) -> Series:
     """Each y as the mean over its neighbours; near the start, over as few as lie before it."""
-    y, most = [b for _, b in points], len(points) // 25
+    y, most = np.array([b for _, b in points]), len(points) // 25
     spans = (slice(i - min(i, most), i + min(i, most) + 1) for i in range(len(y)))
-    return [(a, float(np.mean(y[span]))) for (a, _), span in zip(points, spans, strict=True)]
+    return [(a, float(y[span].mean())) for (a, _), span in zip(points, spans, strict=True)]
 
 
 def round_starts(records: Metrics) -> dict[str, float]:
     """The steps after which a new round through the examples begins, ten of them at most."""
-    found = [r["step"] / r["epoch"] for r in records if r.get("epoch", 0) > 0][:1]
-    last = math.ceil(max((r["epoch"] for r in records if "epoch" in r), default=0))
-    rounds = range(math.ceil(last / 10), last, math.ceil(last / 10)) if found else ()
-    return {f"epoch {n + 1}": n * found[0] for n in rounds}
+    steps = [record for record in records if record.get("epoch", 0) > 0]
+    if not steps:  # logged by an older version
+        return {}
+    length, rounds = steps[0]["step"] / steps[0]["epoch"], math.ceil(steps[-1]["epoch"])
+    every = math.ceil(rounds / 10)
+    return {f"epoch {n + 1}": n * length for n in range(every, rounds, every)}
 
 
 def plot_run(records: Metrics, figure: str) -> str:
     """The steps as they are, too; the learning rate; ticks where rounds begin."""
-    steps, points = series(records, figure), series(records, f"held_out_{figure}")
+    steps = series(records, figure)
     return line_chart(
         figure.capitalize(),
         "step",
         lines={"training": smoothed(steps)},
-        points={"held out": points} if points else {},
+        points={"held out": series(records, f"held_out_{figure}")},
         thin={"training": steps},
         ticks=round_starts(records),
         strip={"learning rate": series(records, "lr")},
@@ -74,7 +76,6 @@ def plot_run(records: Metrics, figure: str) -> str:
 def compare_runs(runs: dict[str, Metrics], figure: str) -> str:
     lines = {name: smoothed(series(records, figure)) for name, records in runs.items()}
     points = {name: series(records, f"held_out_{figure}") for name, records in runs.items()}
-    points = {name: each for name, each in points.items() if each}
     return line_chart(f"{figure.capitalize()}, held out as points", "step", lines, points)
 
 

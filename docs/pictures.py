@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alpaca.common.charts import COLOURS, axis, dot, label, line, svg
+from alpaca.common.charts import COLOURS, INK, axis, dot, label, line, svg
 from alpaca.datagen.formats import load_records
 from alpaca.weights.checkpoint import stored_tensors
 from alpaca.weights.quantized_linear import Int4Linear, Int8Linear
@@ -14,7 +14,7 @@ from dataset import Examples, encode_all, encode_record, make_row, pack_rows
 from model import IGNORE
 from tokenizer import SentencePieceTokenizer, load_tokenizer
 
-BLUE, ORANGE, GREEN, PURPLE, BROWN, GREY = COLOURS
+BLUE, ORANGE, GREEN, PINK, GREY, VIOLET = COLOURS
 FOLDER = Path(__file__).parent / "pictures"
 DATA = FOLDER.parent.parent / "data"
 
@@ -22,7 +22,7 @@ DATA = FOLDER.parent.parent / "data"
 def box(x: float, y: float, width: float, height: float, text: str, colour=GREY, stroke=1.5) -> str:
     """A frame with lines of text in its middle."""
     place = f'x="{x}" y="{y}" width="{width}" height="{height}" rx="4"'
-    rect = f'<rect {place} fill="#fff" stroke="{colour}" stroke-width="{stroke}"/>'
+    rect = f'<rect class="paper" {place} fill="#fff" stroke="{colour}" stroke-width="{stroke}"/>'
     lines, middle = text.split("\n"), y + height / 2 + 4
     tops = (middle + 15 * (i - (len(lines) - 1) / 2) for i in range(len(lines)))
     return rect + "".join(label(t, x + width / 2, y) for t, y in zip(lines, tops, strict=True))
@@ -42,7 +42,8 @@ def arrow(*points: tuple[float, float], colour=GREY) -> str:
 
 
 def plus(x: float, y: float) -> str:
-    circle = f'<circle cx="{x}" cy="{y}" r="11" fill="#fff" stroke="{BLUE}" stroke-width="2"/>'
+    place = f'class="paper" cx="{x}" cy="{y}" r="11"'
+    circle = f'<circle {place} fill="#fff" stroke="{BLUE}" stroke-width="2"/>'
     return circle + label("+", x, y + 6, colour=BLUE, size=18)
 
 
@@ -176,19 +177,19 @@ def packing() -> str:
         for bound in make_row(examples, np.array(row)).cu_seqlens.tolist():
             parts.append(label(str(bound), 270 + 2 * bound, y + 32))
         parts.append(label("cu_seqlens, where documents begin and end", 270, y + 48, "start"))
-    parts.append(label("grey: prompt, masked; blue: answer; white: padding", 700, 384, "end"))
+    parts.append(label("grey: prompt, masked; blue: answer; empty: padding", 700, 384, "end"))
     return svg(720, 400, parts)
 
 
 def strip(x: float, y: float, tokens: int, first: int, fill: str) -> str:
     place = f'x="{x + 2 * first}" y="{y}" width="{2 * (tokens - first)}" height="16"'
-    return f'<rect {place} fill="{fill}" stroke="#000" stroke-width="0.7"/>'
+    return f'<rect {place} fill="{fill}" stroke="{INK}" stroke-width="0.7"/>'
 
 
 def example_strip(examples: Examples, i: int, x: float, y: float) -> str:
     """Two pixels a token: the prompt, then the answer."""
     length, prompt = examples.lengths[i], examples.lengths[i] - examples.supervised[i]
-    return strip(x, y, prompt, 0, "#d0d7de") + strip(x, y, length, prompt, BLUE)
+    return strip(x, y, prompt, 0, "#8888") + strip(x, y, length, prompt, BLUE)
 
 
 # ---------------------------------------------------------------- 4. training
@@ -214,11 +215,11 @@ def sharding() -> str:
                 for half, colour in enumerate((BLUE, ORANGE)):
                     if half == rank or i in gathered[name]:
                         place = f'x="{x}" y="{y + 16 * half}" width="56" height="15"'
-                        fill = colour if half == rank else "#fff"
+                        fill = colour if half == rank else "none"
                         parts.append(f'<rect {place} fill="{fill}" stroke="{colour}"/>')
                 if i >= done[name]:
-                    place = f'cx="{x + 64}" cy="{y + 8 + 16 * rank}" r="5"'
-                    parts.append(f'<circle {place} fill="#fff" stroke="#000" stroke-width="2"/>')
+                    place = f'cx="{x + 64}" cy="{y + 8 + 16 * rank}" r="5" fill="none"'
+                    parts.append(f'<circle {place} stroke="{INK}" stroke-width="2"/>')
     legend = "filled: the rank's own half; empty: a copy of the other half, gathered"
     parts.append(label(f"{legend}; ring: the own half of the gradient", 360, 392))
     return svg(720, 410, parts)
@@ -232,7 +233,7 @@ def rounding() -> str:
     weight = (
         stored_tensors(DATA / "tiny-llama")["model.layers.0.mlp.gate_proj.weight"].read().float()
     )
-    x, y = axis((4, 10), 64, 704, 2)[0], axis((0, 12), 300, 50, 2)[0]
+    x, y = axis((4, 10), 64, 704)[0], axis((0, 12), 300, 50)[0]
     title = "Relative error of a rounded matrix, for groups of 8 to 128 weights"
     parts = [
         label(title, 360, 22, size=15),

@@ -17,12 +17,12 @@ from html import escape
 from alpaca.common.errors import escape_control
 
 INK, FAINT = "currentColor", "#8886"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#767676")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#767676", "#961ef0")
 DASHES = ("none", "7 3", "2 3", "9 3 2 3")
 MARKERS = ("m-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "m-4-4h8v8h-8", "m0-5 5 9h-10", "m-5 0 5-5 5 5-5 5")
 STYLE = """<style>svg { background: #fff; color: #1f2328 }
 @media (prefers-color-scheme: dark) { svg { background: #0d1117; color: #e6edf3 }
-path, circle { filter: brightness(1.3) } }</style>"""
+[fill^="#"], [stroke^="#"] { filter: brightness(1.3) } .paper { fill: #0d1117 } }</style>"""
 MAX_DOTS = 12  # a line of fewer points shows each
 LOG_RANGE = 20  # positive values that differ by a larger factor get a logarithmic axis
 NONE: Mapping = {}
@@ -58,13 +58,17 @@ def curve(n: int, places: Iterable[tuple[float, float]], width: float = 2) -> st
     return line(path, COLOURS[n % len(COLOURS)], width, DASHES[n % len(DASHES)])
 
 
+def dot(x: float, y: float, colour: str, radius: int = 4) -> str:
+    return f'<circle cx="{x}" cy="{y}" r="{radius}" fill="{colour}"/>'
+
+
 def marker(n: int, x: float, y: float) -> str:
     """In the n-th name's colour and shape."""
     return f'<path d="M{x} {y}{MARKERS[n % len(MARKERS)]}z" fill="{COLOURS[n % len(COLOURS)]}"/>'
 
 
 def axis(
-    values: Iterable[float], start: int, end: int, log: bool = False, tight: bool = False
+    values: Iterable[float], start: int, end: int, *, log: bool = False, tight: bool = False
 ) -> tuple[Callable, list[float]]:
     """The function from a value to its pixel between start and end, and round values to mark. The
     axis reaches from the first mark to the last, or if `tight` from the first value to the last."""
@@ -117,7 +121,7 @@ def line_chart(
     top = 48 + 18 * math.ceil(len(names) / 2)
     bottom, end = top + 300, top + 300 + 56 * len(strip)
     x, x_marks = axis((a for a, _ in shown), 64, 704, tight=True)
-    y, y_marks = axis(values, bottom, top, log)
+    y, y_marks = axis(values, bottom, top, log=log)
     parts = [label(title + ", log scale" * log, 360, 22, size=15), label(x_label, 360, end + 40)]
     parts += [line(f"M64 {y(mark)}H704") for mark in y_marks]
     parts += [label(f"{mark:g}", 58, y(mark) + 4, "end") for mark in y_marks]
@@ -181,8 +185,7 @@ def scatter_chart(
     for n, (name, (across, up)) in enumerate(points.items()):
         colour, (left, a, right), (bottom, b, top) = COLOURS[n % len(COLOURS)], across, up
         parts.append(line(f"M{x(left)} {y(b)}H{x(right)}M{x(a)} {y(bottom)}V{y(top)}", colour, 2))
-        parts.append(f'<circle cx="{x(a)}" cy="{y(b)}" r="9" fill="{colour}"/>')
-        parts.append(label(f"{n + 1}", x(a), y(b) + 4, colour="#fff"))
+        parts.append(dot(x(a), y(b), colour, 9) + label(f"{n + 1}", x(a), y(b) + 4, colour="#fff"))
         parts.append(label(f"{n + 1}  {name}", 500, 54 + 18 * n, "start", limit=30))
     return svg(720, max(484, 60 + 18 * len(points)), parts)
 

@@ -61,7 +61,7 @@ def test_line_chart_has_a_log_scale_if_positive_values_span_it():
     ],
 )
 def test_axis_marks_round_values(values, log, marks):
-    pixel, found = charts.axis(values, 100, 500, log)
+    pixel, found = charts.axis(values, 100, 500, log=log)
     assert found == pytest.approx(marks) and (pixel(marks[0]), pixel(marks[-1])) == (100, 500)
     middle = math.sqrt(marks[0] * marks[-1]) if log else (marks[0] + marks[-1]) / 2
     assert pixel(middle) == 300

@@ -13,12 +13,10 @@ the output of the one before; longer headings (####) are text.
 """
 
 import itertools
-import json
 import re
 import string
 from typing import NamedTuple
 
-from alpaca.common.errors import replace_surrogates
 from rougel import tokenize_unicode
 
 NO_INPUT = "<noinput>"
@@ -30,14 +28,13 @@ BEYOND_TEXT = re.compile(  # asks for what a text model cannot do
 )
 # `4. Instruction:`, `* **Input:**`, `### Output 4`, `Task 4: Instruction:`
 TASK_LABEL = re.compile(
-    r"""^(?=.{0,40}\n?.{0,20}(?:instruction|input|output))  # other lines fail at once
-    (?:[ \t>•+-]|\*[ \t])*+(?P<mark>[\[#*_]+)?[ \t]*+        # a bullet, then ###, ** or [
+    r"""^(?=.{0,60}(?:instruction|input|output))              # other lines fail at once
+    (?:[ \t>•+-]|\*[ \t])*+(?P<mark>[#*_]+)?[ \t]*+          # a bullet, then ### or **
     (?:(?:task|example|item|no\.?)?[ \t]*+\#?\(?(?P<number>\d{1,2})
-       (?:[ \t]*+[.):–-]*[ \t*_]*+                           # "Task 4:", "(4)", "4." or
-         |[.):][*_]*[ \t]*+\n[ \t*_]*+))?                    # "4." on a line of its own
+       [ \t]*+[.):–-]*[ \t*_]*+)?                            # "Task 4:", "(4)" or "4."
     (?P<field>instruction|input|output)s?
-    (?:[ \t]++(?P<after>\d{1,2}))?[\]*_`]*                   # "Output 4"
-    (?:[ \t]*+[:：][*_`]*|(?(mark)[ \t]*+$|(?!)))[ \t]*+      # a colon, or a marked line's end
+    (?:[ \t]++(?P<after>\d{1,2}))?[*_`]*                     # "Output 4"
+    (?:[ \t]*+:[*_`]*|(?(mark)[ \t]*+$|(?!)))[ \t]*+         # a colon, or a marked line's end
     """,
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
@@ -91,21 +88,6 @@ def make_task(instruction: str, given: str, output: str) -> Task:
         instruction = instruction[: instruction.lower().rindex(NO_INPUT)].strip()
     given = "" if NO_INPUT_TEXT.fullmatch(given) else given
     return Task(instruction, given, output, "" if instruction and output else "format")
-
-
-def parse_json(text: str) -> list[Task]:
-    """The tasks of an answer that is a JSON list."""
-    text = FENCE.sub("", text).strip()
-    try:
-        values = json.loads(text) if text.startswith("[{") else []
-    except (ValueError, RecursionError):
-        values = []
-    tasks = []
-    for value in values:
-        fields = value if isinstance(value, dict) else {}
-        texts = (str(fields.get(name) or "").strip() for name in ("instruction", "input", "output"))
-        tasks.append(make_task(*map(replace_surrogates, texts)))
-    return tasks
 
 
 def remove_outer_fence(text: str) -> str:
@@ -206,8 +188,6 @@ def parse_tasks(text: str, truncated: bool = False) -> list[Task]:
     """The tasks of an answer, in order. If it was truncated, its last task is incomplete."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").rpartition("</think>")[2]
     text = remove_outer_fence(text)
-    if tasks := parse_json(text):
-        return tasks
     sections = [parse_section(part) for part in split_sections(restore_first_label(text))]
     last = sections[-1]
     if last and (truncated or CUT_AT_20.fullmatch(last[-1].output)):

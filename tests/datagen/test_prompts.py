@@ -1,6 +1,5 @@
 """The prompt, the parser on the formats that teachers send, and Alpaca's filters."""
 
-import json
 import random
 import re
 
@@ -37,7 +36,6 @@ FORMATS = {  # layout of a task, text between two, what stands for no input, tex
         "\n\n", "(no input)", "", "",
     ),
     "only the instruction has a number": ("{n}) " + PLAIN, "\n", "none", "", ""),
-    "number on a line of its own": ("{n}.\n" + PLAIN, "\n\n", "none", "", ""),
     "a fence around everything": (
         NEWLINES, "\n###\n", "<noinput>", "Here you are:\n```text\n", "\n```\nI hope this helps!"
     ),
@@ -45,9 +43,6 @@ FORMATS = {  # layout of a task, text between two, what stands for no input, tex
     "bullets": (
         "{n}. **Instruction:** {i}\n   * **Input:** {x}\n   * **Output:** {o}",
         "\n\n", "<noinput>", "", "",
-    ),
-    "brackets": (
-        "[Instruction]\n{i}\n[Input]\n{x}\n[Output]\n{o}", "\n\n", "(none)", "", "",
     ),
     "round brackets": (FIELDS.replace("{n}.", "({n})"), "\n", "No input required.", "", ""),
     "titles and a closing remark": (
@@ -59,7 +54,6 @@ FORMATS = {  # layout of a task, text between two, what stands for no input, tex
         FIELDS, "\n", "<noinput>",
         "<think>\n4. Instruction: something\n4. Input: perhaps\n</think>\n", "",
     ),
-    "full-width colons": (FIELDS.replace(": ", "："), "\n", "<noinput>", "", ""),
 }  # fmt: skip
 
 
@@ -80,7 +74,6 @@ SENT["completion"] = SENT["completion"].removeprefix("4. Instruction:")
 unlabelled = SENT["only the instruction has a number"]
 SENT["no label for no input"] = unlabelled.replace("Input: none\n", "<noinput>\n")
 SENT["no input field"] = unlabelled.replace("Input: none\n", "")
-SENT["JSON"] = f"```json\n{json.dumps([task._asdict() for task in TWO])}\n```"
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
@@ -90,7 +83,7 @@ def test_parse_tasks_reads_every_format(form, newline):
 
 
 def test_parse_tasks_rejects_the_last_task_of_a_truncated_answer():
-    complete = ("completion", "titles and a closing remark", "JSON")  # ### or ] follows the last
+    complete = ("completion", "titles and a closing remark")  # ### follows the last
     for form, text in SENT.items():
         first, last = parse_tasks(text, truncated=True)
         assert first == TWO[0] and last.reason == ("" if form in complete else "cut")

@@ -1,6 +1,6 @@
 """Inspect instruction data, and remove records with known defects.
 
-    alpaca curate report runs/data --num 52000 --out report.html   # a folder of selfinstruct.py
+    alpaca curate report runs/data --out report.html               # a folder of selfinstruct.py
     alpaca curate report alpaca_data.json --out verbs.svg          # or any data file
     alpaca curate lint alpaca_data.json --examples 5
     alpaca curate lint alpaca_data.json --fix kept.json --dropped dropped.json
@@ -11,8 +11,7 @@ and dollars, lengths, similarity to the seed tasks, and opening verbs with their
 draws Self-Instruct's figure of these (arXiv:2212.10560). `lint` counts the defects that lint.py
 describes; --fix and --dropped split the records into those without and those with defects.
 `sources` counts what each source adds to a mixture: examples and tokens as fsdp_train.py trains on
-them, and languages, where the file names them. Otherwise it counts scripts, which are not
-languages: a record's script is that of most of its letters.
+them, and languages, where the file names them.
 
 Verb and object are found without a parser, for English: the verb is the first word, if it can open
 a command, and the object is the last word of the phrase after it. "Write a short story about …" is
@@ -25,7 +24,6 @@ import argparse
 import json
 import math
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from html import escape
@@ -180,7 +178,7 @@ def count_by_teacher(folder: Path) -> dict[str, Counter]:
     return rows
 
 
-def generation_lines(folder: Path, accepted: int, wanted: int) -> Iterator[str]:
+def generation_lines(folder: Path, accepted: int) -> Iterator[str]:
     """Requests of a run of selfinstruct.py, what became of its tasks, and the cost."""
     teachers = count_by_teacher(folder)
     everything = sum(teachers.values(), Counter())
@@ -199,12 +197,8 @@ def generation_lines(folder: Path, accepted: int, wanted: int) -> Iterator[str]:
     yield f"{accepted:,} of {total:,} tasks kept" + (f" ({accepted / total:.1%})" if total else "")
     for reason, n in reasons.most_common():
         yield f"{n:9,} {n / total:6.1%}  {printable(reason)}"
-    line, left = f"Cost so far ${cost:.4f}", wanted - accepted
-    if accepted:
-        line += f": ${1000 * cost / accepted:.4f} a thousand records"
-    if accepted and left > 0:
-        line += f", about ${left * cost / accepted:.2f} for the {left:,} to come"
-    yield line
+    thousand = f": ${1000 * cost / accepted:.4f} a thousand records" if accepted else ""
+    yield f"Cost so far ${cost:.4f}{thousand}"
 
 
 def run_report(args: argparse.Namespace) -> None:
@@ -223,7 +217,7 @@ def run_report(args: argparse.Namespace) -> None:
     lines = [f"{printable(str(args.source), 200)}: {head}"]
     if count := len(records) - len(tasks):
         lines.append(f"{count:,} plain texts left out")
-    lines += generation_lines(args.source, len(tasks), args.num) if is_run else ()
+    lines += generation_lines(args.source, len(tasks)) if is_run else ()
     lines += word_counts("instructions", instructions)
     lines += word_counts("inputs", inputs)
     lines += word_counts("outputs", [instance["output"] for instance in instances])
@@ -304,28 +298,15 @@ def split_records(args: argparse.Namespace, records: list[dict], defects: dict[i
 
 # ---------------------------------------------------------------- sources
 
-SCRIPTS = {"Cjk": "Han", "Hiragana": "Kana", "Katakana": "Kana", "Katakana-Hiragana": "Kana"}
 SOURCE_LINE = "{:<40} {:>9} {:>13} {:>7} {:>11} {:>10}  {}"
 
 
-def find_script(text: str) -> str:
-    """The script of most letters of a text, from their names: CYRILLIC SMALL LETTER A."""
-    scripts: Counter[str] = Counter()
-    for letter, n in Counter(filter(str.isalpha, text)).items():
-        word = unicodedata.name(letter, "unnamed").split()[0].title()
-        scripts[SCRIPTS.get(word, word)] += n
-    return f"{scripts.most_common(1)[0][0]} script" if scripts else "no letters"
-
-
 def run_sources(args: argparse.Namespace) -> None:
-    from dataset import encode_all, record_texts  # torch, which takes seconds to load
+    from dataset import encode_all  # torch, which takes seconds to load
 
     tokenizer = load_tokenizer(args.tokenizer, template=args.template)
     reading = Reading(args.oasst, tuple(args.languages))
     records, origins = load_mixture(args.files, args.seed, reading)
-    for i, record in enumerate(records):
-        language = origins[i].language or find_script(" ".join(record_texts(record)))
-        origins[i] = origins[i]._replace(language=language)
     examples = encode_all(records, origins, tokenizer, args.max_length)
     lengths, supervised, origins = examples.lengths, examples.supervised, examples.origins
     print("examples: " + ", ".join(f"{n:,} {what}" for what, n in examples.report.items()))
@@ -333,7 +314,10 @@ def run_sources(args: argparse.Namespace) -> None:
     print(SOURCE_LINE.format(*head))
     groups = [*group_by_source(origins).items(), ("all", list(range(len(origins))))]
     for source, which in groups if len(groups) > 2 else groups[:1]:
-        tokens, languages = lengths[which].sum(), Counter(origins[i].language for i in which)
+        tokens, languages = (
+            lengths[which].sum(),
+            Counter(origins[i].language for i in which if origins[i].language),
+        )
         names = (f"{printable(name, 24)} {n:,}" for name, n in languages.most_common())
         share, answers = tokens / lengths.sum(), supervised[which].sum() / tokens
         figures = f"{len(which):,}", f"{tokens:,}", f"{share:.1%}", f"{tokens / len(which):.1f}"
@@ -349,7 +333,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         verb.add_argument("source", type=Path, help="--out of selfinstruct.py, or a data file")
         verb.set_defaults(command=command)
     count, add = positive(int), report.add_argument
-    add("--num", type=count, default=52_000, help="records wanted in the end (default: 52000)")
     add("--out", type=Path, help="write an .html page, or an .svg of the verbs alone")
     add = lint.add_argument
     add("--examples", type=count, default=3, help="records to show of each defect (default: 3)")

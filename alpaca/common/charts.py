@@ -5,9 +5,9 @@
     scatter_chart(title, x_label, y_label, points)   intervals along two axes: style and capability
     sunburst(names, caption)                    a ring of names and a ring of their parts: diversity
 
-Names come from downloaded files and from models, so every text is escaped. The colours, by Okabe
-and Ito, differ for the colour-blind and stand out from white and from black; dashes and shapes
-differ, too. In dark mode, the background is dark.
+Names come from downloaded files and from models, so every text is escaped. The colours, most of
+them Okabe and Ito's, differ for the colour-blind, too, and stand out from white and from black;
+dashes and shapes differ as well. In dark mode, the background is dark.
 """
 
 import math

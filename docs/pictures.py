@@ -152,7 +152,7 @@ def packing() -> str:
     for i, (token, target) in enumerate(zip(ids[-9:], labels[-9:], strict=True)):
         x, masked = 72 + 70 * i, target == IGNORE
         parts.append(box(x, 42, 68, 36, f"{tokenizer.piece(token)}\n{token}"))
-        parts.append(box(x, 112, 68, 24, str(target), *([GREY] if masked else [BLUE, 3])))
+        parts.append(box(x, 112, 68, 24, str(target), *((GREY, 1.5) if masked else (BLUE, 3))))
         if not masked:  # the logits after the token before predict it
             parts.append(arrow((x - 38, 78), (x + 28, 110), colour=BLUE))
     hint = "arrows: the logits after a token are compared with the next token's label"
@@ -258,7 +258,7 @@ def rounding() -> str:
             parts.append(label(str(group), points[-1][0] + 2, points[-1][1] - 10, "start"))
         path = " ".join(f"{a},{b}" for a, b in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [dot(*point, colour) for point in points]
+        parts += [dot(a, b, colour) for a, b in points]
         parts.append(label(name, points[0][0] - 14, points[0][1] - 58, "end", colour))
     return svg(720, 360, parts)
 

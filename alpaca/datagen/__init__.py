@@ -9,7 +9,8 @@
     preferences       published comparisons of two answers, to learn from
     overlap           which records overlap an evaluation set: by ROUGE-L, by 8-grams
     checkers          rewards that compare an answer with its reference
-    curate, lint      `alpaca curate`: reports on a data set, known defects, what each source adds
+    curate            `alpaca curate`: reports on a data set, what each source adds
+    openings, lint    what it reports: opening verbs and their objects, known defects
     train_tokenizer   `alpaca train-tokenizer`
 
 Begin with selfinstruct.py at the root, which contains the main loop.

@@ -13,38 +13,34 @@ describes; --fix and --dropped split the records into those without and those wi
 `sources` counts what each source adds to a mixture: examples and tokens as fsdp_train.py trains on
 them, and languages, where the file names them.
 
-Verb and object are found without a parser, for English: the verb is the first word, if it can open
-a command, and the object is the last word of the phrase after it. "Write a short story about …" is
-(write, story). Rare objects are sometimes nonsense.
-
 The data may be hostile: none of it reaches the terminal or the HTML unescaped.
 """
 
 import argparse
 import json
 import math
-import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from html import escape
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from alpaca.common.charts import Bars, sunburst
+from alpaca.common.charts import sunburst
 from alpaca.common.cli import not_negative, positive
 from alpaca.common.errors import UserError, escape_control, join_names
 from alpaca.common.files import atomic_file, refuse_existing
 from alpaca.common.json_files import read_json, read_log
 from alpaca.datagen.formats import Reading, group_by_source, load_mixture, read_source
 from alpaca.datagen.lint import RULES, find_defects
+from alpaca.datagen.openings import openings
 from alpaca.datagen.request_log import ENTRY
 from rougel import Pool, tokenize, tokenize_unicode
 from templates import TEMPLATES
 from tokenizer import load_tokenizer
 
-TOP_VERBS, TOP_OBJECTS = 20, 4  # shown: verbs, and objects of each
+TOP_VERBS = 20  # shown
 WORD_BINS = (1, 5, 9, 17, 33, 65, 129, 257, 513)  # lower ends of the bars of the histograms
 
 
@@ -52,68 +48,6 @@ def printable(text: str, width: int = 100) -> str:
     """Text from the data, cut and escaped for the terminal."""
     text = " ".join(text[: 4 * width].split())
     return escape_control(text if len(text) <= width else text[: width - 1] + "…")
-
-
-# ---------------------------------------------------------------- verbs and their objects
-
-QUESTION_WORDS = """what what's what’s how how's why when where where's who who's whom whose which
-is isn't are aren't was were does doesn't did can can't could should would will may might has am"""
-NO_VERBS = f"""{QUESTION_WORDS} a about above according across after against all along also among an
-and any as associated assuming at based because been before beginning being below between both but
-by called concerning considering containing describing down during each every few first five
-following for four from given had have he her here his i if in including into involving it its last
-like many me more most my named next no not now of off on once one onto or other our out over own
-per provided regarding related second several she since six so some someone starting such ten than
-that the their them there these they third this those three through to two under until up upon us
-used using various versus via we whether while with within without you your"""
-QUESTION_WORDS, NO_VERBS = set(QUESTION_WORDS.split()), set(NO_VERBS.split())
-LEAD_IN = re.compile(
-    r"(?:please|kindly|(?:can|could|would|will) you|(?:i (?:want|need)|i would like|i'd like) you "
-    r"to|your (?:task|job) is to|you (?:need|have|are asked) to|let us|let's"
-    r"|(?!apply|comply|fly|multiply|rely|reply|supply)[a-z]+ly)\b[\s,:]*"
-)
-ADVERB = re.compile("(?<!fami)(?<!assemb)ly$")
-TOKEN = re.compile(r"\d[\w.,%-]*|[^\W\d_]+(?:['’-][^\W\d_]+)*|\S")
-
-
-def opening(instruction: str) -> tuple[str, str]:
-    """(verb, object), or ("(question)", its first word), or ("(no verb)", "")."""
-    text = instruction[:500].lower().lstrip("\"'“*#- \n")
-    while lead_in := LEAD_IN.match(text):
-        text = text[lead_in.end() :]
-    verb, *rest = TOKEN.findall(text) or ["…"]
-    if verb in QUESTION_WORDS or (verb in NO_VERBS and "?" in text):
-        return "(question)", verb
-    if verb in NO_VERBS or not verb[0].isalpha():
-        return "(no verb)", ""
-    return verb, object_in(rest[2:] if rest[:1] == ["and"] else rest)  # compare and contrast
-
-
-def object_in(words: list[str]) -> str:
-    """The last word of the first noun phrase, in the singular."""
-    last = ""
-    for word in words:
-        if not word[0].isalnum():
-            break
-        if word[0].isalpha() and word not in NO_VERBS and not ADVERB.search(word):
-            last = word
-        elif last and not word[0].isdigit():
-            break
-    if last.endswith("ies") and last not in ("series", "species", "movies"):
-        return last[:-3] + "y"
-    return re.sub(r"(?<=ss|sh|ch|.x)es$|(?<=[^\W\d_]{2}[^suic])s$", "", last)
-
-
-def openings(instructions: Iterable[str]) -> list[tuple[str, int, Bars]]:
-    """(verb, count, its most frequent objects), the most frequent verb first."""
-    objects: dict[str, Counter[str]] = defaultdict(Counter)
-    for verb, noun in map(opening, instructions):
-        objects[verb][noun] += 1
-    found = []
-    for verb, nouns in objects.items():
-        top = [(noun, n) for noun, n in nouns.most_common() if noun][:TOP_OBJECTS]
-        found.append((verb, nouns.total(), top))
-    return sorted(found, key=lambda entry: -entry[1])
 
 
 def instances_of(record: list[dict]) -> list[dict]:
@@ -314,10 +248,8 @@ def run_sources(args: argparse.Namespace) -> None:
     print(SOURCE_LINE.format(*head))
     groups = [*group_by_source(origins).items(), ("all", list(range(len(origins))))]
     for source, which in groups if len(groups) > 2 else groups[:1]:
-        tokens, languages = (
-            lengths[which].sum(),
-            Counter(origins[i].language for i in which if origins[i].language),
-        )
+        tokens = lengths[which].sum()
+        languages = Counter(name for i in which if (name := origins[i].language))
         names = (f"{printable(name, 24)} {n:,}" for name, n in languages.most_common())
         share, answers = tokens / lengths.sum(), supervised[which].sum() / tokens
         figures = f"{len(which):,}", f"{tokens:,}", f"{share:.1%}", f"{tokens / len(which):.1f}"

@@ -10,10 +10,10 @@ import pytest
 from helpers.commands import ROOT, assert_refused
 
 from alpaca.common.json_files import read_log
-from alpaca.datagen import curate
-from alpaca.datagen.curate import opening, printable
+from alpaca.datagen.curate import printable
 from alpaca.datagen.formats import load_mixture
 from alpaca.datagen.lint import RULES, find_defects
+from alpaca.datagen.openings import opening, openings
 from dataset import encode_all
 from tokenizer import load_tokenizer
 
@@ -102,7 +102,7 @@ def test_opening_finds_verb_and_object(instruction, expected):
 def test_openings_have_the_four_most_frequent_objects():
     asked = [f"Name a {noun}" for noun in ("hen", "cat", "cat", "dog", "cow", "pig")]
     objects = [("cat", 2), ("hen", 1), ("dog", 1), ("cow", 1)]
-    assert curate.openings([*asked, *["Sing"] * 9]) == [("sing", 9, []), ("name", 6, objects)]
+    assert openings([*asked, *["Sing"] * 9]) == [("sing", 9, []), ("name", 6, objects)]
 
 
 # ---------------------------------------------------------------- report

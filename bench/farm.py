@@ -125,7 +125,7 @@ def make_data(args: Namespace) -> dict[str, Path]:
 
 def checked(samples: Path) -> tuple[list[dict], np.ndarray]:
     """Each answer as a record of its own, and which are right: (records, n)."""
-    args = Namespace(samples=samples, check="exact", reward_model=None, judge=None)
+    args = Namespace(samples=samples, check="exact", reward_model=None)
     records, answers, rewards = read_rewards(args)
     pairs = zip(records, answers, strict=True)
     return [with_answer(record, text) for record, some in pairs for text in some], rewards

@@ -4,15 +4,10 @@
     alpaca best-of runs/samples.jsonl --check number --n 16 --min-reward 1 --out runs/best.json
     alpaca best-of runs/samples.jsonl --check rewards.py:short --pairs runs/pairs.json --flip 0.25
     alpaca best-of runs/samples.jsonl --reward-model runs/reward/model --out runs/best.json
-    alpaca best-of runs/samples.jsonl --judge gpt-4.1 --judged runs/judged --out runs/best.json
 
 --out is data for fsdp_train.py: training on the picks is expert iteration. --pairs is a preference
 file, the best answer against the worst (the first of equally good ones). --flip swaps a share of
 the pairs, as AlpacaFarm's simulated annotators do (arXiv:2305.14387): noise a method must survive.
-
-A judge compares each answer with the first one; the reward is how much better it finds the answer,
-from 0 to 1, and 1/2 for the first, so E_N is about that answer. The folder --judged keeps the
-replies: the same command resumes.
 
 What reward to expect of the best of N answers is estimated from all n answers of a record, without
 bias. With their rewards r_1 ≤ … ≤ r_n, r_j is the best in (j - 1 choose N - 1) of all sets of N:
@@ -33,13 +28,9 @@ import numpy as np
 from alpaca.common.cli import finite, positive, share
 from alpaca.common.errors import UserError
 from alpaca.common.json_files import check_shape, json_records
-from alpaca.common.run_folder import run_folder
 from alpaca.datagen.checkers import load_checker
-from alpaca.datagen.endpoints import endpoint_from_args
 from alpaca.datagen.formats import normalize_record
-from alpaca.evaluation.annotators import Annotator
-from alpaca.evaluation.judge import add_judging_arguments, plan_orders, run_judge
-from alpaca.evaluation.outputs import Pair, digest, save_json
+from alpaca.evaluation.outputs import save_json
 from alpaca.evaluation.win_rate import Z
 
 
@@ -101,9 +92,6 @@ def read_rewards(args: argparse.Namespace) -> tuple[list[dict], list[list[str]],
     if args.reward_model:
         texts = [with_answer(r, text) for i, r in enumerate(records) for text in answers[i]]
         rewards = np.reshape(model_rewards(args.reward_model, texts), (len(records), -1))
-    if args.judge:
-        answers = [some[: args.n] for some in answers]  # each comparison costs
-        rewards = judge_rewards(args, records, answers)
     return records, answers, np.array(rewards)
 
 
@@ -117,40 +105,6 @@ def model_rewards(folder: Path, records: list[dict]) -> list[float]:
     return rewards(model, load_tokenizer(folder), records)
 
 
-def judge_rewards(
-    args: argparse.Namespace, records: list[dict], answers: list[list[str]]
-) -> np.ndarray:
-    """How much better each answer is than the first, to a judge: (records, n)."""
-    pairs = [
-        Pair(as_text(record), some[0], other, "")
-        for record, some in zip(records, answers, strict=True)
-        for other in some[1:]
-    ]
-    judge = Annotator(args.judge, endpoint_from_args(args, args.judge))
-    settings = {"comparisons": digest(pairs), "judge": judge.settings()}
-    settings["seed"] = args.seed if args.single_order else None
-    settings |= {name: getattr(args, name) for name in ("request", "single_order")}
-    plan = plan_orders(pairs, args)
-    with run_folder(args.judged, settings, "judging"):
-        verdicts, _ = run_judge(plan, judge, args, args.judged / "responses.jsonl")
-    if missing := plan.keys() - verdicts.keys():
-        raise UserError(f"{len(missing)} of {len(plan)} comparisons have no verdict: run again")
-    scores: list[list[float]] = [[] for _ in pairs]
-    for id, (_, swapped) in plan.items():
-        better = verdicts[id].better
-        scores[int(id.partition("-")[0])].append(1 - better if swapped else better)
-    others = np.reshape([np.mean(each) for each in scores], (len(records), -1))
-    return np.column_stack([np.full(len(records), 0.5), others])
-
-
-def as_text(record: dict) -> str:
-    """The question of a record."""
-    if "messages" in record:
-        turns = (f"{turn['role']}: {turn['content']}" for turn in record["messages"][:-1])
-        return "\n\n".join(turns)
-    return "\n\n".join(filter(None, (record["instruction"], record["input"])))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("samples", type=Path, help="file of `alpaca samples`")
@@ -160,8 +114,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rewards("--check", metavar="CHECKER", help=checkers)
     trained = "what --objective reward trained: its model/ (see alpaca/weights/reward.py)"
     rewards("--reward-model", type=Path, metavar="FOLDER", help=trained)
-    rewards("--judge", metavar="MODEL", help="a server's model that compares answers")
-    add("--judged", type=Path, metavar="FOLDER", help="folder of the judge's replies")
     add("--n", type=positive(int), help="pick among the first n answers (default: all)")
     add("--out", type=Path, help="JSON file to write: each record with its best answer")
     least = "leave picks with a lower reward out of --out (default: keep all)"
@@ -169,13 +121,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pairs", type=Path, help="JSON file to write: preferences, the best against the worst")
     flip = "share of the --pairs to swap at random (default: 0)"
     add("--flip", type=share, default=0.0, metavar="SHARE", help=flip)
-    add("--seed", type=int, default=0, help="of --flip and --single-order (default: 0)")
-    add_judging_arguments(parser)
+    add("--seed", type=int, default=0, help="of --flip (default: 0)")
 
 
 def run(args: argparse.Namespace) -> None:
-    if bool(args.judge) != bool(args.judged):
-        raise UserError("--judge and --judged FOLDER go together")
     if args.min_reward > -math.inf and not args.out:
         raise UserError("--min-reward goes with --out")
     if args.flip and not args.pairs:

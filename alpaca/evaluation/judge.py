@@ -217,12 +217,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--flip", type=share, default=0.0, metavar="SHARE", help=flip)
     add("--name", help="annotator in annotations.json (default: model, or FILE's stem)")
     add("--seed", type=int, default=0, help="of orders, annotators and flips (default: 0)")
-    add_judging_arguments(parser)
-
-
-def add_judging_arguments(parser: argparse.ArgumentParser) -> None:
-    """How a judge is asked; for `plan_orders` and `run_judge`."""
-    add = parser.add_argument_group("how a judge is asked").add_argument
     add("--single-order", action="store_true", help="show each pair in one order, at random")
     replies = "replies to ask for until one has a verdict, over all runs (default: 3)"
     add("--max-replies", type=positive(int), default=3, help=replies)

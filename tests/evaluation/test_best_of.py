@@ -7,9 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 from helpers.commands import ROOT, assert_refused
-from helpers.judges import fair, merit, shown
 from helpers.models import small_config
-from helpers.teacher_server import Server
 from helpers.training import TOKENIZER, reward_model
 
 from alpaca.common.json_files import json_records
@@ -167,34 +165,3 @@ def test_best_of_errors_name_the_place(command, samples, tmp_path):
     refuse([LINES[0] | {"output": "seven"}], "line 1: no number in the reference")
     refuse([{"instruction": "a", "output": "7"}], "line 1: outputs is missing", "alpaca samples")
     refuse([{"outputs": ["a"]}], "line 1: its fields")
-
-
-def test_judge_picks_what_it_prefers_to_the_first_answer(command, samples, tmp_path):
-    flags = ("--judge", "m", "--judged", tmp_path / "judged", "--retry-wait", 0.01)
-    with Server(answer=fair) as server:
-        flags += ("--base-url", server.url, "--out", tmp_path / "best.json")
-        code, out, _ = command("best-of", samples, *flags)
-        assert code == 0 and "verdicts" in out, out
-        asked = len(server.bodies)
-        assert command("best-of", samples, *flags)[1].endswith(out.partition("$0.0000")[2][-40:])
-        assert len(server.bodies) == asked, "replies are kept"
-        prompts = [body["messages"][0]["content"] for body in server.bodies]
-    assert {shown(prompt)[0] for prompt in prompts} == {"a\n\nx", "b", "d"}
-    lines, picks = (LINES[0], LINES[1], LINES[3]), load_records(tmp_path / "best.json")
-    for line, pick in zip(lines, picks, strict=True):
-        first, *others = line["outputs"]
-        better = [text for text in others if merit(text) > merit(first)]
-        assert pick["output"] in (better or [first])
-    assert_refused(command("best-of", samples, "--judge", "m"), "--judged FOLDER")
-    with Server(answer=fair) as server:
-        two = ("--judge", "m", "--judged", tmp_path / "two", "--base-url", server.url, "--n", 2)
-        assert command("best-of", samples, *two)[0] == 0
-        assert len(server.bodies) == 2 * 2, "both orders; the third record's answers are equal"
-
-
-def test_judge_that_gives_no_verdict_writes_nothing(command, samples, tmp_path):
-    flags = ("--judge", "m", "--judged", tmp_path / "judged", "--out", tmp_path / "best.json")
-    with Server(answer=lambda prompt: "hm") as server:
-        code, _, err = command("best-of", samples, *flags, "--base-url", server.url)
-    assert code == 2 and "comparisons have no verdict: run again" in err
-    assert not (tmp_path / "best.json").exists()

@@ -1,7 +1,6 @@
 """A watermark in sampled text, and the detector that finds it without the model.
 
     alpaca watermark detect --tokenizer data/tokenizer.model README.md
-    alpaca watermark power --out power.svg
 
 Each token seeds a generator that puts a share gamma of the vocabulary on a green list for the token
 after it. During generation, delta is added to the logits of green tokens. A detector with the same
@@ -37,10 +36,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alpaca.common import charts
 from alpaca.common.cli import positive
 from alpaca.common.errors import UserError
-from alpaca.common.files import atomic_file, read_text
+from alpaca.common.files import read_text
 from alpaca.common.gguf_file import is_gguf
 from alpaca.weights.checkpoint import read_config
 from tokenizer import load_tokenizer
@@ -136,29 +134,20 @@ class Watermark:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    detect = verbs.add_parser("detect", help="is a text watermarked?")
-    power = verbs.add_parser("power", help="plot the expected z against the length of the text")
-    for verb, command in ((detect, run_detect), (power, run_power)):
-        verb.set_defaults(command=command)
-        add = verb.add_argument
-        add("--gamma", type=float, default=0.25, help="share of green tokens (default: 0.25)")
-        add("--delta", type=float, default=2.0, help="added to green logits (default: 2)")
-    power.add_argument("--out", type=Path, required=True, help="the SVG to write")
-    add, count, above_0 = detect.add_argument, positive(int), positive(float)
+    add = verbs.add_parser("detect", help="is a text watermarked?").add_argument
+    count, above_0 = positive(int), positive(float)
     add("file", metavar="FILE", help="UTF-8 text without its prompt; - reads standard input")
     add("--tokenizer", type=Path, required=True, help="a tokenizer's file, or a model")
     size = "width of the model's logits (default: the model's, or the tokenizer's)"
     add("--vocab-size", type=count, metavar="N", help=size)
+    add("--gamma", type=float, default=0.25, help="share of green tokens (default: 0.25)")
+    add("--delta", type=float, default=2.0, help="added to green logits (default: 2)")
     add("--key", type=int, default=KEY, help=f"key of the watermark (default: {KEY})")
     add("--threshold", type=above_0, default=4.0, help="z above it is watermarked (default: 4)")
     add("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> None:
-    args.command(args)
-
-
-def run_detect(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.tokenizer)
     size = args.vocab_size or tokenizer.vocab_size
     is_model = (args.tokenizer / "config.json").exists() or is_gguf(args.tokenizer)
@@ -184,15 +173,3 @@ def read_input(file: str) -> str:
     if not text.strip():
         raise UserError(f"{file}: no text in it")
     return text
-
-
-def run_power(args: argparse.Namespace) -> None:
-    """Plot the expected z of watermarked text against its length."""
-    watermark, lengths = Watermark(32000, args.gamma, args.delta), range(201)
-    lines: dict[str, list[tuple[float, float]]] = {
-        f"S = {S:g}": [(T, watermark.expected_z(T, S)) for T in lengths] for S in (1.0, 0.8, 0.6)
-    }
-    lines["z = 4"] = [(T, 4.0) for T in lengths]
-    title = f"z of marked text: gamma {args.gamma:g}, delta {args.delta:g}, spike entropy S"
-    with atomic_file(args.out, "w") as file:
-        file.write(charts.line_chart(title, "tokens scored", lines))

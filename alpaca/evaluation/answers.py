@@ -50,7 +50,7 @@ ANSWER = {"id": str, "output": str, "cut": bool}  # a line of answers.jsonl; cut
 
 def generate_local(items: dict[str, Item], args: argparse.Namespace, log: Path) -> dict:
     """id → answer. A prompt that is too long for the model is left out."""
-    answers = {answer["id"]: answer for answer in read_log(log, ANSWER)}
+    answers = {answer["id"]: answer for answer in read_log(log, ANSWER) if answer["id"] in items}
     todo = {id: item for id, item in items.items() if id not in answers}
     if not todo:
         return answers

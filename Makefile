@@ -26,7 +26,7 @@ train: $(VENV)/.ready
 
 tour: $(VENV)/.ready-test
 	rm -rf runs/tour
-	PYTHONPATH=tests $(BIN)/python tests/robust/test_pipeline.py --out runs/tour
+	PYTHONPATH=tests $(BIN)/python -m helpers.tour --out runs/tour
 
 farm: $(VENV)/.ready
 	$(BIN)/python -m bench.farm

@@ -1,5 +1,5 @@
 """README, docs and docstrings: every command in them is accepted by its parser, links lead to
-files, the Python snippet runs. tests/robust/test_pipeline.py runs one command of almost every kind.
+files, the Python snippet runs. tests/helpers/tour.py runs one command of almost every kind.
 """
 
 import ast

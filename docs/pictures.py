@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from alpaca.common.charts import COLOURS, INK, axis, dot, label, line, svg
+from alpaca.common.charts import COLOURS, FAINT, INK, axis, dot, label, line, svg
 from alpaca.datagen.formats import load_records
+from alpaca.inference.engine import Engine
+from alpaca.inference.sampling import SamplingParams
 from alpaca.weights.checkpoint import stored_tensors
+from alpaca.weights.loading import load_model
 from alpaca.weights.quantized_linear import Int4Linear, Int8Linear
 from dataset import Examples, encode_all, encode_record, make_row, pack_rows
 from model import IGNORE
@@ -263,12 +266,66 @@ def rounding() -> str:
     return svg(720, 360, parts)
 
 
+# ---------------------------------------------------------------- 6. decoding
+
+ANSWERS = {"A": 12, "B": 3, "C": 5, "D": 8, "E": 4, "F": 9, "G": 2, "H": 6}  # tokens of each
+
+
+def wait_for_longest() -> list[dict[int, str]]:
+    """The answer in each slot, step by step, if four answers start and end together."""
+    names, steps = [*ANSWERS], []
+    for batch in (names[:4], names[4:]):
+        for n in range(max(ANSWERS[name] for name in batch)):
+            steps.append({i: name for i, name in enumerate(batch) if n < ANSWERS[name]})
+    return steps
+
+
+def decode_continuously() -> list[dict[int, str]]:
+    """The same, as the engine decodes them."""
+    folder = DATA / "tiny-llama"
+    engine = Engine(load_model(folder), load_tokenizer(folder), max_batch_size=4)
+    prompt, steps = engine.tokenizer.encode("A list:", bos=True), []
+    limits = {name: SamplingParams(max_new_tokens=count) for name, count in ANSWERS.items()}
+    names = {engine.add(prompt, params): name for name, params in limits.items()}
+    while engine.busy:
+        steps.append({i: names[sequence] for i, sequence in enumerate(engine.step())})
+    return steps
+
+
+def slots() -> str:
+    kinds = {"Batches that wait for their longest answer": wait_for_longest()}
+    kinds["Continuous batching"] = decode_continuously()
+    parts = []
+    for top, (title, steps) in zip((26, 208), kinds.items(), strict=True):
+        used, seen = sum(map(len, steps)), set()
+        title += f": {len(steps)} steps, {used} of {4 * len(steps)} slots used"
+        parts.append(label(title, 66, top, "start", size=15))
+        parts += [label(f"slot {i}", 58, top + 33 + 32 * i, "end") for i in range(4)]
+        for n, sequences in enumerate(steps):
+            for i in range(4):
+                name = sequences.get(i, "")
+                colour = COLOURS["ABCDEFGH".index(name) % 6] if name else GREY
+                parts.append(cell(66 + 30 * n, top + 14 + 32 * i, name, colour, name not in seen))
+            seen |= {*sequences.values(), ""}
+    parts.append(label("filled: prefill; framed: decoding step", 66, 376, "start"))
+    return svg(720, 390, parts)
+
+
+def cell(x: float, y: float, text: str, colour=GREY, filled=False, width=28) -> str:
+    """A box with a short text; without text only a pale frame."""
+    fill = f'fill="{colour}70"' if filled else 'class="paper" fill="#fff"'
+    place = f'x="{x}" y="{y}" width="{width}" height="28" rx="3"'
+    frame = f'<rect {place} {fill} stroke="{colour if text else FAINT}" stroke-width="1.5"/>'
+    return frame + label(text, x + width / 2, y + 19, size=14)
+
+
 PICTURES: dict[str, Callable[[], str]] = {
     "block": block,
     "merges": merges,
     "packing": packing,
     "sharding": sharding,
     "rounding": rounding,
+    "slots": slots,
 }
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def test_folders_that_cannot_be_combined_are_refused(base, adapter, command, tmp
     assert_refused(run, f"the folder of a run: give --model-dir {tmp_path / 'run/model'}")
     if not torch.cuda.is_available():
         cuda = command("generate", "--model-dir", base / "model", "--device", "cuda", "Hello")
-        assert_refused(cuda, "no GPU here")
+        assert_refused(cuda, "no such GPU here")
 
 
 # ---------------------------------------------------------------- decoding

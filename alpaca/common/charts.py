@@ -76,12 +76,13 @@ def axis(
     low, high = min(values), max(values)
     if log:
         digits = (1, 2, 5) if high < 1e4 * low else (1,)
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
         marks = [float(f"{digit}e{power}") for power in powers for digit in digits]
         first, last = max(m for m in marks if m <= low), min(m for m in marks if m >= high)
         marks = [mark for mark in marks if first <= mark <= last]
     else:
-        margin = (low == high) * (1 + abs(low) / 10)
+        flat = high - low <= 1e-9 * abs(high) + 1e-300
+        margin = flat * (1 + abs(low) / 10)
         low, high = low - margin, high + margin
         size = 10.0 ** math.floor(math.log10(high - low))
         step = next(size / n for n in (5, 2, 1, 0.5) if n * (high - low) <= 7 * size)

@@ -39,6 +39,9 @@ def test_line_chart_stays_inside_and_dots_few_points():
         assert 64 <= x <= 704 and 84 <= y <= 384
     for series in ([(1, 1)], [(1, math.nan)], [(0, 1e300), (1, -1e300)], [(2**63, 0.0)]):
         ET.fromstring(charts.line_chart("odd", "step", {"a": series}))
+    less, more = math.nextafter(1e-8, 0), math.nextafter(1e5, math.inf)
+    for values in ((less, 1), (1, more), (less, 1e-8), (0, 1e-320)):  # rounded logarithms, no range
+        ET.fromstring(charts.line_chart("odd", "step", {"a": [*enumerate(values)]}))
 
 
 def test_line_chart_has_a_log_scale_if_positive_values_span_it():

@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
     picture = compare_runs(runs, figure) if others else plot_run(first, figure)
     with atomic_file(args.out, "w") as file:
         file.write(picture)
-    if args.csv:
-        with atomic_file(args.csv, "w") as file:
-            write_csv(file, runs)
+        if args.csv:  # both or, after an error, neither
+            with atomic_file(args.csv, "w") as table:
+                write_csv(table, runs)
     print("wrote", *(out for out in (args.out, args.csv) if out))

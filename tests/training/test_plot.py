@@ -96,4 +96,5 @@ def test_what_is_no_run_is_refused(command, write_run, tmp_path):
     assert_refused(command("plot", odd, *out), "metrics.jsonl: tokens is missing")
     run = write_run("run")
     assert_refused(command("plot", run, "--out", run / "metrics.jsonl"), "is an input")
+    assert_refused(command("plot", run, *out, "--csv", run / "metrics.jsonl"), "is an input")
     assert not (tmp_path / "p.svg").exists()

@@ -15,6 +15,7 @@ from alpaca.weights.loading import load_model
 from alpaca.weights.quantized_linear import Int4Linear, Int8Linear
 from dataset import Examples, encode_all, encode_record, make_row, pack_rows
 from model import IGNORE
+from rougel import lcs_rows
 from tokenizer import SentencePieceTokenizer, load_tokenizer
 
 BLUE, ORANGE, GREEN, PINK, GREY, VIOLET = COLOURS
@@ -319,6 +320,36 @@ def cell(x: float, y: float, text: str, colour=GREY, filled=False, width=28) -> 
     return frame + label(text, x + width / 2, y + 19, size=14)
 
 
+# ---------------------------------------------------------------- 7. self-instruct
+
+
+def lcs() -> str:
+    """The table of the longest common subsequence, as numbers and as bits."""
+    a, b = ["the", "cat", "sat", "down"], ["sat", "the", "cat", "down"]
+    table = [[0] * 5]
+    for word in b:
+        above, row = table[-1], [0]
+        for j, other in enumerate(a):
+            row.append(above[j] + 1 if word == other else max(above[j + 1], row[j]))
+        table.append(row)
+    parts = [label("the LCS of the beginnings of both texts", 236, 24, size=15)]
+    parts.append(label("a row in bits: 0 where it rises", 570, 24, size=15))
+    for j, word in enumerate(["", *a]):
+        parts.append(label(word, 150 + 50 * j, 56))
+        parts.append(label(word if j else "", 440 + 50 * j, 56))
+    for i, (word, row, bits) in enumerate(zip(["", *b], table, lcs_rows(a, b), strict=True)):
+        y = 68 + 36 * i
+        parts.append(label(word, 116, y + 18, "end"))
+        for j, number in enumerate(row):
+            rises = j > 0 and number > row[j - 1]
+            parts.append(cell(136 + 50 * j, y, f"{number}", ORANGE if rises else GREY, rises))
+            if j:
+                bit = bits >> (j - 1) & 1
+                parts.append(cell(426 + 50 * j, y, f"{bit}", GREY if bit else ORANGE, not bit))
+        parts.append(arrow((380, y + 14), (450, y + 14)))
+    return svg(720, 256, parts)
+
+
 PICTURES: dict[str, Callable[[], str]] = {
     "block": block,
     "merges": merges,
@@ -326,6 +357,7 @@ PICTURES: dict[str, Callable[[], str]] = {
     "sharding": sharding,
     "rounding": rounding,
     "slots": slots,
+    "lcs": lcs,
 }
 
 if __name__ == "__main__":

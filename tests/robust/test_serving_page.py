@@ -243,8 +243,14 @@ def test_page_shows_where_help_is_after_self_harm(browser):
         assert page.get_attribute(ANSWER, "aria-live") == "polite"
 
 
-def test_page_shows_html_as_text(browser):
-    with running(ScriptedEngine(EVIL)) as server, opened(browser, server) as page:
+def test_page_shows_html_as_text(browser, tmp_path):
+    file = tmp_path / "examples.json"
+    file.write_text(json.dumps([{"instruction": EVIL, "input": EVIL[:20]}]))
+    flags = ("--examples", file, "--notice", EVIL)
+    with running(ScriptedEngine(EVIL), *flags) as server, opened(browser, server) as page:
+        assert page.text_content("#examples button") == f"{EVIL} [{EVIL[:20]}]"
+        assert page.text_content("#notice") == EVIL
+        assert page.locator(":is(#notice, #examples button) *").count() == 0
         ask(page, EVIL)
         assert page.text_content(ANSWER) == page.text_content(".question") == EVIL
         assert page.locator(":is(.question, .answer) *").count() == 0

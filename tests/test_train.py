@@ -41,7 +41,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import fsdp_train
 import model as model_module
 from alpaca.datagen.formats import load_mixture
-from alpaca.training import objectives, parallel, result
+from alpaca.training import objectives, parallel, result, throughput
 from alpaca.training.config import TrainConfig
 from alpaca.training.objectives import AnswerLoss, packed_rows, to_device
 from alpaca.training.run_dir import RunDir
@@ -289,6 +289,21 @@ def test_held_out_loss_during_training_changes_no_weight(reference, measured):
     assert ours == theirs
 
 
+def test_speed_of_a_step_leaves_out_the_held_out_records(base, tmp_path, monkeypatch):
+    clock, step = [0], fsdp_train.train_step
+
+    def wait(seconds: int) -> None:
+        clock[0] += seconds
+
+    monkeypatch.setattr(throughput, "time", mock.Mock(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(fsdp_train, "log_held_out", lambda *_, **step: wait(60))
+    monkeypatch.setattr(fsdp_train, "train_step", lambda *args: (wait(2), step(*args))[1])
+    changes = {"eval_data": base / "records.json", "eval_every": 1, "sample_answers": 0}
+    succeeded(train(flags(base, tmp_path / "run", max_steps=1, **changes)))
+    (record,) = metrics(tmp_path / "run")
+    assert record["tokens_per_s"] == round(record["tokens"] / 2)
+
+
 def test_resume_is_bit_identical(base, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "run"
     changes = {**LONG, "epochs": 4, "eval_data": base / "records.json", "sample_answers": 1}
@@ -348,14 +363,17 @@ def test_progress_line_shows_recent_means_and_the_log_every_step(tmp_path, monke
         run.start_log(0, 30)
         assert "lost" in run.summary()
         monkeypatch.setattr(run.progress, "step", lambda extra: shown.append(extra))
+        run.log({"step": 0, "held_out_loss": 2.5})
         rates = [90_000] * 10 + [1000, 3000] * 10  # the last twenty steps count
         for step, rate in enumerate(rates, 1):
             record = {"step": step, "loss": 2 / step, "lr": 1e-3, "grad_norm": 1.0, "memory_GiB": 2}
             run.log_step({**record, "tokens": 9000, "tokens_per_s": rate, "mfu": rate / 1e4})
     assert "90,000 tok/s" in shown[0]
-    assert shown[-1].endswith("1,500 tok/s  MFU 15.0%  peak memory 2.0 GiB"), "weighted by time"
-    assert [record["tokens_per_s"] for record in metrics(tmp_path / "run")] == rates
-    assert run.summary() == "30 steps of 270,000 tokens in 2:01; training loss 2.000 → 0.067"
+    assert "1,500 tok/s  MFU 15.0%" in shown[-1], "weighted by time"
+    assert shown[-1].endswith("held out 2.500  peak memory 2.0 GiB"), "the latest"
+    assert [record["tokens_per_s"] for record in metrics(tmp_path / "run")[1:]] == rates
+    steps = "30 steps of 270,000 tokens in 2:01; training loss 2.000 → 0.067"
+    assert run.summary() == f"{steps}; held out 2.500 → 2.500"
 
 
 def test_slow_export_keeps_no_gather_waiting(monkeypatch):

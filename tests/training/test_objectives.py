@@ -36,7 +36,7 @@ from alpaca.common.cli import Parser
 from alpaca.common.errors import UserError
 from alpaca.datagen.preferences import load_preferences
 from alpaca.training.config import TrainConfig, add_arguments
-from alpaca.training.objectives import PreferenceLoss, RewardLoss
+from alpaca.training.objectives import PreferenceLoss, RewardLoss, evaluation
 from alpaca.weights.loading import load_model
 from alpaca.weights.lora import LoraConfig, add_lora, initial_weights
 from alpaca.weights.quantize import WeightSource
@@ -54,6 +54,15 @@ def base(tmp_path_factory):
 def preference_flags(base, out, objective="dpo", **changes):
     ours = {"objective": objective, "data": base / "preferences.json", "learning_rate": 1e-4}
     return flags(base, out, **{"batch_size": 8, "max_steps": 6, **ours, **changes})
+
+
+def test_evaluation_has_no_dropout_and_training_has_it_again():
+    model = Llama(small_config())
+    add_lora(model, LoraConfig(dropout=0.5))
+    with evaluation(model):
+        assert not any(each.training for each in model.modules())
+        assert not torch.is_grad_enabled()
+    assert all(each.training for each in model.modules()) and torch.is_grad_enabled()
 
 
 def assert_same(out, other):

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 import pytest
 from helpers.commands import assert_refused
 
+from alpaca.common.charts import COLOURS
 from alpaca.training.plot import compare_runs, plot_run, round_starts, smoothed
 
 STEPS = [
@@ -42,6 +43,8 @@ def test_picture_of_a_run_has_held_out_points_rate_and_rounds():
     picture = plot_run(RUN, "loss")
     names = ["Loss", "training", "held out", "epoch 2", "epoch 3", "learning rate", "0.001"]
     assert set(names) <= {*texts(picture)}
+    (steps,) = (x for x in ET.fromstring(picture).iter() if x.get("stroke-width") == "0.5")
+    assert len(steps.get("d", "").split()) == 12 and steps.get("stroke") == COLOURS[0]
     rounds = {f"epoch {n + 1}": pytest.approx(5 * n) for n in range(1, 3)}
     assert round_starts(RUN) == rounds, "twelve steps of a fifth of an epoch"
     many = [{"step": 1, "epoch": 0.5}, {"step": 2000, "epoch": 1000}]

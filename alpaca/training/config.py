@@ -84,7 +84,7 @@ class TrainConfig:
         None, "chat template (default: the base model's, else alpaca)", choices=tuple(TEMPLATES)
     )
     data: tuple[str, ...] = flag(
-        (), "records of any published form (README.md); FILE:2 repeats them", **MIXTURE
+        (), "records of any published form (docs/formats.md); FILE:2 repeats them", **MIXTURE
     )
     oasst: str = flag("best", "which replies of OpenAssistant's trees", choices=("best", "all"))
     languages: tuple[str, ...] = flag(

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from alpaca.common.charts import COLOURS, FAINT, INK, axis, dot, label, line, svg
+from alpaca.common.charts import COLOURS, FAINT, INK, axis, dot, interval_chart, label, line, svg
 from alpaca.datagen.formats import load_records
+from alpaca.evaluation.win_rate import describe_difference, wilson
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
 from alpaca.weights.checkpoint import stored_tensors
@@ -350,6 +351,19 @@ def lcs() -> str:
     return svg(720, 256, parts)
 
 
+# ---------------------------------------------------------------- 8. judging
+
+
+def intervals() -> str:
+    """What some results prove."""
+    rows = {}
+    for wins, n in ((6, 6), (90, 179), (88, 150), (200, 400), (431, 805)):
+        name = f"{wins} of {n}: {describe_difference(wins, n - wins)}"
+        low, high = wilson(wins, n)
+        rows[name] = {"won, in per cent": (100 * low, 100 * wins / n, 100 * high)}
+    return interval_chart("Comparisons won, with 95 % intervals", rows, 40, 100)
+
+
 PICTURES: dict[str, Callable[[], str]] = {
     "block": block,
     "merges": merges,
@@ -358,6 +372,7 @@ PICTURES: dict[str, Callable[[], str]] = {
     "rounding": rounding,
     "slots": slots,
     "lcs": lcs,
+    "intervals": intervals,
 }
 
 if __name__ == "__main__":

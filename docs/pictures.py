@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from alpaca.common.charts import COLOURS, FAINT, INK, axis, dot, interval_chart, label, line, svg
 from alpaca.datagen.formats import load_records
@@ -364,6 +365,29 @@ def intervals() -> str:
     return interval_chart("Comparisons won, with 95 % intervals", rows, 40, 100)
 
 
+# ---------------------------------------------------------------- 9. publishing
+
+
+def diff() -> str:
+    """The bits of two bf16 weights, before and after tuning, and their difference."""
+    parts = [label("sign", 196, 24, colour=ORANGE), label("exponent", 310, 24, colour=BLUE)]
+    parts.append(label("mantissa", 506, 24, colour=GREEN))
+    for top, weights in ((34, (0.03125, 0.031494140625)), (178, (-0.0019989, 0.00099945))):
+        pair = torch.tensor(weights, dtype=torch.bfloat16)
+        base, tuned = pair.view(torch.int16).tolist()
+        rows = {f"base {pair[0]:.6f}": base, f"tuned {pair[1]:.6f}": tuned}
+        rows["difference"] = tuned - base
+        for i, (name, number) in enumerate(rows.items()):
+            y = top + 36 * i + 8 * (i == 2)
+            parts.append(label(name, 172, y + 19, "end"))
+            for k, bit in enumerate(f"{number % 2**16:016b}"):
+                colour = GREY if i == 2 else ORANGE if k == 0 else BLUE if k < 9 else GREEN
+                parts.append(cell(182 + 26 * k, y, bit, colour, bit == "1", width=24))
+            parts.append(label(f"= {number % 2**16:,}", 606, y + 19, "start"))
+        parts.append(line(f"M182 {top + 72}H596", GREY))
+    return svg(720, 312, parts)
+
+
 PICTURES: dict[str, Callable[[], str]] = {
     "block": block,
     "merges": merges,
@@ -373,6 +397,7 @@ PICTURES: dict[str, Callable[[], str]] = {
     "slots": slots,
     "lcs": lcs,
     "intervals": intervals,
+    "diff": diff,
 }
 
 if __name__ == "__main__":

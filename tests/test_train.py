@@ -289,6 +289,11 @@ def test_held_out_loss_during_training_changes_no_weight(reference, measured):
     assert ours == theirs
 
 
+def test_log_has_the_epochs_that_each_step_completes(reference):
+    epochs = [record["epoch"] for record in metrics(reference)]
+    assert epochs == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])  # 16 of 40 examples a step
+
+
 def test_speed_of_a_step_leaves_out_the_held_out_records(base, tmp_path, monkeypatch):
     clock, step = [0], fsdp_train.train_step
 

@@ -12,6 +12,7 @@ from helpers.commands import assert_refused
 from helpers.demo_server import ENDLESS, ScriptedEngine, arguments, raw_request, running, wait_until
 
 from alpaca.common.errors import UserError
+from alpaca.serving import serve
 from alpaca.serving.http import LOOPBACK, HTTPError, Limits, Server
 from alpaca.serving.moderation import Filter
 from alpaca.serving.serve import bind_socket
@@ -420,6 +421,13 @@ def test_a_client_is_who_the_last_trusted_proxy_names(peer, forwarded, client):
     flags = [flag for proxy in PROXIES for flag in ("--trusted-proxy", proxy)]
     server = Server(None, Limits(), None, arguments(*flags).trusted_proxy)
     assert server.client_address(peer, forwarded) == client
+
+
+@pytest.mark.parametrize(("files", "connections"), [(100, 50), (1024, 512), (4096, 512)])
+def test_connections_are_at_most_half_of_the_files(monkeypatch, files, connections):
+    monkeypatch.setattr(serve, "max_open_files", lambda wanted: files)
+    with running(ScriptedEngine("a")) as server:
+        assert server.http.limits.connections == connections
 
 
 def stop_reading(server) -> None:

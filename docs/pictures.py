@@ -1,5 +1,6 @@
 """The pictures of the book: `python -m docs.pictures` writes docs/pictures/*.svg."""
 
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -8,10 +9,12 @@ import numpy as np
 import torch
 
 from alpaca.common.charts import COLOURS, FAINT, INK, axis, dot, interval_chart, label, line, svg
+from alpaca.common.json_files import read_log
 from alpaca.datagen.formats import load_records
 from alpaca.evaluation.win_rate import describe_difference, wilson
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
+from alpaca.training.plot import plot_run
 from alpaca.weights.checkpoint import stored_tensors
 from alpaca.weights.loading import load_model
 from alpaca.weights.quantized_linear import Int4Linear, Int8Linear
@@ -51,6 +54,43 @@ def plus(x: float, y: float) -> str:
     place = f'class="paper" cx="{x}" cy="{y}" r="11"'
     circle = f'<circle {place} fill="#fff" stroke="{BLUE}" stroke-width="2"/>'
     return circle + label("+", x, y + 6, colour=BLUE, size=18)
+
+
+# ---------------------------------------------------------------- the front page
+
+
+def road() -> str:
+    """The steps with their files, above the losses of `make train` with --eval-every 75, whose
+    metrics are in pictures/run.jsonl."""
+    boxes = {
+        (10, 40, 216): "175 seed tasks\ndata/seed_tasks.jsonl",
+        (252, 40, 216): "a teacher writes, filters keep\nselfinstruct.py, rougel.py",
+        (494, 40, 216): "52,000 records, packed into rows\ndataset.py, tokenizer.py",
+        (10, 140, 216): "a base LLaMA\nalpaca/weights/",
+        (252, 140, 216): "fine-tune\nfsdp_train.py, model.py",
+        (494, 140, 216): "learn from preferences\nfsdp_train.py --objective dpo",
+        (10, 240, 160): "publish\nweightdiff.py",
+        (190, 240, 160): "answer and chat\nalpaca/inference/",
+        (370, 240, 160): "serve\nalpaca/serving/",
+        (550, 240, 160): "compare\nalpaca/evaluation/",
+    }
+    parts = [label("From seed tasks to a published model", 360, 22, size=15)]
+    for (x, y, width), text in boxes.items():
+        colour = ORANGE if text.startswith("fine-tune") else BLUE
+        parts.append(box(x, y, width, 52, text, colour))
+    parts += [arrow((226, y), (252, y)) for y in (66, 166)]
+    parts += [arrow((468, y), (494, y)) for y in (66, 166)]
+    parts += [arrow((602, 92), (602, 116), (360, 116), (360, 140))]
+    for start, ends in ((360, (90, 270)), (602, (450, 630))):
+        parts += [arrow((start, 192), (start, 216), (end, 216), (end, 240)) for end in ends]
+    parts.append(line("M360 216H602", GREY, 1.5))
+    chart = plot_run([*read_log(FOLDER / "run.jsonl")], "loss")
+    inner = chart[chart.index("</style>") + 8 : chart.rindex("</svg>")]
+    title = "Loss, log scale"
+    assert title in inner
+    inner = inner.replace(title, "The loss of make train: 1.07M parameters, log scale")
+    parts.append(f'<g transform="translate(0 316)">{inner}</g>')
+    return svg(720, 316 + int(re.findall(r'height="(\d+)"', chart)[0]), parts)
 
 
 # ---------------------------------------------------------------- 1. the model
@@ -389,6 +429,7 @@ def diff() -> str:
 
 
 PICTURES: dict[str, Callable[[], str]] = {
+    "road": road,
     "block": block,
     "merges": merges,
     "packing": packing,

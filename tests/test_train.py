@@ -377,7 +377,7 @@ def test_progress_line_shows_recent_means_and_the_log_every_step(tmp_path, monke
     assert "1,500 tok/s  MFU 15.0%" in shown[-1], "weighted by time"
     assert shown[-1].endswith("held out 2.500  peak memory 2.0 GiB"), "the latest"
     assert [record["tokens_per_s"] for record in metrics(tmp_path / "run")[1:]] == rates
-    steps = "30 steps of 270,000 tokens in 2:01; training loss 2.000 → 0.067"
+    steps = "30 steps, 270,000 tokens in 2:01; training loss 2.000 → 0.067"
     assert run.summary() == f"{steps}; held out 2.500 → 2.500"
 
 

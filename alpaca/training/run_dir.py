@@ -128,7 +128,7 @@ class RunDir:
         if not steps:
             return "metrics.jsonl of this run is lost"
         tokens, seconds = sum(r["tokens"] for r in steps), sum(map(step_seconds, steps))
-        text = f"{len(steps)} steps of {tokens:,} tokens in {duration(seconds)}; "
+        text = f"{len(steps)} steps, {tokens:,} tokens in {duration(seconds)}; "
         text += f"training {self.figure} {self.change(self.figure)}"
         if accuracy := self.series("held_out_accuracy"):  # at first all pairs are ties: 0
             text += f"; held-out accuracy {accuracy[-1][1]:.3f}"

@@ -159,7 +159,7 @@ def take(tour: Tour) -> dict:
         seen["trained"] = tour.run(
             "Fine-tune the base on them and on the sample data",
             "python fsdp_train.py --out {}/tiny --data data/sample_train.json {}/instructions.json "
-            f"--max-steps {60 if short else 675} --sample-answers {10 if short else 240}",
+            f"--max-steps {60 if short else 450} --sample-answers {10 if short else 240}",
             "answered exactly.*",
         )
         tour.link("tiny/loss.svg", "tiny/metrics.jsonl", "tiny/model/README.md")
@@ -175,7 +175,7 @@ def take(tour: Tour) -> dict:
             "Train an adapter on top of it",
             "python fsdp_train.py --lora --model-dir {}/tiny/model --out {}/lora --data "
             "data/sample_train.json --eval-data {}/questions.json --dtype fp32 --batch-size 16 "
-            f"--max-steps {10 if short else 200} --checkpointing none --sample-answers 10",
+            f"--max-steps {10 if short else 100} --checkpointing none --sample-answers 10",
             "answered exactly.*",
         )
         tour.run(

@@ -97,7 +97,7 @@ def axis(
 
 
 def finite_points(named: Mapping[str, Series]) -> dict[str, Series]:
-    """Without NaN and infinity, and without what has no other points."""
+    """Without NaN and infinity; a name that has no other points is left out."""
     found = {n: [p for p in each if all(abs(v) < 1e300 for v in p)] for n, each in named.items()}
     return {name: points for name, points in found.items() if points}
 

@@ -17,20 +17,16 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from alpaca.common.cli import positive
-from alpaca.common.errors import UserError, notice
+from alpaca.common.errors import UserError, join_names, notice
 from alpaca.common.files import lock_output
-from alpaca.common.json_files import append_jsonl
+from alpaca.common.json_files import append_jsonl, read_log
 from alpaca.common.progress import Progress
 from alpaca.datagen.formats import load_mixture
 from alpaca.evaluation.answers import describe_files, folder_name
-from alpaca.inference.answer import (
-    answer_in_order,
-    count_answered,
-    engine_from_args,
-    settings_from_args,
-)
+from alpaca.inference.answer import answer_in_order, engine_from_args
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import (
     SamplingParams,
@@ -40,6 +36,30 @@ from alpaca.inference.sampling import (
 )
 from alpaca.weights.loading import add_model_arguments, model_folders
 from dataset import question_ids
+
+
+def settings_from_args(args: argparse.Namespace, params: SamplingParams) -> dict[str, Any]:
+    """What the answers depend on; it is stored with each of them."""
+    settings = {"model": str(args.model_dir.absolute()), "bits": args.bits}
+    settings["sampling"] = vars(params) | {"stop": list(params.stop)}  # JSON has no tuples
+    if args.adapter:
+        settings["adapter"] = str(args.adapter.absolute())
+    if args.template:
+        settings["template"] = args.template
+    return settings
+
+
+def count_answered(out: Path, records: list[dict], settings: dict[str, Any]) -> int:
+    """How many records have answers in `out`; those must come first and have these settings."""
+    count = 0
+    for count, line in enumerate(read_log(out), 1):
+        if count > len(records):
+            raise UserError(f"{out}, line {count}: more answers than records: use another --out")
+        if {**records[count - 1], "outputs": line.get("outputs"), **settings} != line:
+            changed = [name for name, value in settings.items() if line.get(name) != value]
+            what = f"from a run that differs in {join_names(changed or ['instruction'])}"
+            raise UserError(f"{out}, line {count}: {what}: use another --out")
+    return count
 
 
 def requests(

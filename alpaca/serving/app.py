@@ -25,10 +25,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from alpaca.common.errors import UserError
-from alpaca.common.json_files import append_jsonl
+from alpaca.common.json_files import append_jsonl, check_shape, json_records
 from alpaca.common.run_folder import RIGHT_ANSWERS
 from alpaca.common.system import lock_file
-from alpaca.inference.answer import read_questions
 from alpaca.inference.engine import Engine
 from alpaca.inference.sequence import Sequence
 from alpaca.inference.watermark import Watermark
@@ -286,6 +285,17 @@ def describe(args: argparse.Namespace, engine: Engine, filter: Filter) -> dict:
         "turns": template_of(engine.tokenizer).name != "alpaca",
         "examples": page_examples(args),
     }
+
+
+def read_questions(path: Path) -> list[dict[str, str]]:
+    """Instruction and input of each record of a JSON or JSONL file; other fields are ignored."""
+    questions = []
+    for place, record in json_records(path):
+        check_shape(record, {"instruction": str, "input": str | None}, place)
+        questions.append({"instruction": record["instruction"], "input": record.get("input") or ""})
+    if not questions:
+        raise UserError(f"{path}: no instructions in it")
+    return questions
 
 
 def page_examples(args: argparse.Namespace) -> list[dict]:

@@ -38,14 +38,12 @@ from contextlib import suppress
 from itertools import groupby
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from alpaca.common.errors import UserError
 from alpaca.inference.cuda_graphs import CudaGraphs
 from alpaca.inference.prefix import (
     LENGTH_MULTIPLE,
-    cache_memory,
     extend,
     fork,
     new_cache,
@@ -98,14 +96,15 @@ class Engine:
 
     def reserve(self, tokens: int) -> None:
         """Let every slot of the cache hold `tokens`: its size doubles up to max_length."""
-        cache, length = self.cache, self.cache.k.shape[3]
+        old, length = self.cache, self.cache.k.shape[3]
         if tokens > length:
             longer = min(max(2 * length, tokens), self.max_length)
-            with cache_memory(self.max_batch_size, longer):
-                larger = [F.pad(x, (0, 0, 0, longer - length)) for x in (cache.k, cache.v)]
-            cache.k, cache.v = larger  # both or, without memory, none
+            self.cache = new_cache(self.model, self.max_batch_size, longer)
+            self.cache.static = old.static
+            for slot in range(len(self.active)):
+                fork(old[slot : slot + 1], self.cache[slot : slot + 1])
             if self.graphs:  # they were recorded with the old tensors
-                self.graphs = CudaGraphs(self.decode_slots, cache.lengths)
+                self.graphs = CudaGraphs(self.decode_slots, self.cache.lengths)
 
     # ------------------------------------------------------------ one step
 

@@ -21,8 +21,7 @@ This is tree attention (SpecInfer, arXiv:2305.09781); `Branches` is the view of 
 it. Sharing prefixes among requests: SGLang, 2312.07104.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import mmap
 from dataclasses import replace
 from itertools import accumulate
 
@@ -38,20 +37,24 @@ LENGTH_MULTIPLE = 16  # rows are padded to it: on a CPU, oneDNN stores a kernel 
 def new_cache(model: Llama, slots: int, max_length: int) -> KVCache:
     """On a CPU it is fp32: attention with one bf16 query is slow there."""
     weight = model.model.norm.weight
-    dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
     limit = max(max_length, model.config.max_position_embeddings)  # branches share positions
     config = replace(model.config, max_position_embeddings=limit)
-    with cache_memory(slots, max_length):
-        return KVCache(config, slots, max_length, weight.device, dtype)
-
-
-@contextmanager
-def cache_memory(slots: int, length: int) -> Iterator[None]:
     try:
-        yield
-    except RuntimeError:  # what torch raises when there is no memory
-        text = f"no memory for the keys and values of {slots} sequences of {length} tokens"
+        if weight.device.type != "cpu":
+            return KVCache(config, slots, max_length, weight.device, weight.dtype)
+        cache = KVCache(config, slots, max_length, "meta")
+        cache.k, cache.v = zeros_when_used(cache.k.shape), zeros_when_used(cache.v.shape)
+        cache.lengths = torch.zeros(slots, dtype=torch.int64)
+        return cache
+    except (RuntimeError, OSError, OverflowError):  # no memory, for torch and for Python
+        text = f"no memory for the keys and values of {slots} sequences of {max_length} tokens"
         raise UserError(f"{text}: decode fewer together, or have fewer positions") from None
+
+
+def zeros_when_used(shape: torch.Size) -> Tensor:
+    """Like torch.zeros, but takes time and memory only for the parts that are used."""
+    memory = mmap.mmap(-1, 4 * shape.numel(), access=mmap.ACCESS_COPY)
+    return torch.frombuffer(memory, dtype=torch.float32).view(shape)
 
 
 def fork(source: KVCache, target: KVCache) -> None:

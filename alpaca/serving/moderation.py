@@ -63,7 +63,7 @@ class Filter:
     """Lets everything pass: `--filter off`."""
 
     name = "off"
-    min_part = 1  # characters that are checked at a time, at least
+    min_part = 0  # characters that are checked at a time, at least; 0: any, words are not awaited
     lookback = 0  # characters before them, after normalization, that are checked again
 
     async def __aenter__(self):
@@ -89,7 +89,7 @@ class Filter:
         """How many characters of `text` may be shown, of which `shown` already are, and what is
         wrong with the rest, if anything. `before` is what the text continues."""
         end = len(text)
-        if not complete:
+        if self.min_part and not complete:
             last_word = LAST_WORD.search(text, max(shown, end - MAX_WORD_LENGTH))
             if last_word and len(last_word[0]) < MAX_WORD_LENGTH:
                 end -= len(last_word[0])
@@ -104,6 +104,7 @@ class Filter:
 
 class RuleFilter(Filter):
     name = "rules"
+    min_part = 1
     lookback = 200  # what our rules span, with words of usual length
 
     def __init__(self, path: Path = RULES_FILE):

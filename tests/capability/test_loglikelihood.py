@@ -93,7 +93,7 @@ def test_few_logits_are_in_memory_and_none_twice(monkeypatch):
     assert sizes == [1] and len(scores) == 3
     monkeypatch.undo()
     for i, scores in log_likelihoods(model, requests, prefix):
-        assert scores == pytest.approx(got[i], abs=1e-5)
+        assert scores == pytest.approx(got[i], abs=1e-5, rel=1e-6)
 
 
 def test_a_slot_may_hold_more_tokens_than_the_model_has_positions():
@@ -105,9 +105,10 @@ def test_a_slot_may_hold_more_tokens_than_the_model_has_positions():
     assert not list(log_likelihoods(model, [], prefix))
 
 
-@pytest.mark.parametrize("bits", [32, 16, 8, 4])
-def test_other_weights_give_their_own_log_likelihoods(bits):
-    """bf16 and int4 round differently for other shapes; 0.1 was seen."""
+@pytest.mark.parametrize(("bits", "distance"), [(32, 1e-4), (16, 0.2), (8, 5e-3), (4, 0.2)])
+def test_other_weights_give_their_own_log_likelihoods(bits, distance):
+    """Products round differently for other shapes: in bf16 and int4 by 0.1, in int8 by 1e-3, on a
+    CPU of one kind or another."""
     model, (prefix,) = small_model(intermediate_size=192), ids(17)
     requests = requests_with(prefix)
     if bits == 16:
@@ -119,7 +120,7 @@ def test_other_weights_give_their_own_log_likelihoods(bits):
     expected = [plain(model, request) for request in requests]
     for lay_out in (lambda model: model, optimize_layout):
         for i, scores in log_likelihoods(lay_out(model), requests, prefix):
-            assert scores == pytest.approx(expected[i], abs=0.2 if bits in (16, 4) else 1e-5)
+            assert scores == pytest.approx(expected[i], abs=distance)
 
 
 @pytest.mark.gpu

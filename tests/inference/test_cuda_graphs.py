@@ -59,6 +59,7 @@ def test_engine_replays_a_graph_for_each_batch_size_and_reach(monkeypatch):
 def test_greedy_step_waits_for_the_gpu_once(monkeypatch):
     """Fake tensors refuse what depends on their numbers; a graph could not record it either."""
     waits, prompts = [], prompts_of(3, 4)
+    monkeypatch.setattr("alpaca.inference.prefix.zeros_when_used", torch.zeros)
     monkeypatch.setattr(FakeTensor, "tolist", lambda x: waits.append(len(x)) or [5] * len(x))
     with FakeTensorMode():
         engine = Engine(new_model(), TOKENIZER, max_batch_size=2)

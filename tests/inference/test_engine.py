@@ -1,5 +1,6 @@
 """The engine: whatever joins or leaves, a sequence gets what plain greedy decoding gives."""
 
+import mmap
 import random
 from unittest.mock import Mock
 
@@ -242,10 +243,9 @@ def test_cache_without_memory_to_grow_can_still_be_used(monkeypatch):
     monkeypatch.setattr("alpaca.inference.engine.FIRST_LENGTH", 16)
     model, (long, short) = new_model(), prompts_of(30, 3)
     engine = Engine(model, TOKENIZER, max_batch_size=2)
-    larger_k = torch.nn.functional.pad(engine.cache.k, (0, 0, 0, 30))
-    pad = Mock(side_effect=[larger_k, RuntimeError("no memory for v")])
+    memory = [mmap.mmap(-1, 46 * engine.cache.k[:, :, :, 0].nbytes), OSError("no memory for v")]
     with monkeypatch.context() as patch, pytest.raises(UserError, match="no memory"):
-        patch.setattr("torch.nn.functional.pad", pad)
+        patch.setattr("mmap.mmap", Mock(side_effect=memory))
         engine.generate([long])
     for prompt in (short, long):
         (answer,) = engine.generate([prompt], SamplingParams(max_new_tokens=20))

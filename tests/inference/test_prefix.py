@@ -3,6 +3,9 @@
 A tiny model's logits of several units carry fp32 noise of 3e-6; where 1e-6 is asked against another
 order of computing, `initializer_range` is 0.05: there noise is 4e-7, and a position too few 0.1."""
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 from helpers.models import random_ids, small_model
@@ -94,3 +97,17 @@ def test_fork_replaces_what_longer_sequences_left():
     extend(model, cache, rests)
     fill(model, cache, prefix)
     assert distance_from_whole_texts(model, cache, prefix, rests) <= 2e-5
+
+
+@torch.no_grad()
+def test_a_cache_takes_memory_only_where_keys_are_stored():
+    """What Linux says that this process holds: it is all that a long maximum costs."""
+    pages = Path("/proc/self/statm")
+    if not pages.is_file():
+        pytest.skip("needs Linux")
+    model, prompt = small_model(), rows_of(8)
+    before = int(pages.read_text().split()[1])
+    cache = new_cache(model, 64, 8192)
+    prefill(model, cache[:1], prompt)
+    taken = (int(pages.read_text().split()[1]) - before) * resource.getpagesize()
+    assert cache.k.nbytes > 1e8 and taken < cache.k.nbytes / 20

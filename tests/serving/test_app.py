@@ -307,6 +307,8 @@ def test_nothing_is_shown_that_the_filter_did_not_pass(path, stream, then):
 
 def test_parts_that_passed_are_shown_before_the_filter_stops_the_answer():
     class Strict(Filter):
+        min_part = 1
+
         async def check(self, text: str) -> str:
             return "rule" if "forbidden" in text else ""
 

@@ -187,6 +187,11 @@ def test_only_whole_words_are_shown(parts, expected):
     assert shown_parts(RecordingFilter(), parts)[0] == expected
 
 
+def test_without_a_filter_parts_of_words_are_shown():
+    parts = ["The qu", "ick", " fox", "."]
+    assert shown_parts(Filter(), parts)[0] == parts
+
+
 def test_a_bad_word_is_stopped_before_its_first_letter():
     pieces, reason = shown_parts(RecordingFilter(bad="damned"), ["You da", "mn", "ed ", "fool"])
     assert (pieces, reason) == (["You ", "", ""], "bad")

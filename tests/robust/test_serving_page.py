@@ -101,7 +101,7 @@ def test_page_streams_stops_copies_reports_and_checks(browser, tmp_path):
         page.locator("#found").wait_for()
         assert page.text_content("#tokens") == shown
         assert page.get_attribute("#tab-check", "aria-selected") == "true"
-        assert page.locator("#tokens .is-plain").count() > 0
+        assert page.locator("#tokens :is(.is-plain, .is-green)").count() > 0
     (report,) = read_log(file)
     assert (report["instruction"], report["input"], report["why"]) == ("Say words.", "many", "dull")
     assert report["output"] == shown and report["temperature"] == 0 and report["earlier"] == "[]"
@@ -157,6 +157,38 @@ def test_page_asks_again_in_place_of_a_question_and_those_after_it(browser):
         page.click("#clear")
         ask(page, "last")
         assert page.locator(".turn").count() == 1 and "first" not in engine.prompts[-1]
+
+
+def test_page_keeps_what_a_refused_question_would_have_replaced(browser):
+    page = browser.new_page()  # the refusal appears in its console
+    with running(NotingEngine("vicuna")) as server:
+        page.goto(server.url)
+        page.locator("#model:not(:empty)").wait_for()
+        for question in ("first", "second", "third"):
+            ask(page, question)
+        page.locator(".edit").nth(1).click()
+        server.app.filter = DownAfter(0)
+        page.fill("#instruction", "other")
+        page.click("#send")
+        expect_text(page, "filter cannot be reached", "#status")
+        assert page.locator(".question").all_inner_texts() == ["first", "second", "third"]
+        assert page.input_value("#instruction") == "other"
+        assert page.locator(".replaced h2").inner_text() == "Question 2"
+        server.app.filter = Filter()
+        ask(page, "again")
+        assert page.locator(".question").all_inner_texts() == ["first", "again"]
+    page.close()
+
+
+def test_page_is_there_within_200_ms(browser):
+    loaded = "performance.getEntriesByType('navigation')[0].loadEventEnd"
+    with running(tiny_engine()) as server, opened(browser, server) as page:
+        times = []
+        for _ in range(3):  # the fastest: others may be slowed by what else runs
+            page.reload()
+            page.locator("#model:not(:empty)").wait_for()
+            times.append(page.evaluate(f"Math.max({loaded}, performance.now())"))
+        assert min(times) < 200
 
 
 def test_page_sends_an_instruction_alone_in_alpacas_template(browser, tmp_path):

@@ -97,7 +97,7 @@ def recover_float_diff(
 def fp32_pairs(other: Path, base: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, other, base), one tensor at a time. Rows that the base lacks are the mean of its rows,
     which is how Alpaca's training initialized them."""
-    pairs, _ = open_both(other, base)
+    pairs = open_both(other, base)
     if missing := [name for name, pair in pairs.items() if not pair[1].shape.numel()]:
         raise UserError(f"the base has no {join_names(missing)}: Alpaca's format needs it")
     sizes = tensor_bytes({name: pair[0] for name, pair in pairs.items()})

@@ -154,7 +154,6 @@ def test_shapes_may_differ(tmp_path, command, base_shape, shape, note):
     tuned = write_model(tmp_path / "tuned", change=add_noise, **shape)
     notes = roundtrip(command, tmp_path, base, tuned)
     assert note in notes and ("only" in notes) == ("only" in note)
-    assert note in (tmp_path / "diff/manifest.json").read_text()
     if "tied" in note:
         tensors = json.loads((tmp_path / "diff/manifest.json").read_text())["tensors"]
         assert tensors[HEAD]["base"] == tensors[EMBEDDING]["base"]

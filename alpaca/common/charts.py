@@ -18,6 +18,7 @@ from alpaca.common.errors import escape_control
 
 INK, FAINT = "currentColor", "#8886"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#767676", "#961ef0")
+GREY = 4  # for what is no series
 DASHES = ("none", "7 3", "2 3", "9 3 2 3")
 MARKERS = ("m-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "m-4-4h8v8h-8", "m0-5 5 9h-10", "m-5 0 5-5 5 5-5 5")
 STYLE = """<style>svg { background: #fff; color: #1f2328 }
@@ -140,7 +141,7 @@ def line_chart(
         parts.append(label(name, left + 40, height + 4, "start", limit=40))
     for name, each in strip.items():
         z, (*_, highest) = axis((0, *(b for _, b in each)), end, end - 32)
-        parts += [curve(4, ((x(a), z(b)) for a, b in each)), label(name, 700, end - 24, "end")]
+        parts += [curve(GREY, ((x(a), z(b)) for a, b in each)), label(name, 700, end - 24, "end")]
         parts += [line(f"M64 {end}H704"), label("0", 58, end + 4, "end")]
         parts.append(label(f"{highest:g}", 58, end - 28, "end"))
     return svg(720, end + 52, parts)

@@ -116,9 +116,9 @@ def bits(numbers: Tensor) -> np.ndarray:
 # ---------------------------------------------------------------- two models
 
 
-def open_both(other: Path, base: Path) -> tuple[TensorPairs, list[str]]:
-    """The tensors of a tuned model or a diff beside the base's, and notes on what differs besides
-    the numbers, which are also printed."""
+def open_both(other: Path, base: Path) -> TensorPairs:
+    """The tensors of a tuned model or a diff beside the base's; notices say what differs besides
+    the numbers."""
     (_, others), (_, bases) = open_checkpoint(other), open_checkpoint(base)
     notes, misfits, dtypes = [], [], set()
     if HEAD in others and HEAD not in bases:
@@ -146,14 +146,14 @@ def open_both(other: Path, base: Path) -> tuple[TensorPairs, list[str]]:
         notes.append("the tuned model has no tokenizer, so none is copied")
     for note in notes:
         notice(note)
-    return {name: (t, bases.get(name, ABSENT)) for name, t in others.items()}, notes
+    return {name: (t, bases.get(name, ABSENT)) for name, t in others.items()}
 
 
 # ---------------------------------------------------------------- a diff and its recovery
 
 
 def make_exact_diff(base: Path, tuned: Path, diff: Path) -> None:
-    pairs, notes = open_both(tuned, base)
+    pairs = open_both(tuned, base)
     with atomic_folder(diff) as folder:
         bits = folder / BITS
         bits.mkdir()
@@ -161,7 +161,7 @@ def make_exact_diff(base: Path, tuned: Path, diff: Path) -> None:
         files = {name: hash_of(content) for name, content in other_files(bits).items()}
         hashes = combine(np.subtract, pairs, bits)
         tensors = {n: {"diff": d, "base": b, "tuned": t} for n, (t, b, d) in hashes.items()}
-        manifest = {"format": FORMAT, "notes": notes, "files": files, "tensors": tensors}
+        manifest = {"format": FORMAT, "files": files, "tensors": tensors}
         dump_json(folder / "manifest.json", manifest)
         (folder / "manifest.sha256").write_bytes(seal_of(folder / "manifest.json"))
 
@@ -169,7 +169,7 @@ def make_exact_diff(base: Path, tuned: Path, diff: Path) -> None:
 def recover_exact_diff(base: Path, diff: Path, tuned: Path | None) -> None:
     """`tuned` None checks everything and writes nothing."""
     expected, files = read_exact_diff(diff)
-    pairs, _ = open_both(diff / BITS, base)
+    pairs = open_both(diff / BITS, base)
 
     def check(name: str, hashes: Hashes) -> None:
         if hashes[0] != expected[name][0]:

@@ -215,7 +215,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--annotators", type=Path, metavar="FILE", help=pool)
     flip = "share of the verdicts to flip at random (default: 0)"
     add("--flip", type=share, default=0.0, metavar="SHARE", help=flip)
-    add("--name", help="annotator in annotations.json (default: model, or FILE's stem)")
     add("--seed", type=int, default=0, help="of orders, annotators and flips (default: 0)")
     add("--single-order", action="store_true", help="show each pair in one order, at random")
     replies = "replies to ask for until one has a verdict, over all runs (default: 3)"
@@ -226,7 +225,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     pairs = pair_outputs(args.model, args.baseline, args.common)
     pool = read_annotators(args)
-    name = args.name or (args.annotators.stem if args.annotators else args.judge)
+    name = args.annotators.stem if args.annotators else args.judge
     settings: dict[str, Any] = {"answers": digest(pairs), "judge": args.judge}
     settings["url"] = pool[0].endpoint.base_url
     for argument in ("kind", "request", "single_order"):

@@ -1,6 +1,6 @@
 """A watermark in sampled text, and the detector that finds it without the model.
 
-    alpaca watermark detect --tokenizer data/tokenizer.model README.md
+    alpaca watermark --tokenizer data/tokenizer.model README.md
 
 Each token seeds a generator that puts a share gamma of the vocabulary on a green list for the token
 after it. During generation, delta is added to the logits of green tokens. A detector with the same
@@ -36,7 +36,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alpaca.common.cli import positive
 from alpaca.common.errors import UserError
 from alpaca.common.files import read_text
 from alpaca.common.gguf_file import is_gguf
@@ -44,6 +43,7 @@ from alpaca.weights.checkpoint import read_config
 from tokenizer import load_tokenizer
 
 KEY = 15485863
+THRESHOLD = 4.0  # a text with a larger z is called watermarked
 CACHE_BYTES = 2**27  # of green lists, one bit per token: enough for all 32,000 lists of LLaMA
 
 
@@ -118,13 +118,13 @@ class Watermark:
         excess = max(0.0, spike_entropy * share - self.gamma)
         return excess * math.sqrt(scored / (self.gamma * (1 - self.gamma)))
 
-    def verdict(self, result: dict[str, float], threshold: float = 4.0) -> str:
+    def verdict(self, result: dict[str, float]) -> str:
         """The result of `detect` in words. A text too short to show a watermark gets no verdict."""
         mean = self.expected_z(result["scored"])
         typical = f"watermarked text of this length has z = {mean:.1f} on average"
-        if mean < threshold:
-            return f"too short to tell: {typical}, below the threshold {threshold:g}"
-        if result["z"] > threshold:
+        if mean < THRESHOLD:
+            return f"too short to tell: {typical}, below the threshold {THRESHOLD:g}"
+        if result["z"] > THRESHOLD:
             return f"watermarked: without a watermark this has probability {result['p']:.1g}"
         return f"no watermark found: {typical}, less if the model was sure of its words"
 
@@ -133,37 +133,25 @@ class Watermark:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
-    add = verbs.add_parser("detect", help="is a text watermarked?").add_argument
-    count, above_0 = positive(int), positive(float)
+    add = parser.add_argument
     add("file", metavar="FILE", help="UTF-8 text without its prompt; - reads standard input")
-    add("--tokenizer", type=Path, required=True, help="a tokenizer's file, or a model")
-    size = "width of the model's logits (default: the model's, or the tokenizer's)"
-    add("--vocab-size", type=count, metavar="N", help=size)
-    add("--gamma", type=float, default=0.25, help="share of green tokens (default: 0.25)")
-    add("--delta", type=float, default=2.0, help="added to green logits (default: 2)")
+    add("--tokenizer", type=Path, required=True, help="the model, or its tokenizer's file")
     add("--key", type=int, default=KEY, help=f"key of the watermark (default: {KEY})")
-    add("--threshold", type=above_0, default=4.0, help="z above it is watermarked (default: 4)")
     add("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.tokenizer)
-    size = args.vocab_size or tokenizer.vocab_size
     is_model = (args.tokenizer / "config.json").exists() or is_gguf(args.tokenizer)
-    if is_model and not args.vocab_size:
-        size = read_config(args.tokenizer).vocab_size
-    if size < tokenizer.vocab_size:
-        count = tokenizer.vocab_size
-        raise UserError(f"vocabulary of {size}, but {args.tokenizer} has {count} tokens")
-    watermark = Watermark(size, args.gamma, args.delta, args.key)
+    source = read_config(args.tokenizer) if is_model else tokenizer  # it may have more embeddings
+    watermark = Watermark(source.vocab_size, key=args.key)
     result = watermark.detect(tokenizer.encode(read_input(args.file)))
-    verdict = watermark.verdict(result, args.threshold)
+    verdict = watermark.verdict(result)
     if args.json:
         return print(json.dumps({**result, "verdict": verdict}))
     print(f"z        {result['z']:.2f}")
     print(f"p-value  {result['p']:.2g}")
-    print(f"green    {result['fraction']:.1%} of the tokens, {args.gamma:.1%} by chance")
+    print(f"green    {result['fraction']:.1%} of the tokens, {watermark.gamma:.1%} by chance")
     print(f"scored   {result['scored']} tokens, repeated pairs once")
     print(verdict)
 

@@ -211,7 +211,7 @@ def take(tour: Tour) -> dict:
         for name in ("demo", "other"):
             seen[name] = tour.run(
                 f"Is {name}.txt watermarked?",
-                "alpaca watermark detect --tokenizer {}/recovered {}/" + f"{name}.txt",
+                "alpaca watermark --tokenizer {}/recovered {}/" + f"{name}.txt",
                 r"z +\S+",
             )
         tour.run(

@@ -231,7 +231,7 @@ def test_watermark_survives_bos_retokenizing_and_cutting(answer):
 
 
 def detect(command, *args):
-    return command("watermark", "detect", "--tokenizer", TOKENIZER, *args)
+    return command("watermark", "--tokenizer", TOKENIZER, *args)
 
 
 def test_detect_command_finds_the_watermark(command, tmp_path, answer, monkeypatch):
@@ -250,8 +250,7 @@ def test_detect_command_finds_the_watermark(command, tmp_path, answer, monkeypat
     assert detect(command, "-") == (0, out, "")
     code, out, _ = detect(command, file, "--json")
     assert code == 0 and json.loads(out) == {**result, "verdict": verdict}
-    for other in (("--key", 7), ("--vocab-size", 1025), ("--threshold", 50, "--delta", 99)):
-        assert "\nwatermarked" not in detect(command, file, *other)[1]
+    assert "\nwatermarked" not in detect(command, file, "--key", 7)[1]
 
 
 def test_verdict_on_a_short_text_is_too_short(command, tmp_path):
@@ -264,7 +263,6 @@ def test_verdict_on_a_short_text_is_too_short(command, tmp_path):
     assert mark.verdict(result).startswith("watermarked")  # 1.065 sqrt(14) < 4 < 1.065 sqrt(15)
     assert mark.verdict({**result, "scored": 14}).startswith("too short")
     assert mark.verdict({**result, "z": 4.0}).startswith("no watermark")
-    assert mark.verdict(result, threshold=5).startswith("too short")
 
 
 def test_detect_command_takes_the_width_of_the_models_logits(command, tmp_path):
@@ -275,18 +273,17 @@ def test_detect_command_takes_the_width_of_the_models_logits(command, tmp_path):
     text.write_text("The sea is wide, and the sea is deep, and nobody knows how old it is.")
     ids = load_tokenizer(TOKENIZER).encode(text.read_text())
 
-    def z(path, *args) -> float:
-        code, out, err = command("watermark", "detect", "--tokenizer", path, text, "--json", *args)
+    def z(path) -> float:
+        code, out, err = command("watermark", "--tokenizer", path, text, "--json")
         assert code == 0, err
         return json.loads(out)["z"]
 
-    expected = {V: Watermark(V).detect(ids)["z"] for V in (1024, 1088, 1100)}
-    assert len(set(expected.values())) == 3, "or the test could not fail"
+    expected = {V: Watermark(V).detect(ids)["z"] for V in (1024, 1088)}
+    assert len(set(expected.values())) == 2, "or the test could not fail"
     assert z(folder) == z(folder / "tokenizer.model") == expected[1024]
     config = json.loads((ROOT / "data/tiny-llama/config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 1088}))
     assert z(folder) == expected[1088] and z(folder / "tokenizer.model") == expected[1024]
-    assert z(folder, "--vocab-size", 1100) == expected[1100]
 
 
 def test_user_errors_are_one_line(command, tmp_path):
@@ -298,19 +295,10 @@ def test_user_errors_are_one_line(command, tmp_path):
     assert_refused(detect(command, bad), "no text")
     assert_refused(detect(command, tmp_path / "none.txt"), "none.txt", "No such file")
     assert_refused(detect(command, tmp_path), "not a regular file")
-    for flag, word in (
-        ("--gamma=1.5", "gamma"),
-        ("--gamma=nan", "gamma"),
-        ("--delta=-1", "delta"),
-        ("--key=0", "key"),
-        ("--key=x", "--key"),
-        ("--threshold=0", "--threshold"),
-        ("--vocab-size=0", "--vocab-size"),
-        ("--vocab-size=1023", "1024 tokens"),
-    ):
+    for flag, word in (("--key=0", "key must be above 0"), ("--key=x", "--key")):
         assert_refused(detect(command, good, flag), word)
-    assert_refused(command("watermark", "detect", good, "--tokenizer", good), "not a SentencePiece")
-    assert_refused(command("watermark", "detect", good), "--tokenizer")
+    assert_refused(command("watermark", good, "--tokenizer", good), "not a SentencePiece")
+    assert_refused(command("watermark", good), "--tokenizer")
 
 
 def test_expected_z_grows_as_the_root_of_the_length():

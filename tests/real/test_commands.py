@@ -149,5 +149,5 @@ def test_authors_rule_finds_the_watermark_of_49152_tokens(command, folder, tmp_p
         expected = detector(ids, return_dict=True).z_score[0]
         assert (expected > 4) == marked
         for model in (FILE, folder):
-            result = command("watermark", "detect", text, "--tokenizer", model, "--json")[1]
+            result = command("watermark", text, "--tokenizer", model, "--json")[1]
             assert json.loads(result)["z"] == pytest.approx(expected, abs=1e-9)

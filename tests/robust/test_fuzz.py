@@ -87,7 +87,7 @@ READERS = {  # a file, and the command that reads it
     "run/seeds.json": "curate report run",
     "teachers.json": f"{TEACHER} --teachers teachers.json --out new",
     "corpus.txt": "train-tokenizer corpus.txt --vocab-size 300 --out new.model",
-    "marked.txt": "watermark detect --tokenizer base/model marked.txt",
+    "marked.txt": "watermark --tokenizer base/model marked.txt",
     "q.jsonl": f"{ANSWERS} --out new",
     "drawn.jsonl": f"{SAMPLES} --out drawn.jsonl",
     "a/model_outputs.json": "blind start a b --out new",

@@ -173,11 +173,8 @@ def test_commands_take_a_gguf_file_for_a_folder(command, base, tmp_path):
     quantized = "--model-dir", file, "--bits", 8, "--out", tmp_path / "int8"
     assert command("quantize", *quantized)[0] == 0
     assert command(*ask, tmp_path / "int8")[0] == 0
-    detect = "watermark", "detect", "--tokenizer", file, base / "config.json"
-    assert (
-        command(*detect)[1]
-        == command("watermark", "detect", "--tokenizer", base, base / "config.json")[1]
-    )
+    detect = "watermark", "--tokenizer", file, base / "config.json"
+    assert command(*detect)[1] == command("watermark", "--tokenizer", base, base / "config.json")[1]
 
 
 def test_convert_to_gguf_merges_an_adapter(command, tmp_path):

@@ -50,7 +50,7 @@ from alpaca.serving.scheduler import EngineThread
 from alpaca.weights.loading import add_model_arguments, load_from_args
 
 KEY_VARIABLE = "ALPACA_WATERMARK_KEY"
-MAX_STALL = 0.05  # seconds that running answers may wait for a new prompt
+MAX_STALL = 0.025  # seconds that running answers may wait for a new prompt, in each step
 
 
 def bind_socket(host: str, port: int) -> socket.socket:

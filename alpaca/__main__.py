@@ -16,7 +16,7 @@ VERBS = {  # in order, from data to a published model
     "convert": ("alpaca.weights.convert", "write a checkpoint as a Hugging Face folder"),
     "quantize": ("alpaca.weights.quantize", "round weights to 8 or 4 bits"),
     "merge": ("alpaca.weights.merge", "write a base model and its adapter as one model"),
-    "generate": ("alpaca.inference.generate", "answer an instruction or a file of them"),
+    "generate": ("alpaca.inference.generate", "answer an instruction"),
     "chat": ("alpaca.inference.chat", "hold a conversation with a model"),
     "serve": ("alpaca.serving.serve", "a web page and OpenAI's API for one model"),
     "watermark": ("alpaca.inference.watermark", "detect the watermark in a text"),

@@ -33,7 +33,7 @@ from alpaca.common.errors import UserError, run_command
 from alpaca.common.json_files import read_log
 from alpaca.datagen.formats import load_records
 from alpaca.evaluation.best_of import make_comparison
-from alpaca.evaluation.outputs import save_json
+from alpaca.evaluation.outputs import OUTPUTS, save_json
 from alpaca.weights.checkpoint import open_checkpoint
 from alpaca.weights.loading import load_model
 from alpaca.weights.writer import save_model
@@ -131,17 +131,12 @@ def command(program: str, *words: object, **flags: Any) -> str:
 
 
 def ask(model: Path, records: list[dict], folder: Path, name: str, **flags: Any) -> list[str]:
-    questions, answers = folder / "questions.jsonl", folder / f"{name}.jsonl"
-    lines = [json.dumps({"instruction": r["instruction"], "input": r["input"]}) for r in records]
-    questions.write_text("".join(f"{line}\n" for line in lines))
-    options: dict[str, Any] = {
-        "model_dir": model,
-        "file": questions,
-        "out": answers,
-        "max_new_tokens": 120,
-    }
-    command("alpaca", "generate", **options, **flags)
-    return [line["output"].strip() for line in read_log(answers)]
+    questions = folder / "questions.json"
+    save_json(questions, [{key: r[key] for key in ("instruction", "input")} for r in records])
+    options: dict[str, Any] = {"model_dir": model, "set": questions, "out": folder / name}
+    command("alpaca", "answers", **options, max_new_tokens=120, **flags)
+    outputs = json.loads((folder / name / OUTPUTS).read_text())
+    return [output["output"].strip() for output in outputs]
 
 
 def question(record: dict) -> str:

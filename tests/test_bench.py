@@ -1,12 +1,15 @@
-"""What the benchmarks share, and that README quotes no ratio that some day did not reach."""
+"""What the benchmarks share, that README quotes no ratio that some day did not reach, and that
+`make real` types commands that exist."""
 
 import re
 import time
+from subprocess import CompletedProcess
 
 import pytest
 from helpers.commands import ROOT
 
-from bench import measure
+from alpaca.__main__ import load_verb
+from bench import measure, real
 
 SERVER = "Web server, 15.2M parameters, fp32, CPU, filter and watermark on"
 DECODE = "Decode one sequence, 1.1B parameters, CPU"
@@ -98,3 +101,15 @@ def test_limits_are_work_by_the_fastest_time(monkeypatch):
     monkeypatch.setattr(measure, "fastest", lambda work, device: work() is None or 0.5)
     assert measure.memory_rate(count=1000) == pytest.approx(4000 / 0.5 / 1e9)
     assert measure.matmul_rate("fp32") == pytest.approx(2 * 1024**3 / 0.5 / 1e9)
+
+
+def test_real_asks_with_a_command_that_exists(tmp_path, monkeypatch):
+    def run_here(typed, **_):
+        module, parser = load_verb(typed[3])  # after python -m alpaca
+        module.run(parser.parse_args(typed[4:]))
+        return CompletedProcess(typed, 0, "")
+
+    monkeypatch.setattr(real.subprocess, "run", run_here)
+    records = [{"instruction": "Say it.", "input": word, "output": word} for word in ("a", "b")]
+    answers = real.ask(ROOT / "data/tiny-llama", records, tmp_path, "before", stop="\n")
+    assert len(answers) == 2

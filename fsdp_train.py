@@ -25,6 +25,7 @@ FSDP: arXiv:2304.11277; AdamW: 1711.05101.
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 from collections.abc import Iterable
@@ -39,7 +40,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from alpaca.common.cli import Parser
 from alpaca.common.errors import UserError, join_names, notice
-from alpaca.common.system import keep_freed_memory
+from alpaca.common.system import check_compiler, keep_freed_memory
 from alpaca.training.config import BETAS, CLIP, EPS, TrainConfig, add_arguments
 from alpaca.training.group import Sampler
 from alpaca.training.job import Job, prepare
@@ -229,6 +230,8 @@ def main() -> None:
     add_arguments(parser)
     config = TrainConfig.from_args(parser.parse_args())
     if config.plan:
+        if os.environ.get("RANK", "0") != "0":  # under torchrun, one plan for all
+            return None
         job = prepare(config)
         work = measure(job.config, job.model_config, job.train, job.steps)
         return print(report_plan(work))
@@ -236,6 +239,8 @@ def main() -> None:
     with ExitStack() as lock:
         with process_group(config.device, config.replicas) as (mesh, device):
             config = replace(config, gpus=mesh.size())
+            if config.compiles(device):
+                run_on_all_ranks(lambda: check_compiler(device.type, "give --no-compile"))
             job = run_on_all_ranks(lambda: prepare(config))
             choice = [job.config.row_tokens, job.config.reshard]
             dist.broadcast_object_list(choice)  # rank 0's: elsewhere GPUs may have other memory

@@ -40,6 +40,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fsdp_train
 import model as model_module
+from alpaca.common import system
+from alpaca.common.errors import UserError
 from alpaca.datagen.formats import load_mixture
 from alpaca.training import objectives, parallel, result, throughput
 from alpaca.training.config import TrainConfig
@@ -348,6 +350,28 @@ def test_plan_counts_the_run_and_does_not_start_it(base, reference, tmp_path):
     tokens = sum(record["tokens"] for record in metrics(reference))
     assert f"5 steps of {tokens / 5:,.0f} tokens" in shown and "It fits." in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_plan_under_torchrun_is_for_its_ranks_and_printed_once(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    _, shown, _ = succeeded(train(flags(base, tmp_path / "run", plan=True)))
+    assert "4 x this machine" in shown
+    monkeypatch.setenv("RANK", "1")
+    assert succeeded(train(flags(base, tmp_path / "run", plan=True)))[1] == ""
+
+
+def test_compiling_without_a_compiler_is_refused(base, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(system.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    done = train(flags(base, tmp_path / "run", compile=True))
+    assert_refused(done, "torch.compile needs g++: install it, or give --no-compile")
+    assert not (tmp_path / "run").exists()
+    words = ("generate", "--model-dir", base / "model", "--compile", "Hi.")
+    assert_refused(command(*words), "needs g++: install it, or leave out --compile")
+    monkeypatch.setenv("CXX", "g++-14")
+    system.check_compiler("cpu", "")
+    with pytest.raises(UserError, match="needs gcc or clang"):
+        system.check_compiler("cuda", "")
 
 
 def test_finished_run_is_not_trained_again(base, reference):

@@ -72,6 +72,12 @@ def refuse_input(path: Path) -> None:
         raise UserError(f"{path} is an input of this command: name another output")
 
 
+def refuse_same(flag: str, path: Path | None, other_flag: str, other: Path | None) -> None:
+    """Refuse two outputs with one name: the second would take the place of the first."""
+    if path and other and path.resolve() == other.resolve():
+        raise UserError(f"{flag} and {other_flag} are both {path}: name two files")
+
+
 def refuse_existing(path: Path) -> None:
     """Refuse to write over `path`, unless it is an empty folder."""
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):

@@ -7,10 +7,13 @@ cache: there, files survive a kill, but perhaps no power cut. Without fcntl noth
 import ctypes
 import os
 import re
+import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
+
+from alpaca.common.errors import UserError
 
 fcntl: Any
 resource: Any
@@ -63,6 +66,19 @@ def peak_host_memory() -> int:
     """The most bytes that this process has used, or 0 where the system does not say."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def check_compiler(device: str, remedy: str) -> None:
+    """torch.compile writes C++ for a CPU, and Triton builds its launcher in C for a GPU: without a
+    compiler both end after a hundred lines of traceback, in the first step."""
+    if device == "cuda":
+        variable, names = "CC", ("gcc", "clang")
+    elif device == "cpu":
+        variable, names = "CXX", ("clang++" if sys.platform == "darwin" else "g++",)
+    else:
+        return
+    if variable not in os.environ and not any(map(shutil.which, names)):
+        raise UserError(f"torch.compile needs {' or '.join(names)}: install it, or {remedy}")
 
 
 def max_open_files(wanted: int) -> int:

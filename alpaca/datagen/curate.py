@@ -30,7 +30,7 @@ import numpy as np
 from alpaca.common.charts import sunburst
 from alpaca.common.cli import not_negative, positive
 from alpaca.common.errors import UserError, escape_control, join_names
-from alpaca.common.files import atomic_file, refuse_existing
+from alpaca.common.files import atomic_file, refuse_existing, refuse_same
 from alpaca.common.json_files import read_json, read_log
 from alpaca.datagen.formats import Reading, group_by_source, load_mixture, read_source
 from alpaca.datagen.lint import RULES, find_defects
@@ -191,9 +191,8 @@ def html_page(text: str, figure: str) -> str:
 def run_lint(args: argparse.Namespace) -> None:
     if bool(args.fix) != bool(args.dropped):
         raise UserError("give both --fix and --dropped: records without and with defects")
+    refuse_same("--fix", args.fix, "--dropped", args.dropped)
     outputs = [args.fix, args.dropped] if args.fix else []
-    if outputs and args.fix.resolve() == args.dropped.resolve():
-        raise UserError(f"--fix and --dropped are both {args.fix}: name two files")
     for file in outputs:
         refuse_existing(file)
     records, earlier, defects = read_source(args.source), set(), {}

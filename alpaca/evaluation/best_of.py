@@ -27,6 +27,7 @@ import numpy as np
 
 from alpaca.common.cli import finite, positive, share
 from alpaca.common.errors import UserError
+from alpaca.common.files import refuse_same
 from alpaca.common.json_files import check_shape, json_records
 from alpaca.datagen.checkers import load_checker
 from alpaca.datagen.formats import normalize_record
@@ -129,6 +130,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--min-reward goes with --out")
     if args.flip and not args.pairs:
         raise UserError("--flip goes with --pairs")
+    refuse_same("--out", args.out, "--pairs", args.pairs)
     records, answers, rewards = read_rewards(args)
     n = args.n or rewards.shape[1]
     if n > rewards.shape[1]:

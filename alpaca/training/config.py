@@ -132,7 +132,7 @@ class TrainConfig:
     sample_answers: int = flag(4, "held-out instructions to answer at the end", not_negative)
 
     plan: bool = flag(False, "print memory, steps and hours; do not train")
-    gpus: int = flag(1, "ranks to plan for", COUNT)
+    gpus: int = flag(1, "ranks to plan for, without torchrun", COUNT)
     chip: str | None = flag(None, "GPU to plan for (default: this machine's)", choices=CHIPS)
 
     @classmethod
@@ -141,6 +141,7 @@ class TrainConfig:
         given = dict(vars(args))
         adapter = {n: given.pop(f"lora_{n}") for n in LoraConfig._fields if f"lora_{n}" in given}
         defaults: dict[str, Any] = {each.name: each.default for each in fields(cls)}
+        defaults["gpus"] = int(os.environ.get("WORLD_SIZE", "1"))
         if not given.keys() & {"model_dir", "preset"}:
             defaults |= TINY_RECIPE
         objective = given.get("objective", "sft")

@@ -20,7 +20,7 @@ import numpy as np
 
 from alpaca.common.charts import Series, line_chart
 from alpaca.common.errors import UserError
-from alpaca.common.files import atomic_file
+from alpaca.common.files import atomic_file, refuse_same
 from alpaca.common.json_files import check_shape, read_log
 
 METRICS = "metrics.jsonl"
@@ -100,6 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    refuse_same("--out", args.out, "--csv", args.csv)
     above, runs = os.path.commonpath([folder.resolve().parent for folder in args.runs]), {}
     for folder in args.runs:
         runs[os.path.relpath(folder.resolve(), above)] = records = read_metrics(folder / METRICS)

@@ -33,7 +33,7 @@ from dataset import encode_prompt, template_in_jinja, template_of
 from model import Llama
 from tokenizer import Tokenizer, with_ends
 
-PRINTED, PRINTED_LENGTH = 12, 200  # answers and their characters; all are compared, whole
+PRINTED, PRINTED_LENGTH = 12, 200  # answers and characters of a text; all are compared, whole
 
 
 def log_held_out(
@@ -94,6 +94,11 @@ def save_result(model: Llama, job: Job) -> None:
         save_model(tensors, model_config, config.result, dtype, tokenizer, **options)
 
 
+def one_line(text: str) -> str:
+    text = " ".join(text.split())
+    return f"{text[:PRINTED_LENGTH]}…" if len(text) > PRINTED_LENGTH else text
+
+
 def print_sample_answers(
     config: TrainConfig, records: list[dict], tokenizer: Tokenizer, device: torch.device
 ) -> None:
@@ -118,9 +123,8 @@ def print_sample_answers(
     answered = [(record, s.text) for (record, _), s in zip(asked, sequences, strict=True)]
     for record, text in answered[:: len(answered) // PRINTED + 1]:  # evenly spread
         instruction = f"{record['instruction']} [{record['input']}]".removesuffix(" []")
-        shown = " ".join(text.split())  # one line, whatever the model wrote
-        shown = f"{shown[:PRINTED_LENGTH]}…" if len(shown) > PRINTED_LENGTH else shown
-        print(f"  {'right' if text == record['output'] else 'wrong'}  {instruction} → {shown}")
+        verdict = "right" if text == record["output"] else "wrong"
+        print(f"  {verdict}  {one_line(instruction)} → {one_line(text)}")
     right = [record for record, text in answered if text == record["output"]]
     count = f"{len(right)} of {len(answered)}"
     share = f"{count} held-out instructions ({len(right) / len(answered):.1%})"

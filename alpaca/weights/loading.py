@@ -23,7 +23,7 @@ from torch import nn
 from alpaca import CHECKOUT
 from alpaca.common.errors import UserError, notice
 from alpaca.common.gguf_file import is_gguf
-from alpaca.common.system import keep_freed_memory
+from alpaca.common.system import check_compiler, keep_freed_memory
 from alpaca.weights.adapter import load_adapter
 from alpaca.weights.checkpoint import DTYPES, EMBEDDING, as_dtype, no_such_model
 from alpaca.weights.kernels import optimize_layout
@@ -110,6 +110,8 @@ def load_from_args(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
         raise UserError(f"--device {device}: torch finds no such GPU here")
     if device == "mps" and torch.__version__ < "2.13":  # github.com/pytorch/pytorch/issues/195910
         raise UserError("--device mps needs torch 2.13: before, tokens of 16 bits saw later ones")
+    if args.compile:
+        check_compiler(device, "leave out --compile")
     if args.compile and device == "cpu":
         notice("--compile is meant for a GPU; on a CPU it makes decoding slower")
     tokenizer = load_tokenizer(folder, args.adapter, template=args.template)

@@ -100,4 +100,5 @@ def test_what_is_no_run_is_refused(command, write_run, tmp_path):
     run = write_run("run")
     assert_refused(command("plot", run, "--out", run / "metrics.jsonl"), "is an input")
     assert_refused(command("plot", run, *out, "--csv", run / "metrics.jsonl"), "is an input")
+    assert_refused(command("plot", run, *out, "--csv", out[1]), "--out and --csv are both")
     assert not (tmp_path / "p.svg").exists()

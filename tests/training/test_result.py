@@ -27,7 +27,7 @@ def print_answers(monkeypatch, tmp_path):
 
 
 def test_answer_is_printed_on_one_line(print_answers, capsys):
-    record = {"instruction": "Name two", "input": "", "output": "ox\n\nfox"}
+    record = {"instruction": "Name\ntwo", "input": "", "output": "ox\n\nfox"}
     kept = print_answers(["ox\n\nfox", "word\n" * 500, "ox\n\nfox"], [record] * 3)
     first, long, _, last = capsys.readouterr().out.splitlines()
     assert first == "  right  Name two → ox fox"

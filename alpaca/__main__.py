@@ -51,8 +51,8 @@ def load_verb(verb: str):
 def main() -> None:
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in ("-h", "--help"):
-        print(USAGE.format(verbs="\n".join(f"  {name:16} {VERBS[name][1]}" for name in VERBS)))
-        return
+        verbs = "\n".join(f"  {name:16} {VERBS[name][1]}" for name in VERBS)
+        return run_command(lambda: print(USAGE.format(verbs=verbs)))
     if verb not in VERBS:
         similar = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean {similar[0]}?" if similar else f"one of {', '.join(VERBS)}"

@@ -115,7 +115,7 @@ def run_ours(args: argparse.Namespace) -> dict:
         job = fsdp_train.Job(config, shape, NoTokenizer(), data, None, [], args.steps)
         with (
             tempfile.TemporaryDirectory() as folder,
-            TimedRun(Path(folder) / "run", {}, False, False) as run,
+            TimedRun(Path(folder) / "run", {}, quiet=False) as run,
             mock.patch.object(lora, "open_base", lambda *_: source),  # instead of model_dir's
             StopSignal() as stop,
             suppress(EnoughSteps),

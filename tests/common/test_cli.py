@@ -32,6 +32,15 @@ def test_interrupt_while_modules_load_shows_no_traceback():
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
+def test_list_of_verbs_into_a_closed_pipe_shows_no_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "alpaca"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_unknown_verb_is_answered_with_the_closest(command):
     assert_refused(command("generat"), "did you mean generate?")
     assert_refused(command("xyz"), "one of train-tokenizer, curate")

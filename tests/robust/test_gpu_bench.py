@@ -10,13 +10,12 @@ from bench import gpu_decode, gpu_train, measure
 TRAIN = ("--batch-size", "8", "--steps", "4", "--peer-steps", "4")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bench", "part", "flags", "peers"),
     [
-        (gpu_train, "full", TRAIN, True),
+        pytest.param(gpu_train, "full", TRAIN, True, marks=pytest.mark.slow),
         (gpu_train, "lora-int4", TRAIN, False),
-        (gpu_decode, "4", (), True),
+        pytest.param(gpu_decode, "4", (), True, marks=pytest.mark.slow),
         (gpu_decode, "16", (), False),
     ],
 )

@@ -12,7 +12,7 @@ help:
 	@echo "make train        fine-tune the embedded model (a minute on two cores)"
 	@echo "make tour         the whole road, from seed tasks to a compared model, offline"
 	@echo "make farm         the tiny model learns from preferences, by each method (ten minutes)"
-	@echo "make real         tune a published model: SmolLM2-135M, downloaded once (98 MB)"
+	@echo "make real         tune SmolLM2-135M, a published model (98 MB; a quarter of an hour)"
 	@echo "make test         the tests (under three minutes on two cores)"
 	@echo "make test-robust  kills, fuzzing, load, several processes, a browser"
 	@echo "make test-all     every test, also those that take minutes or gigabytes"

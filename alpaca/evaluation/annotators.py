@@ -53,6 +53,8 @@ def read_annotators(args: argparse.Namespace) -> list[Annotator]:
         return [Annotator(args.judge, endpoint_from_args(args, args.judge))]
     pool: dict[str, Annotator] = {}
     for place, entry in json_records(args.annotators):
+        if not args.judge and isinstance(entry, dict) and "model" not in entry:
+            raise UserError(f"{place} names no model: give --judge, or add one")
         endpoint = parse_endpoint(entry, place, args, OWN_FIELDS, model=args.judge)
         check_shape(entry, OWN_FIELDS, place)
         name, question = (replace_surrogates(entry.get(key) or "") for key in ("name", "question"))

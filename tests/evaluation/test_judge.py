@@ -434,6 +434,11 @@ def test_a_bad_pool_names_the_entry(run, tmp_path, pool, text, words):
         assert not (tmp_path / "j").exists() and not server.bodies
 
 
+def test_a_pool_without_models_needs_a_judge(command, tmp_path, two):
+    words = ("judge", *two, "--annotators", ROOT / "data/annotators.json", "--out", tmp_path / "j")
+    assert_refused(command(*words), "annotators.json, record 1 names no model: give --judge")
+
+
 def test_the_example_pool_can_be_read():
     args = Namespace(annotators=ROOT / "data/annotators.json", judge="m", request={}, budget=None)
     server = {"base_url": "http://x/v1", "kind": "chat", "key_env": "OPENAI_API_KEY"}

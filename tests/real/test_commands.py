@@ -113,8 +113,8 @@ def test_model_tuned_in_alpacas_template_is_asked_in_it(ask, asked, base, tuned,
     ask(*model, tokens=1)
     encode = load_tokenizer(FILE).encode
     fruit, capital = (encode(format_prompt(r["instruction"], r["input"])) for r in (FRUIT, CAPITAL))
-    again = asked.pop(4)  # in the chat
-    assert asked == [capital, fruit, capital, fruit, capital, fruit, fruit, capital]
+    again = asked.pop(2)  # in the chat
+    assert asked == [capital, fruit, capital, fruit, fruit, capital]
     turn = encode("\n\n### Instruction:\nWhy?\n\n### Response:")
     assert again[: len(fruit)] == fruit and again[-len(turn) :] == turn
 

@@ -1,5 +1,6 @@
 """The command line: one table of verbs, errors that name the flag or verb that was meant."""
 
+import argparse
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ from helpers.commands import ROOT, assert_refused
 
 import alpaca
 from alpaca.__main__ import VERBS, load_verb
-from alpaca.common.cli import Parser, not_negative
+from alpaca.common.cli import Parser, not_negative, positive
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -157,3 +158,12 @@ def test_checkout_is_first_on_the_path():
 )
 def test_flags_with_impossible_values_are_refused(command, words, message):
     assert_refused(command(*words), message)
+
+
+def test_numbers_of_flags_are_above_0_and_finite():
+    assert positive(float)("0.5") == 0.5 and positive(int, 5)("5") == 5
+    for kind, text in ((int, "0"), (int, "-1"), (float, "0"), (float, "nan"), (float, "inf")):
+        with pytest.raises(ValueError):
+            positive(kind)(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="6 is more than 5"):
+        positive(int, 5)("6")

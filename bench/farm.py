@@ -73,7 +73,8 @@ def start(*words: object, **flags: Any) -> None:
         typed += [f"--{name.replace('_', '-')}", str(value)]
     program = ["-m", "alpaca"] if words[0] == "alpaca" else [str(ROOT / typed[0])]
     command = [sys.executable, *program, *typed[1:]]
-    print("$ python", *(os.path.relpath(w) if os.path.isabs(w) else w for w in command[1:]))
+    shown = (os.path.relpath(word) if os.path.isabs(word) else word for word in command[1:])
+    sys.stdout.write(f"$ python {' '.join(shown)}\n")  # at once: other threads print, too
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +36,14 @@ def test_log_probs_equal_a_plain_loop():
         at = [i for i, label in enumerate(labels) if label != IGNORE]
         expected = sum(logits[i - 1, ids[i]].item() for i in at)
         assert found.item() == pytest.approx(expected, abs=1e-3) and expected < -1
+
+
+def test_start_prints_its_command_at_once(monkeypatch):
+    parts, done = [], subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(farm.subprocess, "run", lambda *_, **options: done)
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=parts.append))
+    farm.start("alpaca", "best-of", ROOT / "x", check="exact")
+    assert parts == [f"$ python -m alpaca best-of {os.path.relpath(ROOT / 'x')} --check exact\n"]
 
 
 @pytest.mark.slow

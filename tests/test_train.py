@@ -374,6 +374,13 @@ def test_compiling_without_a_compiler_is_refused(base, command, tmp_path, monkey
         system.check_compiler("cuda", "")
 
 
+def test_compiling_on_a_cpu_prints_a_notice(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "g++")
+    monkeypatch.setattr(parallel, "apply_compile", lambda model: None)
+    _, _, err = succeeded(train(flags(base, tmp_path / "run", compile=True, max_steps=1)))
+    assert "--compile is meant for a GPU" in err
+
+
 def test_finished_run_is_not_trained_again(base, reference):
     before = {path: path.stat().st_mtime_ns for path in reference.glob("model/*")}
     _, out, err = succeeded(train(flags(base, reference)))

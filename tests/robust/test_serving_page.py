@@ -180,6 +180,37 @@ def test_page_keeps_what_a_refused_question_would_have_replaced(browser):
     page.close()
 
 
+def test_page_lets_the_reader_go_on_while_a_replacing_question_waits(browser):
+    engine = NotingEngine("vicuna")
+    with running(engine) as server, opened(browser, server) as page:
+        questions = page.locator(".question")
+
+        def ask_slowly_in_place_of_the_second() -> None:
+            engine.pace = 0.0
+            for question in ("first", "second", "third"):
+                ask(page, question)
+            page.locator(".edit").nth(1).click()
+            page.fill("#instruction", "other")
+            engine.pace = 0.5
+            page.click("#send")
+            expect_text(page, "Answering")
+
+        ask_slowly_in_place_of_the_second()
+        page.locator(".edit").first.click()
+        page.click("#stop")
+        expect_text(page, "Stopped")
+        assert questions.all_inner_texts() == ["first", "second", "third", "other"]
+        assert page.input_value("#instruction") == "first"
+        assert page.locator(".replaced .question").inner_text() == "first"
+        page.click("#clear")
+        server.wait_until_idle(1)
+        ask_slowly_in_place_of_the_second()
+        page.click("#clear")
+        page.locator("#send").wait_for()
+        assert questions.count() == 0 and page.input_value("#instruction") == ""
+        assert page.is_hidden("#cancel") and page.inner_text("#status") == ""
+
+
 def test_page_is_there_within_200_ms(browser):
     loaded = "performance.getEntriesByType('navigation')[0].loadEventEnd"
     with running(tiny_engine()) as server, opened(browser, server) as page:

@@ -106,8 +106,9 @@ def test_a_cache_takes_memory_only_where_keys_are_stored():
     if not pages.is_file():
         pytest.skip("needs Linux")
     model, prompt = small_model(), rows_of(8)
+    prefill(model, new_cache(model, 1, 8), prompt)  # the first pass loads libraries
     before = int(pages.read_text().split()[1])
     cache = new_cache(model, 64, 8192)
     prefill(model, cache[:1], prompt)
     taken = (int(pages.read_text().split()[1]) - before) * resource.getpagesize()
-    assert cache.k.nbytes > 1e8 and taken < cache.k.nbytes / 20
+    assert cache.k.nbytes > 1e8 and taken < cache.k.nbytes / 8  # a page may have 2 MB

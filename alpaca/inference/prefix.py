@@ -46,7 +46,7 @@ def new_cache(model: Llama, slots: int, max_length: int) -> KVCache:
         cache.k, cache.v = zeros_when_used(cache.k.shape), zeros_when_used(cache.v.shape)
         cache.lengths = torch.zeros(slots, dtype=torch.int64)
         return cache
-    except (RuntimeError, OSError, OverflowError):  # no memory, for torch and for Python
+    except (RuntimeError, OSError):  # no memory, for torch and for Python
         text = f"no memory for the keys and values of {slots} sequences of {max_length} tokens"
         raise UserError(f"{text}: decode fewer together, or have fewer positions") from None
 

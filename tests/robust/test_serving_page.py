@@ -200,6 +200,7 @@ def test_page_lets_the_reader_go_on_while_a_replacing_question_waits(browser):
         page.click("#stop")
         expect_text(page, "Stopped")
         assert questions.all_inner_texts() == ["first", "second", "third", "other"]
+        assert page.locator(".turn h2").last.inner_text() == "Question 4"
         assert page.input_value("#instruction") == "first"
         assert page.locator(".replaced .question").inner_text() == "first"
         page.click("#clear")

@@ -364,10 +364,10 @@ def test_compiling_without_a_compiler_is_refused(base, command, tmp_path, monkey
     monkeypatch.setattr(system.shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
     done = train(flags(base, tmp_path / "run", compile=True))
-    assert_refused(done, "torch.compile needs g++: install it, or give --no-compile")
+    assert_refused(done, "torch.compile needs ", "++: install it, or give --no-compile")
     assert not (tmp_path / "run").exists()
     words = ("generate", "--model-dir", base / "model", "--compile", "Hi.")
-    assert_refused(command(*words), "needs g++: install it, or leave out --compile")
+    assert_refused(command(*words), "++: install it, or leave out --compile")
     monkeypatch.setenv("CXX", "g++-14")
     system.check_compiler("cpu", "")
     with pytest.raises(UserError, match="needs gcc or clang"):

@@ -83,7 +83,7 @@ def format_results(rows: list[dict[str, Any]]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add, count = parser.add_argument_group("benchmark").add_argument, positive(int)
+    add, count = parser.add_argument_group("benchmark").add_argument, positive(int, 2**20)
     published = "benchmarks as they are published"
     add("--tasks", type=Path, nargs="+", required=True, metavar="FILE", help=published)
     add("--out", type=Path, required=True, help="folder to write; an existing one is resumed")

@@ -71,7 +71,7 @@ GREEDY = SamplingParams()
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, batched: bool = True) -> None:
-    add, count = parser.add_argument, positive(int)
+    add, count = parser.add_argument, positive(int, 2**20)
     add("--temperature", type=float, default=0.0, help="0: always the likeliest token (default)")
     add("--top-k", type=int, default=0, help="sample from the k likeliest (default: 0, all)")
     add("--top-p", type=float, default=1.0, help="from the likeliest that sum to p (default: 1)")

@@ -134,7 +134,7 @@ async def serve_until_signal(args, bound: socket.socket, *parts) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    count, above_0 = positive(int), positive(float)
+    count, above_0 = positive(int, 2**20), positive(float)
     add_model_arguments(parser)
     add = parser.add_argument_group("answers").add_argument
     add("--name", type=utf8_text, help="of the model, in the API (default: its folder's)")

@@ -143,6 +143,7 @@ def test_checkout_is_first_on_the_path():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["serve", "--max-batch-size", "9" * 20], "more than 1,048,576"),
         (
             ["answers", "--out", "x", "--model", "m", "--request", '{"temperature": NaN}'],
             "JSON object",

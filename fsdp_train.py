@@ -241,8 +241,6 @@ def main() -> None:
             config = replace(config, gpus=mesh.size())
             if config.compiles(device):
                 run_on_all_ranks(lambda: check_compiler(device.type, "give --no-compile"))
-                if device.type == "cpu":
-                    notice("--compile is meant for a GPU; on a CPU little of a block is compiled")
             job = run_on_all_ranks(lambda: prepare(config))
             choice = [job.config.row_tokens, job.config.reshard]
             dist.broadcast_object_list(choice)  # rank 0's: elsewhere GPUs may have other memory

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from alpaca.common.errors import UserError
+from alpaca.common.errors import UserError, notice
 
 fcntl: Any
 resource: Any
@@ -79,6 +79,8 @@ def check_compiler(device: str, remedy: str) -> None:
         return
     if variable not in os.environ and not any(map(shutil.which, names)):
         raise UserError(f"torch.compile needs {' or '.join(names)}: install it, or {remedy}")
+    if device == "cpu":
+        notice("--compile is meant for a GPU: on a CPU it does little, and decoding gets slower")
 
 
 def max_open_files(wanted: int) -> int:

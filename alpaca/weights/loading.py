@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from alpaca import CHECKOUT
-from alpaca.common.errors import UserError, notice
+from alpaca.common.errors import UserError
 from alpaca.common.gguf_file import is_gguf
 from alpaca.common.system import check_compiler, keep_freed_memory
 from alpaca.weights.adapter import load_adapter
@@ -112,8 +112,6 @@ def load_from_args(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
         raise UserError("--device mps needs torch 2.13: before, tokens of 16 bits saw later ones")
     if args.compile:
         check_compiler(device, "leave out --compile")
-    if args.compile and device == "cpu":
-        notice("--compile is meant for a GPU; on a CPU it makes decoding slower")
     tokenizer = load_tokenizer(folder, args.adapter, template=args.template)
     model = load_model(folder, args.adapter, args.bits, device, DTYPES.get(args.dtype))
     model = optimize_layout(model, compiled=args.compile)

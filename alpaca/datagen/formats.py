@@ -19,7 +19,6 @@ source is its field `source`, or else the file's name. An error names the file a
 skipped and counted; a file with more than a tenth of them is refused.
 """
 
-import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -62,13 +61,11 @@ class Origin(NamedTuple):
 
 def string_field(record: dict, field: str, default: str | None = None) -> str:
     """The string in `field`, or `default` where it is absent or null."""
-    value = record.get(field)
-    if value is None and default is not None:
+    if record.get(field) is None and default is not None:
         return default
     if field not in record:
         raise UserError(f"it has no {field}: add one, a string")
-    if not isinstance(value, str):
-        raise UserError(f"{field} is {json.dumps(value)[:40]}, where a string was expected")
+    check_shape(value := record[field], str, field)
     check_unicode(value)
     return value
 
@@ -89,13 +86,15 @@ def normalize_record(raw: Any, reading: Reading = BEST) -> list[dict]:
     if raw.keys() & {"chosen", "output_1"} and not raw.keys() & ANSWERS:
         raise UserError("it compares two answers: --objective dpo or reward learns from it")
     if isinstance(prompt, list):
-        return [{"messages": parse_turns(prompt + list_field(raw, "completion"))}]
+        check_shape(raw.get("completion"), list, "completion")
+        return [{"messages": parse_turns(prompt + raw["completion"])}]
     if "text" in raw and "instruction" not in raw:
         return [{"text": string_field(raw, "text")}]
     if "chatgpt_answers" in raw:
-        answers = list_field(raw, "chatgpt_answers") + (raw.get("human_answers") or [])
-        raw = raw | {"instruction": raw.get("question")}
-        raw["instances"] = [{"output": answer} for answer in answers]
+        check_shape(raw["chatgpt_answers"], list, "chatgpt_answers")
+        answers = raw["chatgpt_answers"] + (raw.get("human_answers") or [])
+        instances = [{"output": answer} for answer in answers]
+        raw = raw | {"instruction": raw.get("question"), "instances": instances}
     for theirs, ours in OTHER_NAMES.items():
         if theirs in raw and ours not in raw:
             raw = raw | {ours: raw[theirs]}
@@ -113,13 +112,6 @@ def normalize_record(raw: Any, reading: Reading = BEST) -> list[dict]:
     check_shape(instances, [dict], "instances")
     cases = ((string_field(i, "input", ""), string_field(i, "output")) for i in instances)
     return [{"instruction": instruction, "input": given, "output": out} for given, out in cases]
-
-
-def list_field(raw: dict, name: str) -> list:
-    value = raw.get(name)
-    if not isinstance(value, list):
-        raise UserError(f"{name} is {json.dumps(value)[:40]}, where a list was expected")
-    return value
 
 
 def normalize_all(

@@ -19,19 +19,19 @@ With simulated annotators (annotators.py), `drawn` names the one of the pool `an
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from alpaca.common.errors import UserError
-from alpaca.common.json_files import json_records
+from alpaca.common.json_files import check_shape, json_records
 from alpaca.datagen.preferences import parse_preference
 from alpaca.evaluation.outputs import Pair, Pairs
 
 ANNOTATIONS = "annotations.json"
 Names = tuple[str, str, str]  # model, baseline, annotator
 Orders = dict[bool, tuple[tuple[str, str], float]]  # swapped → (baseline's, model's output), score
-FIELDS = ("generator_2", "generator_1", "annotator", "instruction", "output_1", "output_2")
+SHAPE = dict.fromkeys(("generator_2", "generator_1", "instruction", "output_1", "output_2"), str)
+SHAPE |= {"annotator": str | None, "swapped": bool | None}
 
 
 def make_annotation(pairs: Pairs, pair: Pair, annotator: str, preference: float | None) -> dict:
@@ -75,35 +75,22 @@ def read_annotations(path: str | Path) -> list[Comparison]:
     """The comparisons in a file, a JSON list or JSONL: one for each model, baseline, annotator."""
     found: dict[Names, dict[str, Orders]] = {}
     for place, record in json_records(path):
+        check_shape(record, SHAPE, place)
+        names = record["generator_2"], record["generator_1"], record.get("annotator") or ""
+        outputs, swapped = (record["output_1"], record["output_2"]), bool(record.get("swapped"))
+        orders = found.setdefault(names, {}).setdefault(record["instruction"], {})
+        text = f"{place}: {record['instruction'][:60]!r}"
+        if swapped in orders:
+            raise UserError(f'{text} again in the same order: keep one, or set "swapped": true')
+        if any(other != outputs for other, _ in orders.values()):
+            raise UserError(f"{text} has other outputs in the other order: keep one pair")
         try:
-            names, instruction, swapped, outputs, score = parse_annotation(record)
-            orders = found.setdefault(names, {}).setdefault(instruction, {})
-            text = repr(instruction[:60])
-            if swapped in orders:
-                raise UserError(f'{text} again in the same order: keep one, or set "swapped": true')
-            if any(other != outputs for other, _ in orders.values()):
-                raise UserError(f"{text} has other outputs in the other order: keep one pair")
-            orders[swapped] = outputs, score
+            orders[swapped] = outputs, parse_preference(record.get("preference"))
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
     if not found:
         raise UserError(f"{path}: no annotations in it")
     return [merge_orders(Path(path), names, orders) for names, orders in found.items()]
-
-
-def parse_annotation(record: Any) -> tuple[Names, str, bool, tuple[str, str], float]:
-    """(names, instruction, swapped, outputs, score)"""
-    if not isinstance(record, dict):
-        raise UserError("an object with instruction, outputs and preference was expected")
-    record = {key: value for key, value in record.items() if value is not None}  # null is absent
-    record = {"annotator": "", "swapped": False, "preference": math.nan} | record
-    if bad := [name for name in FIELDS if not isinstance(record.get(name), str)]:
-        raise UserError(f"{bad[0]}: a string was expected")
-    if not isinstance(record["swapped"], bool):
-        raise UserError(f"swapped {record['swapped']!r}: true or false was expected")
-    model, baseline, annotator, instruction, first, second = (record[name] for name in FIELDS)
-    score = parse_preference(record["preference"])
-    return (model, baseline, annotator), instruction, record["swapped"], (first, second), score
 
 
 def merge_orders(path: Path, names: Names, annotations: dict[str, Orders]) -> Comparison:

@@ -79,7 +79,7 @@ BROKEN = {
     "empty instruction": ('{"instruction": " ", "output": "x"}', "line 1: instruction is empty"),
     "output a number": ('[\n{"instruction": "x", "output": 5}]', "record 1: output is 5"),
     "input a list": ('{"instruction": "x", "input": ["a"], "output": "y"}', "input is"),
-    "output null": ('{"instruction": "x", "output": null}', "output is null"),
+    "output null": ('{"instruction": "x", "output": null}', "output is missing"),
     "surrogate": ('{"instruction": "x", "output": "\\ud800"}', "half a surrogate pair"),
     "no instances": ('{"instruction": "x", "instances": []}', "instances must be a list"),
     "instance without output": ('{"instruction": "x", "instances": [{}]}', "it has no output"),

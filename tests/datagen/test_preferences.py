@@ -137,7 +137,7 @@ BROKEN = {
     "no object": (5, "record 1: an object with two answers"),
     "preference": (JUDGED | {"preference": "2"}, "record 1: preference '2': 1 (output_1"),
     "preference of 3": (JUDGED | {"preference": 3}, "preference 3: 1 (output_1"),
-    "answer a number": (JUDGED | {"output_2": 5, "preference": 2}, "output_2 is 5, where a string"),
+    "answer a number": (JUDGED | {"output_2": 5, "preference": 2}, "output_2 is 5, a string"),
     "no prompt": ({"chosen": "Red", "rejected": "Five"}, "has no prompt"),
     "chosen a number": (ASKED | {"chosen": 5}, "must be texts or lists of messages"),
     "an empty turn": (ASKED | {"prompt": [USER], "rejected": ""}, "a turn is empty; 1 of 1"),

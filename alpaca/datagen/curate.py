@@ -35,6 +35,7 @@ from alpaca.common.json_files import read_json, read_log
 from alpaca.datagen.formats import Reading, group_by_source, load_mixture, read_source
 from alpaca.datagen.lint import RULES, find_defects
 from alpaca.datagen.openings import openings
+from alpaca.datagen.overlap import questions_of
 from alpaca.datagen.request_log import ENTRY
 from rougel import Pool, tokenize, tokenize_unicode
 from templates import TEMPLATES
@@ -54,10 +55,10 @@ def instances_of(record: list[dict]) -> list[dict]:
     """A record's instructions with their outputs. All questions of a conversation are its
     instruction, and each answer is an output. A plain text has none."""
     instances = [case for case in record if "instruction" in case]
-    for turns in (case["messages"] for case in record if "messages" in case):
-        asked = "\n\n".join(turn["content"] for turn in turns if turn["role"] == "user")
-        answers = (turn["content"] for turn in turns if turn["role"] == "assistant")
-        instances += [{"instruction": asked, "input": "", "output": text} for text in answers]
+    for case in (case for case in record if "messages" in case):
+        answers = (turn["content"] for turn in case["messages"] if turn["role"] == "assistant")
+        asked = {"instruction": questions_of(case)[0], "input": ""}
+        instances += [asked | {"output": text} for text in answers]
     return instances
 
 
@@ -192,8 +193,7 @@ def run_lint(args: argparse.Namespace) -> None:
     if bool(args.fix) != bool(args.dropped):
         raise UserError("give both --fix and --dropped: records without and with defects")
     refuse_same("--fix", args.fix, "--dropped", args.dropped)
-    outputs = [args.fix, args.dropped] if args.fix else []
-    for file in outputs:
+    for file in filter(None, (args.fix, args.dropped)):
         refuse_existing(file)
     records, earlier, defects = read_source(args.source), set(), {}
     if not records:
@@ -201,7 +201,7 @@ def run_lint(args: argparse.Namespace) -> None:
     for number, (_, record) in enumerate(records, 1):
         if found := find_defects(instances_of(record), earlier):
             defects[number] = found
-    if outputs:
+    if args.fix:
         split_records(args, [raw for raw, _ in records], defects)
     share = f"{len(defects):,} of {len(records):,} records flagged"
     print(f"{printable(str(args.source), 200)}: {share} ({len(defects) / len(records):.1%})")
@@ -223,10 +223,9 @@ def split_records(args: argparse.Namespace, records: list[dict], defects: dict[i
             raise UserError(f"{args.source}: record {number} has a field {min(taken)!r} already")
         else:
             dropped.append(raw | {"flags": list(defects[number]), "record": number})
-    with atomic_file(args.fix) as renamed_last, atomic_file(args.dropped) as renamed_first:
-        for file, part in ((renamed_first, dropped), (renamed_last, clean)):
-            text = json.dumps(part, ensure_ascii=False, indent=4)
-            file.write(text.encode("utf-8", "backslashreplace"))  # half a surrogate pair: \ud83d
+    with atomic_file(args.fix, "w") as last, atomic_file(args.dropped, "w") as first:  # renamed
+        json.dump(dropped, first, ensure_ascii=False, indent=4)
+        json.dump(clean, last, ensure_ascii=False, indent=4)
 
 
 # ---------------------------------------------------------------- sources

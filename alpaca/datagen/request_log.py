@@ -69,14 +69,11 @@ class RequestLog:
         self.new: set[str] = set()  # stored by this run
 
     def store(self, entry: dict) -> None:
-        """Write an entry: it survives a kill from here on, and a power cut after `sync`."""
+        """Write an entry: it survives a kill from here on, and a power cut after an fsync."""
         append_jsonl(self.file, entry, durable=False)
         self.entries[entry["id"]] = entry
         self.new.add(entry["id"])
         self.spent += entry["cost"]
-
-    async def sync(self) -> None:
-        await asyncio.to_thread(fsync_path, self.file)
 
 
 class Teachers:
@@ -125,7 +122,7 @@ class Teachers:
                 result = await self._send(id, endpoint, body, max_cost)
                 entry = log_entry(id, endpoint, seeds, result, max_cost)
                 self.log.store(entry)  # at once: while the disk is slow, others arrive
-                await self.log.sync()
+                await asyncio.to_thread(fsync_path, self.log.file)
                 if "failed" in entry and self.failures >= MAX_FAILURES:
                     text = f"{MAX_FAILURES} requests in a row without an answer. {result}"
                     raise RefusedError(text)
@@ -225,24 +222,23 @@ async def ask_all(
     """Run `one(teachers, id, item)` for all items concurrently. False if the budget ended first."""
     if not work:
         return True
-    complete, known = True, {id for id in work if f"{id}.0" in log.entries}
+    known = {id for id in work if f"{id}.0" in log.entries}
     progress = Progress(len(work), unit, done=len(known))
     teachers = Teachers(log, [endpoint], args)
 
-    async def run(id: str, item: Any) -> None:
-        nonlocal complete
+    async def run(id: str, item: Any) -> bool:
         try:
             await one(teachers, id, item)
-            progress.step(id not in known, teachers.status())
         except BudgetExceeded:  # others may cost less
-            complete = False
+            return False
+        progress.step(id not in known, teachers.status())
+        return True
 
     tasks = [asyncio.create_task(run(id, item)) for id, item in work.items()]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        for task in done:
-            task.result()
+        results = [task.result() for task in done]  # all of them: any may raise
+        return all(results)
     finally:
         await teachers.stop(tasks)
         progress.close(teachers.status())
-    return complete

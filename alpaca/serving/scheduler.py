@@ -23,10 +23,10 @@ import threading
 import time
 import traceback
 from collections import OrderedDict
+from concurrent.futures import Future
 from functools import partial
 from queue import Empty, SimpleQueue
 
-from alpaca.common.errors import UserError
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams
 from alpaca.inference.sequence import Sequence
@@ -71,7 +71,7 @@ class PendingRequest:
         self.stream, self.client = stream, client
         self.sequences: list[Sequence] = []
         self.last_update, self.changed = time.monotonic(), asyncio.Event()
-        self.accepted = asyncio.get_running_loop().create_future()
+        self.accepted = Future()  # the engine has queued its sequences
 
     @property
     def ended(self) -> bool:
@@ -80,14 +80,6 @@ class PendingRequest:
     async def updated(self) -> None:
         await self.changed.wait()
         self.changed.clear()
-
-    def accept(self, error: Exception | None) -> None:
-        if self.accepted.done():  # its client has left
-            return
-        if error:
-            self.accepted.set_exception(error)
-        else:
-            self.accepted.set_result(None)
 
 
 class EngineThread:
@@ -138,7 +130,7 @@ class EngineThread:
         self.pending[request] = len(prompts)
         try:
             self.inbox.put(partial(self.add, request, prompts, params))
-            await request.accepted
+            await asyncio.wrap_future(request.accepted)
         except BaseException:
             self.cancel(request)
             raise
@@ -190,15 +182,14 @@ class EngineThread:
                 traceback.print_exc()
 
     def add(self, request: PendingRequest, prompts, params) -> None:
-        error = None
+        if not request.accepted.set_running_or_notify_cancel():  # its client has left
+            return
         try:
             for prompt, one in zip(prompts, params, strict=True):
                 request.sequences.append(self.engine.add(prompt, one))
-        except Exception as failure:
-            error = failure
-            if not isinstance(error, UserError):
-                traceback.print_exc()
-        self.loop.call_soon_threadsafe(request.accept, error)
+            request.accepted.set_result(None)
+        except Exception as error:
+            request.accepted.set_exception(error)
 
     def step(self) -> bool:
         """One token for every active sequence; True if one of them ended."""

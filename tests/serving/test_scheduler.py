@@ -214,4 +214,5 @@ def test_a_request_that_cannot_join_or_leave_harms_no_other(name, capsys):
         assert len(request.sequences[0].ids) == 5 and worker.healthy and worker.load == 0
 
     with_worker(engine, work)
-    assert "out of memory" in capsys.readouterr().err
+    if name == "cancel":  # else `submit` has raised it
+        assert "out of memory" in capsys.readouterr().err

@@ -214,17 +214,18 @@ def full_response(
     """An answer that the filter stopped has no log-probabilities."""
     choices = []
     for index, (s, text, reason) in enumerate(zip(sequences, texts, reasons, strict=True)):
-        choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": reason}
-        if request.chat:
-            choice["message"] = {"role": "assistant", "content": text}
-        else:
-            choice["text"] = text
+        message, logprobs = {"role": "assistant", "content": text}, None
         if s.params.logprobs is not None and reason != "content_filter":
-            choice["logprobs"] = (chat_logprobs if request.chat else completion_logprobs)(s, text)
-        choices.append(choice)
+            logprobs = (chat_logprobs if request.chat else completion_logprobs)(s, text)
+        answer = {"message": message} if request.chat else {"text": text}
+        choices.append(choice(index, answer, reason, logprobs))
     kind = "chat.completion" if request.chat else "text_completion"
     content = {"object": kind, "choices": choices, "usage": usage(request, sequences)}
     return request.header | content
+
+
+def choice(index: int, answer: dict, reason: str | None, logprobs: dict | None = None) -> dict:
+    return {"index": index, **answer, "logprobs": logprobs, "finish_reason": reason}
 
 
 def usage(request: CompletionRequest, sequences: list[Sequence]) -> dict[str, int]:
@@ -236,22 +237,17 @@ def chunk(
     request: CompletionRequest, index: int, text: str, reason: str | None = None, note: str = ""
 ) -> bytes:
     """More of an answer's text, or its end. `note`, our own field, explains the end to a person."""
-    answer: dict[str, Any] = {"text": text}
-    if request.chat:
-        answer = {"delta": {} if reason else {"content": text}}
-    choice = {"index": index, **answer, "logprobs": None, "finish_reason": reason}
-    return chunk_event(request, [choice | ({"note": note} if note else {})])
+    delta = {} if reason else {"content": text}
+    answer = {"delta": delta} if request.chat else {"text": text}
+    more = {"note": note} if note else {}
+    return chunk_event(request, [choice(index, answer, reason) | more])
 
 
 def first_chunks(request: CompletionRequest) -> bytes:
     """A chat's answers begin with their role."""
-    choice = {
-        "delta": {"role": "assistant", "content": ""},
-        "logprobs": None,
-        "finish_reason": None,
-    }
-    choices = [{"index": i, **choice} for i in range(len(request.params))] if request.chat else []
-    return b"".join(chunk_event(request, [choice]) for choice in choices)
+    start = {"delta": {"role": "assistant", "content": ""}}
+    choices = [choice(i, start, None) for i in range(len(request.params))] if request.chat else []
+    return b"".join(chunk_event(request, [one]) for one in choices)
 
 
 def chunk_event(request: CompletionRequest, choices: list[dict], **more: Any) -> bytes:

@@ -17,7 +17,7 @@ Shapes: B sequences, V vocabulary, M candidates; arguments with one number a seq
 
 import argparse
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -84,15 +84,11 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, batched: bool = True
 
 
 def sampling_from_args(args: argparse.Namespace) -> SamplingParams:
-    return SamplingParams(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-        max_new_tokens=args.max_new_tokens,
-        stop=tuple(args.stop),
-    )
+    """Each flag has the name of the field that it sets."""
+    names = [field.name for field in fields(SamplingParams) if field.name in args]
+    given = {name: getattr(args, name) for name in names}
+    given["stop"] = tuple(args.stop)
+    return SamplingParams(**given)
 
 
 def penalize_repetition(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:

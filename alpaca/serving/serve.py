@@ -28,16 +28,16 @@ The served model can be the teacher of Self-Instruct, if it knows more than 2,00
 import argparse
 import asyncio
 import ipaddress
-import math
 import os
 import signal
 import socket
+import sys
 import threading
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from alpaca import CHECKOUT
-from alpaca.common.cli import not_negative, positive, utf8_text
+from alpaca.common.cli import bounded, not_negative, positive, utf8_text
 from alpaca.common.errors import UserError, notice
 from alpaca.common.system import max_open_files
 from alpaca.inference.engine import Engine
@@ -135,6 +135,7 @@ async def serve_until_signal(args, bound: socket.socket, *parts) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     count, above_0 = positive(int, 2**20), positive(float)
+    at_least_0 = bounded(float, 0, sys.float_info.max, "number from 0 on")
     add_model_arguments(parser)
     add = parser.add_argument_group("answers").add_argument
     add("--name", type=utf8_text, help="of the model, in the API (default: its folder's)")
@@ -155,15 +156,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help = "address or network of your proxy, which names clients in X-Forwarded-For; repeatable"
     add("--trusted-proxy", action="append", default=[], metavar="ADDRESS", help=help)
     help = "a client's answers per minute, and a quarter of --queue; 0: no limit (default: 60)"
-    add("--rate", type=float, default=60, help=help)
+    add("--rate", type=at_least_0, default=60, help=help)
     add("--queue", type=count, default=48, help="answers that may wait (default: 48)")
     add("--timeout", type=above_0, default=120, help="seconds for an answer (default: 120)")
-    add(
-        "--drain",
-        type=above_0,
-        default=30,
-        help="seconds for answers at shutdown (default: 30)",
-    )
+    add("--drain", type=above_0, default=30, help="seconds for answers at shutdown (default: 30)")
     add = parser.add_argument_group("page").add_argument
     add("--examples", type=Path, help="JSON or JSONL of instructions (default: its training run's)")
     add("--notice", help="about the model and its terms (default: a caution)")
@@ -174,8 +170,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what makes no sense, and fill in the defaults that depend on other arguments."""
-    if not 0 <= args.rate < math.inf:
-        raise UserError("--rate must be 0 or above")
     for name in args.allow_host:
         if not parse_host(name):
             raise UserError(f"--allow-host {name!r} is not a host name")

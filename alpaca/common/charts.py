@@ -177,13 +177,11 @@ def scatter_chart(
     x, x_marks = axis((value for across, _ in points.values() for value in across), 64, 480)
     y, y_marks = axis((value for _, up in points.values() for value in up), 432, 40)
     parts = [label(title, 360, 22, size=15), label(x_label, 272, 470, limit=90)]
-    parts.append(
-        f'<g transform="translate(20 236) rotate(-90)">{label(y_label, 0, 0, limit=60)}</g>'
-    )
+    upwards = label(y_label, 0, 0, limit=60)
+    parts.append(f'<g transform="translate(20 236) rotate(-90)">{upwards}</g>')
     parts += [line(f"M{x(mark)} 40V432") + label(f"{mark:g}", x(mark), 450) for mark in x_marks]
-    parts += [
-        line(f"M64 {y(mark)}H480") + label(f"{mark:g}", 58, y(mark) + 4, "end") for mark in y_marks
-    ]
+    parts += [line(f"M64 {y(mark)}H480") for mark in y_marks]
+    parts += [label(f"{mark:g}", 58, y(mark) + 4, "end") for mark in y_marks]
     for n, (name, (across, up)) in enumerate(points.items()):
         colour, (left, a, right), (bottom, b, top) = COLOURS[n % len(COLOURS)], across, up
         parts.append(line(f"M{x(left)} {y(b)}H{x(right)}M{x(a)} {y(bottom)}V{y(top)}", colour, 2))

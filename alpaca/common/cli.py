@@ -16,9 +16,8 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line; an unknown flag is answered with the closest known."""
 
     def __init__(self, *args, **options):
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        options.setdefault("allow_abbrev", False)
-        super().__init__(*args, **options)
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(*args, formatter_class=raw, allow_abbrev=False, **options)
 
     def error(self, message: str):
         notice(f"error: {message} (see --help)")

@@ -19,13 +19,7 @@ from types import UnionType
 from typing import IO, Any
 
 from alpaca.common.errors import UserError
-from alpaca.common.files import (
-    fsync_path,
-    input_file,
-    named_errors,
-    read_text,
-    refuse_input,
-)
+from alpaca.common.files import fsync_path, input_file, named_errors, read_text, refuse_input
 from alpaca.common.system import lock_file
 
 MAX_DEPTH = 64  # lists and objects inside each other
@@ -165,9 +159,8 @@ def read_log(path: Path, shape: Shape = dict) -> Iterator[dict]:
     with open(input_file(path), "rb") as file:
         while line := file.readline(MAX_LINE + 1):
             number += 1
-            if not line.strip():
-                continue
-            if line.endswith(b"\n") or len(line) > MAX_LINE or is_json(line):
+            complete = line.endswith(b"\n") or len(line) > MAX_LINE or is_json(line)
+            if line.strip() and complete:
                 record = parse_line(line, place := f"{path}, line {number}")
                 check_shape(record, shape, place)
                 yield record

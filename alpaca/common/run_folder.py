@@ -35,10 +35,9 @@ def run_folder(folder: Path, settings: dict[str, Any], activity: str) -> Iterato
             before = read_json(file) if file.exists() else {}
             changed = [name for name in settings if before.get(name) != settings[name]]
             if changed and has_begun():
-                changes = (f"{n} was {before.get(n)}, now it is {settings[n]}" for n in changed)
-                raise UserError(
-                    f"{folder} is another run ({'; '.join(changes)}): use another --out"
-                )
+                changes = [f"{n} was {before.get(n)}, now it is {settings[n]}" for n in changed]
+                message = f"{folder} is another run ({'; '.join(changes)}): use another --out"
+                raise UserError(message)
             if changed:
                 with atomic_file(file, "w") as opened:
                     json.dump(settings, opened, indent=2)

@@ -42,14 +42,7 @@ from torch import Tensor
 
 from alpaca.common.errors import UserError
 from alpaca.inference.cuda_graphs import CudaGraphs
-from alpaca.inference.prefix import (
-    LENGTH_MULTIPLE,
-    extend,
-    fork,
-    new_cache,
-    padded_length,
-    prefill,
-)
+from alpaca.inference.prefix import LENGTH_MULTIPLE, extend, fork, new_cache, padded_length, prefill
 from alpaca.inference.prefix_tree import NODE_TOKENS, PrefixTree
 from alpaca.inference.sampling import GREEDY, SamplingParams, penalize_repetition, sample
 from alpaca.inference.sequence import Sequence
@@ -137,9 +130,8 @@ class Engine:
     def remove_finished(self) -> None:
         """Free the slots of finished sequences; the last active one moves into each gap."""
         for slot in reversed(range(len(self.active))):
-            if self.active[slot].finish_reason is not None:
-                last = len(self.active) - 1
-                ended = self.active[slot]
+            ended, last = self.active[slot], len(self.active) - 1
+            if ended.finish_reason is not None:
                 if ended.finish_reason == "failed":
                     self.erase(slot)
                 else:
@@ -308,10 +300,8 @@ class Engine:
             raise UserError("the prompt has ids that the model has no embedding for")
         left = self.max_length - len(prompt)
         if left < 1:
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens, {1 - left} too many: prompt and answer "
-                f"share {self.max_length}"
-            )
+            problem = f"the prompt has {len(prompt)} tokens, {1 - left} too many"
+            raise UserError(f"{problem}: prompt and answer share {self.max_length}")
         ends = end_ids(self.tokenizer, self.model.config)
         self.waiting.append(Sequence(prompt, params, self.tokenizer, left, ends))
         return self.waiting[-1]

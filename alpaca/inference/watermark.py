@@ -145,7 +145,10 @@ def run(args: argparse.Namespace) -> None:
     is_model = (args.tokenizer / "config.json").exists() or is_gguf(args.tokenizer)
     source = read_config(args.tokenizer) if is_model else tokenizer  # it may have more embeddings
     watermark = Watermark(source.vocab_size, key=args.key)
-    result = watermark.detect(tokenizer.encode(read_input(args.file)))
+    text = sys.stdin.read() if args.file == "-" else read_text(args.file)
+    if not text.strip():
+        raise UserError(f"{args.file}: no text in it")
+    result = watermark.detect(tokenizer.encode(text))
     verdict = watermark.verdict(result)
     if args.json:
         return print(json.dumps({**result, "verdict": verdict}))
@@ -154,10 +157,3 @@ def run(args: argparse.Namespace) -> None:
     print(f"green    {result['fraction']:.1%} of the tokens, {watermark.gamma:.1%} by chance")
     print(f"scored   {result['scored']} tokens, repeated pairs once")
     print(verdict)
-
-
-def read_input(file: str) -> str:
-    text = sys.stdin.read() if file == "-" else read_text(file)
-    if not text.strip():
-        raise UserError(f"{file}: no text in it")
-    return text

@@ -251,9 +251,7 @@ def create_private(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch(mode=0o600)
     if not file.is_file():
-        raise UserError(
-            f"{file} is not a file that reports can be stored in: use another --reports"
-        )
+        raise UserError(f"{file} is not a file to store reports in: use another --reports")
 
 
 def load_page(file: Path) -> Response:

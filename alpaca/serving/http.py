@@ -223,13 +223,11 @@ class Connection:
         """The headers; an HTTPError if this server does not answer such a request."""
         if head.http_version not in (b"1.0", b"1.1") or not head.target.startswith(b"/"):
             raise HTTPError(400, "the request line is not METHOD /PATH HTTP/1.1")
-        pairs = [(name.decode(), value.decode("latin-1")) for name, value in head.headers]
-        names = [name for name, _ in pairs]
-        for name in ("origin", "content-type"):  # h11 looks at Host and Content-Length
-            if names.count(name) > 1:
-                raise HTTPError(400, f"two {name} headers")
         headers: dict[str, str] = {}
-        for name, value in pairs:
+        for raw_name, raw_value in head.headers:
+            name, value = raw_name.decode(), raw_value.decode("latin-1")
+            if name in headers and name in ("origin", "content-type"):
+                raise HTTPError(400, f"two {name} headers")  # h11 looks at Host, Content-Length
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
         if "transfer-encoding" in headers:
             raise HTTPError(411, "send a Content-Length: chunked bodies are not read")

@@ -223,10 +223,8 @@ def make_filter(args: argparse.Namespace) -> Filter:
     try:
         endpoint = Endpoint(args.moderation_model, url, key_env=args.moderation_key_env)
     except UserError:
-        message = (
-            "--moderation-url must be http(s)://HOST[:PORT]/v1, --moderation-key-env a variable"
-        )
-        raise UserError(message) from None
+        message = "--moderation-url must be http(s)://HOST[:PORT]/v1"
+        raise UserError(f"{message}, --moderation-key-env a variable") from None
     wanted = args.moderation_url or endpoint.key_env != OPENAI_KEY or endpoint.api_key()
     kind = args.filter or ("service" if wanted else "rules")
     if kind == "service":

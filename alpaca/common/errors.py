@@ -10,8 +10,8 @@ ALPACA_TRACEBACK=1 shows the traceback of a UserError too.
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -46,6 +46,15 @@ def describe_error(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         text = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
     return text
+
+
+@contextmanager
+def errors_at(place: object) -> Iterator[None]:
+    """Let the text of a UserError begin with its place: a file, perhaps a line of it, or a name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
 
 
 def notice(text: str, any_rank: bool = False) -> None:

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from alpaca.common.errors import UserError
+from alpaca.common.errors import errors_at
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import SamplingParams, derive_seed
 from alpaca.training.job import Job
@@ -72,15 +72,11 @@ class Sampler:
             tensor.copy_(read(name, tensor.shape))
         self.engine = Engine(copy, job.tokenizer, SLOTS, self.config.max_length)
 
-    @torch.no_grad()
-    def renew_copy(self, model: Llama) -> None:
+    def answer(self, model: Llama, asked: list[tuple[dict, Any, list[SamplingParams]]]) -> list:
+        """The Group of each (record, its origin, one SamplingParams an answer)."""
         copied = dict(self.copy.named_parameters())
         for name, parameter in trained_parameters(model).items():
             copied[name].copy_(full_tensor(parameter.detach()))
-
-    def answer(self, model: Llama, asked: list[tuple[dict, Any, list[SamplingParams]]]) -> list:
-        """The Group of each (record, its origin, one SamplingParams an answer)."""
-        self.renew_copy(model)
         rank, ranks = dist.get_rank(), dist.get_world_size()
         mine = run_on_all_ranks(lambda: self.answer_share(asked[rank::ranks]))
         parts: list = [None] * ranks
@@ -98,10 +94,8 @@ class Sampler:
         groups, check = [], self.job.checker
         assert check
         for prompt, (record, origin, _), sequences in zip(prompts, asked, drawn, strict=True):
-            try:
+            with errors_at(origin.place):
                 rewards = [check(record, each.text) for each in sequences]
-            except UserError as error:
-                raise UserError(f"{origin.place}: {error}") from error
             groups.append(Group(prompt, [each.ids for each in sequences], rewards, origin))
         return groups
 

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from alpaca.common.errors import UserError, join_names
+from alpaca.common.errors import UserError, errors_at, join_names
 from alpaca.common.files import atomic_folder
 from alpaca.common.jinja import JINJA_FILE
-from alpaca.common.json_files import read_json
+from alpaca.common.json_files import check_shape, read_json
 from alpaca.weights.checkpoint import DTYPES, is_finite, open_file
 from alpaca.weights.lora import LoraConfig, ThinLinear, target_shapes, wrap_targets
 from alpaca.weights.writer import dump_json
@@ -48,17 +48,10 @@ def read_lora_config(file: Path) -> LoraConfig:
         plain = value in PLAIN_LORA[name] if name in PLAIN_LORA else not value or name in READ
         if not plain:
             raise UserError(f"{file}: {name} {value!r} is not supported")
-    targets = fields.get("target_modules")
-    if not isinstance(targets, list):
-        raise UserError(f"{file}: target_modules {targets!r} is not a list of projections")
-    numbers: list[Any] = [fields.get(name) for name in NUMBERS]
-    for name, number in zip(NUMBERS, numbers, strict=True):
-        if type(number) not in (int, float):
-            raise UserError(f"{file}: {name} is {number!r}, where a number was expected")
-    try:
-        lora = LoraConfig(*numbers, targets=tuple(targets)).check()
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
+    check_shape(fields, dict.fromkeys(NUMBERS, int | float) | {"target_modules": [str]}, str(file))
+    with errors_at(file):
+        numbers = [fields[name] for name in NUMBERS]
+        lora = LoraConfig(*numbers, targets=tuple(fields["target_modules"])).check()
     if fields.get("use_rslora"):  # scaled by α / √r, arXiv:2312.03732
         lora = lora._replace(alpha=lora.alpha * math.sqrt(lora.rank))
     return lora

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from alpaca.common.errors import UserError, join_names
+from alpaca.common.errors import UserError, errors_at, join_names
 from alpaca.common.files import input_file
 from alpaca.common.gguf_file import read_gguf
 from alpaca.common.json_files import read_json
@@ -95,10 +95,7 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
         if not index.exists():
             continue
         files = {}
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{index}: no weight_map in it")
-        for tensor, file in weight_map.items():
+        for tensor, file in read_json(index, {"weight_map": dict})["weight_map"].items():
             if not isinstance(file, str) or not SHARD.fullmatch(file):
                 raise UserError(f"{index}: {file!r} is not the name of a file beside it")
             files.setdefault(folder / file, set()).add(tensor)
@@ -156,30 +153,26 @@ def read_config(folder: str | Path, quantized: bool = False) -> LlamaConfig:
         fields["eos_token_id"] = ends  # transformers stops at these
     if quantized:
         del fields["quantization_config"]
-    try:
+    with errors_at(file):
         if shards:
             return typed_config(meta_format.config_fields(fields, shards))
         return config_from_json(fields)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
 
 
 def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint folder, by its Hugging Face name."""
-    folder, stored = Path(folder), {}
-    if folder.is_file() or is_meta(folder):
-        if folder.is_file():
-            file = read_gguf(folder)
-            entries = gguf_tensors(file, gguf_config(file))
-        else:
-            entries = meta_format.rename_tensors(meta_files(folder), read_config(folder))
-        stored = {name: StoredTensor(*entry) for name, entry in entries.items()}
+    folder, entries = Path(folder), {}
+    if folder.is_file():
+        file = read_gguf(folder)
+        entries = gguf_tensors(file, gguf_config(file))
+    elif is_meta(folder):
+        entries = meta_format.rename_tensors(meta_files(folder), read_config(folder))
     else:
         for file, indexed in weight_files(folder).items():
             for name, tensor in open_file(file):
                 if indexed is None or name in indexed:
-                    stored[name] = StoredTensor(tensor.shape, tensor.dtype, lambda t=tensor: t)
-    return {name: tensor for name, tensor in stored.items() if not OBSOLETE.search(name)}
+                    entries[name] = tensor.shape, tensor.dtype, lambda t=tensor: t
+    return {n: StoredTensor(*entry) for n, entry in entries.items() if not OBSOLETE.search(n)}
 
 
 def open_checkpoint(

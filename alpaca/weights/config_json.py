@@ -82,12 +82,12 @@ def typed_config(fields: dict[str, Any]) -> LlamaConfig:
     """A LlamaConfig, if the types and sizes of all fields are valid."""
     if missing := [name for name in REQUIRED if fields.get(name) is None]:
         raise UserError(f"{join_names(missing)} is missing")
-    known = {name: fields[name] for name in LlamaConfig.__dataclass_fields__ if name in fields}
-    known = {name: value for name, value in known.items() if value is not None}
+    names = LlamaConfig.__dataclass_fields__
+    known = {name: fields[name] for name in names if fields.get(name) is not None}
     for name, value in known.items():
         if name == "rope_scaling":  # `parse_rope_scaling` has checked it
             continue
-        default = LlamaConfig.__dataclass_fields__[name].default
+        default = names[name].default
         kind = int if default is None else type(default)
         low, high = LIMITS.get(name, (1, 1 << 20))
         several = name == "eos_token_id" and isinstance(value, list) and value

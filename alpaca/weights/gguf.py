@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alpaca.common.errors import UserError, join_names
+from alpaca.common.errors import UserError, errors_at, join_names
 from alpaca.common.gguf_file import GGUF, check_spans
 from alpaca.weights.config_json import typed_config
 from alpaca.weights.meta_format import half_split
@@ -137,7 +137,7 @@ def read_scaling(file: GGUF, config: LlamaConfig) -> dict[str, Any]:
 def gguf_config(file: GGUF) -> LlamaConfig:
     """The architecture, if model.py computes everything that the metadata asks for."""
     metadata, embedding = file.metadata, file.tensors.get("token_embd.weight")
-    try:
+    with errors_at(file.path):
         if metadata.get("split.count", 1) not in (0, 1):
             raise UserError("part of a split file: join its parts with `llama-gguf-split --merge`")
         if (architecture := metadata.get("general.architecture")) != "llama":
@@ -162,8 +162,6 @@ def gguf_config(file: GGUF) -> LlamaConfig:
         for name in HEAD_WIDTHS:
             if (width := metadata.get(name, config.head_dim)) != config.head_dim:
                 raise UserError(f"{name} {width!r} is not supported, only {config.head_dim} is")
-    except UserError as error:
-        raise UserError(f"{file.path}: {error}") from None
     return config
 
 

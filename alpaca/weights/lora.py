@@ -51,7 +51,7 @@ class LoraConfig(NamedTuple):
         return self.alpha / self.rank
 
     def check(self) -> "LoraConfig":
-        unknown = [str(name) for name in self.targets if name not in TARGETS]
+        unknown = [name for name in self.targets if name not in TARGETS]
         if unknown or not self.targets:
             what = join_names(unknown) or "none"
             raise UserError(f"LoRA targets are {', '.join(TARGETS)}, not {what}")

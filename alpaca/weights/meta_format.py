@@ -85,16 +85,12 @@ def context_length(params: dict[str, Any]) -> int:
 
 def half_split(weight: Tensor, heads: int) -> Tensor:
     """The rows of each head from (x0, y0, x1, y1, …) to (x0, x1, …, y0, y1, …)."""
-    rows, width = weight.shape
-    pairs = weight.reshape(heads, rows // heads // 2, 2, width)
-    return pairs.transpose(1, 2).reshape(rows, width)
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def interleave(weight: Tensor, heads: int) -> Tensor:
     """The rows of each head back again, to (x0, y0, x1, y1, …)."""
-    rows, width = weight.shape
-    halves = weight.reshape(heads, 2, rows // heads // 2, width)
-    return halves.transpose(1, 2).reshape(rows, width)
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def rename_tensors(shards: list[dict[str, Tensor]], config: LlamaConfig) -> dict[str, tuple]:

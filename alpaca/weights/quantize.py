@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alpaca.common.errors import UserError
+from alpaca.common.errors import UserError, errors_at
 from alpaca.common.files import atomic_folder, refuse_existing
 from alpaca.common.json_files import read_json
 from alpaca.common.progress import Progress
@@ -87,10 +87,8 @@ class WeightSource:
         if kind is None:
             dtype = self.stored[name].dtype if name in self.stored else None
             return {"weight": (shape, dtype)}
-        try:
+        with errors_at(name):
             buffers = kind.quantize(torch.empty(shape, device="meta"), self.group)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from None
         return {buffer: (tensor.shape, tensor.dtype) for buffer, tensor in buffers.items()}
 
     def file_shapes(self) -> dict[str, tuple[torch.Size, torch.dtype | None]]:

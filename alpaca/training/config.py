@@ -264,9 +264,7 @@ class TrainConfig:
 
 def settings_path(path: Path) -> str:
     """The same text for a folder, wherever the command was started."""
-    absolute = Path(os.path.abspath(path))
-    inside = absolute.is_relative_to(CHECKOUT)
-    return str(absolute.relative_to(CHECKOUT) if inside else absolute)
+    return os.path.abspath(path).removeprefix(f"{CHECKOUT}/")
 
 
 def describe_recipe(recipe: dict[str, Any]) -> str:

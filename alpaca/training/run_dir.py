@@ -54,10 +54,11 @@ def check_space(out: Path, disk: float, memory: float) -> None:
             )
 
 
-class RunDir:
+class RunDir(ExitStack):
     """Opened by rank 0; on other ranks (`quiet`) it neither reads, writes nor prints."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], quiet: bool):
+        super().__init__()
         self.folder, self.quiet = folder, quiet
         group = (settings.get("objective") or "").startswith("group")
         self.figure = "reward" if group else "loss"
@@ -65,10 +66,9 @@ class RunDir:
         self.held_out = f"held_out_{self.figure}"  # of "held_out_loss/SOURCE", too
         self.records: list[dict[str, Any]] = []
         self.latest: dict[str, Any] = {}  # of each figure
-        self.lock = ExitStack()
         if quiet:
             return
-        self.lock.enter_context(run_folder(folder, settings, "training"))
+        self.enter_context(run_folder(folder, settings, "training"))
         for leftover in folder.glob("*.json*.partial"):  # of a kill during a write
             leftover.unlink()
 
@@ -76,12 +76,6 @@ class RunDir:
         if not (self.folder / "settings.json").exists():  # which rank 0 wrote
             raise UserError(f"--out {self.folder} must be one folder that all machines see")
         return any((self.folder / name).exists() for name in ("model", "adapter"))
-
-    def __enter__(self) -> "RunDir":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.lock.__exit__(*exception)
 
     def start_log(self, done: int, steps: int) -> None:
         """Continue the log after `done` steps; drop later ones, which will run again."""

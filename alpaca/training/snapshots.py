@@ -75,11 +75,10 @@ class Snapshots:
         if dist.get_rank() == 0:
             for partial in self.folder.glob("*.partial"):
                 remove(partial)
-        found = [states(self.folder)[-1:]]
-        dist.broadcast_object_list(found, src=0, group=self.group)
-        if not found[0]:
+        newest = states(self.folder)[-1:] or [None]
+        dist.broadcast_object_list(newest, src=0, group=self.group)
+        if not (folder := newest[0]):
             return 0
-        (folder,) = found[0]
         run_on_all_ranks(lambda: read_state(folder, self._tensors()))
         done = step_number(folder)
         for moments in self.optimizer.state.values():
@@ -110,12 +109,10 @@ class Snapshots:
                 pin_memory(self.staging.data_ptr(), self.staging.nbytes)
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream())
-        parts = {}
+        parts = dict(zip(tensors, self.staging.split(sizes), strict=True))
         with torch.cuda.stream(self.stream):
-            for (name, tensor), part in zip(
-                tensors.items(), self.staging.split(sizes), strict=True
-            ):
-                parts[name] = part.view_as(tensor).copy_(tensor, non_blocking=True)
+            for name, tensor in tensors.items():
+                parts[name] = parts[name].view_as(tensor).copy_(tensor, non_blocking=True)
         return parts
 
     def _write(self, step: int, parts: dict[str, Tensor]) -> None:

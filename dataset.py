@@ -47,9 +47,7 @@ def encode_prompt(instruction: str, input: str, tokenizer: Tokenizer) -> list[in
 
 def question_ids(record: dict, tokenizer: Tokenizer) -> list[int]:
     """The ids before a record's answer, of a conversation its last."""
-    if "messages" in record:
-        return chat_prompt(record["messages"][:-1], tokenizer)
-    return encode_prompt(record["instruction"], record["input"], tokenizer)
+    return chat_prompt(as_messages(record, tokenizer)[:-1], tokenizer)
 
 
 def template_of(tokenizer: Tokenizer) -> Template:
@@ -81,11 +79,14 @@ def encode_record(record: dict, tokenizer: Tokenizer) -> tuple[list[int], list[i
     if "text" in record:
         ids = tokenizer.encode(record["text"], bos=True, eos=True)
         return ids, [IGNORE, *ids[1:]], 0
+    return encode_conversation(as_messages(record, tokenizer), tokenizer)
+
+
+def as_messages(record: dict, tokenizer: Tokenizer) -> list[dict]:
     if "messages" in record:
-        return encode_conversation(record["messages"], tokenizer)
+        return record["messages"]
     question = template_of(tokenizer).question(record["instruction"], record["input"])
-    answer = {"role": "assistant", "content": record["output"]}
-    return encode_conversation([*question, answer], tokenizer)
+    return [*question, {"role": "assistant", "content": record["output"]}]
 
 
 def record_texts(record: dict) -> list[str]:

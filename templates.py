@@ -19,7 +19,6 @@ Alpaca: crfm.stanford.edu/2023/03/13/alpaca.html; Vicuna: lmsys.org/blog/2023-03
 """
 
 import re
-from functools import lru_cache
 from typing import NamedTuple
 
 REQUEST = "Write a response that appropriately completes the request."
@@ -44,14 +43,9 @@ class AnswerText(str):
     """An answer; dataset.py adds the token that ends it."""
 
 
-@lru_cache
-def split_specials(pattern: str) -> list[str]:
-    return [Special(p) if SPECIAL_NAME.fullmatch(p) else p for p in SPECIAL_NAME.split(pattern)]
-
-
 def fill(pattern: str, content: str) -> list[str]:
-    parts = split_specials(pattern)
-    return [p if type(p) is Special else p.replace("{}", content) for p in parts]
+    parts = SPECIAL_NAME.split(pattern)  # every other part is the name of a special token
+    return [Special(p) if i % 2 else p.replace("{}", content) for i, p in enumerate(parts)]
 
 
 class Template(NamedTuple):

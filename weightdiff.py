@@ -30,12 +30,7 @@ from alpaca.common.cli import Parser, finite
 from alpaca.common.errors import UserError, join_names, notice, run_command
 from alpaca.common.files import refuse_existing
 from alpaca.common.progress import Progress
-from alpaca.weights.bitdiff import (
-    BITS,
-    make_exact_diff,
-    open_both,
-    recover_exact_diff,
-)
+from alpaca.weights.bitdiff import BITS, make_exact_diff, open_both, recover_exact_diff
 from alpaca.weights.checkpoint import (
     DTYPES,
     OBSOLETE,
@@ -46,6 +41,7 @@ from alpaca.weights.checkpoint import (
     weight_files,
 )
 from alpaca.weights.writer import find_tokenizer, save_model, tensor_bytes
+from model import rotary_frequencies
 
 SUM_TOLERANCE = 0.05  # Alpaca added up in fp32: near 50,000 the order alone moves the sum by 0.04
 
@@ -113,12 +109,9 @@ def fp32_pairs(other: Path, base: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 def sum_of_rotary_tables(diff: Path) -> float:
     """Files of 2023 hold a table of rotary frequencies per layer, and Alpaca's sum counts them."""
-    config = read_config(diff)
-    width = config.hidden_size // config.num_attention_heads
-    exponents = torch.arange(0, width, 2).float() / width
     names = [name for file in weight_files(diff) for name, _ in open_file(file)]
     tables = sum(bool(OBSOLETE.search(name)) for name in names)
-    return tables * (1.0 / config.rope_theta**exponents).sum().item()
+    return tables * rotary_frequencies(read_config(diff)).sum().item()
 
 
 # ---------------------------------------------------------------- commands

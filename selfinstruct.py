@@ -33,7 +33,7 @@ from typing import Any
 from alpaca import CHECKOUT
 from alpaca.common.cli import Parser, positive, utf8_text
 from alpaca.common.errors import UserError, run_command
-from alpaca.common.files import atomic_file, read_text
+from alpaca.common.files import read_text, write_text
 from alpaca.common.json_files import json_records
 from alpaca.common.run_folder import run_folder
 from alpaca.datagen.client import Reply
@@ -154,8 +154,7 @@ def generate_command(args: argparse.Namespace) -> None:
         settings[f"{name} (SHA-256)"] = hashlib.sha256(text.encode()).hexdigest()
     with run_folder(args.out, settings, "generating"):  # refused with other settings
         for name, text in texts.items():  # the folder has everything that it was made from
-            with atomic_file(args.out / name, "w") as file:
-                file.write(text)
+            write_text(args.out / name, text)
         any_script = args.language.lower() != "english"
         pool = Pool((s["instruction"] for s in seeds), tokenize_unicode if any_script else tokenize)
         store = RecordStore(args.out, pool, any_script)
@@ -171,8 +170,7 @@ def export_command(args: argparse.Namespace) -> None:
     exported = [case for _, cases in read_source(args.folder) for case in cases]
     if not exported:
         raise UserError(f"{args.folder} has no records yet: generate some first")
-    with atomic_file(args.out, "w") as file:
-        json.dump(exported, file, ensure_ascii=False, indent=4)
+    write_text(args.out, json.dumps(exported, ensure_ascii=False, indent=4))
     print(f"{len(exported):,} records in {args.out}")
 
 

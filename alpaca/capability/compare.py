@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 from alpaca.common import charts
 from alpaca.common.errors import UserError, join_names, notice
-from alpaca.common.files import atomic_file, read_text
+from alpaca.common.files import read_text, write_text
 from alpaca.common.json_files import check_shape, json_records, read_json
 from alpaca.datagen.overlap import grams
 from alpaca.evaluation.annotations import ANNOTATIONS, read_annotations
@@ -213,31 +213,15 @@ def plot_measures(measures: Measures) -> str:
     return charts.scatter_chart(title, x_label, judges, points)
 
 
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"/><title>Style beside capability</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"/>
-<meta name="color-scheme" content="light dark"/>
-<style>
-body {{ font-family: sans-serif; margin: 2em }}
-table {{ border-collapse: collapse; margin-top: 2em }}
-th, td {{ padding: .3em 1em; border-bottom: 1px solid #8888; text-align: left }}
-td {{ white-space: nowrap }}
-</style></head><body><h1>Style beside capability</h1>
-{figure}
-<table>
-{table}
-</table>
-<p>In brackets: 95 % intervals. What was not measured is blank.</p></body></html>
-"""
-
-
 def render_page(lines: list[list[str]], figure: str) -> str:
     head, *rest = [[charts.clean(cell) for cell in line] for line in lines]
     rows = [f"<tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>"]
     for name, *cells in rest:
         rows.append(f"<tr><th>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     figure = figure or "<p>No picture: no benchmark was run on all models with a win rate.</p>"
-    return PAGE.format(figure=figure, table="\n".join(rows))
+    table = "\n".join(["<table>", *rows, "</table>"])
+    note = "<p>In brackets: 95 % intervals. What was not measured is blank.</p>"
+    return charts.html_page("Style beside capability", f"{figure}\n{table}\n{note}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -250,6 +234,5 @@ def run(args: argparse.Namespace) -> None:
     measures = read_measures(args.results)
     lines = table_lines(measures)
     if args.out:
-        with atomic_file(args.out, "w") as file:
-            file.write(render_page(lines, plot_measures(measures)))
+        write_text(args.out, render_page(lines, plot_measures(measures)))
     print(align_columns(lines))

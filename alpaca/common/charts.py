@@ -4,6 +4,7 @@
     interval_chart(title, rows, start, end)     (low, middle, high) of several kinds: a leaderboard
     scatter_chart(title, x_label, y_label, points)   intervals along two axes: style and capability
     sunburst(names, caption)                    a ring of names and a ring of their parts: diversity
+    html_page(title, body)                      a page to put them on
 
 Names come from downloaded files and from models, so every text is escaped. The colours, most of
 them Okabe and Ito's, differ for the colour-blind, too, and stand out from white and from black;
@@ -35,6 +36,22 @@ def svg(width: int, height: int, parts: Iterable[str]) -> str:
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     font = 'font-family="sans-serif" font-size="12"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>{STYLE}{"".join(parts)}</svg>\n'
+
+
+def html_page(title: str, body: str) -> str:
+    """A page that loads nothing. `body` is HTML."""
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"/><title>{title}</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"/>
+<meta name="color-scheme" content="light dark"/>
+<style>
+body {{ font-family: sans-serif; margin: 2em }}
+table {{ border-collapse: collapse; margin-top: 2em }}
+th, td {{ padding: .3em 1em; border-bottom: 1px solid #8888; text-align: left }}
+td {{ white-space: nowrap }}
+</style></head><body><h1>{title}</h1>
+{body}</body></html>
+"""
 
 
 def clean(text: str) -> str:

@@ -2,6 +2,7 @@
 
 input_file, read_text        a file to read, which this command may then not write over
 atomic_file, atomic_folder   a reader sees the old state or the new one, whenever a kill comes
+write_text                   a text as such a file
 lock_output                  keeps a second process from writing the same file
 """
 
@@ -117,6 +118,11 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         fsync_path(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with atomic_file(path, "w") as file:
+        file.write(text)
 
 
 @contextmanager

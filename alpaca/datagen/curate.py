@@ -27,10 +27,10 @@ from pathlib import Path
 
 import numpy as np
 
-from alpaca.common.charts import sunburst
+from alpaca.common.charts import html_page, sunburst
 from alpaca.common.cli import not_negative, positive
 from alpaca.common.errors import UserError, escape_control, join_names
-from alpaca.common.files import atomic_file, refuse_existing, refuse_same
+from alpaca.common.files import atomic_file, refuse_existing, refuse_same, write_text
 from alpaca.common.json_files import read_json, read_log
 from alpaca.datagen.formats import Reading, group_by_source, load_mixture, read_source
 from alpaca.datagen.lint import RULES, find_defects
@@ -170,20 +170,10 @@ def run_report(args: argparse.Namespace) -> None:
         named = [entry for entry in verbs if entry[0][0] != "("][:TOP_VERBS]
         center = f"{sum(n for _, n, _ in named):,} of {len(instructions):,} records"
         figure = sunburst(named, center)
-        with atomic_file(args.out, "w") as file:
-            file.write(figure if suffix == ".svg" else html_page(text, figure))
+        body = f"{figure}<h1>In figures</h1>\n<pre>{escape(text)}</pre>"
+        page = html_page("Opening verbs and their objects", body)
+        write_text(args.out, figure if suffix == ".svg" else page)
     print(text)
-
-
-def html_page(text: str, figure: str) -> str:
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"/><title>Instruction data</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"/>
-<meta name="color-scheme" content="light dark"/></head>
-<body style="font-family: sans-serif; margin: 2em"><h1>Opening verbs and their objects</h1>
-{figure}<h1>In figures</h1>
-<pre>{escape(text)}</pre></body></html>
-"""
 
 
 # ---------------------------------------------------------------- lint

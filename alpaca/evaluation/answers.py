@@ -26,9 +26,8 @@ from alpaca.common.errors import UserError, notice
 from alpaca.common.json_files import append_jsonl, read_log
 from alpaca.common.progress import Progress
 from alpaca.common.run_folder import run_folder
-from alpaca.datagen import request_log
 from alpaca.datagen.endpoints import add_server_arguments, endpoint_from_args
-from alpaca.datagen.request_log import RequestLog, Teachers, run_until_signal
+from alpaca.datagen.request_log import RequestLog, Teachers, ask_all, run_until_signal
 from alpaca.evaluation.outputs import OUTPUTS, Item, digest, read_items, save_json
 from alpaca.inference.answer import engine_from_args
 from alpaca.inference.sampling import add_sampling_arguments, sampling_from_args
@@ -100,7 +99,7 @@ def generate_remote(items: dict[str, Item], args: argparse.Namespace, log: Path)
             answers[id] = {"output": reply.text, "cut": reply.truncated}
 
     requests = RequestLog(log)
-    work = request_log.ask_all(requests, endpoint, args, items, ask, "answers")
+    work = ask_all(requests, endpoint, args, items, ask, "answers")
     if not run_until_signal(work):
         notice(f"the budget of ${args.budget:g} is spent: run again with a larger one to resume")
     notice(f"${requests.spent:.4f} spent")

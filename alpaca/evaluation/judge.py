@@ -31,13 +31,12 @@ from typing import Any, NamedTuple
 
 from alpaca.common.cli import positive, share
 from alpaca.common.errors import UserError, escape_control, notice
-from alpaca.common.files import atomic_file, read_text
+from alpaca.common.files import read_text, write_text
 from alpaca.common.progress import short_number
 from alpaca.common.run_folder import run_folder
-from alpaca.datagen import request_log
 from alpaca.datagen.client import Reply
 from alpaca.datagen.endpoints import Endpoint, add_server_arguments
-from alpaca.datagen.request_log import RequestLog, Teachers, reply_of, run_until_signal
+from alpaca.datagen.request_log import RequestLog, Teachers, ask_all, reply_of, run_until_signal
 from alpaca.evaluation.annotations import ANNOTATIONS, make_annotation
 from alpaca.evaluation.annotators import Annotator, draw_annotator, read_annotators
 from alpaca.evaluation.outputs import Pair, add_pair_arguments, digest, pair_outputs, save_json
@@ -76,8 +75,7 @@ def read_mark(folder: Path) -> str:
     """The folder's random mark: stored, so that a resumed run asks the same questions."""
     file = folder / "mark"
     if not file.exists():
-        with atomic_file(file, "w") as opened:
-            opened.write("=====" + secrets.token_hex(8))
+        write_text(file, "=====" + secrets.token_hex(8))
     return read_text(file)
 
 
@@ -147,9 +145,8 @@ def run_judge(
 ) -> tuple[dict[str, Verdict], bool]:
     """id → verdict, asking for those not in the log; and whether the budget was enough."""
     requests, endpoint, mark = RequestLog(log), judge.endpoint, read_mark(log.parent)
-    options: dict[str, Any] = {"max_tokens": 16, "temperature": 0}
-    chat = {"logprobs": True, "top_logprobs": 5}
-    options |= (chat if endpoint.kind == "chat" else {"logprobs": 5}) | args.request
+    logprobs = {"logprobs": True, "top_logprobs": 5} if endpoint.kind == "chat" else {"logprobs": 5}
+    options = {"max_tokens": 16, "temperature": 0} | logprobs | args.request
     if judge.temperature is not None:
         options["temperature"] = judge.temperature
     questions = {
@@ -169,7 +166,7 @@ def run_judge(
         ):
             verdicts[id] = found
 
-    work = request_log.ask_all(requests, endpoint, args, questions, ask, "verdicts")
+    work = ask_all(requests, endpoint, args, questions, ask, "verdicts")
     enough = run_until_signal(work)
     report_verdicts(questions, verdicts, requests, endpoint)
     return verdicts, enough

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alpaca.common.errors import UserError, notice
-from alpaca.common.files import atomic_file
+from alpaca.common.files import write_text
 from alpaca.common.json_files import json_records
 from alpaca.datagen.formats import normalize_record, string_field
 
@@ -125,5 +125,4 @@ def digest(content: Any) -> str:
 
 
 def save_json(path: Path, content: Any) -> None:
-    with atomic_file(path, "w") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False))

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from alpaca.common import charts
 from alpaca.common.errors import escape_control
-from alpaca.common.files import atomic_file
+from alpaca.common.files import write_text
 from alpaca.evaluation.annotations import ANNOTATIONS
 from alpaca.evaluation.win_rate import Z, leaderboard
 
@@ -117,6 +117,5 @@ def run(args: argparse.Namespace) -> None:
     files = [path / ANNOTATIONS if path.is_dir() else path for path in args.files]
     rows = leaderboard(files, args.lc_file)
     if args.plot:
-        with atomic_file(args.plot, "w") as file:
-            file.write(plot_win_rates(rows))
+        write_text(args.plot, plot_win_rates(rows))
     print(json.dumps(rows, indent=2, ensure_ascii=False) if args.json else format_table(rows))

@@ -16,7 +16,7 @@ With a score y from 0 (lost) to 1 (won) for each of n instructions:
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from itertools import combinations
+from itertools import accumulate, combinations
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -40,12 +40,11 @@ EQUAL = 0.05  # a win rate this close to 50 % is called equal
 
 def sign_test(wins: int, losses: int) -> float:
     """The two-sided p-value of the exact binomial test with probability 1/2."""
-    n, combinations = wins + losses, 1  # n choose k
-    tail = 1
-    for k in range(min(wins, losses)):
-        combinations = combinations * (n - k) // (k + 1)
-        tail += combinations
-    return min(1.0, 2 * tail / 2**n)
+    n = wins + losses
+    n_choose_k = accumulate(
+        range(min(wins, losses)), lambda c, k: c * (n - k) // (k + 1), initial=1
+    )
+    return min(1.0, 2 * sum(n_choose_k) / 2**n)
 
 
 def wilson(wins: float, n: int) -> tuple[float, float]:

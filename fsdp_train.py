@@ -250,8 +250,7 @@ def main() -> None:
             if not config.result.exists():
                 run_on_all_ranks(lambda: check_space(config.out, disk, memory * local_ranks()))
             other = dist.get_rank() > 0
-            make = partial(RunDir, config.out, settings, other)
-            run = lock.enter_context(run_on_all_ranks(make))
+            run = lock.enter_context(run_on_all_ranks(lambda: RunDir(config.out, settings, other)))
             if run_on_all_ranks(run.finished):
                 notice(f"{config.out} is finished; remove it to train again")
                 run.start_log(job.steps + 1, job.steps)

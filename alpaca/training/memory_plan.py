@@ -250,11 +250,8 @@ def needed_bytes(work: Workload) -> float:
 
 def stored_bytes(config: TrainConfig, model: LlamaConfig, steps: int) -> tuple[float, float]:
     """Bytes on disk that a run needs at most, and a rank's in host memory."""
-    parameters = trained = counts.model_parameters(model)
-    result = parameters * DTYPES[config.save_dtype].itemsize
-    if config.lora:
-        trained = counts.adapter_parameters(model, config.lora)
-        result = 4 * trained
+    trained = counts.trained_count(model, config.lora)
+    result = trained * (4 if config.lora else DTYPES[config.save_dtype].itemsize)
     # one is being written; steps of minutes are all saved
     snapshots = min(steps, config.save_total_limit + 1) if config.save_every else 0
     return result + 12 * trained * snapshots, 12 * trained * (snapshots > 0) / config.gpus

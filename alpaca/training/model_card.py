@@ -21,11 +21,9 @@ from alpaca.common.errors import UserError
 from alpaca.common.files import atomic_file
 from alpaca.common.json_files import json_records
 from alpaca.datagen.formats import parse_weight
-from alpaca.training.config import TrainConfig
-from alpaca.training.throughput import adapter_parameters, model_parameters
-from dataset import Examples
-from model import LlamaConfig
-from templates import Template
+from alpaca.training.job import Job
+from alpaca.training.throughput import model_parameters, trained_count
+from dataset import template_of
 
 TEMPLATE = CHECKOUT / "data/MODEL_CARD.md"
 
@@ -68,17 +66,8 @@ def describe_data(spec: str) -> str:
     return f"`{file.name}`: {len(records):,} records{times}, {authors}; SHA-256 `{sha256(file)}`"
 
 
-def fill_in_card(
-    config: TrainConfig,
-    model: LlamaConfig,
-    train: Examples,
-    template: Template,
-    recipe: dict[str, Any],
-    results: str,
-) -> str:
-    total = trained = model_parameters(model)
-    if config.lora:
-        trained = adapter_parameters(model, config.lora)
+def fill_in_card(job: Job, recipe: dict[str, Any], results: str) -> str:
+    config, model, template = job.config, job.model_config, template_of(job.tokenizer)
     cuda = torch.cuda.is_available()
     above = ("model_dir", "preset", "data")  # the card's first part describes them
     rows = [(k, v) for k, v in recipe.items() if k not in above and v is not None]
@@ -106,11 +95,11 @@ def fill_in_card(
         "results": results,
         "template": template.name,
         "prompt": "".join(template.parts(template.question("(the instruction)"))),
-        "parameters": f"{total:,}",
-        "trained": f"{trained:,}",
+        "parameters": f"{model_parameters(model):,}",
+        "trained": f"{trained_count(model, config.lora):,}",
         "positions": f"{model.max_position_embeddings:,}",
-        "examples": f"{len(train):,}",
-        "supervised": f"{train.supervised.sum():,}",
+        "examples": f"{len(job.train):,}",
+        "supervised": f"{job.train.supervised.sum():,}",
     }
     if config.objective != "sft":
         purpose = f"with the objective `{config.objective}` (alpaca/training/objectives.py)"
@@ -121,7 +110,7 @@ def fill_in_card(
     return TEMPLATE.read_text(encoding="utf-8").format_map(facts)
 
 
-def write_card(config: TrainConfig, *facts: Any) -> None:
+def write_card(job: Job, recipe: dict[str, Any], results: str) -> None:
     """Beside the trained weights; hashing the base takes a while, so no rank should wait for it."""
-    with atomic_file(config.result / "README.md", "w") as file:
-        file.write(fill_in_card(config, *facts))
+    with atomic_file(job.config.result / "README.md", "w") as file:
+        file.write(fill_in_card(job, recipe, results))

@@ -29,9 +29,9 @@ from alpaca.weights.checkpoint import DTYPES
 from alpaca.weights.loading import load_model, optimize_layout
 from alpaca.weights.reward import RewardModel, reward_fields
 from alpaca.weights.writer import save_model
-from dataset import encode_prompt, template_in_jinja, template_of
+from dataset import encode_prompt, template_in_jinja
 from model import Llama
-from tokenizer import Tokenizer, with_ends
+from tokenizer import with_ends
 
 PRINTED, PRINTED_LENGTH = 12, 200  # answers and characters of a text; all are compared, whole
 
@@ -99,14 +99,13 @@ def one_line(text: str) -> str:
     return f"{text[:PRINTED_LENGTH]}…" if len(text) > PRINTED_LENGTH else text
 
 
-def print_sample_answers(
-    config: TrainConfig, records: list[dict], tokenizer: Tokenizer, device: torch.device
-) -> None:
+def print_sample_answers(job: Job, device: torch.device) -> None:
     """Answer held-out instructions, print a dozen answers, and count those that equal `output`."""
+    config = job.config
     half = config.max_length // 2  # for the prompt, and as much for the answer
     asked = []
-    for record in (record for record in records if "output" in record):
-        ids = encode_prompt(record["instruction"], record["input"], tokenizer)
+    for record in (r for r in job.held_out_records if "output" in r):
+        ids = encode_prompt(record["instruction"], record["input"], job.tokenizer)
         if len(ids) <= half and len(asked) < config.sample_answers:
             asked.append((record, ids))
     if not asked:
@@ -118,7 +117,7 @@ def print_sample_answers(
         model = optimize_layout(model)
     else:
         model = load_model(config.result, device=device)
-    engine = Engine(model, tokenizer, min(64, len(asked)), config.max_length)
+    engine = Engine(model, job.tokenizer, min(64, len(asked)), config.max_length)
     sequences = engine.generate([ids for _, ids in asked], SamplingParams(max_new_tokens=half))
     answered = [(record, s.text) for (record, _), s in zip(asked, sequences, strict=True)]
     for record, text in answered[:: len(answered) // PRINTED + 1]:  # evenly spread
@@ -139,14 +138,12 @@ def report_result(job: Job, run: RunDir, ranks: int, device: torch.device) -> No
     if not (config.result / "README.md").exists():
         optimizer = f"AdamW {BETAS}, eps {EPS}, no weight decay; norm clipped at {CLIP}"
         recipe = {"steps": job.steps, "optimizer": optimizer, "ranks": ranks, "ids": digest}
-        recipe = config.settings(digest) | recipe
-        template = template_of(job.tokenizer)
-        write_card(config, job.model_config, job.train, template, recipe, run.summary())
+        write_card(job, config.settings(digest) | recipe, run.summary())
     print(run.summary())
     if (margins := run.series("margin")) and abs(margins[-1][1]) < 0.01:
         notice("the model tells chosen from rejected no better than before: raise --learning-rate")
     if (mixed := run.series("mixed_groups")) and not any(share for _, share in mixed):
         notice("all answers to an instruction had the same reward: there was nothing to learn from")
     if config.objective != "reward":
-        print_sample_answers(config, job.held_out_records, job.tokenizer, device)
+        print_sample_answers(job, device)
     print(f"wrote {config.result} and {run.chart}")

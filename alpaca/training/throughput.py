@@ -100,6 +100,11 @@ def adapter_parameters(config: LlamaConfig, lora: LoraConfig) -> int:
     return config.num_hidden_layers * sum(lora.rank * sum(shapes[name]) for name in lora.targets)
 
 
+def trained_count(config: LlamaConfig, lora: LoraConfig | None) -> int:
+    """All of them, or an adapter's."""
+    return adapter_parameters(config, lora) if lora else model_parameters(config)
+
+
 def flops_per_token(
     config: LlamaConfig, length: float, supervised: float = 1.0, lora: LoraConfig | None = None
 ) -> float:
@@ -132,12 +137,11 @@ def estimated_seconds(work: Any, chip: Chip) -> float:
     if config.checkpointing == "full":  # the forward pass again: 2 operations to 6, or LoRA's 4
         flops *= 3 / 2 if config.lora else 4 / 3
     compute = flops * work.tokens / work.steps / config.gpus / (COMPUTED * chip.flops)
-    gathered = reduced = trained = model_parameters(work.model)
+    gathered, trained = model_parameters(work.model), trained_count(work.model, config.lora)
     if config.lora:  # a base in integers, or on one rank, is whole already
         gathered *= shards > 1 and config.bits == 16
-        reduced = trained = adapter_parameters(work.model, config.lora)
     gathered *= work.rows * (1 if config.stays_gathered else 2)
-    reduced *= work.rows
+    reduced = trained * work.rows
     copied = gathered * (2 * size + (size + 4) / shards) + reduced * (size + 4 + 12 / shards)
     sent = (size * gathered + 4 * reduced) * (1 - 1 / shards)
     sent += 8 * trained / shards * work.rows * (config.replicas > 1)

@@ -7,6 +7,8 @@ import subprocess
 import time
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from helpers.commands import ROOT
 from helpers.training import metrics, succeeded, train
 
 from alpaca.training.config import TrainConfig
+from alpaca.training.job import Job
 from alpaca.training.model_card import describe_code, describe_data, describe_weights, fill_in_card
 from alpaca.training.throughput import model_parameters
 from alpaca.weights.lora import LoraConfig
@@ -46,7 +49,9 @@ def card_of(base, data, held_out=(), lora=None) -> str:
     config = TrainConfig(
         out=Path("runs/mine"), model_dir=base, data=data, eval_data=held_out, lora=lora
     )
-    return fill_in_card(config, MODEL, examples, ALPACA, RECIPE, "2 steps; loss 4.250 → 1.125")
+    tokenizer: Any = SimpleNamespace(template=ALPACA)
+    job = Job(config, MODEL, tokenizer, examples, None, [], 2)
+    return fill_in_card(job, RECIPE, "2 steps; loss 4.250 → 1.125")
 
 
 def sha256(data: bytes) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ def print_answers(monkeypatch, tmp_path):
         monkeypatch.setattr(result, "encode_prompt", lambda *_: [1])
         monkeypatch.setattr(result, "Engine", lambda *_: engine)
         config = TrainConfig(model_dir=None, sample_answers=len(texts), out=tmp_path)
-        result.print_sample_answers(config, records, None, torch.device("cpu"))  # pyright: ignore
+        job: Any = SimpleNamespace(config=config, held_out_records=records, tokenizer=None)
+        result.print_sample_answers(job, torch.device("cpu"))
         return json.loads((tmp_path / "right_answers.json").read_text())
 
     return run

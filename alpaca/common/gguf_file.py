@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alpaca.common.errors import UserError
+from alpaca.common.errors import UserError, errors_at
 from alpaca.common.files import input_file
 
 MAGIC = b"GGUF"
@@ -61,10 +61,8 @@ def read_gguf(path: Path) -> GGUF:
 def _read_gguf(path: Path, *_version: int) -> GGUF:
     with path.open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    try:
+    with errors_at(path):
         return GGUF(path, *read_header(Cursor(data)), data)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 # ---------------------------------------------------------------- reading

@@ -81,13 +81,13 @@ def safetensors_head(shapes: Mapping[str, tuple]) -> tuple[bytes, dict[str, int]
     return head, {name: len(head) + start for name, start in starts.items()}
 
 
-def plan_shards(shapes: dict[str, tuple], shard_bytes: int) -> dict[str, list[str]]:
+def plan_shards(shapes: dict[str, tuple]) -> dict[str, list[str]]:
     """File name → names of the tensors in it."""
     groups, space_left = [], 0
     for name, size in tensor_bytes(shapes).items():
         if not groups or size > space_left:
             groups.append([])
-            space_left = shard_bytes
+            space_left = SHARD_BYTES
         groups[-1].append(name)
         space_left -= size
     files = [f"model-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
@@ -97,17 +97,11 @@ def plan_shards(shapes: dict[str, tuple], shard_bytes: int) -> dict[str, list[st
 class ShardWriter(ExitStack):
     """A folder's safetensors files, open for writing: headers first, then tensors in any order."""
 
-    def __init__(
-        self,
-        folder: Path,
-        shapes: dict[str, tuple],
-        shard_bytes: int = SHARD_BYTES,
-        keep_nonfinite: bool = False,
-    ):
+    def __init__(self, folder: Path, shapes: dict[str, tuple], keep_nonfinite: bool = False):
         super().__init__()
         self.keep_nonfinite, self.nonfinite = keep_nonfinite, []
         self.thread = self.enter_context(ThreadPoolExecutor(1))
-        sizes, shards = tensor_bytes(shapes), plan_shards(shapes, shard_bytes)
+        sizes, shards = tensor_bytes(shapes), plan_shards(shapes)
         self.pending = {}  # tensor not yet written → (file, offset, shape, dtype)
         for file_name, names in shards.items():
             head, offsets = safetensors_head({name: shapes[name] for name in names})
@@ -155,7 +149,6 @@ def save_model(
     folder: str | Path,
     dtype: torch.dtype | None = None,
     tokenizer: str | Path | None = None,
-    shard_bytes: int = SHARD_BYTES,
     keep_nonfinite: bool = False,
     chat_template: str = "",
     kind: type[Llama] = Llama,
@@ -175,7 +168,7 @@ def save_model(
     shapes = {name: (shape, dtype) for name, shape in parameter_shapes(config, kind).items()}
     with (
         atomic_folder(folder) as partial,
-        ShardWriter(partial, shapes, shard_bytes, keep_nonfinite) as shards,
+        ShardWriter(partial, shapes, keep_nonfinite) as shards,
     ):
         if tokenizer is not None:
             copy_tokenizer(Path(tokenizer), partial, chat_template)
@@ -219,9 +212,8 @@ def tokenizer_files(source: Path) -> dict[str, bytes]:
 
 def find_tokenizer(folder: Path) -> Path | None:
     """Where a model's tokenizer is: in its folder or file, or above it, as in Meta's download."""
-    if folder.is_file():
-        return folder
-    if any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+    beside = (folder / name for name in ("tokenizer.model", "tokenizer.json"))
+    if folder.is_file() or any(file.is_file() for file in beside):
         return folder
     above = folder.absolute().parent / "tokenizer.model"
     return above if is_meta(folder) and above.is_file() else None

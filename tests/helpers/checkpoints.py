@@ -3,10 +3,12 @@
 import hashlib
 import json
 import os
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
 
+from alpaca.weights import writer
 from alpaca.weights.checkpoint import stored_tensors
 from helpers.commands import ROOT, assert_refused
 from model import Llama
@@ -16,6 +18,11 @@ TOKENIZER = ROOT / "data/tokenizer.model"
 
 def read_tensors(folder) -> dict[str, torch.Tensor]:
     return {name: stored.read() for name, stored in stored_tensors(folder).items()}
+
+
+def shards_of(size: int):
+    """While it is open, checkpoints are written in files of at most `size` bytes."""
+    return mock.patch.object(writer, "SHARD_BYTES", size)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from alpaca.weights.bitdiff import INTEGERS
 from alpaca.weights.writer import save_model
-from helpers.checkpoints import read_tensors
+from helpers.checkpoints import read_tensors, shards_of
 from helpers.models import small_model
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -26,7 +26,8 @@ def write_model(
     model = model or small_model(**shape)
     numbers = {n: p.detach().to(dtype).clone() for n, p in model.named_parameters()}
     change(numbers)
-    save_model(numbers.items(), model.config, folder, dtype, None, shard_bytes, True)
+    with shards_of(shard_bytes):
+        save_model(numbers.items(), model.config, folder, dtype, keep_nonfinite=True)
     (folder / "tokenizer.model").write_bytes(b"a tokenizer")
     (folder / "tokenizer_config.json").write_text("{}")
     return folder

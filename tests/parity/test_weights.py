@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.checkpoints import TOKENIZER, read_tensors, same_tensors
+from helpers.checkpoints import TOKENIZER, read_tensors, same_tensors, shards_of
 from helpers.lora import (
     WEIGHTS,
     adamw_losses,
@@ -73,7 +73,8 @@ def test_transformers_opens_what_we_write(tmp_path, changes, shard_bytes):
     from transformers import AutoModelForCausalLM
 
     ours = small_model(**changes)
-    save_model(ours, ours.config, tmp_path / "m", tokenizer=TOKENIZER, shard_bytes=shard_bytes)
+    with shards_of(shard_bytes):
+        save_model(ours, ours.config, tmp_path / "m", tokenizer=TOKENIZER)
     theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "m", output_loading_info=True)
     assert not any(info.values()), info
     ids = random_ids(2, 24)

@@ -22,7 +22,7 @@ import pytest
 import torch
 from helpers.annotations import entry, write, write_outputs
 from helpers.bpe import write_bpe_model
-from helpers.checkpoints import TOKENIZER, write_meta
+from helpers.checkpoints import TOKENIZER, shards_of, write_meta
 from helpers.diffs import add_noise
 from helpers.diffs import write_model as write_numbers
 from helpers.generation import SEEDS
@@ -155,7 +155,8 @@ def world(tmp_path_factory, invoke):
     write_adapter(Path("base"), Path("adapter"))
     write_bpe_model(Path("bpe"), "llama-bpe")
     model = small_model(vocab_size=1024)
-    save_model(model, model.config, Path("shards"), tokenizer=TOKENIZER, shard_bytes=300_000)
+    with shards_of(300_000):
+        save_model(model, model.config, Path("shards"), tokenizer=TOKENIZER)
     shutil.copytree("base/model", "bin")
     torch.save(load_file("bin/model.safetensors"), "bin/pytorch_model.bin")
     Path("bin/model.safetensors").unlink()

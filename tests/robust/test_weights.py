@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.checkpoints import TOKENIZER, same_tensors
+from helpers.checkpoints import TOKENIZER, same_tensors, shards_of
 from helpers.commands import ROOT, assert_refused
 from helpers.lora import (
     WEIGHTS,
@@ -48,7 +48,8 @@ def write_model(folder, dies_at: int | None = None) -> Llama:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield pair
 
-    save_model(pairs(), model.config, folder, tokenizer=TOKENIZER, shard_bytes=700_000)
+    with shards_of(700_000):
+        save_model(pairs(), model.config, folder, tokenizer=TOKENIZER)
     return model
 
 

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from helpers.checkpoints import TOKENIZER, write_meta
+from helpers.checkpoints import TOKENIZER, shards_of, write_meta
 from helpers.models import small_model
 
 from alpaca.weights.writer import save_model
@@ -13,7 +13,8 @@ from alpaca.weights.writer import save_model
 def folder(tmp_path):
     """A checkpoint in four shards, with its tokenizer."""
     model = small_model(vocab_size=1024)
-    save_model(model, model.config, tmp_path / "m", tokenizer=TOKENIZER, shard_bytes=300_000)
+    with shards_of(300_000):
+        save_model(model, model.config, tmp_path / "m", tokenizer=TOKENIZER)
     assert len(list((tmp_path / "m").glob("*.safetensors"))) == 4
     return tmp_path / "m"
 

@@ -35,10 +35,10 @@ from alpaca.common.files import read_text
 from alpaca.common.json_files import append_jsonl, read_log
 from alpaca.common.progress import Progress
 from alpaca.common.run_folder import run_folder
-from alpaca.evaluation.answers import INCIDENTAL, defaults, describe_files, folder_name
+from alpaca.evaluation.answers import INCIDENTAL, defaults, identify_model
 from alpaca.evaluation.outputs import digest, save_json
 from alpaca.evaluation.win_rate import wilson
-from alpaca.weights.loading import add_model_arguments, load_from_args, model_folders
+from alpaca.weights.loading import add_model_arguments, load_from_args
 from tokenizer import check_tokenizer
 
 # the shape of a line of scores.jsonl
@@ -115,15 +115,15 @@ def questions_from_args(args: argparse.Namespace) -> dict[int, ExamQuestion]:
 
 
 def run(args: argparse.Namespace) -> None:
-    questions, folders = questions_from_args(args), model_folders(args)
-    name = args.name or "+".join(map(folder_name, folders))
+    questions = questions_from_args(args)
+    name, files = identify_model(args)
     relevant = {*defaults(add_model_arguments), "apply_chat_template", "max_new_tokens"}
     asked = [question[:5] for question in questions.values()]
     settings = {argument: getattr(args, argument) for argument in sorted(relevant - INCIDENTAL)}
     settings |= {
         "digest of what --tasks, --shots and --limit ask": digest(asked),
         "generator": name,
-        "model's files": [describe_files(folder, args.out.resolve()) for folder in folders],
+        "model's files": files,
     }
     with run_folder(args.out, settings, "benchmarking"):
         lines = ask_questions(questions, args)

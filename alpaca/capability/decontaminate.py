@@ -63,8 +63,7 @@ def read_set(path: Path) -> list[PlacedText]:
         for place, raw in json_records(path)
     )
     found = normalize_all(records, ALL_REPLIES)
-    cases = ((place, case) for place, _, cases in found for case in cases)
-    questions = [PlacedText(place, questions_of(case)[0]) for place, case in cases]
+    questions = [PlacedText(place, questions_of(c)[0]) for place, _, cases in found for c in cases]
     if not questions:
         raise UserError(f"{path}: no questions in it")
     return questions

@@ -167,11 +167,7 @@ def score_generated(
     in_template = kind.in_template or args.apply_chat_template or bool(args.template)
     prompts = [encode_text(text, tokenizer, in_template) for text in texts]
     engine = Engine(
-        model,
-        tokenizer,
-        args.max_batch_size,
-        compile=args.compile,
-        prefix_memory=PREFIX_MEMORY,
+        model, tokenizer, args.max_batch_size, compile=args.compile, prefix_memory=PREFIX_MEMORY
     )
     params = SamplingParams(max_new_tokens=args.max_new_tokens, stop=kind.stop)
     answers = answer_in_order(engine, ((prompt[-limit:], [params]) for prompt in prompts))

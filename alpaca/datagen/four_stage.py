@@ -111,7 +111,8 @@ class SelfInstruct:
     whole_answers = True  # some instructions are dropped later, when they get no instances
 
     def __init__(self, seeds: list[dict], header: str, language: str, seed: int, request: dict):
-        self.seeds, self.seed, self.extra_options = seeds, seed, request
+        self.seeds, self.seed = seeds, seed
+        self.options = {stage: options | request for stage, options in STAGES.items()}
         self.header = LIST.format(last=LAST, language=language)  # `header` is Alpaca's
         labelled = [seed for seed in seeds if seed["is_classification"]]
         others = [seed for seed in seeds if not seed["is_classification"]]
@@ -131,9 +132,6 @@ class SelfInstruct:
             False: INPUT_FIRST + "".join(with_examples(s, INPUT_OUTPUT) for s in others[:8]),
         }
 
-    def options(self, stage: str) -> dict:
-        return STAGES[stage] | self.extra_options
-
     def prompt(self, number: int, accepted: list[tuple[int, str]]) -> tuple[str, dict, list[str]]:
         """Stage 1: the prompt, the request's options, and the ids of the seeds in the prompt."""
         rng = random.Random(f"{self.seed} {number}")
@@ -144,7 +142,7 @@ class SelfInstruct:
         rng.shuffle(shown)
         listed = "".join(f"{n}. {text}\n" for n, text in enumerate(shown, 1))
         prompt = f"{self.header}{listed}{len(shown) + 1}."
-        return prompt, self.options("instructions"), [seed["id"] for seed in human]
+        return prompt, self.options["instructions"], [seed["id"] for seed in human]
 
     def parse(self, reply: Reply) -> list[Task]:
         """The instructions in an answer, which continues the list at the end of the prompt."""
@@ -178,7 +176,7 @@ class SelfInstruct:
 
         async def ask_stage(stage: str, prompt: str) -> Reply | None:
             id = f"{source['request']}.{digest}.{stage}"
-            return reply_of(await ask(id, prompt, self.options(stage), source["prompt_seeds"]))
+            return reply_of(await ask(id, prompt, self.options[stage], source["prompt_seeds"]))
 
         kind = await ask_stage("kind", f"{self.kind_prompt}{task}Classification:")
         label_first = kind is not None and kind.text.strip(" *\n").lower().startswith("yes")

@@ -120,9 +120,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     items = {str(number): item for number, item in enumerate(read_items(args.set))}
     refuse_unused_arguments(args)
-    folders = model_folders(args) if args.model is None else []
-    name = args.name or args.model or "+".join(map(folder_name, folders))
-    settings = settings_of(args, items, folders, name)
+    name, files = (args.name or args.model, []) if args.model else identify_model(args)
+    settings = settings_of(args, items, name, files)
     log = args.out / ("answers.jsonl" if args.model is None else "responses.jsonl")
     with run_folder(args.out, settings, "answering"):
         answers = (generate_local if args.model is None else generate_remote)(items, args, log)
@@ -169,7 +168,7 @@ def defaults(*groups: Callable) -> dict[str, Any]:
 
 
 def settings_of(
-    args: argparse.Namespace, items: dict[str, Item], folders: list[Path], name: str
+    args: argparse.Namespace, items: dict[str, Item], name: str, files: list[str]
 ) -> dict[str, Any]:
     """All that the answers depend on: a run is resumed only with the same."""
     relevant = defaults(*LOCAL_ARGUMENTS).keys() - INCIDENTAL
@@ -179,8 +178,15 @@ def settings_of(
         **{argument: getattr(args, argument) for argument in sorted(relevant)},
         "set": digest([item[:2] for item in items.values()]),
         "generator": name,
-        "model's files": [describe_files(folder, args.out.resolve()) for folder in folders],
+        "model's files": files,
     }
+
+
+def identify_model(args: argparse.Namespace) -> tuple[str, list[str]]:
+    """The name of a model in a folder, and a description of each of its folders."""
+    folders = model_folders(args)
+    files = [describe_files(folder, args.out.resolve()) for folder in folders]
+    return args.name or "+".join(map(folder_name, folders)), files
 
 
 def describe_files(folder: Path, out: Path) -> str:

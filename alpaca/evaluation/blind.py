@@ -225,12 +225,12 @@ def check_copies(copies: list[RaterCopy], pairs: Pairs, early: bool) -> None:
 def find_votes(copy: RaterCopy, pairs: Pairs) -> dict[str, str]:
     """Instruction → model, baseline, tie, skip or left. The texts show which side was whose."""
     by_text = {pair.instruction: pair for pair in pairs.all}
-    votes = {}
-    for place, item in enumerate(copy.items):
+    votes, choices = {}, copy.choices + ["left"] * copy.left
+    for number, (item, vote) in enumerate(zip(copy.items, choices, strict=True), 1):
         pair = by_text.get(item["instruction"])
         if pair is None or {item["a"], item["b"]} != {pair.output_1, pair.output_2}:
-            raise UserError(f"{copy.folder / ITEMS}, line {place + 1}: changed since `start`")
-        vote = copy.choices[place] if place < len(copy.choices) else "left"
+            raise UserError(f"{copy.folder / ITEMS}, line {number}: changed since `start`")
+
         if vote in ("a", "b"):
             vote = "model" if item[vote] == pair.output_2 else "baseline"
         votes[pair.instruction] = vote

@@ -138,13 +138,10 @@ def weigh_letter(reply: Reply, letter: str) -> float | None:
 
 
 def run_judge(
-    plan: dict[str, tuple[Pair, bool]],
-    judge: Annotator,
-    args: argparse.Namespace,
-    log: Path,
+    plan: dict[str, tuple[Pair, bool]], judge: Annotator, args: argparse.Namespace, log: RequestLog
 ) -> tuple[dict[str, Verdict], bool]:
     """id → verdict, asking for those not in the log; and whether the budget was enough."""
-    requests, endpoint, mark = RequestLog(log), judge.endpoint, read_mark(log.parent)
+    endpoint, mark = judge.endpoint, read_mark(log.file.parent)
     logprobs = {"logprobs": True, "top_logprobs": 5} if endpoint.kind == "chat" else {"logprobs": 5}
     options = {"max_tokens": 16, "temperature": 0} | logprobs | args.request
     if judge.temperature is not None:
@@ -155,7 +152,7 @@ def run_judge(
         if pair.output_1 != pair.output_2
     }
     verdicts = {id: Verdict(0.5, False) for id in plan.keys() - questions.keys()}
-    new = [text for id, text in questions.items() if f"{id}.0" not in requests.entries]
+    new = [text for id, text in questions.items() if f"{id}.0" not in log.entries]
     if endpoint.price_in or endpoint.price_out:
         most = sum(endpoint.max_cost(endpoint.body(text, options)) for text in new)
         notice(f"{len(new)} questions for at most ${most:.2f}, if none is asked twice")
@@ -166,18 +163,16 @@ def run_judge(
         ):
             verdicts[id] = found
 
-    work = ask_all(requests, endpoint, args, questions, ask, "verdicts")
+    work = ask_all(log, endpoint, args, questions, ask, "verdicts")
     enough = run_until_signal(work)
-    report_verdicts(questions, verdicts, requests, endpoint)
+    report_verdicts(questions, verdicts, log, endpoint)
     return verdicts, enough
 
 
-def report_verdicts(
-    questions: dict, verdicts: dict, requests: RequestLog, endpoint: Endpoint
-) -> None:
+def report_verdicts(questions: dict, verdicts: dict, log: RequestLog, endpoint: Endpoint) -> None:
     """How many verdicts there are, why others are missing, what it has cost."""
     replies: dict[str, list[dict]] = {}
-    for id, entry in requests.entries.items():
+    for id, entry in log.entries.items():
         replies.setdefault(id.rpartition(".")[0], []).append(entry)
     asked = questions.keys() & verdicts.keys()
     weighted = sum(verdict.weighted for verdict in verdicts.values())
@@ -230,12 +225,11 @@ def run(args: argparse.Namespace) -> None:
     settings["annotators"] = digest([one.settings() for one in pool]) if args.annotators else None
     settings["flip"] = args.flip or None
     settings["seed"] = args.seed if args.single_order or args.annotators or args.flip else None
-    log, file = args.out / "responses.jsonl", args.out / ANNOTATIONS
     plan = plan_orders(pairs.all, args)
     drawn = {id: draw_annotator(id, pool, args) for id in plan}  # annotator, whether to flip
     with run_folder(args.out, settings, "judging"):
-        verdicts: dict[str, Verdict] = {}
-        enough = True
+        log = RequestLog(args.out / "responses.jsonl")
+        verdicts, enough = {}, True
         for judge in pool:
             its_plan = {id: shown for id, shown in plan.items() if drawn[id][0] is judge}
             if args.annotators:
@@ -260,7 +254,7 @@ def run(args: argparse.Namespace) -> None:
             if per_pair:
                 reason = f"{len(verdicts)} verdicts, but no pair has one in both orders"
             raise UserError(f"no verdict on any pair: {reason}; nothing is written")
-        save_json(file, annotations)
+        save_json(file := args.out / ANNOTATIONS, annotations)
     if not enough:
         print(f"The budget of ${args.budget:g} is spent: run again with a larger one to resume")
     print(f"{file}\n{format_table(leaderboard([file]))}")

@@ -25,7 +25,7 @@ from alpaca.common.files import lock_output
 from alpaca.common.json_files import append_jsonl, read_log
 from alpaca.common.progress import Progress
 from alpaca.datagen.formats import load_mixture
-from alpaca.evaluation.answers import describe_files, folder_name
+from alpaca.evaluation.answers import identify_model
 from alpaca.inference.answer import answer_in_order, engine_from_args
 from alpaca.inference.engine import Engine
 from alpaca.inference.sampling import (
@@ -34,13 +34,15 @@ from alpaca.inference.sampling import (
     derive_seed,
     sampling_from_args,
 )
-from alpaca.weights.loading import add_model_arguments, model_folders
+from alpaca.weights.loading import add_model_arguments
 from dataset import question_ids
 
 
 def settings_from_args(args: argparse.Namespace, params: SamplingParams) -> dict[str, Any]:
     """What the answers depend on; it is stored with each of them."""
-    settings = {"model": str(args.model_dir.absolute()), "bits": args.bits}
+    name, files = identify_model(args)
+    settings = {"generator": name, "n": args.n, "model": str(args.model_dir.absolute())}
+    settings |= {"bits": args.bits, "files": files}
     settings["sampling"] = vars(params) | {"stop": list(params.stop)}  # JSON has no tuples
     if args.adapter:
         settings["adapter"] = str(args.adapter.absolute())
@@ -91,10 +93,7 @@ def run(args: argparse.Namespace) -> None:
     records = load_mixture(args.data, args.seed)[0]
     if any("text" in record for record in records):
         raise UserError("--data has records of plain text: they ask nothing; remove them")
-    folders = model_folders(args)
-    settings = {"generator": args.name or "+".join(map(folder_name, folders)), "n": args.n}
-    settings |= settings_from_args(args, params)
-    settings["files"] = [describe_files(folder, args.out.resolve()) for folder in folders]
+    settings = settings_from_args(args, params)
     with lock_output(args.out):
         done = count_answered(args.out, records, settings)
         engine = engine_from_args(args, args.max_batch_size)

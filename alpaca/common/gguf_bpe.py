@@ -48,17 +48,14 @@ def bpe_from_metadata(metadata: dict[str, Any], place: str) -> BPETokenizer:
 def metadata_from_bpe(tokenizer: BPETokenizer) -> dict[str, Any]:
     if tokenizer.ignore_merges != (tokenizer.pre == "llama-bpe"):
         raise UserError(f"{tokenizer.path}: llama.cpp ignores merges only for Llama 3's tokenizer")
-    types = [NORMAL] * tokenizer.vocab_size
-    for kind, tokens in ((CONTROL, tokenizer.control), (ADDED, tokenizer.added)):
-        for token in tokens:
-            types[token] = kind
+    types = dict.fromkeys(tokenizer.control, CONTROL) | dict.fromkeys(tokenizer.added, ADDED)
     ids = {BOS: tokenizer.bos_id, EOS: tokenizer.eos_id}
     ranks = tokenizer.ranks
     return {
         "tokenizer.ggml.model": "gpt2",
         PRE: tokenizer.pre,
         TOKENS: list(tokenizer.pieces),
-        TYPES: types,
+        TYPES: [types.get(token, NORMAL) for token in range(tokenizer.vocab_size)],
         MERGES: [" ".join(pair) for pair in sorted(ranks, key=ranks.__getitem__)],
         ADD_BOS: tokenizer.add_bos,
         "tokenizer.ggml.add_space_prefix": False,

@@ -41,19 +41,18 @@ def to_jinja(template: Template, bos: bool = False) -> str:
     default = ""
     if template.system is not None:
         default = "{{ " + jinja_text(template.first.replace("{}", template.system)) + " }}"
-    return "".join(
-        [
-            "{{ bos_token }}" * (bos if template.bos is None else template.bos),
-            "{% if messages[0]['role'] == 'system' %}" + first,
-            "{% else %}" * bool(default) + default + "{% endif %}",
-            "{% for message in messages %}{% if message['role'] == 'user' %}",
-            write_jinja(template.user, content),
-            "{% elif message['role'] == 'assistant' %}",
-            answer[0] + "{{ " + end + " }}" + answer[1],
-            "{% endif %}{% endfor %}",
-            "{% if add_generation_prompt %}" + write_jinja(template.reply) + "{% endif %}",
-        ]
-    )
+    parts = [
+        "{{ bos_token }}" * (bos if template.bos is None else template.bos),
+        "{% if messages[0]['role'] == 'system' %}" + first,
+        "{% else %}" * bool(default) + default + "{% endif %}",
+        "{% for message in messages %}{% if message['role'] == 'user' %}",
+        write_jinja(template.user, content),
+        "{% elif message['role'] == 'assistant' %}",
+        answer[0] + "{{ " + end + " }}" + answer[1],
+        "{% endif %}{% endfor %}",
+        "{% if add_generation_prompt %}" + write_jinja(template.reply) + "{% endif %}",
+    ]
+    return "".join(parts)
 
 
 # ---------------------------------------------------------------- Jinja → a template

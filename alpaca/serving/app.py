@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import base64
 import hashlib
-import math
 import os
 import re
 import time
@@ -267,7 +266,7 @@ def load_page(file: Path) -> Response:
 def describe(args: argparse.Namespace, engine: Engine, filter: Filter) -> dict:
     """What the page shows about this server."""
     model = engine.model
-    size = sum(math.prod(shape) for shape in parameter_shapes(model.config).values())
+    size = sum(shape.numel() for shape in parameter_shapes(model.config).values())
     kinds, stored = set(map(type, model.modules())), 8 * model.model.norm.weight.itemsize
     bits = next((bits for bits, kind in sorted(LINEAR.items()) if kind in kinds), stored)
     filters = {"off": "Nothing is filtered.", "rules": "A small list of rules filters texts here."}

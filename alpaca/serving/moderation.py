@@ -162,18 +162,14 @@ def to_plain(text: str) -> str:
 
 
 class ServiceFilter(Filter):
-    """Use it in `async with`, which keeps the connections to the service open."""
+    """Use it in `async with`, which closes the connections to the service in the end."""
 
     min_part, lookback = 160, 1000
 
     def __init__(self, endpoint: Endpoint, timeout: float = 8.0):
         self.endpoint, self.timeout = endpoint, timeout
         self.name, self.last_notice = endpoint.base_url, -math.inf
-
-    async def __aenter__(self):
-        self.client = Client(timeout=self.timeout / 2, max_retries=1, retry_wait=RETRY_WAIT)
-        await self.client.__aenter__()
-        return self
+        self.client = Client(timeout=timeout / 2, max_retries=1, retry_wait=RETRY_WAIT)
 
     async def __aexit__(self, *exception) -> None:
         await self.client.__aexit__(*exception)

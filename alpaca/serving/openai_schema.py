@@ -270,13 +270,14 @@ def visible_tokens(s: Sequence, text: str) -> Iterator[tuple[int, int, float, li
         start, end = end, end + len(stream.push(token))
         if end > len(text):
             return
-        yield max(0, start), token, logprob, top
+        likeliest = [(other, max(value, MIN_LOGPROB)) for other, value in top]
+        yield max(0, start), token, max(logprob, MIN_LOGPROB), likeliest
 
 
 def chat_logprobs(s: Sequence, text: str) -> dict:
     def entry(token: int, logprob: float) -> dict:
         name, in_bytes = s.tokenizer.token_text(token), list(s.tokenizer.piece_bytes(token))
-        return {"token": name, "logprob": max(logprob, MIN_LOGPROB), "bytes": in_bytes}
+        return {"token": name, "logprob": logprob, "bytes": in_bytes}
 
     content = [
         {**entry(token, logprob), "top_logprobs": [entry(*pair) for pair in top]}
@@ -286,13 +287,10 @@ def chat_logprobs(s: Sequence, text: str) -> dict:
 
 
 def completion_logprobs(s: Sequence, text: str) -> dict:
-    def entry(token: int, logprob: float) -> tuple[str, float]:
-        return s.tokenizer.token_text(token), max(logprob, MIN_LOGPROB)
-
-    content = list(visible_tokens(s, text))
+    content, name = list(visible_tokens(s, text)), s.tokenizer.token_text
     return {
-        "tokens": [entry(token, logprob)[0] for _, token, logprob, _ in content],
-        "token_logprobs": [entry(token, logprob)[1] for _, token, logprob, _ in content],
-        "top_logprobs": [dict(entry(*pair) for pair in top) for *_, top in content],
+        "tokens": [name(token) for _, token, _, _ in content],
+        "token_logprobs": [logprob for _, _, logprob, _ in content],
+        "top_logprobs": [{name(token): value for token, value in top} for *_, top in content],
         "text_offset": [start for start, *_ in content],
     }

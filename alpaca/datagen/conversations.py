@@ -9,6 +9,7 @@ people have ranked them. `parse_tree` gives the best conversation of a tree, or 
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from alpaca.common.errors import UserError
@@ -51,9 +52,8 @@ def role_and_text(turn: Any) -> tuple[str, str]:
     name = turn.get("from", turn.get("role"))
     text = next((turn[key] for key in ("value", "content", "text") if key in turn), None)
     if isinstance(text, list):  # OpenAI's parts
-        parts = [part.get("text") if isinstance(part, dict) else None for part in text]
-        whole = all(isinstance(part, str) for part in parts)
-        text = "\n".join(map(str, parts)) if whole else None
+        with suppress(TypeError, KeyError):  # a part without a text
+            text = "\n".join(part["text"] for part in text)
     if not isinstance(name, str) or name not in ROLES:
         raise OddConversation(f"a turn is from {str(name)[:20]!r}")
     if not isinstance(text, str):

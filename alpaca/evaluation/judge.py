@@ -117,17 +117,13 @@ def weigh_letter(reply: Reply, letter: str) -> float | None:
     try:
         logprobs = json.loads(reply.body)["choices"][0]["logprobs"]
         if "content" in logprobs:  # of the chat API
-            tokens = [token["token"] for token in logprobs["content"]]
-            tops = [
-                [(top["token"], top["logprob"]) for top in token["top_logprobs"]]
-                for token in logprobs["content"]
-            ]
+            *_, step = (step for step in logprobs["content"] if step["token"].strip() == letter)
+            tops = [(top["token"], top["logprob"]) for top in step["top_logprobs"]]
         else:
-            tokens = logprobs["tokens"]
-            tops = [list(top.items()) for top in logprobs["top_logprobs"]]
-        place = max(i for i, token in enumerate(tokens) if token.strip() == letter)
+            steps = zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True)
+            *_, tops = (tops.items() for token, tops in steps if token.strip() == letter)
         shares = defaultdict(float)
-        for token, logprob in tops[place]:
+        for token, logprob in tops:
             if token.strip() in LETTERS and logprob <= 1e-3:  # false for NaN
                 shares[token.strip()] += math.exp(logprob)
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.common.errors import UserError, join_names
-from alpaca.common.files import atomic_file, lock_path, made_folder, owned, remove_contents
+from alpaca.common.files import lock_path, made_folder, owned, remove_contents, write_text
 from alpaca.common.json_files import read_json
 
 RIGHT_ANSWERS = "right_answers.json"  # three held-out records that the trained model can answer
@@ -39,8 +39,7 @@ def run_folder(folder: Path, settings: dict[str, Any], activity: str) -> Iterato
                 message = f"{folder} is another run ({'; '.join(changes)}): use another --out"
                 raise UserError(message)
             if changed:
-                with atomic_file(file, "w") as opened:
-                    json.dump(settings, opened, indent=2)
+                write_text(file, json.dumps(settings, indent=2))
             yield
         except BaseException:
             if not names and not has_begun():

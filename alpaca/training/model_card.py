@@ -18,7 +18,7 @@ import torch
 
 from alpaca import CHECKOUT
 from alpaca.common.errors import UserError
-from alpaca.common.files import atomic_file
+from alpaca.common.files import write_text
 from alpaca.common.json_files import json_records
 from alpaca.datagen.formats import parse_weight
 from alpaca.training.job import Job
@@ -112,5 +112,4 @@ def fill_in_card(job: Job, recipe: dict[str, Any], results: str) -> str:
 
 def write_card(job: Job, recipe: dict[str, Any], results: str) -> None:
     """Beside the trained weights; hashing the base takes a while, so no rank should wait for it."""
-    with atomic_file(job.config.result / "README.md", "w") as file:
-        file.write(fill_in_card(job, recipe, results))
+    write_text(job.config.result / "README.md", fill_in_card(job, recipe, results))

@@ -18,7 +18,7 @@ import numpy as np
 
 from alpaca.common.charts import Series
 from alpaca.common.errors import UserError
-from alpaca.common.files import atomic_file
+from alpaca.common.files import atomic_file, write_text
 from alpaca.common.json_files import append_jsonl
 from alpaca.common.progress import Progress, duration
 from alpaca.common.run_folder import run_folder
@@ -136,5 +136,4 @@ class RunDir(ExitStack):
         """Print the last progress line and plot the losses."""
         if not self.quiet:
             self.progress.close()
-            with atomic_file(self.chart, "w") as file:
-                file.write(plot_run(self.records, self.figure))
+            write_text(self.chart, plot_run(self.records, self.figure))

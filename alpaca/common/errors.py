@@ -2,6 +2,7 @@
 
     run_command(main)   runs a command and turns the way it ends into an exit code
     UserError(text)     raised for anything a user can cause; the text says what to do about it
+    errors_at(place)    lets the text of a UserError begin with a file, a line of it, or a name
     notice(text)        one line for a person, printed once under torchrun
 
 ALPACA_TRACEBACK=1 shows the traceback of a UserError too.
@@ -50,7 +51,7 @@ def describe_error(error: Exception) -> str:
 
 @contextmanager
 def errors_at(place: object) -> Iterator[None]:
-    """Let the text of a UserError begin with its place: a file, perhaps a line of it, or a name."""
+    """Put the place, such as a file and a line of it, before the text of the body's UserError."""
     try:
         yield
     except UserError as error:

@@ -103,7 +103,7 @@ def test_a_cancelled_request_leaves_at_the_next_token():
     with_worker(engine, work)
 
 
-def test_a_client_that_leaves_before_it_is_accepted_leaves_nothing():
+def test_a_client_that_leaves_before_it_is_accepted_leaves_nothing(capsys):
     engine = ScriptedEngine(ENDLESS, batch_size=1, pace=0.02)
 
     async def work(worker):
@@ -118,6 +118,7 @@ def test_a_client_that_leaves_before_it_is_accepted_leaves_nothing():
         assert not engine.busy
 
     with_worker(engine, work)
+    assert not capsys.readouterr().err
 
 
 def test_a_full_queue_refuses_at_once_and_estimates_the_wait():

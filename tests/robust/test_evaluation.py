@@ -48,18 +48,18 @@ def test_answers_killed_and_resumed_end_in_the_same_file(command, tmp_path):
 
 
 def test_a_benchmark_killed_and_resumed_ends_in_the_same_results(command, tmp_path):
-    flags = ["--model-dir", ROOT / "data/tiny-llama", "--dtype", "fp32", "--max-new-tokens", 12]
-    tasks = [write_jsonl(tmp_path / f"{t}.jsonl", hub_records(t, 12)) for t in ("boolq", "gsm8k")]
+    flags = ["--model-dir", ROOT / "data/tiny-llama", "--dtype", "fp32", "--max-new-tokens", 48]
+    tasks = [write_jsonl(tmp_path / f"{t}.jsonl", hub_records(t, 32)) for t in ("boolq", "gsm8k")]
     flags += ["--max-batch-size", 2, "--tasks", *tasks]
     assert command("benchmark", "--out", tmp_path / "quiet", *flags)[0] == 0
     log = tmp_path / "o/scores.jsonl"
-    for more in (1, 12):
+    for more in (1, 32):  # in the middle of either task
         before = count(log)
         process = begin("benchmark", "--out", tmp_path / "o", *flags)
         kill_when(process, lambda enough=before + more: count(log) >= enough)
         assert not (tmp_path / "o/results.json").exists()
     assert command("benchmark", "--out", tmp_path / "o", *flags)[0] == 0
-    assert sorted(line["question"] for line in read_log(log)) == list(range(24))
+    assert sorted(line["question"] for line in read_log(log)) == list(range(64))
     results = [(tmp_path / name / "results.json").read_text() for name in ("quiet", "o")]
     assert results[0] == results[1]
 

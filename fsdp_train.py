@@ -25,7 +25,6 @@ FSDP: arXiv:2304.11277; AdamW: 1711.05101.
 from __future__ import annotations
 
 import math
-import os
 import signal
 import sys
 from collections.abc import Iterable
@@ -39,7 +38,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from alpaca.common.cli import Parser
-from alpaca.common.errors import UserError, join_names, notice
+from alpaca.common.errors import UserError, is_rank_0, join_names, notice
 from alpaca.common.system import check_compiler, keep_freed_memory
 from alpaca.training.config import BETAS, CLIP, EPS, TrainConfig, add_arguments
 from alpaca.training.group import Sampler
@@ -230,7 +229,7 @@ def main() -> None:
     add_arguments(parser)
     config = TrainConfig.from_args(parser.parse_args())
     if config.plan:
-        if os.environ.get("RANK", "0") != "0":  # under torchrun, one plan for all
+        if not is_rank_0():
             return None
         job = prepare(config)
         work = measure(job.config, job.model_config, job.train, job.steps)

@@ -7,7 +7,7 @@ averaged by benchmark.py. Prompts and answers are divided into ids as lm-eval do
 import argparse
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from alpaca.capability.loglikelihood import Choices, log_likelihoods
@@ -141,8 +141,18 @@ def judge_refusal(question: ExamQuestion, text: str) -> Scores:
     return {"declined": declined, "right": declined == (question.options[0][1] == "decline")}
 
 
-# Tasks whose questions are answered greedily: how an answer is judged, and the texts that end it.
-GENERATED = {"gsm8k": (judge_number, ("Question:",)), "safety": (judge_refusal, ())}
+class Generated(NamedTuple):
+    """A task whose questions are answered greedily."""
+
+    judge: Callable[[ExamQuestion, str], Scores]
+    stop: tuple[str, ...] = ()
+    in_template: bool = False  # always: a user asks, nobody continues a text
+
+
+GENERATED = {  # all others have choices
+    "gsm8k": Generated(judge_number, stop=("Question:",)),
+    "safety": Generated(judge_refusal, in_template=True),
+}
 
 
 def score_generated(
@@ -152,18 +162,16 @@ def score_generated(
     limit = model.config.max_position_embeddings - args.max_new_tokens  # tokens of a prompt
     if limit < 1:
         raise UserError(f"--max-new-tokens: at most {limit + args.max_new_tokens - 1} are possible")
-    task = next(iter(questions.values())).task
-    judge, stop = GENERATED[task]
+    kind = GENERATED[next(iter(questions.values())).task]
     texts = [question.before + question.options[0][0] for question in questions.values()]
-    chat = task == "safety"  # a user asks, nobody continues a text
-    in_template = chat or args.apply_chat_template or bool(args.template)
+    in_template = kind.in_template or args.apply_chat_template or bool(args.template)
     prompts = [encode_text(text, tokenizer, in_template) for text in texts]
     engine = Engine(
         model, tokenizer, args.max_batch_size, compile=args.compile, prefix_memory=PREFIX_MEMORY
     )
-    params = SamplingParams(max_new_tokens=args.max_new_tokens, stop=stop)
+    params = SamplingParams(max_new_tokens=args.max_new_tokens, stop=kind.stop)
     answers = answer_in_order(engine, ((prompt[-limit:], [params]) for prompt in prompts))
     for number, prompt, (answer,) in zip(questions, prompts, answers, strict=True):
-        scores = {"output": answer.text, **judge(questions[number], answer.text)}
+        scores = {"output": answer.text, **kind.judge(questions[number], answer.text)}
         scores |= {"unfinished": answer.finish_reason == "length", "cut": len(prompt) > limit}
         yield number, scores

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alpaca.common.errors import UserError, check_unicode, join_names
+from alpaca.common.errors import UserError, check_unicode, errors_at, join_names
 from alpaca.common.files import read_text
 from alpaca.common.json_files import check_shape, json_records
 from alpaca.datagen.checkers import stated_number
@@ -224,11 +224,9 @@ def read_tasks(paths: Iterable[Path]) -> list[ExamQuestion]:
         for (place, record), label in zip(records, labels, strict=True):
             read = find_form(record, place)
             record |= {"label": label} if label else {}
-            try:
+            with errors_at(place):
                 check_unicode(json.dumps(record, ensure_ascii=False))
                 questions += [question._replace(place=place) for question in read(record, name)]
-            except UserError as error:
-                raise UserError(f"{place}: {error}") from None
         if not records:
             raise UserError(f"{path}: no records in it, such as those of {KNOWN_TASKS}")
     return questions

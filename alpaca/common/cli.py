@@ -3,13 +3,12 @@
 import argparse
 import difflib
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
-from alpaca.common.errors import notice
+from alpaca.common.errors import is_rank_0, notice
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,7 +41,7 @@ class Parser(argparse.ArgumentParser):
                     yield from parser.flags()
 
     def print_help(self, file: IO[str] | None = None) -> None:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun once, not by every rank
+        if is_rank_0():
             super().print_help(file)
 
 

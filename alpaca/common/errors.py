@@ -58,13 +58,18 @@ def errors_at(place: object) -> Iterator[None]:
         raise UserError(f"{place}: {error}") from None
 
 
+def is_rank_0() -> bool:
+    """Also where there is one process only. Under torchrun, one of them speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def notice(text: str, any_rank: bool = False) -> None:
     """Print one line for a person, cut at 400 characters: a name in it may be a page long. Under
     torchrun all ranks meet the same errors, so only rank 0 prints; `any_rank` is for what concerns
     one rank alone, such as a full disk."""
-    rank = os.environ.get("RANK", "0")
-    if rank == "0" or any_rank:
-        program = Path(sys.argv[0]).name + (f", rank {rank}" if rank != "0" else "")
+    if is_rank_0() or any_rank:
+        rank = "" if is_rank_0() else f", rank {os.environ['RANK']}"
+        program = f"{Path(sys.argv[0]).name}{rank}"
         text = escape_control(" ".join(text.split()))
         text = text if len(text) <= 400 else f"{text[:250]} … {text[-147:]}"
         with suppress(BrokenPipeError):

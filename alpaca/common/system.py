@@ -69,8 +69,9 @@ def peak_host_memory() -> int:
 
 
 def check_compiler(device: str, remedy: str) -> None:
-    """torch.compile writes C++ for a CPU, and Triton builds its launcher in C for a GPU: without a
-    compiler both end after a hundred lines of traceback, in the first step."""
+    """Refuse --compile without a compiler, and say what it is for. torch.compile writes C++ for a
+    CPU, and Triton builds its launcher in C for a GPU: without a compiler both end after a hundred
+    lines of traceback, in the first step."""
     if device == "cuda":
         variable, names = "CC", ("gcc", "clang")
     elif device == "cpu":

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import httpx
 
 from alpaca.common.cli import not_negative, positive
-from alpaca.common.errors import UserError
+from alpaca.common.errors import UserError, errors_at
 from alpaca.common.json_files import json_records
 
 OPENAI_URL, OPENAI_KEY = "https://api.openai.com/v1", "OPENAI_API_KEY"
@@ -207,7 +207,5 @@ def parse_endpoint(
         right = type(value) in ((int, float) if number else (str,))
         if not right or not str(value).isprintable():
             raise UserError(f"{place}: {name} is not a {'number' if number else 'plain text'}")
-    try:
+    with errors_at(place):
         return endpoint_from_args(args, **settings | given)
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from None

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alpaca.common.errors import UserError
+from alpaca.common.errors import UserError, errors_at
 from alpaca.common.json_files import check_shape, json_records
 from alpaca.datagen.preferences import parse_preference
 from alpaca.evaluation.outputs import Pair, Pairs
@@ -84,10 +84,8 @@ def read_annotations(path: str | Path) -> list[Comparison]:
             raise UserError(f'{text} again in the same order: keep one, or set "swapped": true')
         if any(other != outputs for other, _ in orders.values()):
             raise UserError(f"{text} has other outputs in the other order: keep one pair")
-        try:
+        with errors_at(place):
             orders[swapped] = outputs, parse_preference(record.get("preference"))
-        except UserError as error:
-            raise UserError(f"{place}: {error}") from None
     if not found:
         raise UserError(f"{path}: no annotations in it")
     return [merge_orders(Path(path), names, orders) for names, orders in found.items()]

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from alpaca.common.cli import finite, positive, share
-from alpaca.common.errors import UserError
+from alpaca.common.errors import UserError, errors_at
 from alpaca.common.files import refuse_same
 from alpaca.common.json_files import check_shape, json_records
 from alpaca.datagen.checkers import load_checker
@@ -82,11 +82,9 @@ def read_rewards(args: argparse.Namespace) -> tuple[list[dict], list[list[str]],
             continue
         if answers and len(outputs) != len(answers[0]):
             raise UserError(f"{place}: {len(outputs)} answers, where others have {len(answers[0])}")
-        try:
+        with errors_at(place):
             records += normalize_record(line)
             rewards.append([check(records[-1], text) for text in outputs])
-        except UserError as error:
-            raise UserError(f"{place}: {error}") from None
         answers.append(outputs)
     if not records:
         raise UserError(f"{args.samples}: no answers in it: it should come from `alpaca samples`")

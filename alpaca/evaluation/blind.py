@@ -230,7 +230,6 @@ def find_votes(copy: RaterCopy, pairs: Pairs) -> dict[str, str]:
         pair = by_text.get(item["instruction"])
         if pair is None or {item["a"], item["b"]} != {pair.output_1, pair.output_2}:
             raise UserError(f"{copy.folder / ITEMS}, line {number}: changed since `start`")
-
         if vote in ("a", "b"):
             vote = "model" if item[vote] == pair.output_2 else "baseline"
         votes[pair.instruction] = vote

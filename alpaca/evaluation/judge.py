@@ -221,7 +221,7 @@ def run(args: argparse.Namespace) -> None:
     settings["annotators"] = digest([one.settings() for one in pool]) if args.annotators else None
     settings["flip"] = args.flip or None
     settings["seed"] = args.seed if args.single_order or args.annotators or args.flip else None
-    plan = plan_orders(pairs.all, args)
+    plan, file = plan_orders(pairs.all, args), args.out / ANNOTATIONS
     drawn = {id: draw_annotator(id, pool, args) for id in plan}  # annotator, whether to flip
     with run_folder(args.out, settings, "judging"):
         log = RequestLog(args.out / "responses.jsonl")
@@ -250,7 +250,7 @@ def run(args: argparse.Namespace) -> None:
             if per_pair:
                 reason = f"{len(verdicts)} verdicts, but no pair has one in both orders"
             raise UserError(f"no verdict on any pair: {reason}; nothing is written")
-        save_json(file := args.out / ANNOTATIONS, annotations)
+        save_json(file, annotations)
     if not enough:
         print(f"The budget of ${args.budget:g} is spent: run again with a larger one to resume")
     print(f"{file}\n{format_table(leaderboard([file]))}")

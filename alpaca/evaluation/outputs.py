@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alpaca.common.errors import UserError, notice
+from alpaca.common.errors import UserError, errors_at, notice
 from alpaca.common.files import write_text
 from alpaca.common.json_files import json_records
 from alpaca.datagen.formats import normalize_record, string_field
@@ -42,7 +42,7 @@ def read_items(path: Path, answered: bool = False) -> list[Item]:
     items: dict[str, Item] = {}
     repeats = 0
     for place, record in json_records(path):
-        try:
+        with errors_at(place):
             for item in parse_items(record, path.stem, answered):
                 first = items.setdefault(item.question, item)
                 if answered and item.output != first.output:
@@ -51,8 +51,6 @@ def read_items(path: Path, answered: bool = False) -> list[Item]:
                 if answered and names[0] != names[1]:
                     raise UserError(f"answers of {names[0]!r} and of {names[1]!r}: keep one model")
                 repeats += item is not first
-        except UserError as error:
-            raise UserError(f"{place}: {error}") from None
     if not items:
         raise UserError(f"{path}: no instructions in it")
     if repeats:

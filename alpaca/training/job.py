@@ -1,11 +1,10 @@
 """The inputs of a training run, read and checked before it starts."""
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from alpaca.common.errors import UserError, notice
+from alpaca.common.errors import UserError, is_rank_0, notice
 from alpaca.datagen.checkers import Checker, load_checker
 from alpaca.datagen.formats import Reading, load_mixture
 from alpaca.datagen.overlap import find_twins, questions_of
@@ -71,7 +70,7 @@ def prepare(config: TrainConfig) -> Job:
 
 def warn_of_overlap(train_records: Sequence[dict], held_out: Sequence[dict]) -> None:
     """Say on rank 0 how many held-out questions are trained on; it changes nothing."""
-    if os.environ.get("RANK", "0") != "0":
+    if not is_rank_0():
         return
     asked = [questions_of(record)[0] for record in held_out]
     if items := {twin.item for twin in find_twins(train_records, asked, rouge=False)}:

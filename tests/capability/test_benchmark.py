@@ -83,10 +83,10 @@ def test_generated_answers_are_judged_and_end_at_a_stop_text(
     for line, n in zip(lines, (1, 2), strict=True):
         assert line["right"] is (stated_number(line["output"]) == n) and line["unfinished"]
 
-    judge, stop = GENERATED["gsm8k"]
-    assert stop == ("Question:",)
+    assert GENERATED["gsm8k"].stop == ("Question:",)
     output = lines[0]["output"]
-    monkeypatch.setitem(GENERATED, "gsm8k", (judge, (output[2:5],)))
+    stopped = GENERATED["gsm8k"]._replace(stop=(output[2:5],))
+    monkeypatch.setitem(GENERATED, "gsm8k", stopped)
     shutil.rmtree(tmp_path / "out")
     line = benchmark_on(*flags)[1][0]
     assert line["output"] == output[:2] and not line["unfinished"]

@@ -42,7 +42,7 @@ def new_cache(model: Llama, slots: int, max_length: int) -> KVCache:
     try:
         if weight.device.type != "cpu":
             return KVCache(config, slots, max_length, weight.device, weight.dtype)
-        cache = KVCache(config, slots, max_length, "meta")
+        cache = KVCache(config, slots, max_length, "meta")  # its shapes; memory follows
         cache.k, cache.v = zeros_when_used(cache.k.shape), zeros_when_used(cache.v.shape)
         cache.lengths = torch.zeros(slots, dtype=torch.int64)
         return cache
